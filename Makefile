@@ -1,0 +1,74 @@
+# The two commands of a newcomer are `make distill` and `make test`; both set up .venv first, once.
+
+# Nothing of the caller's Python may leak into .venv.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+PYTHON ?= python3.11
+TORCH := torch==2.13.0+cpu
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/cpu.lock
+READY := $(VENV)/ready
+
+# $(call install_torch,BIN): pip first asks where its own configuration points, and then PyTorch's index of CPU builds.
+define install_torch
+$(1)/python -m pip install --quiet --no-deps $(TORCH) \
+	|| $(1)/python -m pip install --quiet --no-deps --index-url $(TORCH_CPU_INDEX) $(TORCH)
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help setup distill test lint lock clean
+
+help:  ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## Set up .venv for the CPU, as requirements/cpu.lock says
+
+# Where .venv already holds something, installing changes only what differs.
+# The list goes through uv: 204 packages took it 18 s, pip 148 s (two cores, no cache). pip is the second way, for a machine
+# whose package source only pip's configuration knows; torch is always pip's, because of that same configuration.
+$(READY): $(LOCK) pyproject.toml scripts/check_environment.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+		|| { echo "setup needs Python 3.11, and '$(PYTHON)' is not it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "setup: environment in $(VENV), once"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "setup: $(TORCH)"
+	@$(call install_torch,$(BIN))
+	@echo "setup: $$(grep -c == $(LOCK)) packages of $(LOCK)"
+	@{ $(BIN)/python -m pip install --quiet uv \
+		&& $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(LOCK); } \
+		|| $(BIN)/python -m pip install --quiet --no-deps -r $(LOCK)
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/python scripts/check_environment.py
+	@touch $@
+
+distill: $(READY)  ## Distil the example: fit teacher, score, train student, evaluate, report
+	@$(BIN)/python -m orchestrator run configs/tiny_cpu.yaml
+
+test: lint  ## Run lint and every test; PYTEST_ARGS="tests/losses -k atkd" runs some
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(READY)  ## Check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+# Resolves pyproject.toml afresh in an environment of its own, so the newest versions that fit are taken.
+lock: LOCK_ENV := build/lock-env
+lock:  ## Make requirements/cpu.lock anew
+	rm -rf $(LOCK_ENV)
+	$(PYTHON) -m venv $(LOCK_ENV)
+	$(call install_torch,$(LOCK_ENV)/bin)
+	$(LOCK_ENV)/bin/python -m pip install --quiet uv
+	$(LOCK_ENV)/bin/uv pip install --quiet --python $(LOCK_ENV)/bin/python --override requirements/absent.txt \
+		-r pyproject.toml --extra cpu --extra dev
+	{ grep '^#' $(LOCK); $(LOCK_ENV)/bin/uv pip freeze --quiet --python $(LOCK_ENV)/bin/python | grep -v -E '^(torch|uv|pip)=='; } \
+		> build/cpu.lock
+	mv build/cpu.lock $(LOCK)
+	rm -rf $(LOCK_ENV)
+
+clean:  ## Remove .venv, build products and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

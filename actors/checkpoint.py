@@ -1,0 +1,60 @@
+"""Checkpoints of a training run: weights and optimizer by torch.distributed.checkpoint, the position as JSON.
+
+Random numbers need no place in it: every step seeds itself by (seed, step, rank).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from actors.sampler import SamplerState
+
+PROGRESS = "progress.json"
+ONLY_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""Frozen weights under adapters are those the run began with; they are not written again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int
+    """Optimizer steps done."""
+    sampler: SamplerState
+    """Rows done."""
+
+
+def save_checkpoint(
+    folder: Path, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, progress: Progress, rank: int
+) -> None:
+    """Write this worker's part of a checkpoint; all workers call it together, each with a folder of its own node."""
+    weights, optimizer_state = get_state_dict(student, optimizer, options=ONLY_TRAINED)
+    dcp.save({"student": weights, "optimizer": optimizer_state}, storage_writer=dcp.FileSystemWriter(folder))
+    if rank == 0:
+        plain = {"step": progress.step, "sampler": progress.sampler.to_dict(), "schedule": schedule.state_dict()}
+        (folder / PROGRESS).write_text(json.dumps(plain))
+
+
+def load_checkpoint(folder: Path, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> Progress:
+    """Put a checkpoint into the student, the optimizer and the schedule, for any number of workers."""
+    weights, optimizer_state = get_state_dict(student, optimizer, options=ONLY_TRAINED)
+    state: dict[str, Any] = {"student": weights, "optimizer": optimizer_state}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
+    set_state_dict(
+        student, optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"], options=ONLY_TRAINED
+    )
+    plain = json.loads((folder / PROGRESS).read_text())
+    schedule.load_state_dict(plain["schedule"])
+    return Progress(step=plain["step"], sampler=SamplerState(**plain["sampler"]))
+
+
+def whole_weights(student: nn.Module) -> dict[str, Any]:
+    """Gather the full weights on the first worker's CPU, whatever way they are spread; all workers call it together."""
+    return get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -1,0 +1,154 @@
+"""From rows and scores to the tensors of one forward pass. The only place where targets are shifted against predictions.
+
+B rows, T tokens of a row, N targets, K top-k.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from actors.config import needs_complete_store
+from actors.examples import ExampleFile
+from actors.records import Example, TeacherScores
+from actors.sampler import GlobalBatch
+from actors.score_store import ScoreStore
+from losses.config import AtkdLoss, LossConfig
+from losses.support import TeacherSupport
+from losses.teaching import TokenWeights, split_easy, token_weights
+
+PADDING = 0  # any id will do: padding is neither attended to nor a target
+
+Layout = Sequence[Sequence[Sequence[int]]]
+"""For each worker, for each of its forward passes, the rows of the step it takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward pass needs; positions are flat, row by row."""
+
+    token_ids: torch.Tensor
+    """int64 [B, T], padded on the right."""
+
+    attention_mask: torch.Tensor
+    """int64 [B, T], 0 on padding."""
+
+    predicting: torch.Tensor
+    """int64 [N], flat positions in [B * T] whose output predicts a target: one before the target's own."""
+
+    targets: torch.Tensor
+    """int64 [N], the targets in the same order."""
+
+    teacher: TeacherSupport | None
+    """The teacher's scores of the same N targets; None where the loss needs no teacher."""
+
+    weights: TokenWeights
+    """The weights of the same N targets, normalised over the whole optimizer step."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return a copy on another device."""
+        return MicroBatch(
+            self.token_ids.to(device), self.attention_mask.to(device), self.predicting.to(device), self.targets.to(device),
+            self.teacher.to(device) if self.teacher else None, self.weights.to(device),
+        )  # fmt: skip
+
+
+class Collator:
+    """Reads examples and scores, weighs the tokens of a step, and lays rows out for the model."""
+
+    def __init__(self, examples: ExampleFile, store: ScoreStore | None, loss: LossConfig, top_k: int, seed: int) -> None:
+        self.examples, self.store, self.loss, self.top_k, self.seed = examples, store, loss, top_k, seed
+        self._easy_in_dataset: list[torch.Tensor] | None = None  # bool [N] per row
+
+    def wait_for(self, batch: GlobalBatch, timeout_seconds: float) -> float:
+        """Wait until the scores of a batch are there; return the seconds waited."""
+        if self.store is None:
+            return 0.0
+        if needs_complete_store(self.loss):
+            return sum(self.store.wait_for(shard, timeout_seconds) for shard in range(self.store.shard_count))
+        shards = np.unique(batch.positions // self.store.rows_per_shard)
+        return sum(self.store.wait_for(int(shard), timeout_seconds) for shard in shards)
+
+    def weights(self, batch: GlobalBatch, layout: Layout, step: int) -> list[TokenWeights]:
+        """Return the weights of each row's targets, normalised over the whole step.
+
+        Every worker computes this for all rows, not only its own: the ranking is the teacher's alone, so that it needs no
+        communication, and the loss of a step does not depend on ``layout``, how the step is cut into forward passes, but
+        for scope ``microbatch``, which ranks each pass by itself and takes the mean over passes, as the authors' code does.
+        """
+        uncertainties = [self._uncertainty(int(position)) for position in batch.positions]
+        if isinstance(self.loss, AtkdLoss) and self.loss.scope == "microbatch":
+            passes = [rows for worker in layout for rows in worker if rows]
+            of_passes = [self._weights(batch, [uncertainties[row] for row in rows], rows, step) for rows in passes]
+            return [weights.scaled(1 / len(passes)) for of_pass in of_passes for weights in of_pass]
+        return self._weights(batch, uncertainties, range(len(uncertainties)), step)
+
+    def _weights(
+        self, batch: GlobalBatch, uncertainties: Sequence[torch.Tensor], rows: Sequence[int], step: int
+    ) -> list[TokenWeights]:
+        together = torch.cat(list(uncertainties))
+        easy = None
+        if isinstance(self.loss, AtkdLoss) and self.loss.scope == "dataset":
+            easy = torch.cat([self._easy_rows()[int(batch.positions[row])] for row in rows])
+        elif isinstance(self.loss, AtkdLoss):
+            easy = split_easy(together, self.loss, seed=self.seed + step)
+        return token_weights(together, self.loss, easy).split([len(one) for one in uncertainties])
+
+    def micro_batch(self, batch: GlobalBatch, rows: Sequence[int], weights: Sequence[TokenWeights]) -> MicroBatch:
+        """Return the tensors of one forward pass over some rows of a step; ``weights`` are those of all its rows."""
+        examples = [self.examples[int(batch.positions[row])] for row in rows]
+        length = max(len(example.token_ids) for example in examples)
+        token_ids = np.full((len(examples), length), PADDING, dtype=np.int64)
+        attention_mask = np.zeros_like(token_ids)
+        for index, example in enumerate(examples):
+            token_ids[index, : len(example.token_ids)] = example.token_ids
+            attention_mask[index, : len(example.token_ids)] = 1
+        predicting = [index * length + example.target_positions - 1 for index, example in enumerate(examples)]
+        return MicroBatch(
+            token_ids=torch.from_numpy(token_ids),
+            attention_mask=torch.from_numpy(attention_mask),
+            predicting=torch.from_numpy(np.concatenate(predicting)),
+            targets=torch.from_numpy(np.concatenate([example.targets for example in examples]).astype(np.int64)),
+            teacher=self._teacher(examples, [int(batch.positions[row]) for row in rows]),
+            weights=TokenWeights.concatenate([weights[row] for row in rows]),
+        )
+
+    def weightless(self, batch: GlobalBatch) -> MicroBatch:
+        """Return a pass over the batch's first row that adds nothing to loss and gradients."""
+        targets = int(self.examples[int(batch.positions[0])].loss_mask.sum())
+        return self.micro_batch(batch, [0], [TokenWeights.zero(targets)])
+
+    def _teacher(self, examples: Sequence[Example], positions: Sequence[int]) -> TeacherSupport | None:
+        if self.store is None:
+            return None
+        scores = [self.store.scores_at(position, self.top_k) for position in positions]
+        for example, score in zip(examples, scores, strict=True):
+            _require_same_row(example, score)
+        return TeacherSupport(
+            target_logprob=torch.from_numpy(np.concatenate([score.target_logprob for score in scores])),
+            topk_ids=torch.from_numpy(np.concatenate([score.topk_ids for score in scores]).astype(np.int64)),
+            topk_logprobs=torch.from_numpy(np.concatenate([score.topk_logprobs for score in scores])),
+            tail_logmass=torch.from_numpy(np.concatenate([score.tail_logmass for score in scores])),
+        )
+
+    def _uncertainty(self, position: int) -> torch.Tensor:
+        if self.store is None:
+            return torch.zeros(int(self.examples[position].loss_mask.sum()))
+        return torch.from_numpy(self.store.uncertainty_at(position).copy())
+
+    def _easy_rows(self) -> list[torch.Tensor]:
+        if self._easy_in_dataset is None:
+            assert isinstance(self.loss, AtkdLoss)
+            rows = [self._uncertainty(position) for position in range(len(self.examples))]
+            easy = split_easy(torch.cat(rows), self.loss, seed=self.seed)
+            self._easy_in_dataset = list(easy.split([len(row) for row in rows]))
+        return self._easy_in_dataset
+
+
+def _require_same_row(example: Example, score: TeacherScores) -> None:
+    if example.key != score.key:
+        raise ValueError(
+            f"row {example.row} has key {example.key[:12]}, but the store holds scores of {score.key[:12]} at its place; "
+            "the store belongs to other data: score again"
+        )

@@ -1,0 +1,273 @@
+"""What the user may say about models, the teacher's engine, the score store and the student loop."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from losses.config import AtkdLoss, LossConfig, Section
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class PretrainedModel(Section):
+    """A causal language model from the Hugging Face hub or a local folder."""
+
+    kind: Literal["pretrained"]
+
+    name: str = Field(min_length=1)
+    """Hub name (``Qwen/Qwen2.5-0.5B``) or path of a folder."""
+
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you say so."""
+
+
+class ScratchModel(Section):
+    """A Llama-type decoder with random weights; its vocabulary is the run's tokenizer's."""
+
+    kind: Literal["scratch"]
+
+    hidden_size: int = Field(ge=8)
+    """Width of the residual stream, a multiple of ``heads``."""
+
+    layers: int = Field(ge=1)
+    """Number of decoder blocks."""
+
+    heads: int = Field(ge=1)
+    """Number of attention heads."""
+
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Number of key and value heads; as many as ``heads`` unless said."""
+
+    intermediate_size: int | None = Field(default=None, ge=8)
+    """Width of the feed-forward layer; 3 times ``hidden_size`` unless said."""
+
+    tie_embeddings: bool = True
+    """Whether input and output embeddings are one matrix."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ScratchModel":
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}; "
+                f"hidden_size {2 * self.heads * max(1, round(self.hidden_size / (2 * self.heads)))} would do"
+            )
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}; kv_heads 1 would do")
+        return self
+
+
+ModelConfig = Annotated[PretrainedModel | ScratchModel, Field(discriminator="kind")]
+
+
+class LoraAdapter(Section):
+    """Low-rank adapters on the student's linear layers, merged before export."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of each adapter."""
+
+    scale: float = Field(default=32.0, gt=0)
+    """LoRA's alpha: the adapter's output is multiplied by scale / rank."""
+
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout before the adapter."""
+
+    modules: str | tuple[str, ...] = "all-linear"
+    """Names of the layers that get an adapter; ``all-linear`` is every linear layer but the output head."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and a decay."""
+
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """Peak learning rate (the paper's: 2e-5)."""
+
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """Shape of the decay, a scheduler of transformers."""
+
+    warmup_ratio: float = Field(default=0.03, ge=0.0, lt=1.0)
+    """Share of all steps during which the rate rises from zero."""
+
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decoupled weight decay, on matrices only."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's moments."""
+
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; null for none."""
+
+
+class TrainConfig(Section):
+    """The student loop: how much, how large, how often."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training rows; a fraction stops part-way."""
+
+    batch_rows: int = Field(default=32, ge=1)
+    """Rows of one optimizer step over all workers and accumulation. The loss depends on this number alone."""
+
+    micro_batch_rows: int = Field(default=8, ge=1)
+    """Rows of one forward pass on one worker; changes memory and speed, not the result."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer, schedule and clipping."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Forward and backward pass; master weights and optimizer state stay in float32."""
+
+    gradient_checkpointing: bool = False
+    """Trade compute for activation memory."""
+
+    compile: bool = False
+    """Compile the student with torch.compile."""
+
+    sharding: Literal["replicate", "fsdp"] = "replicate"
+    """Replicate the student on each worker (DDP), or shard it over them (FSDP2)."""
+
+    first_epoch: Literal["store_order", "permuted"] = "store_order"
+    """Read the first epoch in the order in which scores arrive, or permuted by the seed as later epochs are."""
+
+    checkpoint_every_steps: int = Field(default=200, ge=1)
+    """Optimizer steps between checkpoints; a killed run repeats at most this many."""
+
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many of the latest checkpoints stay on disk."""
+
+    max_failures: int = Field(default=2, ge=0)
+    """How often the workers are started again after one died."""
+
+
+class WorkersConfig(Section):
+    """Ray Train workers and what each of them holds."""
+
+    count: int = Field(default=1, ge=1)
+    """Number of workers."""
+
+    cpus: float = Field(default=1.0, gt=0)
+    """CPUs of each worker, also its number of threads."""
+
+    gpus: int = Field(default=0, ge=0, le=1)
+    """GPUs of each worker."""
+
+
+class EngineConfig(Section):
+    """How the teacher is served for scoring."""
+
+    kind: Literal["vllm", "transformers"] = "vllm"
+    """vLLM, or the plain transformers reference behind the same interface."""
+
+    dtype: DType = "bfloat16"
+    """Type of the teacher's weights and activations while it scores."""
+
+    replicas: int = Field(default=1, ge=1)
+    """Number of engines that share the work."""
+
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs of one engine; they must stand in one node."""
+
+    cpus: float = Field(default=1.0, gt=0)
+    """CPUs of each replica, also its number of threads on a machine without GPUs."""
+
+    gpu: bool = False
+    """Whether replicas take GPUs (``tensor_parallel`` each)."""
+
+    rows_per_call: int = Field(default=64, ge=1)
+    """Rows given to the engine at once."""
+
+    gpu_memory_utilization: float = Field(default=0.8, gt=0.0, lt=1.0)
+    """Share of the GPU's memory for weights and cache; the rest is for scoring, which vLLM's own profile leaves out."""
+
+    kv_cache_mib: int = Field(default=64, ge=1)
+    """Size of the key-value cache on a machine without GPUs."""
+
+    max_restarts: int = Field(default=3, ge=0)
+    """How often a replica that died is started again."""
+
+    @model_validator(mode="after")
+    def _parallel_needs_gpus(self) -> "EngineConfig":
+        if self.tensor_parallel > 1 and not self.gpu:
+            raise ValueError(f"tensor_parallel {self.tensor_parallel} needs gpu: true; without GPUs 1 would do")
+        if self.kind == "transformers" and self.tensor_parallel > 1:
+            raise ValueError(f"tensor_parallel {self.tensor_parallel} needs kind: vllm; for transformers 1 would do")
+        return self
+
+
+class ScoresConfig(Section):
+    """The score store between teacher and student."""
+
+    top_k: int = Field(default=64, ge=1)
+    """K: how many of the teacher's most likely tokens, the target aside, are kept for each target."""
+
+    rows_per_shard: int = Field(default=256, ge=1)
+    """Rows of one shard: the unit of work, of waiting and of resuming."""
+
+    root: str | None = None
+    """Folder under which stores are kept by their identity, shared between runs; ``scores`` beside the runs unless said."""
+
+    path: str | None = None
+    """One existing store to read and nothing else; refused if its identity is another."""
+
+    overlap: bool = True
+    """Start the student while the teacher still scores; needs devices for both."""
+
+    wait_seconds: float = Field(default=1800.0, gt=0)
+    """How long a student waits for one shard before it gives up."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "ScoresConfig":
+        if self.root and self.path:
+            raise ValueError("root and path exclude each other: path names one store, root a folder of stores")
+        return self
+
+
+class EvaluateConfig(Section):
+    """What is measured on the held-out rows."""
+
+    batch_rows: int = Field(default=16, ge=1)
+    """Rows of one forward pass."""
+
+    generate_rows: int = Field(default=100, ge=0)
+    """Held-out rows whose prompts are answered greedily, for exact match and Rouge-L; 0 for none."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest answer."""
+
+    answer_pattern: str | None = None
+    """Regular expression whose first group is the answer to compare, in response and generated text alike (its last
+    match counts); the whole text unless said."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations while evaluating."""
+
+    cpus: float = Field(default=1.0, gt=0)
+    """CPUs of the evaluator."""
+
+    gpus: int = Field(default=0, ge=0, le=1)
+    """GPUs of the evaluator."""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _pattern_has_a_group(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"answer_pattern {pattern!r} is no regular expression: {error}") from error
+        if groups == 0:
+            raise ValueError(rf"answer_pattern {pattern!r} has no group for the answer; one like '#### (-?\d+)' would do")
+        return pattern
+
+
+def needs_teacher(loss: LossConfig) -> bool:
+    """Whether the loss reads the teacher's scores."""
+    return loss.teaching != "hard_label"
+
+
+def needs_complete_store(loss: LossConfig) -> bool:
+    """Whether the loss ranks tokens over the whole dataset, so that no step can start before the last shard."""
+    return isinstance(loss, AtkdLoss) and loss.scope == "dataset"

@@ -1,0 +1,93 @@
+"""What a training run did, step by step: a line of JSON each, and TensorBoard beside it."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from actors.examples import ExampleFile
+from actors.sampler import GlobalBatch
+from actors.workers import Worker
+from losses.distillation import LossSums
+
+
+class StepLog(Protocol):
+    """Where steps are recorded."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record one step."""
+
+    def close(self) -> None:
+        """Flush."""
+
+
+class MetricsLog:
+    """Appends a line a step; a resumed run first drops the lines of the steps it will repeat."""
+
+    def __init__(self, folder: Path, name: str, first_step: int) -> None:
+        path = folder / f"{name}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(path) if line["step"] < first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115  # closed in close()
+        self._board = SummaryWriter(str(folder / "tensorboard" / name), purge_step=first_step)
+
+    @staticmethod
+    def on_first_worker(worker: Worker, folder: Path, name: str, first_step: int) -> StepLog:
+        """Return the log on rank 0, and one that records nothing elsewhere: sums are those of all workers already."""
+        return MetricsLog(folder, name, first_step) if worker.rank == 0 else NoLog()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record one step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush both."""
+        self._file.close()
+        self._board.close()
+
+
+class NoLog:
+    """Records nothing."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def step_metrics(
+    sums: LossSums, examples: ExampleFile, batch: GlobalBatch, started: float, waited_seconds: float, learning_rate: float,
+    gradient_norm: float, total_steps: int,
+) -> dict[str, float]:  # fmt: skip
+    """Return what is recorded of a step; terms are means in nats over the tokens they speak of."""
+    seconds = time.perf_counter() - started
+    tokens = int(examples.lengths[batch.positions].sum())
+    return {
+        "loss": float(sums.loss),
+        **sums.means(),
+        "learning_rate": learning_rate,
+        "gradient_norm": gradient_norm,
+        "epoch": batch.after.epoch + batch.after.consumed / len(examples),
+        "total_steps": total_steps,
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / max(seconds - waited_seconds, 1e-9),
+        "waited_seconds": waited_seconds,
+    }
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the lines of a metrics file; a last line that was cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,134 @@
+"""What crosses between teacher and student. T tokens of a row, N targets of it, K top-k, V vocabulary."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+MASS_TOLERANCE = 1e-3  # room for a teacher that computes in 16 bits
+UNIFORM_TOLERANCE = 1e-4  # nats between the largest and the smallest of K log-probabilities
+
+
+def example_key(token_ids: np.ndarray, loss_mask: np.ndarray) -> str:
+    """Name an example by its content: 32 hex digits over its token ids and its loss mask."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(np.ascontiguousarray(token_ids, dtype="<i4").tobytes())
+    digest.update(np.packbits(np.asarray(loss_mask, dtype=bool)).tobytes())
+    return digest.hexdigest()
+
+
+def examples_hash(keys: Iterable[str]) -> str:
+    """Name an ordered set of examples by the keys in it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in keys:
+        digest.update(bytes.fromhex(key))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as the models see it."""
+
+    token_ids: np.ndarray
+    """int32 [T], the whole row: prompt and response."""
+
+    loss_mask: np.ndarray
+    """bool [T], True where the token is a target. Never at position 0: nothing predicts the first token."""
+
+    key: str
+    """``example_key`` of the two arrays."""
+
+    row: int
+    """Index of the row in the dataset it came from, for messages and reports."""
+
+    @property
+    def target_positions(self) -> np.ndarray:
+        """int64 [N], the positions of the targets."""
+        return np.flatnonzero(self.loss_mask)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int32 [N], the target tokens."""
+        return self.token_ids[self.loss_mask]
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherScores:
+    """What the teacher says about one example. Row i speaks of the prediction of the i-th target, for all fields."""
+
+    key: str
+    """The example's key."""
+
+    target_logprob: np.ndarray
+    """float32 [N], log-probability of the target."""
+
+    topk_ids: np.ndarray
+    """int32 [N, K], the K most likely tokens other than the target, most likely first."""
+
+    topk_logprobs: np.ndarray
+    """float32 [N, K], their log-probabilities, descending."""
+
+    tail_logmass: np.ndarray
+    """float32 [N], log of the mass outside target and top-K; -inf where nothing is left."""
+
+
+def uncertainty(scores: TeacherScores) -> np.ndarray:
+    """Return UNC, the teacher's mass off the target, float32 [N] (arXiv 2402.11890, section 3)."""
+    return _non_target_mass(scores.target_logprob, scores.topk_logprobs).astype(np.float32)
+
+
+def _non_target_mass(target_logprob: np.ndarray, topk_logprobs: np.ndarray) -> np.ndarray:
+    """float64 [N]: ``max(1 - p_target, sum of the top-K)``; the second is exact where p_target rounds to one."""
+    topk_mass = np.exp(topk_logprobs.astype(np.float64)).sum(axis=-1)
+    return np.maximum(-np.expm1(target_logprob.astype(np.float64)), topk_mass)
+
+
+def tail_logmass(target_logprob: np.ndarray, topk_logprobs: np.ndarray) -> np.ndarray:
+    """Return the log of the mass outside target [N] and top-K [N, K], float32 [N]; -inf where nothing is left."""
+    topk_mass = np.exp(topk_logprobs.astype(np.float64)).sum(axis=-1)
+    with np.errstate(divide="ignore"):
+        return np.log(_non_target_mass(target_logprob, topk_logprobs) - topk_mass).astype(np.float32)
+
+
+def truncate_scores(scores: TeacherScores, top_k: int) -> TeacherScores:
+    """Return the scores a store made with a smaller K would hold: the dropped tokens join the tail."""
+    if top_k > scores.topk_ids.shape[1]:
+        raise ValueError(f"top_k {top_k} exceeds the K={scores.topk_ids.shape[1]} of the scores; ask for at most that")
+    dropped = scores.topk_logprobs[:, top_k:].astype(np.float64)
+    masses = np.concatenate([np.exp(dropped), np.exp(scores.tail_logmass.astype(np.float64))[:, None]], axis=1)
+    with np.errstate(divide="ignore"):
+        tail = np.log(masses.sum(axis=1)).astype(np.float32)
+    return TeacherScores(
+        scores.key, scores.target_logprob, scores.topk_ids[:, :top_k], scores.topk_logprobs[:, :top_k], tail
+    )
+
+
+def check_scores(example: Example, scores: TeacherScores, vocab_size: int) -> None:
+    """Refuse scores that cannot come from a working teacher.
+
+    Raises:
+        ValueError: naming the row, the quantity and the value, if the shapes or the key belong to another example,
+            a log-probability is not finite or above zero, the mass exceeds one, an id lies outside the vocabulary
+            or every distribution of the row is uniform.
+    """
+    targets, where = int(example.loss_mask.sum()), f"row {example.row} (key {example.key[:12]})"
+    if scores.key != example.key:
+        raise ValueError(f"{where}: the scores carry key {scores.key[:12]}, those of another row")
+    top_k = scores.topk_ids.shape[-1]
+    shapes = (scores.target_logprob.shape, scores.topk_ids.shape, scores.topk_logprobs.shape, scores.tail_logmass.shape)
+    if shapes != ((targets,), (targets, top_k), (targets, top_k), (targets,)):
+        raise ValueError(f"{where}: has {targets} targets, but its scores have the shapes {shapes}")
+    for name, values in (("target_logprob", scores.target_logprob), ("topk_logprobs", scores.topk_logprobs)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{where}: {name} holds {values[~np.isfinite(values)][0]}; the teacher's scores must be finite")
+        if (values > 1e-5).any():
+            raise ValueError(f"{where}: {name} holds {values.max():.4g}; a log-probability is never above 0")
+    mass = np.exp(scores.target_logprob.astype(np.float64)) + np.exp(scores.topk_logprobs.astype(np.float64)).sum(axis=1)
+    if (mass > 1 + MASS_TOLERANCE).any():
+        raise ValueError(f"{where}: target and top-K hold a mass of {mass.max():.6f}; at most 1 can be right")
+    if (scores.topk_ids < 0).any() or (scores.topk_ids >= vocab_size).any():
+        raise ValueError(f"{where}: topk_ids leave the vocabulary of {vocab_size} tokens")
+    spread = scores.topk_logprobs.max(axis=1) - scores.topk_logprobs.min(axis=1)
+    if targets > 1 and top_k > 1 and (spread < UNIFORM_TOLERANCE).all():
+        raise ValueError(f"{where}: all {targets} distributions are uniform; the teacher's weights are not what they should be")

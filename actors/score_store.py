@@ -1,0 +1,259 @@
+"""The score store: what the teacher said, on disk, keyed by content; a log that readers follow while it grows.
+
+A folder holds ``manifest.json`` (the full identity in plain fields, its hash, the plan of shards), and for each finished
+shard ``shard-00042.arrow`` and ``shard-00042.json`` (its checksum and counts). A shard exists from the moment its json
+does: that file is renamed into place last. N targets, K top-k, V vocabulary.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from actors.examples import write_atomically
+from actors.records import Example, TeacherScores, check_scores, truncate_scores
+from actors.score_encoding import ShardView, encode_shard
+
+FORMAT = 1
+Identity = Mapping[str, Any]
+"""Plain, nested fields that together say what the scores mean: teacher, tokenizer, examples, K, engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """What is known of one finished shard."""
+
+    shard: int
+    """Its number."""
+    rows: int
+    """Examples in it."""
+    targets: int
+    """Targets in it."""
+    bytes: int
+    """Size of its file."""
+    sha256: str
+    """Checksum of its file."""
+    mean_tail_mass: float
+    """Mass outside target and top-K, averaged over the targets."""
+
+
+class ScoringFailed(RuntimeError):
+    """The teacher gave up for good; the message is the teacher's own."""
+
+
+class StoreMismatch(ValueError):
+    """A store holds scores of another identity."""
+
+
+def identity_hash(identity: Identity) -> str:
+    """Return 64 hex digits over the identity's canonical JSON."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def identity_difference(wanted: Identity, found: Identity, prefix: str = "") -> list[str]:
+    """Return a line for each field that differs: ``engine.dtype: wanted 'float32', the store has 'bfloat16'``."""
+    lines = []
+    for name in sorted({*wanted, *found}):
+        ours, theirs = wanted.get(name), found.get(name)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            lines += identity_difference(ours, theirs, f"{prefix}{name}.")
+        elif ours != theirs:
+            lines.append(f"{prefix}{name}: wanted {ours!r}, the store has {theirs!r}")
+    return lines
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
+
+
+class ScoreStore:
+    """One store, for writing shards and for following them."""
+
+    def __init__(self, path: Path) -> None:
+        manifest_path = path / "manifest.json"
+        if not manifest_path.is_file():
+            raise ValueError(f"no score store at {path}: manifest.json is missing")
+        manifest = _read_json(manifest_path, "delete the folder and score again")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"the store at {path} has format {manifest['format']}, this version reads format {FORMAT}")
+        if identity_hash(manifest["identity"]) != manifest["identity_hash"]:
+            raise ValueError(f"manifest.json of {path} was changed: its identity does not give its hash")
+        self.path = path
+        self.identity: dict[str, Any] = manifest["identity"]
+        self.identity_hash: str = manifest["identity_hash"]
+        self.rows: int = manifest["rows"]
+        self.rows_per_shard: int = manifest["rows_per_shard"]
+        self.top_k: int = manifest["identity"]["top_k"]
+        self.vocab_size: int = manifest["identity"]["vocab_size"]
+        self._shards: dict[int, ShardView] = {}
+
+    @classmethod
+    def open_or_create(cls, path: Path, identity: Identity, rows: int, rows_per_shard: int) -> "ScoreStore":
+        """Open the store at ``path``, or begin it there.
+
+        Raises:
+            StoreMismatch: with one line for each field in which the store's identity differs.
+        """
+        if not (path / "manifest.json").exists():
+            path.mkdir(parents=True, exist_ok=True)
+            manifest = {
+                "format": FORMAT,
+                "identity": dict(identity),
+                "identity_hash": identity_hash(identity),
+                "rows": rows,
+                "rows_per_shard": rows_per_shard,
+            }
+            write_atomically(path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
+        store = cls(path)
+        store.require(identity)
+        return store
+
+    def require(self, identity: Identity) -> None:
+        """Refuse to be read as something else; a store with a larger K serves a smaller one."""
+        wanted, found = dict(identity), dict(self.identity)
+        if wanted["top_k"] <= found["top_k"]:
+            wanted.pop("top_k"), found.pop("top_k")
+        if lines := identity_difference(wanted, found):
+            raise StoreMismatch(
+                f"the store at {self.path} holds other scores than these; name another folder, or score again:\n  "
+                + "\n  ".join(lines)
+            )
+
+    @property
+    def shard_count(self) -> int:
+        """Shards of the complete store."""
+        return math.ceil(self.rows / self.rows_per_shard)
+
+    def positions(self, shard: int) -> range:
+        """Positions, in the example file, of the rows of a shard."""
+        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.rows))
+
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards that are still to be scored, ascending."""
+        return [shard for shard in range(self.shard_count) if not self._info_path(shard).exists()]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is there."""
+        return not self.missing_shards()
+
+    def shard_info(self, shard: int) -> ShardInfo:
+        """Return the counts and the checksum of a finished shard."""
+        return ShardInfo(**_read_json(self._info_path(shard), "delete that file and run again to have the shard scored anew"))
+
+    def write_shard(self, shard: int, examples: Sequence[Example], scores: Sequence[TeacherScores]) -> ShardInfo:
+        """Check, encode and store the scores of the shard's examples, in their order, in one rename.
+
+        Raises:
+            ValueError: naming the row, if a score cannot come from a working teacher (see ``check_scores``).
+        """
+        assert len(examples) == len(scores) == len(self.positions(shard))
+        for example, score in zip(examples, scores, strict=True):
+            check_scores(example, score, self.vocab_size)
+        content = encode_shard(scores, self.vocab_size)
+        tails = np.concatenate([score.tail_logmass for score in scores]).astype(np.float64)
+        info = ShardInfo(
+            shard=shard,
+            rows=len(scores),
+            targets=len(tails),
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            mean_tail_mass=float(np.exp(tails).mean()),
+        )
+        write_atomically(self._shard_path(shard), content)
+        write_atomically(self._info_path(shard), json.dumps(asdict(info)).encode())
+        return info
+
+    def scores_at(self, position: int, top_k: int | None = None) -> TeacherScores:
+        """Return the scores of the example at ``position``, with the store's K or a smaller one.
+
+        Raises:
+            ValueError: if the shard's bytes are not those that were written, or ``top_k`` exceeds the store's K.
+        """
+        shard, row = divmod(position, self.rows_per_shard)
+        scores = self._view(shard)[row]
+        return scores if top_k is None or top_k == self.top_k else truncate_scores(scores, top_k)
+
+    def uncertainty_at(self, position: int) -> np.ndarray:
+        """Return UNC of each target of the example at ``position``, float32 [N], without reading the top-K."""
+        shard, row = divmod(position, self.rows_per_shard)
+        return self._view(shard).uncertainty(row)
+
+    def wait_for(self, shard: int, timeout_seconds: float, poll_seconds: float = 0.2) -> float:
+        """Wait until a shard is there; return the seconds waited.
+
+        Raises:
+            ScoringFailed: with the teacher's own error, if scoring was given up.
+            TimeoutError: if the shard did not come in time.
+        """
+        start = time.monotonic()
+        while not self._info_path(shard).exists():
+            if self._failure_path.exists():
+                raise ScoringFailed(self._failure_path.read_text())
+            if time.monotonic() - start > timeout_seconds:
+                raise TimeoutError(
+                    f"shard {shard} of {self.path} did not come within {timeout_seconds:.0f} s; "
+                    "raise scores.wait_seconds if the teacher is slow, or look for its error in the event log"
+                )
+            time.sleep(poll_seconds)
+        return time.monotonic() - start
+
+    def declare_failed(self, error: str) -> None:
+        """Tell all readers that no further shard will come, and why."""
+        write_atomically(self._failure_path, error.encode())
+
+    def clear_failure(self) -> None:
+        """Begin again after a failure."""
+        self._failure_path.unlink(missing_ok=True)
+
+    def verify(self) -> None:
+        """Read every finished shard and compare its checksum; raises ValueError naming the first that differs."""
+        for shard in range(self.shard_count):
+            if self._info_path(shard).exists():
+                self._verified_bytes(shard)
+
+    def discard_shard(self, shard: int) -> None:
+        """Forget a shard, so that it is scored again."""
+        self._info_path(shard).unlink(missing_ok=True)
+        self._shard_path(shard).unlink(missing_ok=True)
+        self._shards.pop(shard, None)
+
+    def _view(self, shard: int) -> ShardView:
+        if shard not in self._shards:
+            self._shards[shard] = ShardView(self._verified_bytes(shard))
+        return self._shards[shard]
+
+    def _verified_bytes(self, shard: int) -> pa.Buffer:
+        if not self._shard_path(shard).exists():
+            raise ValueError(
+                f"{self._shard_path(shard)} is missing, though it was written; "
+                f"delete shard-{shard:05d}.json there and run again to have it scored anew"
+            )
+        buffer = pa.memory_map(str(self._shard_path(shard))).read_buffer()
+        wanted, found = self.shard_info(shard).sha256, hashlib.sha256(buffer).hexdigest()
+        if wanted != found:
+            raise ValueError(
+                f"{self._shard_path(shard)} is damaged: its sha256 is {found[:16]}…, {wanted[:16]}… was written; "
+                f"delete shard-{shard:05d}.json there and run again to have it scored anew"
+            )
+        return buffer
+
+    def _shard_path(self, shard: int) -> Path:
+        return self.path / f"shard-{shard:05d}.arrow"
+
+    def _info_path(self, shard: int) -> Path:
+        return self.path / f"shard-{shard:05d}.json"
+
+    @property
+    def _failure_path(self) -> Path:
+        return self.path / "failed.txt"

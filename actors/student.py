@@ -1,0 +1,137 @@
+"""The life of one training worker under Ray Train: the student's, and the teacher's while it is fitted.
+
+The same loop serves both: fitting is distillation with the hard-label loss.
+"""
+
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import ray.train
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from actors.adapters import merge_adapters
+from actors.checkpoint import Progress, load_checkpoint, save_checkpoint, whole_weights
+from actors.collate import Collator, MicroBatch
+from actors.config import TrainConfig, needs_teacher
+from actors.examples import ExampleFile
+from actors.metrics_log import MetricsLog, step_metrics
+from actors.optimization import clip_gradients, make_optimizer, make_schedule
+from actors.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
+from actors.score_store import ScoreStore, ScoringFailed
+from actors.student_model import StudentWithLoss, distribute, prepare_model, save_model, set_gradient_sync
+from actors.training_task import TrainingTask
+from actors.workers import Worker
+from losses.distillation import LossSums
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no finite number."""
+
+
+def train_worker(config: dict[str, TrainingTask]) -> str | None:
+    """Run one worker to the end of its task; return the error of a failure that trying again cannot mend.
+
+    Ray Train starts the workers again after whatever is raised.
+    """
+    try:
+        distil(config["task"])
+    except (ScoringFailed, TrainingDiverged, TimeoutError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def distil(task: TrainingTask) -> None:
+    """Teach the student step by step, from wherever its last checkpoint stands, and write the finished model."""
+    worker = Worker.here(task.threads)
+    examples = ExampleFile(Path(task.examples))
+    store = ScoreStore(Path(task.store)) if task.store and needs_teacher(task.loss) else None
+    collator = Collator(examples, store, task.loss, task.top_k, task.seed)
+
+    student = distribute(StudentWithLoss(prepare_model(task.model, task.lora, task.train), task.loss), task.train, worker)
+    total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
+    optimizer = make_optimizer(student, task.train.optimizer)
+    schedule = make_schedule(optimizer, task.train.optimizer, total_steps)
+
+    done = Progress(step=0, sampler=SamplerState(task.seed))
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            done = load_checkpoint(Path(folder), student, optimizer, schedule)
+    log = MetricsLog.on_first_worker(worker, Path(task.metrics), task.name, first_step=done.step + 1)
+
+    batches = global_batches(len(examples), task.train.batch_rows, done.sampler, task.train.first_epoch == "store_order")
+    while done.step < total_steps:
+        started, step, batch = time.perf_counter(), done.step + 1, next(batches)
+        waited_seconds = collator.wait_for(batch, task.wait_seconds)
+        worker.seed_step(task.seed, step)
+
+        sums = accumulate_gradients(student, collator, batch, step, worker, task.train)
+        sums = worker.sum_over_workers(sums)
+        gradient_norm = clip_gradients(student, task.train.optimizer.clip_norm)
+        require_finite(task, step, sums, gradient_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        learning_rate = schedule.get_last_lr()[0]
+        schedule.step()
+
+        done = Progress(step, batch.after)
+        log.write(step, step_metrics(sums, examples, batch, started, waited_seconds, learning_rate, gradient_norm, total_steps))
+        if step % task.train.checkpoint_every_steps == 0 and step < total_steps:
+            with tempfile.TemporaryDirectory() as folder:
+                save_checkpoint(Path(folder), student, optimizer, schedule, done, worker.rank)
+                ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    log.close()
+    write_finished_model(student, task, worker)
+
+
+def accumulate_gradients(
+    student: nn.Module, collator: Collator, batch: GlobalBatch, step: int, worker: Worker, train: TrainConfig
+) -> LossSums:
+    """Run this worker's forward and backward passes of a step; return its sums.
+
+    The weights hold the division by the step's tokens already, so losses and gradients simply add up over passes and
+    workers. DDP and FSDP take the mean over workers, which the factor ``world_size`` makes a sum.
+    """
+    layout = [micro_batches(len(batch.positions), rank, worker.world_size, train.micro_batch_rows) for rank in range(worker.world_size)]
+    weights = collator.weights(batch, layout, step)
+    sums = LossSums.zero(worker.device)
+    for index, rows in enumerate(layout[worker.rank]):
+        # A worker without rows left still takes part in the collectives: one row, with no weight.
+        micro_batch = collator.micro_batch(batch, rows, weights) if rows else collator.weightless(batch)
+        set_gradient_sync(student, index == len(layout[worker.rank]) - 1)
+        part = forward(student, micro_batch.to(worker.device), train)
+        (part.loss * worker.world_size).backward()
+        sums = sums + part.detach()
+    return sums
+
+
+def forward(student: nn.Module, batch: MicroBatch, train: TrainConfig) -> LossSums:
+    """Run one forward pass in the configured precision."""
+    device = batch.token_ids.device.type
+    with torch.autocast(device, torch.bfloat16) if train.precision == "bfloat16" else nullcontext():
+        sums: LossSums = student(batch)
+    return sums
+
+
+def require_finite(task: TrainingTask, step: int, sums: LossSums, gradient_norm: float) -> None:
+    """Stop before a step that would spoil the weights."""
+    loss = float(sums.loss)
+    if not torch.isfinite(torch.tensor([loss, gradient_norm])).all():
+        raise TrainingDiverged(
+            f"{task.name}: step {step} has loss {loss} and gradient norm {gradient_norm}; "
+            f"a learning rate below {task.train.optimizer.learning_rate} or a smaller clip_norm may do"
+        )
+
+
+def write_finished_model(student: nn.Module, task: TrainingTask, worker: Worker) -> None:
+    """Write the model as an ordinary Hugging Face folder, adapters merged."""
+    weights = whole_weights(student)
+    if worker.rank == 0:
+        model = prepare_model(task.model, task.lora, TrainConfig())
+        StudentWithLoss(model, task.loss).load_state_dict(weights)
+        plain = merge_adapters(model) if task.lora else model
+        save_model(plain, AutoTokenizer.from_pretrained(task.tokenizer), Path(task.output))

@@ -1,0 +1,129 @@
+"""The student as a module that turns a batch into a loss. N targets, H hidden size, V vocabulary."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from actors.adapters import add_adapters
+from actors.collate import MicroBatch
+from actors.config import LoraAdapter, ScratchModel, TrainConfig
+from actors.training_task import ModelSource
+from actors.workers import Worker
+from losses.chunked import chunked_distillation_loss
+from losses.config import LossConfig
+from losses.distillation import LossSums, distillation_loss
+
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Settings by which some architectures change the head's output; their logits come from the model's own forward."""
+
+
+def load_model(source: ModelSource) -> PreTrainedModel:
+    """Return the model in float32 on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(
+        source.name, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=torch.float32
+    )
+
+
+def scratch_model(
+    shape: ScratchModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_positions: int, seed: int
+) -> PreTrainedModel:
+    """Return a Llama-type model with random weights, the same for the same seed."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size or 3 * shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=shape.tie_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder, safetensors only; a folder that is there is whole."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(folder)
+
+
+class StudentWithLoss(nn.Module):
+    """The student and its loss in one forward, so that DDP and FSDP see a single call."""
+
+    def __init__(self, model: PreTrainedModel, loss: LossConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: MicroBatch) -> LossSums:
+        """Return the batch's share of the step's loss and the sums for its metrics."""
+        if any(getattr(self.model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_TRANSFORMS):
+            logits = self.model(input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            target_logits = logits.flatten(0, 1)[batch.predicting]  # [N, V]
+            return distillation_loss(target_logits, batch.targets, batch.teacher, batch.weights, self.loss)
+        base = plain_model(self.model)
+        outputs = base.get_decoder()(input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False)
+        hidden = outputs.last_hidden_state.flatten(0, 1)[batch.predicting]  # [N, H]
+        head = base.get_output_embeddings()
+        return chunked_distillation_loss(
+            hidden, head.weight, getattr(head, "bias", None), batch.targets, batch.teacher, batch.weights, self.loss
+        )
+
+
+def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the transformers model itself, whether or not adapters are wrapped around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def prepare_model(source: ModelSource, lora: LoraAdapter | None, train: TrainConfig) -> PreTrainedModel:
+    """Load the student and make it ready to learn."""
+    model = load_model(source)
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora is not None:
+        model = add_adapters(model, lora)
+        if train.gradient_checkpointing:
+            model.enable_input_require_grads()
+    if train.compile:
+        plain_model(model).get_decoder().compile()
+    return model.train()
+
+
+def distribute(student: StudentWithLoss, train: TrainConfig, worker: Worker) -> nn.Module:
+    """Replicate the student over the workers, or shard it; a lone worker with ``replicate`` gets the plain module."""
+    student.to(worker.device)
+    if train.sharding == "fsdp":
+        for layer in decoder_layers(student.model):
+            fully_shard(layer)
+        return fully_shard(student)
+    if worker.world_size == 1:
+        return student
+    return DistributedDataParallel(student)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the blocks of the decoder, the units of sharding."""
+    lists = [child for child in plain_model(model).get_decoder().children() if isinstance(child, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"train.sharding fsdp finds no blocks in {type(plain_model(model)).__name__}; replicate would do")
+    return max(lists, key=len)
+
+
+def set_gradient_sync(student: nn.Module, sync: bool) -> None:
+    """Say whether the next backward pass reduces gradients over the workers: only the last of a step does."""
+    if isinstance(student, DistributedDataParallel):
+        student.require_backward_grad_sync = sync
+    elif hasattr(student, "set_requires_gradient_sync"):
+        student.set_requires_gradient_sync(sync)

@@ -1,0 +1,52 @@
+"""What a training worker is told."""
+
+from dataclasses import dataclass
+
+from actors.config import LoraAdapter, TrainConfig
+from losses.config import LossConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model is loaded from: a folder or a hub name."""
+
+    name: str
+    """Path or hub name."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingTask:
+    """One model to train, with everything it needs. Paths are absolute and seen by all workers."""
+
+    name: str
+    """Name of the task, also of its metrics file."""
+    model: ModelSource
+    """The model to begin with."""
+    tokenizer: str
+    """Folder of the tokenizer that is saved beside the finished model."""
+    lora: LoraAdapter | None
+    """Adapters, if only they are trained."""
+    loss: LossConfig
+    """What is minimised."""
+    train: TrainConfig
+    """How much, how large, how often."""
+    examples: str
+    """The example file."""
+    store: str | None
+    """The score store, where the loss needs a teacher."""
+    top_k: int
+    """How many of the store's K are used."""
+    wait_seconds: float
+    """How long to wait for a shard of the store."""
+    seed: int
+    """Draws the order of epochs, dropout and random splits."""
+    threads: int
+    """CPU threads of a worker."""
+    metrics: str
+    """Folder of metrics."""
+    output: str
+    """Folder in which the finished model is written."""

@@ -1,0 +1,75 @@
+"""The reference engine: a plain transformers forward pass. B batch, T tokens, N targets, K top-k, V vocabulary."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.records import Example, TeacherScores
+from actors.teacher import TeacherSpec, require_top_k, scores_from_candidates
+
+MAX_LOGITS = 1 << 27  # of one forward pass, [B, T, V]: 512 MiB in float32
+
+
+class TransformersEngine:
+    """Scores rows with ``AutoModelForCausalLM``; log-probabilities are computed in float32 whatever the weights are."""
+
+    def __init__(self, spec: TeacherSpec) -> None:
+        self._device = torch.device("cuda" if spec.engine.gpu else "cpu")
+        self._model = AutoModelForCausalLM.from_pretrained(
+            spec.model.name,
+            revision=spec.model.revision,
+            trust_remote_code=spec.model.trust_remote_code,
+            dtype=getattr(torch, spec.engine.dtype),
+        )
+        self._model.eval().to(self._device)
+        self._top_k = spec.top_k
+        self.vocab_size: int = self._model.get_output_embeddings().weight.shape[0]
+        require_top_k(spec.top_k, self.vocab_size)
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        """Return the scores of each example, in their order."""
+        scores: dict[int, TeacherScores] = {}
+        for batch in self._batches(examples):
+            scores |= zip(batch, self._score_batch([examples[index] for index in batch]), strict=True)
+        return [scores[index] for index in range(len(examples))]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator[list[int]]:
+        """Cut the examples, longest first so that little is padded, into passes of at most ``MAX_LOGITS``."""
+        batch: list[int] = []
+        for index in sorted(range(len(examples)), key=lambda index: -len(examples[index].token_ids)):
+            longest = len(examples[batch[0] if batch else index].token_ids)
+            if batch and (len(batch) + 1) * longest * self.vocab_size > MAX_LOGITS:
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _score_batch(self, examples: Sequence[Example]) -> Iterator[TeacherScores]:
+        width = max(len(example.token_ids) for example in examples)
+        token_ids = torch.zeros(len(examples), width, dtype=torch.long)  # [B, T], padded on the right
+        attention_mask = torch.zeros_like(token_ids)
+        for row, example in enumerate(examples):
+            token_ids[row, : len(example.token_ids)] = torch.from_numpy(example.token_ids.astype(np.int64))
+            attention_mask[row, : len(example.token_ids)] = 1
+        logits = self._model(
+            input_ids=token_ids.to(self._device), attention_mask=attention_mask.to(self._device), use_cache=False
+        ).logits  # [B, T, V]
+        for row, example in enumerate(examples):
+            before_target = torch.from_numpy(example.target_positions - 1).to(self._device)
+            logprobs = logits[row, before_target].float().log_softmax(dim=-1)  # [N, V]
+            targets = torch.from_numpy(example.targets.astype(np.int64)).to(self._device)
+            target_logprob = logprobs.gather(1, targets[:, None])[:, 0]
+            top = logprobs.topk(self._top_k + 1, dim=-1)
+            yield scores_from_candidates(
+                example, target_logprob.cpu().numpy(), top.indices.cpu().numpy(), top.values.cpu().numpy()
+            )

@@ -1,0 +1,178 @@
+"""The truncated teacher: its log-probability of the target, of its K most likely others, and what mass is left.
+
+Shapes: N targets, K top-k, V vocabulary. Logarithms are natural.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+Index = slice | Tensor
+"""Which of the N targets to take: a slice, positions, or a mask."""
+
+
+@dataclass(frozen=True)
+class TeacherSupport:
+    """What a teacher says at N targets. Row i of every field speaks of the prediction of the i-th target.
+
+    Raises:
+        ValueError: if the shapes do not belong together. ``check`` looks at the values.
+    """
+
+    target_logprob: Tensor
+    """float32 [N], log-probability of the target."""
+
+    topk_ids: Tensor
+    """int64 [N, K], K other tokens, all different; the target is never among them."""
+
+    topk_logprobs: Tensor
+    """float32 [N, K], their log-probabilities."""
+
+    tail_logmass: Tensor
+    """float32 [N], log of the mass outside target and top-K; -inf where nothing is left."""
+
+    def __post_init__(self) -> None:
+        if self.target_logprob.dim() != 1:
+            raise ValueError(f"target_logprob has the shape {list(self.target_logprob.shape)}; it must be [N]")
+        count = len(self.target_logprob)
+        if self.topk_ids.dim() != 2 or len(self.topk_ids) != count or self.topk_ids.shape[1] < 1:
+            shape = list(self.topk_ids.shape)
+            raise ValueError(f"topk_ids has the shape {shape}; with {count} targets it must be [{count}, K], K at least 1")
+        if self.topk_logprobs.shape != self.topk_ids.shape:
+            shape, right = list(self.topk_logprobs.shape), list(self.topk_ids.shape)
+            raise ValueError(f"topk_logprobs has the shape {shape}; it must be that of topk_ids, {right}")
+        if self.tail_logmass.shape != self.target_logprob.shape:
+            raise ValueError(f"tail_logmass has the shape {list(self.tail_logmass.shape)}; it must be [{count}]")
+
+    def __len__(self) -> int:
+        return len(self.target_logprob)
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """UNC [N], the mass off the target: the larger of 1 - p_g and the sum of the top-K.
+
+        The first is exact unless p_g rounds to one; then the second still sees what the first cannot.
+        """
+        return torch.maximum(-torch.expm1(self.target_logprob.clamp(max=0.0)), self.topk_logprobs.exp().sum(dim=1))
+
+    @property
+    def log_uncertainty(self) -> Tensor:
+        """log UNC [N], finer than the logarithm of ``uncertainty``: it does not underflow."""
+        off_target = torch.log(-torch.expm1(self.target_logprob.clamp(max=0.0)))
+        return torch.maximum(off_target, self.topk_logprobs.logsumexp(dim=1))
+
+    def select(self, index: Index) -> "TeacherSupport":
+        """Return the support of some of the targets, in the order of ``index``."""
+        return TeacherSupport(
+            self.target_logprob[index], self.topk_ids[index], self.topk_logprobs[index], self.tail_logmass[index]
+        )
+
+    def to(self, device: torch.device | str) -> "TeacherSupport":
+        """Return the support on another device."""
+        return TeacherSupport(
+            self.target_logprob.to(device), self.topk_ids.to(device), self.topk_logprobs.to(device),
+            self.tail_logmass.to(device),
+        )  # fmt: skip
+
+    def check(self, targets: Tensor, vocab_size: int) -> None:
+        """Refuse values that no teacher over this vocabulary [V] can have said about these targets [N].
+
+        Raises:
+            ValueError: naming the field, the value seen and the right one.
+        """
+        top_k = self.topk_ids.shape[1]
+        if len(self) != len(targets):
+            raise ValueError(f"teacher has {len(self)} rows, but there are {len(targets)} targets; they must be as many")
+        if top_k >= vocab_size:
+            raise ValueError(
+                f"topk_ids has K={top_k} columns, but a vocabulary of {vocab_size} tokens has only {vocab_size - 1} "
+                f"besides the target; K must be at most {vocab_size - 1}"
+            )
+        if len(self) == 0:
+            return
+        if not self.target_logprob.isfinite().all():
+            bad = self.target_logprob[~self.target_logprob.isfinite()][0].item()
+            raise ValueError(f"target_logprob holds {bad}; a teacher's log-probability of the target must be finite")
+        for name, values in (("topk_logprobs", self.topk_logprobs), ("tail_logmass", self.tail_logmass)):
+            largest = values.amax().item()  # NaN if there is one, as amax passes it on
+            if not largest < 1.0:
+                raise ValueError(f"{name} holds {largest}; a log-probability is a number of at most 0, or -inf")
+        lowest, highest = (int(bound) for bound in self.topk_ids.aminmax())
+        if lowest < 0 or highest >= vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"topk_ids holds {wrong}; ids of a vocabulary of {vocab_size} tokens are 0 to {vocab_size - 1}")
+        doubled = (self.topk_ids == targets[:, None]).any(dim=1)
+        if doubled.any():
+            row = int(doubled.nonzero()[0])
+            raise ValueError(
+                f"topk_ids of row {row} holds its target {int(targets[row])}; the top-K are tokens other than the target"
+            )
+
+    @staticmethod
+    @torch.no_grad()
+    def from_logits(teacher_logits: Tensor, targets: Tensor, top_k: int | None = None) -> "TeacherSupport":
+        """Reduce a teacher's logits [N, V] to its support at the targets [N].
+
+        ``top_k`` None keeps all V - 1 others, in the order of their ids, and the tail is exactly empty; otherwise the
+        K most likely are kept, most likely first. Computed in float32, or float64 if the logits are.
+
+        Raises:
+            ValueError: if the shapes do not agree, a target leaves the vocabulary or ``top_k`` exceeds V - 1.
+        """
+        check_targets(teacher_logits, targets, "teacher_logits")
+        others_count = teacher_logits.shape[1] - 1
+        if others_count < 1 or not 1 <= (others_count if top_k is None else top_k) <= others_count:
+            raise ValueError(
+                f"top_k is {top_k} for teacher_logits of the shape {list(teacher_logits.shape)}; it must be 1 to {others_count}"
+            )
+        logits = teacher_logits.to(working_dtype(teacher_logits))
+        ids = torch.arange(others_count, device=logits.device).expand(len(targets), -1)
+        ids = ids + (ids >= targets[:, None])  # every id but the target's
+        others = logits.gather(1, ids)
+        others_logmass = others.logsumexp(dim=1)
+        target_logit = logits.gather(1, targets[:, None]).squeeze(1)
+        # Through the log-odds: where the target holds nearly all mass, its logit minus a log-sum-exp is mere rounding.
+        log_odds = target_logit - others_logmass
+        log_normalizer = target_logit - logsigmoid(log_odds)
+        kept, tail = others, torch.full_like(others_logmass, -torch.inf)
+        if top_k is not None and top_k < others_count:
+            kept, columns = others.topk(top_k, dim=1)
+            tail = others.scatter(1, columns, -torch.inf).logsumexp(dim=1)
+            ids = ids.gather(1, columns)
+        return TeacherSupport(
+            logsigmoid(log_odds), ids, kept - log_normalizer[:, None], tail - log_normalizer
+        )
+
+
+def working_dtype(values: Tensor) -> torch.dtype:
+    """Return the type losses are computed in: float64 for float64, float32 for all others."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def check_targets(logits: Tensor, targets: Tensor, name: str = "student_logits") -> None:
+    """Refuse logits that are not [N, V], or targets that are not N ids of that vocabulary.
+
+    Raises:
+        ValueError: naming the argument, its shape or value, and the right one.
+    """
+    if logits.dim() != 2:
+        raise ValueError(f"{name} has the shape {list(logits.shape)}; it must be [N, V]")
+    check_target_ids(targets, logits.shape[0], logits.shape[1], where=name)
+
+
+def check_target_ids(targets: Tensor, count: int, vocab_size: int, where: str) -> None:
+    """Refuse targets that are not ``count`` ids of a vocabulary of ``vocab_size`` tokens.
+
+    Raises:
+        ValueError: naming the shape or the value, and the right one.
+    """
+    if targets.shape != (count,):
+        raise ValueError(f"targets has the shape {list(targets.shape)}; with {count} rows in {where} it must be [{count}]")
+    if count == 0:
+        return
+    lowest, highest = (int(bound) for bound in targets.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"targets holds {wrong}; ids of a vocabulary of {vocab_size} tokens are 0 to {vocab_size - 1}")

@@ -1,0 +1,174 @@
+"""Which token is taught what: the weight of each token's target term and of its diversity term.
+
+A divergence gives every token its terms; a teaching gives every token its weights. A step's loss is
+
+    sum over its tokens i of   target_i * TKD_i  +  diversity_i * DKD_i  +  cross_entropy_i * CE_i
+
+and the weights below already hold every division by the number of tokens. They are computed once for a whole optimizer
+step, over all ranks and all accumulated micro-batches; the step's loss is then a plain sum, however it was cut.
+
+| teaching                     | target               | diversity            |
+|------------------------------|----------------------|----------------------|
+| coupled (the plain KL)       | 1 / N                | UNC / N              |
+| decoupled                    | 1 / N                | 1 / N                |
+| target_only                  | 1 / N                | 0                    |
+| diversity_only               | 0                    | 1 / N                |
+| atkd, easy token             | 0                    | λ / N_easy           |
+| atkd, hard token             | (1 - λ) / N_hard     | (1 - λ) / N_hard     |
+
+UNC = 1 - p_g is the teacher's mass off the target, λ is ``easy_weight``. N tokens of the step.
+Source: arXiv 2402.11890, section 3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from losses.config import (
+    AtkdLoss,
+    CoupledLoss,
+    DecoupledLoss,
+    DiversityOnlyLoss,
+    HardLabelLoss,
+    LossConfig,
+    TargetOnlyLoss,
+)
+from losses.support import Index
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """What each of N tokens weighs in the loss of its optimizer step.
+
+    Raises:
+        ValueError: if the four are not of one length.
+    """
+
+    target: Tensor
+    """float32 [N], weight of the target term."""
+
+    diversity: Tensor
+    """float32 [N], weight of the diversity term. Coupled reverse KL: to be multiplied by the student's own 1 - q_g."""
+
+    cross_entropy: Tensor
+    """float32 [N], weight of the cross entropy to the data's token."""
+
+    easy: Tensor
+    """bool [N], which tokens are easy; all False where the teaching does not ask."""
+
+    def __post_init__(self) -> None:
+        for name in ("target", "diversity", "cross_entropy"):
+            shape, easy_shape = list(getattr(self, name).shape), list(self.easy.shape)
+            if shape != easy_shape or len(shape) != 1:
+                raise ValueError(f"weights.{name} has the shape {shape} and weights.easy {easy_shape}; both must be [N]")
+
+    def __len__(self) -> int:
+        return len(self.easy)
+
+    def select(self, index: Index) -> "TokenWeights":
+        """Return the weights of some of the tokens, such as one micro-batch, in the order of ``index``."""
+        return TokenWeights(self.target[index], self.diversity[index], self.cross_entropy[index], self.easy[index])
+
+    def scaled(self, factor: float) -> "TokenWeights":
+        """Return the weights times a factor, for callers whose framework averages over ranks or micro-batches."""
+        return TokenWeights(self.target * factor, self.diversity * factor, self.cross_entropy * factor, self.easy)
+
+    def to(self, device: torch.device | str) -> "TokenWeights":
+        """Return the weights on another device."""
+        return TokenWeights(
+            self.target.to(device), self.diversity.to(device), self.cross_entropy.to(device), self.easy.to(device)
+        )
+
+
+def split_easy(uncertainty: Tensor, loss: AtkdLoss, *, seed: int) -> Tensor:
+    """Say which of N tokens are easy, bool [N]; the others are hard.
+
+    Pass the uncertainty [N] of all tokens the scope ranks together: those of the whole optimizer step (``batch``), of
+    the whole score store (``dataset``), or of one device's forward pass (``microbatch``).
+
+    Scopes ``batch`` and ``dataset``: ``round(easy_ratio * N)`` tokens are easy, to the nearest whole number and a half
+    to the even one. They are those of the lowest uncertainty, ties to the earlier position; or, as controls, as many
+    drawn by ``seed``, or those of the highest uncertainty.
+    Scope ``microbatch``: those strictly below the lower median, as the authors' code does; perhaps none.
+
+    Raises:
+        ValueError: if the uncertainty is not [N], or holds NaN.
+    """
+    if uncertainty.dim() != 1:
+        raise ValueError(f"uncertainty has the shape {list(uncertainty.shape)}; it must be [N]")
+    if uncertainty.isnan().any():
+        raise ValueError("uncertainty holds NaN; the teacher's scores must be finite before tokens can be ranked")
+    if loss.scope == "microbatch":
+        return below_lower_median(uncertainty)
+    order = rank_tokens(uncertainty, loss, seed)
+    easy = torch.zeros_like(uncertainty, dtype=torch.bool)
+    easy[order[: round(loss.easy_ratio * len(uncertainty))]] = True
+    return easy
+
+
+def rank_tokens(uncertainty: Tensor, loss: AtkdLoss, seed: int) -> Tensor:
+    """Return the positions [N], those to be called easy first. Equal tokens keep their order."""
+    if loss.split == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(uncertainty), generator=generator).to(uncertainty.device)
+    return torch.argsort(uncertainty, stable=True, descending=loss.split == "inverted")
+
+
+def below_lower_median(uncertainty: Tensor) -> Tensor:
+    """Return bool [N], True strictly below the median; of an even number of values, below the lower of the middle two."""
+    if len(uncertainty) == 0:
+        return torch.zeros_like(uncertainty, dtype=torch.bool)
+    return uncertainty < uncertainty.median()
+
+
+def token_weights(uncertainty: Tensor, loss: LossConfig, easy: Tensor | None = None) -> TokenWeights:
+    """Return the weights of all N tokens of an optimizer step; the table above.
+
+    Args:
+        uncertainty: float32 [N], the teacher's UNC. A loss without a teacher reads its length alone.
+        loss: which teaching.
+        easy: bool [N] from ``split_easy``; required by ``atkd``, by the others only passed on for reports.
+
+    Raises:
+        ValueError: if ``easy`` is missing or of another shape.
+    """
+    if easy is None:
+        if isinstance(loss, AtkdLoss):
+            raise ValueError("easy is None, but teaching atkd needs to know which tokens are easy: pass split_easy(...)")
+        easy = torch.zeros_like(uncertainty, dtype=torch.bool)
+    if uncertainty.dim() != 1 or easy.shape != uncertainty.shape:
+        raise ValueError(f"uncertainty has the shape {list(uncertainty.shape)} and easy {list(easy.shape)}; both must be [N]")
+
+    each = torch.full_like(uncertainty, 1 / max(len(uncertainty), 1))
+    nothing = torch.zeros_like(uncertainty)
+    match loss:
+        case HardLabelLoss():
+            return TokenWeights(nothing, nothing, each, easy)
+        case CoupledLoss(divergence="forward_kl"):
+            target, diversity = each, each * uncertainty
+        case CoupledLoss() | DecoupledLoss():  # reverse KL couples by the student's uncertainty, known only in the loss
+            target, diversity = each, each
+        case TargetOnlyLoss():
+            target, diversity = each, nothing
+        case DiversityOnlyLoss():
+            target, diversity = nothing, each
+        case AtkdLoss():
+            target, diversity = adaptive_weights(easy, loss, like=uncertainty)
+    return TokenWeights(target, diversity, each * loss.cross_entropy_weight, easy)
+
+
+def adaptive_weights(easy: Tensor, loss: AtkdLoss, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the target and diversity weights of adaptive teaching: easy tokens are spared the target term.
+
+    Each group is averaged over its own size, or both over all tokens (``normalize: tokens``). A group without tokens
+    has no one to give its weight to, and adds nothing.
+    """
+    easy_count, hard_count = easy.sum(), (~easy).sum()
+    if loss.normalize == "tokens":
+        easy_count = hard_count = easy_count + hard_count
+    easy_share = (loss.easy_weight / easy_count.clamp(min=1)).to(like)
+    hard_share = ((1 - loss.easy_weight) / hard_count.clamp(min=1)).to(like)
+    target = torch.where(easy, torch.zeros_like(like), hard_share)
+    diversity = torch.where(easy, easy_share, hard_share)
+    return target, diversity

@@ -1,0 +1,53 @@
+"""The command line. Imports neither torch nor Ray before the configuration stands."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "run": ("report", "live the whole life of a run: prepare, fit, score, train, evaluate, export, report"),
+    "prepare": ("prepare", "read the data, make tokens and masks, and show the counts"),
+    "fit": ("fit", "go on to the fitted teacher"),
+    "score": ("score", "go on to the complete score store"),
+    "train": ("train", "go on to the distilled student"),
+    "evaluate": ("evaluate", "go on to the table of teacher, student before and student after"),
+    "export": ("export", "go on to the student's folder with its model card"),
+    "report": ("report", "go on to the report page"),
+}
+"""For each command, the stage a run goes on to, and its help. What is done before is not done again."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="atkd", description="Distil a large language model into a small one: score once, teach many.",
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in COMMANDS.items():
+        _add_config_arguments(commands.add_parser(name, help=text, description=text))
+    _add_config_arguments(commands.add_parser("config", help="print the whole configuration, defaults included"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit code: 0 done, 1 failed, 2 asked for something that cannot be, 130 interrupted."""
+    options = build_parser().parse_args(arguments)
+    from orchestrator.config_file import ConfigError, dump_config, load_config
+
+    try:
+        config = load_config(options.config, options.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.command == "config":
+        print(dump_config(config), end="")
+        return 0
+    from orchestrator.failure import guarded
+
+    until, _ = COMMANDS[options.command]
+    return guarded(config, until)
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file, such as configs/tiny_cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as loss.easy_ratio=0.3")

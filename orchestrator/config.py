@@ -1,0 +1,217 @@
+"""What the user may say about a run: the whole configuration, one section a class. Imports neither torch nor Ray."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from actors.config import (
+    EngineConfig,
+    EvaluateConfig,
+    LoraAdapter,
+    ModelConfig,
+    ScoresConfig,
+    TrainConfig,
+    WorkersConfig,
+    needs_complete_store,
+    needs_teacher,
+)
+from losses.config import AtkdLoss, LossConfig, Section
+
+TASK_KINDS = (
+    "add", "subtract", "largest", "smallest", "sort", "reverse", "count", "first", "last", "uppercase", "weekday", "opposite",
+)  # fmt: skip
+
+
+class BuiltinSource(Section):
+    """Instruction tasks with checkable answers, made by a seeded generator."""
+
+    kind: Literal["builtin"]
+
+    rows: int = Field(default=6000, ge=10)
+    """Distinct rows to make, held-out rows included."""
+
+    tasks: tuple[str, ...] = TASK_KINDS
+    """Kinds of tasks to draw from."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        for task in tasks:
+            if task not in TASK_KINDS:
+                raise ValueError(f"no task is called {task!r}; there are {', '.join(TASK_KINDS)}")
+        if not tasks:
+            raise ValueError("tasks is empty; name at least one")
+        return tasks
+
+
+class FilesSource(Section):
+    """Rows from JSON Lines, JSON (a list of objects) or Parquet files."""
+
+    kind: Literal["files"]
+
+    path: str = Field(min_length=1)
+    """A file, or a folder of such files, taken in the order of their names."""
+
+
+class HubSource(Section):
+    """Rows from a dataset of the Hugging Face hub, or of a folder that ``datasets`` can load."""
+
+    kind: Literal["hub"]
+
+    name: str = Field(min_length=1)
+    """Name of the dataset (``openai/gsm8k``) or folder."""
+
+    subset: str | None = None
+    """Name of its configuration, where it has several."""
+
+    split: str = "train"
+    """Which split to take, in the notation of ``datasets`` (``train[:1000]``)."""
+
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+
+
+SourceConfig = Annotated[BuiltinSource | FilesSource | HubSource, Field(discriminator="kind")]
+
+
+class InstructionFormat(Section):
+    """A prompt made from the row's fields, and a response."""
+
+    kind: Literal["instruction"]
+
+    prompt: str = "{{ instruction }}{% if input %}\n{{ input }}{% endif %}\n"
+    """Jinja template over the row's fields; a field it names must be in every row."""
+
+    response: str = "response"
+    """Name of the field with the response."""
+
+
+class ChatFormat(Section):
+    """A list of messages, each with ``role`` and ``content``; the assistant's are the targets."""
+
+    kind: Literal["chat"]
+
+    messages: str = "messages"
+    """Name of the field with the messages."""
+
+    template: str | None = None
+    """Jinja chat template; the tokenizer's own unless said."""
+
+
+FormatConfig = Annotated[InstructionFormat | ChatFormat, Field(discriminator="kind")]
+
+
+class DataConfig(Section):
+    """From rows to token ids and loss masks."""
+
+    source: SourceConfig = BuiltinSource(kind="builtin")
+    """Where rows come from."""
+
+    format: FormatConfig = InstructionFormat(kind="instruction")
+    """How a row becomes a prompt and a response."""
+
+    max_tokens: int = Field(default=512, ge=4)
+    """Longest row, end-of-sequence included."""
+
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What happens to longer rows; how many there were is shown either way."""
+
+    heldout_rows: int = Field(default=200, ge=1)
+    """Rows kept aside for evaluation, drawn by ``seed``."""
+
+    max_rows: int | None = Field(default=None, ge=10)
+    """Use only so many rows, drawn by ``seed`` before the held-out rows are."""
+
+    seed: int = Field(default=0, ge=0)
+    """Draws the held-out rows and shuffles the training rows, once."""
+
+
+class TokenizerConfig(Section):
+    """A byte-level BPE tokenizer trained on the run's own training text, for models made from scratch."""
+
+    vocab_size: int = Field(default=2048, ge=300)
+    """Tokens in its vocabulary, special ones included."""
+
+
+class FitConfig(Section):
+    """Fine-tuning on the data with cross entropy, by the student's own loop."""
+
+    train: TrainConfig
+    """How much, how large, how often."""
+
+    workers: WorkersConfig = WorkersConfig()
+    """Who does it."""
+
+
+class TeacherConfig(Section):
+    """The large model."""
+
+    model: ModelConfig
+    """Which model, or what shape of one."""
+
+    fit: FitConfig | None = None
+    """Fine-tune it on the data first, as the paper's teachers are; null to take it as it is."""
+
+    engine: EngineConfig = EngineConfig()
+    """How it is served for scoring."""
+
+
+class StudentConfig(Section):
+    """The small model."""
+
+    model: ModelConfig
+    """Which model, or what shape of one."""
+
+    fit: FitConfig | None = None
+    """Train it on the data first; for students made from scratch, which otherwise know no language."""
+
+    lora: LoraAdapter | None = None
+    """Train adapters instead of all weights."""
+
+
+class RunConfig(Section):
+    """Everything one run depends on."""
+
+    name: str = Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+
+    output: str = "runs"
+    """Folder of runs; on a cluster, one that all nodes see."""
+
+    seed: int = Field(default=0, ge=0)
+    """Draws initial weights, dropout and the order of later epochs."""
+
+    tokenizer: TokenizerConfig | None = None
+    """Train a tokenizer; needed when, and only when, the teacher is made from scratch."""
+
+    data: DataConfig = DataConfig()
+    teacher: TeacherConfig
+    scores: ScoresConfig = ScoresConfig()
+    student: StudentConfig
+    loss: LossConfig = AtkdLoss(teaching="atkd")
+    train: TrainConfig = TrainConfig()
+    workers: WorkersConfig = WorkersConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RunConfig":
+        for role, side in (("teacher", self.teacher), ("student", self.student)):
+            if side.model.kind == "scratch" and side.fit is None and role == "teacher":
+                raise ValueError("teacher.model is scratch but teacher.fit is null: a teacher with random weights has nothing to teach; add teacher.fit")
+            if side.model.kind == "scratch" and self.tokenizer is None and self.teacher.model.kind == "scratch":
+                raise ValueError(f"{role}.model is scratch and tokenizer is null: add a tokenizer section, such as {{vocab_size: 2048}}")
+        if self.tokenizer is not None and "pretrained" in (self.teacher.model.kind, self.student.model.kind):
+            raise ValueError("tokenizer is trained only for models made from scratch; a pretrained model brings its own: set tokenizer to null")
+        if isinstance(self.loss, AtkdLoss) and self.loss.scope == "microbatch" and self.loss.split != "uncertainty":
+            raise ValueError(f"loss.scope microbatch is the authors' rule and has no split {self.loss.split!r}; scope batch has")
+        if needs_teacher(self.loss) and needs_complete_store(self.loss) and self.train.first_epoch == "store_order" and self.scores.overlap:
+            raise ValueError(
+                "loss.scope dataset ranks tokens over the complete store, so training cannot overlap with scoring: set scores.overlap to false"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute path of the run's folder."""
+        return Path(self.output).expanduser().resolve() / self.name

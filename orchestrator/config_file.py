@@ -1,0 +1,176 @@
+"""From a YAML file and dotted overrides to a RunConfig, or to an error that names the key. Imports neither torch nor Ray."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from orchestrator.config import RunConfig
+
+
+class ConfigError(ValueError):
+    """The configuration asks for something that cannot be; the message says which key and what would do."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read ``path``, apply overrides such as ``loss.easy_ratio=0.3`` and validate.
+
+    Raises:
+        ConfigError: naming the file or key, the value seen and, where there is one, the nearest right key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"no configuration file at {file}; {_nearby_configs(file)}")
+    tree = parse_yaml(file.read_text(), str(file))
+    for override in overrides:
+        apply_override(tree, override)
+    return validate(tree)
+
+
+def parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    """Return the mapping that a YAML text holds; ``origin`` names it in errors."""
+    try:
+        tree = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin} must hold a mapping of sections such as data, teacher and student; it holds {type(tree).__name__}")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set ``a.b.c=value`` in the tree; the value is read as YAML, so numbers, lists and null work."""
+    key, equals, text = override.partition("=")
+    if not equals or not key or "" in key.split("."):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, such as loss.easy_ratio=0.3")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value {text!r} is not YAML; quote it if it is a text") from None
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[name] = value
+
+
+def validate(tree: Mapping[str, Any]) -> RunConfig:
+    """Return the typed configuration, or raise a ConfigError with a line for each fault."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(fault, tree) for fault in error.errors()]
+        raise ConfigError("the configuration cannot be used:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the whole configuration, defaults included, as YAML that ``load_config`` reads back to the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return a line for each key in which two dumped configurations differ."""
+    lines = []
+    for key in dict.fromkeys([*ours, *theirs]):
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            lines += config_difference(mine, other, f"{prefix}{key}.")
+        elif mine != other:
+            lines.append(f"{prefix}{key}: {mine!r} here, {other!r} there")
+    return lines
+
+
+def _explain(fault: ErrorDetails, tree: Mapping[str, Any]) -> str:
+    steps = _plain_steps(fault["loc"], tree)
+    place = ".".join(str(step) for step in steps) or "the whole"
+    if fault["type"] == "extra_forbidden":
+        return f"{place}: {_no_such_key(fault['loc'], place)}"
+    if fault["type"] == "missing":
+        return f"{place}: is missing"
+    if fault["type"] == "union_tag_not_found":
+        return f"{place}: needs {fault['ctx']['discriminator']}, which says what it is; got {fault['input']!r}"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{place}: {message}" if steps else message
+    return f"{place}: {message}; got {fault['input']!r}"
+
+
+def _plain_steps(location: Sequence[int | str], tree: Any) -> list[int | str]:
+    """Drop the tags of unions that pydantic adds to an error's location: they are no keys of the file."""
+    steps: list[int | str] = []
+    for index, step in enumerate(location):
+        if isinstance(tree, Mapping):
+            is_tag = step not in tree and index + 1 < len(location) and step in tree.values()
+            if is_tag:
+                continue
+            tree = tree.get(step)
+        elif isinstance(tree, list) and isinstance(step, int) and step < len(tree):
+            tree = tree[step]
+        steps.append(step)
+    return steps
+
+
+def _no_such_key(location: Sequence[int | str], place: str) -> str:
+    everywhere = list(_all_keys(RunConfig))
+    if place in everywhere:
+        return f"does not go with {location[-2]}; leave it out, or choose the variant that has it"
+    wrong = str(location[-1])
+    known = sorted({name for section in _sections_at(location[:-1]) for name in section.model_fields})
+    if close := difflib.get_close_matches(wrong, known, n=1, cutoff=0.5):
+        return f"there is no such key; did you mean {close[0]}?"
+    namesakes = [key for key in everywhere if key.split(".")[-1] == wrong]
+    if nearest := difflib.get_close_matches(place, namesakes, n=1, cutoff=0):
+        return f"there is no such key; there is {nearest[0]}"
+    return f"there is no such key; there are {', '.join(known)}"
+
+
+def _sections_at(location: Sequence[int | str]) -> list[type[BaseModel]]:
+    """The classes that may stand at a location; a step that names no field is the tag of a union and picks its variant."""
+    sections: list[type[BaseModel]] = [RunConfig]
+    for step in location:
+        fields = [section.model_fields[str(step)] for section in sections if step in section.model_fields]
+        if fields:
+            sections = [found for field in fields for found in _model_classes(field.annotation)]
+        else:
+            sections = [one for one in sections if any(step in get_args(f.annotation) for f in one.model_fields.values())]
+    return sections
+
+
+def _model_classes(annotation: Any) -> list[type[BaseModel]]:
+    if get_origin(annotation) is Annotated:
+        return _model_classes(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [found for part in get_args(annotation) for found in _model_classes(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for section in _model_classes(field.annotation):
+            yield from _all_keys(section, f"{prefix}{name}.")
+
+
+def _nearby_configs(file: Path) -> str:
+    known = sorted(path.as_posix() for path in Path("configs").glob("*.yaml"))
+    close = difflib.get_close_matches(file.as_posix(), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known) or 'none in configs/'}"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A key that stands twice is an error; YAML's own loader would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)

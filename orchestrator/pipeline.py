@@ -1,0 +1,54 @@
+"""The life of a run: rows become tokens, a teacher scores them once, a student learns from the scores, both are examined."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+from orchestrator.config import RunConfig
+from orchestrator.evaluation import evaluate
+from orchestrator.export import export
+from orchestrator.models import Models
+from orchestrator.reporting import write_report
+from orchestrator.resources import ray_for
+from orchestrator.run_dir import RunDir
+from orchestrator.scoring_stage import ScoringStage
+from orchestrator.stages import fit, prepare, train
+
+
+def run(config: RunConfig, until: str = "report", say: Callable[[str], None] = print) -> Path:
+    """Live the life of a run as far as the stage ``until``, skipping what is done; return the run's folder."""
+    with RunDir.open(config, say) as books:
+        for finished in life(config, books, overlap=config.scores.overlap and until != "score"):
+            if finished == until:
+                break
+        return books.path
+
+
+def life(config: RunConfig, books: RunDir, overlap: bool) -> Iterator[str]:
+    """Do stage after stage; yield the name of each once its result stands."""
+    models = Models(config, books.path)
+    books.stage("prepare", lambda: prepare(config, books, models))
+    yield "prepare"
+
+    with nullcontext() if books.result("evaluate") else ray_for(config):
+        for role, side in (("teacher", config.teacher), ("student", config.student)):
+            if side.fit is not None:
+                books.stage(f"fit_{role}", lambda: fit(role, side.fit, config, books, models))
+        yield "fit"
+
+        scoring = ScoringStage(config, books, models)
+        if not overlap:
+            scoring.run()
+        with scoring.in_background():
+            if not overlap:
+                yield "score"
+            books.stage("train", lambda: train(config, books, models, scoring.training_store))
+        yield "train"
+
+        books.stage("evaluate", lambda: evaluate(config, books, models, scoring.heldout_store))
+        yield "evaluate"
+
+    books.stage("export", lambda: export(config, books, models, scoring.training_store))
+    yield "export"
+    write_report(books.path)
+    yield "report"

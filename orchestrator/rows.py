@@ -1,0 +1,138 @@
+"""Reading rows: where they come from and what may be wrong with them. A row is a dictionary of named fields."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestrator.builtin_tasks import make_rows
+from orchestrator.config import BuiltinSource, FilesSource, HubSource, SourceConfig
+
+Row = dict[str, Any]
+
+ONE_A_LINE = "rows that stand one a line belong in a .jsonl file"
+
+
+def read_rows(source: SourceConfig, seed: int) -> list[Row]:
+    """Return all rows of a source, in its own order.
+
+    Args:
+        source: the built-in generator, files, or a dataset of the hub.
+        seed: draws the rows of the built-in generator; the other sources do not use it.
+
+    Raises:
+        ValueError: naming the file and the line, if something is missing, empty or no row.
+    """
+    if isinstance(source, BuiltinSource):
+        return make_rows(source.rows, source.tasks, seed)
+    if isinstance(source, FilesSource):
+        return [row for path in files_of(source) for row in read_file(path)]
+    return read_hub(source)
+
+
+def files_of(source: FilesSource) -> list[Path]:
+    """Return the file that is named, or the files of a known kind in the folder that is named, in name order."""
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in READERS and file.is_file())
+        if not files:
+            raise ValueError(f"the folder {path} (data.source.path) holds no {_known_kinds()} file")
+        return files
+    if not path.exists():
+        raise ValueError(
+            f"there is no file {path.absolute()}; data.source.path=... names a {_known_kinds()} file, or a folder of such files"
+        )
+    return [path]
+
+
+def read_file(path: Path) -> list[Row]:
+    """Return the rows of one file, read as its suffix says."""
+    if path.suffix not in READERS:
+        raise ValueError(f"{path}: files of the kind {path.suffix!r} cannot be read as rows; {_known_kinds()} can")
+    rows = READERS[path.suffix](path)
+    if not rows:
+        raise ValueError(f"{path}: the file holds no rows")
+    return rows
+
+
+def read_json_lines(path: Path) -> list[Row]:
+    """Return one row a line; blank lines are no rows."""
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                rows.append(_require_object(_parse_json(line, path, number), f"{path}:{number}"))
+    return rows
+
+
+def read_json(path: Path) -> list[Row]:
+    """Return the rows of a JSON list of objects."""
+    content = path.read_bytes()
+    if not content.strip():
+        return []
+    values = _parse_json(content, path, line=1)
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: holds one {_kind_of(values)} where a list of objects is expected; {ONE_A_LINE}")
+    return [_require_object(value, f"{path}: item {index} of the list") for index, value in enumerate(values)]
+
+
+def read_parquet(path: Path) -> list[Row]:
+    """Return the rows of a Parquet file; a value that is missing is None."""
+    try:
+        return pq.read_table(path).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as a Parquet file: {error}") from error
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {".jsonl": read_json_lines, ".json": read_json, ".parquet": read_parquet}
+"""The kinds of files that hold rows, by their suffix."""
+
+
+def read_hub(source: HubSource) -> list[Row]:
+    """Return the rows of a dataset that ``datasets`` finds on the hub or in a folder."""
+    import datasets  # slow to import, and only this source needs it
+
+    try:
+        dataset = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data.source.name={source.name!r} (subset {source.subset!r}, split {source.split!r}, revision {source.revision!r}) "
+            f"cannot be loaded: {error}"
+        ) from error
+    rows: list[Row] = dataset.to_list()
+    if not rows:
+        raise ValueError(f"data.source.name={source.name!r}: split {source.split!r} holds no rows")
+    return rows
+
+
+def _parse_json(content: bytes, path: Path, line: int) -> Any:
+    """Parse JSON that begins in ``line`` of ``path``."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line += content[: error.start].count(b"\n")
+        raise ValueError(f"{path}:{line}: byte {content[error.start]:#04x} is no UTF-8; save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        hint = f"; {ONE_A_LINE}" if path.suffix == ".json" and error.msg == "Extra data" else ""
+        where = f"{path}:{line + error.lineno - 1}"
+        raise ValueError(f"{where}: malformed JSON at column {error.colno}: {error.msg}{hint}") from error
+
+
+def _require_object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f'{where}: holds a {_kind_of(value)}; a row is an object: {{"instruction": ..., "response": ...}}')
+    return value
+
+
+def _kind_of(value: Any) -> str:
+    """Name a value as JSON does."""
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return names[type(value)]
+
+
+def _known_kinds() -> str:
+    *others, last = READERS
+    return f"{', '.join(others)} or {last}"

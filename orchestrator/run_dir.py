@@ -1,0 +1,102 @@
+"""The folder of a run: what was asked, what was done, and what is still to do.
+
+    config.yaml     the whole configuration, defaults included
+    events.jsonl    a line for whatever happened
+    stages/         a file for each finished stage, with what it made
+    data/ tokenizer/ models/ scores.json metrics/ checkpoints/ evaluation/ student/ table.json report.html
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from actors.examples import write_atomically
+from orchestrator.config import RunConfig
+from orchestrator.config_file import config_difference, dump_config
+
+Facts = dict[str, Any]
+"""What a stage leaves for later ones: plain JSON."""
+
+
+class RunDirError(ValueError):
+    """The run's folder cannot be used for this configuration."""
+
+
+class RunDir:
+    """Books of one run. Only one process at a time may hold them."""
+
+    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
+        self.path = path
+        self.say = say
+
+    @classmethod
+    def open(cls, config: RunConfig, say: Callable[[str], None] = print) -> "RunDir":
+        """Begin the run's folder, or take it up again.
+
+        Raises:
+            RunDirError: if another process holds it, or it was made by another configuration.
+        """
+        path = config.run_dir
+        (path / "stages").mkdir(parents=True, exist_ok=True)
+        books = cls(path, say)
+        books._lock()
+        config_path = path / "config.yaml"
+        if not config_path.exists():
+            write_atomically(config_path, dump_config(config).encode())
+        elif lines := config_difference(config.model_dump(mode="json"), yaml.safe_load(config_path.read_text())):
+            books.close()
+            raise RunDirError(
+                f"{path} was made by another configuration; give this run another name (name=...) or delete the folder:\n  "
+                + "\n  ".join(lines)
+            )
+        return books
+
+    def stage(self, name: str, work: Callable[[], Facts]) -> Facts:
+        """Return what a stage made, doing its work only if that is not there yet."""
+        if (facts := self.result(name)) is not None:
+            self.say(f"{name}: done before")
+            return facts
+        self.event("stage_started", stage=name)
+        started = time.monotonic()
+        facts = {**work(), "seconds": round(time.monotonic() - started, 2)}
+        self.finish(name, facts)
+        return facts
+
+    def finish(self, name: str, facts: Facts) -> None:
+        """Record a stage as done."""
+        write_atomically(self.path / "stages" / f"{name}.json", json.dumps(facts, indent=1).encode())
+        self.event("stage_finished", stage=name, **facts)
+        self.say(f"{name}: done in {facts['seconds']:.1f} s")
+
+    def result(self, name: str) -> Facts | None:
+        """Return what a finished stage made; None if it is not finished."""
+        path = self.path / "stages" / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Append a line to the event log."""
+        with open(self.path / "events.jsonl", "a") as file:
+            file.write(json.dumps({"time": time.time(), "event": name, **fields}) + "\n")
+
+    def close(self) -> None:
+        """Let another process take the folder."""
+        self._lock_file.close()
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        self._lock_file = open(self.path / "lock", "w")  # noqa: SIM115  # held open as long as the run lives
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock_file.close()
+            raise RunDirError(f"another process works in {self.path}; wait for it, or give this run another name (name=...)") from None

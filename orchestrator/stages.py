@@ -1,0 +1,62 @@
+"""The work of each stage that trains or prepares; what it makes goes into the run's folder, what it found into its books."""
+
+from dataclasses import asdict
+
+from actors.score_store import ScoreStore
+from actors.training_task import TrainingTask
+from losses.config import HardLabelLoss
+from orchestrator.config import FitConfig, RunConfig
+from orchestrator.dataset import prepare_data
+from orchestrator.models import Models, Role
+from orchestrator.run_dir import Facts, RunDir
+from orchestrator.training import train_model
+
+
+def prepare(config: RunConfig, books: RunDir, models: Models) -> Facts:
+    """Turn rows into token ids and masks, and draw the weights of models that are made from scratch."""
+    counts = prepare_data(config.data, models.tokenizer_for, books.path / "data")
+    models.make_scratch_models(models.tokenizer())
+    books.say(f"prepare: {counts.line()}")
+    return {"counts": asdict(counts)}
+
+
+def fit(role: Role, fitting: FitConfig, config: RunConfig, books: RunDir, models: Models) -> Facts:
+    """Train a role's model on the data itself, as the paper's teachers are."""
+    task = TrainingTask(
+        name=f"fit_{role}",
+        model=models.begun(role),
+        tokenizer=str(models.tokenizer_folder),
+        lora=None,
+        loss=HardLabelLoss(teaching="hard_label"),
+        train=fitting.train,
+        examples=str(books.path / "data" / "train.arrow"),
+        store=None,
+        top_k=config.scores.top_k,
+        wait_seconds=config.scores.wait_seconds,
+        seed=config.seed,
+        threads=int(max(1, fitting.workers.cpus)),
+        metrics=str(books.path / "metrics"),
+        output=str(models.fitted_folder(role)),
+    )
+    return train_model(task, fitting.workers, books.path / "checkpoints", books.say)
+
+
+def train(config: RunConfig, books: RunDir, models: Models, store: ScoreStore | None) -> Facts:
+    """Distil the student from the store, which may still be growing."""
+    task = TrainingTask(
+        name="train",
+        model=models.ready("student"),
+        tokenizer=str(models.tokenizer_folder),
+        lora=config.student.lora,
+        loss=config.loss,
+        train=config.train,
+        examples=str(books.path / "data" / "train.arrow"),
+        store=str(store.path) if store is not None else None,
+        top_k=config.scores.top_k,
+        wait_seconds=config.scores.wait_seconds,
+        seed=config.seed,
+        threads=int(max(1, config.workers.cpus)),
+        metrics=str(books.path / "metrics"),
+        output=str(models.student_folder),
+    )
+    return train_model(task, config.workers, books.path / "checkpoints", books.say)

@@ -1,0 +1,109 @@
+"""Trains one model by Ray Train, and shows how far it is."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from actors.config import TrainConfig, WorkersConfig
+from actors.metrics_log import read_metrics
+from actors.student import train_worker
+from actors.training_task import TrainingTask
+
+PROGRESS_SECONDS = 10.0
+
+
+class TrainingFailed(RuntimeError):
+    """The workers gave up; the message is theirs."""
+
+
+def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, say: Callable[[str], None]) -> dict[str, float]:
+    """Train until the model is written to ``task.output``; take up again from the latest checkpoint in ``checkpoints``.
+
+    Returns:
+        Steps, seconds of the steps themselves, tokens a second, seconds spent waiting for scores, first and last loss.
+
+    Raises:
+        TrainingFailed: with the workers' own error.
+    """
+    metrics = Path(task.metrics) / f"{task.name}.jsonl"
+    if Path(task.output).exists():  # written by rename, after the last step
+        return summarize(read_metrics(metrics))
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task},
+        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+        ),
+        run_config=_run_config(task.train, task.name, checkpoints),
+    )
+    with _progress_lines(task, say):
+        error = trainer.fit().return_value
+    if error:
+        raise TrainingFailed(error)
+    return summarize(read_metrics(metrics))
+
+
+def summarize(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Return the totals of a training run from the metrics of its steps."""
+    last = steps[-1]
+    seconds = sum(step["seconds"] for step in steps)
+    waited = sum(step["waited_seconds"] for step in steps)
+    return {
+        "steps": last["step"],
+        "step_seconds": round(seconds, 2),
+        "waited_seconds": round(waited, 2),
+        "tokens_per_second": round(sum(step["tokens"] for step in steps) / max(seconds - waited, 1e-9), 1),
+        "first_loss": steps[0]["loss"],
+        "last_loss": last["loss"],
+    }
+
+
+def _run_config(train: TrainConfig, name: str, checkpoints: Path) -> RunConfig:
+    return RunConfig(
+        name=name,
+        storage_path=str(checkpoints),
+        failure_config=FailureConfig(max_failures=train.max_failures),
+        checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+        logging_config=LoggingConfig(log_level="WARNING"),
+    )
+
+
+@contextmanager
+def _progress_lines(task: TrainingTask, say: Callable[[str], None]) -> Iterator[None]:
+    """Say every few seconds how far the metrics file has come."""
+    path, over = Path(task.metrics) / f"{task.name}.jsonl", threading.Event()
+
+    def watch() -> None:
+        told = 0.0
+        while not over.wait(PROGRESS_SECONDS):
+            if (steps := read_metrics(path)) and steps[-1]["step"] != told:
+                told = steps[-1]["step"]
+                say(f"{task.name}: {progress_line(steps)}")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def progress_line(steps: list[dict[str, float]]) -> str:
+    """Return a line such as ``step 120/300, loss 1.234, 8,100 tokens/s, waited 3 s, 0:42 left``."""
+    last, recent = steps[-1], steps[-50:]
+    pace = sum(step["seconds"] for step in recent) / len(recent)
+    left = time.strftime("%H:%M:%S", time.gmtime((last["total_steps"] - last["step"]) * pace))
+    waited = sum(step["waited_seconds"] for step in steps)
+    return (
+        f"step {last['step']:.0f}/{last['total_steps']:.0f}, loss {last['loss']:.4f}, "
+        f"{last['tokens_per_second']:,.0f} tokens/s, waited {waited:.0f} s for scores, {left} left"
+    )

@@ -1,0 +1,128 @@
+"""What a user may write, and what a user is told."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from orchestrator.config import RunConfig
+from orchestrator.config_file import ConfigError, apply_override, config_difference, dump_config, load_config, parse_yaml, validate
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "tokenizer": {"vocab_size": 400},
+    "teacher": {"model": {"kind": "scratch", "hidden_size": 64, "layers": 2, "heads": 2}, "fit": {"train": {}}},
+    "student": {"model": {"kind": "scratch", "hidden_size": 32, "layers": 1, "heads": 2}},
+}
+
+
+def changed(*overrides: str) -> RunConfig:
+    tree = copy.deepcopy(SMALL)
+    for override in overrides:
+        apply_override(tree, override)
+    return validate(tree)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_loads_and_survives_being_written_and_read(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+def test_there_are_configs_for_a_laptop_and_for_clusters() -> None:
+    assert {"tiny_cpu", "gsm8k_cpu", "qwen_7b_to_0.5b_one_node", "qwen_7b_to_0.5b_cluster"} <= {path.stem for path in CONFIGS}
+
+
+def test_overrides_are_read_as_yaml() -> None:
+    config = changed("loss.teaching=atkd", "loss.easy_ratio=0.3", "student.lora={rank: 4}", "train.optimizer.clip_norm=null")
+    assert config.loss.easy_ratio == 0.3  # type: ignore[union-attr]
+    assert config.student.lora is not None and config.student.lora.rank == 4
+    assert config.train.optimizer.clip_norm is None
+
+
+def test_the_defaults_are_the_papers() -> None:
+    loss = changed().loss
+    assert (loss.teaching, loss.easy_ratio, loss.easy_weight, loss.scope) == ("atkd", 0.5, 0.2, "batch")  # type: ignore[union-attr]
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        changed().seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.teaching=atkd", "loss.easy_ration=0.3"], r"loss\.easy_ration: there is no such key; did you mean easy_ratio\?"),
+        (["loss.teaching=coupled", "loss.easy_ratio=0.3"], r"loss\.easy_ratio: does not go with coupled"),
+        (["loss.teaching=atkd", "loss.easy_ratio=3"], r"loss\.easy_ratio: Input should be less than or equal to 1; got 3"),
+        (["loss.teaching=atkdd"], r"loss: Input tag 'atkdd' .* 'atkd', 'coupled'"),
+        (["train.learning_rate=1"], r"train\.learning_rate: there is no such key; there is train\.optimizer\.learning_rate"),
+        (["bogus=1"], r"bogus: there is no such key; there are data, evaluate, loss"),
+        (["data.source={kind: files}"], r"data\.source\.path: is missing"),
+        (["data.source.rows=50"], r"data\.source: needs 'kind', which says what it is; got \{'rows': 50\}"),
+        (["data.source={kind: builtin, tasks: [sing]}"], r"data\.source.*no task is called 'sing'; there are add,"),
+        (["data.source={kind: builtin, tasks: []}"], r"data\.source.*tasks is empty; name at least one"),
+        (["data.max_tokens=abc"], r"data\.max_tokens: Input should be a valid integer.*got 'abc'"),
+        (["name=../x"], r"name: String should match pattern"),
+        (["teacher.fit=null"], r"teacher\.model is scratch but teacher\.fit is null.*add teacher\.fit"),
+        (["tokenizer=null"], r"teacher\.model is scratch and tokenizer is null: add a tokenizer section"),
+        (["teacher.model={kind: pretrained, name: gpt2}"], r"tokenizer is trained only for models made from scratch.*set tokenizer to null"),
+        (["student.model.hidden_size=33"], r"hidden_size 33 must be an even multiple of heads 2; hidden_size 32 would do"),
+        (["student.model.kv_heads=3"], r"heads 2 must be a multiple of kv_heads 3; kv_heads 1 would do"),
+        (["teacher.engine.tensor_parallel=2"], r"tensor_parallel 2 needs gpu: true; without GPUs 1 would do"),
+        (
+            ["teacher.engine={kind: transformers, gpu: true, tensor_parallel: 2}"],
+            r"tensor_parallel 2 needs kind: vllm; for transformers 1 would do",
+        ),
+        (["scores={root: a, path: b}"], r"root and path exclude each other"),
+        (["loss={teaching: atkd, scope: dataset}"], r"loss\.scope dataset .* set scores\.overlap to false"),
+        (["loss={teaching: atkd, scope: microbatch, split: random}"], r"scope microbatch is the authors' rule and has no split 'random'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_with_one_that_would_do(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        changed(*overrides)
+
+
+def test_dataset_scope_without_overlap_is_accepted() -> None:
+    assert changed("loss={teaching: atkd, scope: dataset}", "scores.overlap=false").loss.scope == "dataset"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("override", ["foo", "=1", ".a=1", "a..b=1"])
+def test_an_override_needs_a_key_and_a_value(override: str) -> None:
+    with pytest.raises(ConfigError, match="is not of the form section.key=value"):
+        apply_override({}, override)
+
+
+def test_an_override_that_is_no_yaml_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"the value '\[1' is not YAML; quote it"):
+        apply_override({}, "a.b=[1")
+
+
+def test_a_missing_file_points_to_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"no configuration file at configs/tiny_cpuu\.yaml; did you mean configs/tiny_cpu\.yaml\?"):
+        load_config("configs/tiny_cpuu.yaml")
+    with pytest.raises(ConfigError, match=r"there are configs/gsm8k_cpu\.yaml"):
+        load_config("zzz")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "x.yaml is not YAML"), ("- 1", "must hold a mapping.*it holds list"), ("", "it holds NoneType"),
+     ("a: 1\na: 2", "key 'a' stands twice")],
+)  # fmt: skip
+def test_a_text_that_is_no_mapping_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_yaml(text, "x.yaml")
+
+
+def test_the_difference_of_two_configs_names_each_key() -> None:
+    ours, theirs = changed().model_dump(mode="json"), changed("seed=3", "teacher.engine.dtype=float32").model_dump(mode="json")
+    assert config_difference(ours, theirs) == ["seed: 0 here, 3 there", "teacher.engine.dtype: 'bfloat16' here, 'float32' there"]

@@ -1,0 +1,42 @@
+"""The books of a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.run_dir import RunDir, RunDirError
+from tests.orchestrator.test_config import changed
+
+
+def test_a_stage_is_done_once_and_its_facts_come_back(tmp_path: Path) -> None:
+    config, calls, lines = changed(f"output={tmp_path}"), [], []
+    for _ in range(2):
+        with RunDir.open(config, lines.append) as books:
+            facts = books.stage("prepare", lambda: calls.append(1) or {"rows": 3})  # type: ignore[func-returns-value]
+        assert facts["rows"] == 3
+    assert len(calls) == 1
+    assert lines[0].startswith("prepare: done in") and lines[1] == "prepare: done before"
+    events = [json.loads(line) for line in (tmp_path / "small" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["stage_started", "stage_finished"]
+
+
+def test_a_stage_that_fails_is_not_done(tmp_path: Path) -> None:
+    with RunDir.open(changed(f"output={tmp_path}")) as books:
+        with pytest.raises(ZeroDivisionError):
+            books.stage("prepare", lambda: {"rows": 1 // 0})
+        assert books.result("prepare") is None
+
+
+def test_the_folder_of_another_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
+    RunDir.open(changed(f"output={tmp_path}")).close()
+    with pytest.raises(RunDirError, match=r"made by another configuration; give this run another name.*\n  seed: 5 here, 0 there"):
+        RunDir.open(changed(f"output={tmp_path}", "seed=5"))
+    RunDir.open(changed(f"output={tmp_path}")).close()
+
+
+def test_two_processes_cannot_hold_one_folder(tmp_path: Path) -> None:
+    with RunDir.open(changed(f"output={tmp_path}")):
+        with pytest.raises(RunDirError, match="another process works in .*small; wait for it"):
+            RunDir.open(changed(f"output={tmp_path}"))
+    RunDir.open(changed(f"output={tmp_path}")).close()

@@ -1,0 +1,1 @@
+"""Ranges to search, and nothing else."""
