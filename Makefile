@@ -3,7 +3,7 @@
 # Nothing of the caller's Python may leak into .venv.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 TORCH := torch==2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
@@ -33,8 +33,8 @@ setup: $(READY)  ## Set up .venv for the CPU, as requirements/cpu.lock says
 $(READY): $(LOCK) pyproject.toml scripts/check_environment.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
 		|| { echo "setup needs Python 3.11, and '$(PYTHON)' is not it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "setup: environment in $(VENV), once"
-	@$(PYTHON) -m venv $(VENV)
+	@echo "setup: $(VENV) is made or brought up to date; a new one downloads about 1.1 GB"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "setup: $(TORCH)"
 	@$(call install_torch,$(BIN))
 	@echo "setup: $$(grep -c == $(LOCK)) packages of $(LOCK)"
@@ -48,8 +48,8 @@ $(READY): $(LOCK) pyproject.toml scripts/check_environment.py
 distill: $(READY)  ## Distil the example: fit teacher, score, train student, evaluate, report
 	@$(BIN)/python -m orchestrator run configs/tiny_cpu.yaml
 
-test: lint  ## Run lint and every test; PYTEST_ARGS="tests/losses -k atkd" runs some
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+test: $(READY)  ## Run lint and every test; PYTEST_ARGS="tests/losses -k atkd" runs some
+	@failed=0; $(MAKE) --no-print-directory lint || failed=1; $(BIN)/python -m pytest -q $(PYTEST_ARGS) || failed=1; exit $$failed
 
 lint: $(READY)  ## Check style and types
 	@$(BIN)/ruff check .

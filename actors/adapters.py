@@ -21,10 +21,10 @@ def add_adapters(model: PreTrainedModel, lora: LoraAdapter) -> PreTrainedModel:
     )
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
-    return adapted  # type: ignore[return-value]  # behaves as the model it wraps
+    return adapted
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """Return the plain model with the adapters added into its weights."""
     assert isinstance(model, PeftModel)
-    return model.merge_and_unload()  # type: ignore[no-any-return]
+    return model.merge_and_unload()

@@ -109,7 +109,7 @@ def read_heldout_texts(path: Path, rows: Sequence[int]) -> list[HeldoutText]:
     Raises:
         ValueError: if the file's rows are not these.
     """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     texts = [HeldoutText(line["row"], line.get("task"), line["prompt"], line["response"]) for line in lines]
     found = [text.row for text in texts]
     if found != list(rows):

@@ -74,7 +74,7 @@ def distil(task: TrainingTask) -> None:
         require_finite(task, step, sums, gradient_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        learning_rate = schedule.get_last_lr()[0]
+        learning_rate = float(schedule.get_last_lr()[0])
         schedule.step()
 
         done = Progress(step, batch.after)
@@ -96,7 +96,8 @@ def accumulate_gradients(
     The weights hold the division by the step's tokens already, so losses and gradients simply add up over passes and
     workers. DDP and FSDP take the mean over workers, which the factor ``world_size`` makes a sum.
     """
-    layout = [micro_batches(len(batch.positions), rank, worker.world_size, train.micro_batch_rows) for rank in range(worker.world_size)]
+    rows_in_step, ranks = len(batch.positions), range(worker.world_size)
+    layout = [micro_batches(rows_in_step, rank, worker.world_size, train.micro_batch_rows) for rank in ranks]
     weights = collator.weights(batch, layout, step)
     sums = LossSums.zero(worker.device)
     for index, rows in enumerate(layout[worker.rank]):
@@ -105,7 +106,8 @@ def accumulate_gradients(
         set_gradient_sync(student, index == len(layout[worker.rank]) - 1)
         part = forward(student, micro_batch.to(worker.device), train)
         (part.loss * worker.world_size).backward()
-        sums = sums + part.detach()
+        if rows:
+            sums = sums + part.detach()
     return sums
 
 
@@ -113,8 +115,7 @@ def forward(student: nn.Module, batch: MicroBatch, train: TrainConfig) -> LossSu
     """Run one forward pass in the configured precision."""
     device = batch.token_ids.device.type
     with torch.autocast(device, torch.bfloat16) if train.precision == "bfloat16" else nullcontext():
-        sums: LossSums = student(batch)
-    return sums
+        return LossSums(*student(batch))
 
 
 def require_finite(task: TrainingTask, step: int, sums: LossSums, gradient_norm: float) -> None:

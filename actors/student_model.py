@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -67,7 +67,14 @@ class StudentWithLoss(nn.Module):
         self.model = model
         self.loss = loss
 
-    def forward(self, batch: MicroBatch) -> LossSums:
+    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+        """Return the batch's share of the step's loss, and the sums for its metrics, as the tensors of a ``LossSums``.
+
+        A plain tuple, because DDP and FSDP look for tensors in what a module returns.
+        """
+        return self.loss_sums(batch).tensors()
+
+    def loss_sums(self, batch: MicroBatch) -> LossSums:
         """Return the batch's share of the step's loss and the sums for its metrics."""
         if any(getattr(self.model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_TRANSFORMS):
             logits = self.model(input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False).logits
@@ -107,7 +114,8 @@ def distribute(student: StudentWithLoss, train: TrainConfig, worker: Worker) -> 
     if train.sharding == "fsdp":
         for layer in decoder_layers(student.model):
             fully_shard(layer)
-        return fully_shard(student)
+        fully_shard(student)
+        return student
     if worker.world_size == 1:
         return student
     return DistributedDataParallel(student)
@@ -125,5 +133,5 @@ def set_gradient_sync(student: nn.Module, sync: bool) -> None:
     """Say whether the next backward pass reduces gradients over the workers: only the last of a step does."""
     if isinstance(student, DistributedDataParallel):
         student.require_backward_grad_sync = sync
-    elif hasattr(student, "set_requires_gradient_sync"):
+    elif isinstance(student, FSDPModule):
         student.set_requires_gradient_sync(sync)

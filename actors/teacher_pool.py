@@ -187,8 +187,8 @@ class TeacherPool:
 
     def _await(self, work: _Work | None) -> list[ShardResult]:
         """Wait for whatever comes next, and return the shards that are finished."""
-        self._require_open()
         owners = {ref: replica for replica in self._replicas for ref in replica.awaited()}
+        self._require_open()
         done, _ = ray.wait(list(owners), num_returns=1, timeout=POLL_SECONDS)
         results = [result for ref in done if (result := self._collect(owners[ref], ref, work))]
         for replica in list(self._replicas):
@@ -225,11 +225,12 @@ class TeacherPool:
 
     def _replace(self, replica: _Replica, work: _Work | None, error: str) -> None:
         """Start another replica in the place of one that died, and put back what it had."""
-        self._require_open()
+        with self._lock:
+            self._require_open()
+            self._replicas.remove(replica)
         max_restarts = self.spec.engine.max_restarts
         log.warning("teacher replica %d died: %s", replica.number, error)
         ray.kill(replica.actor)
-        self._replicas.remove(replica)
         shards = list(replica.in_flight.values())
         if work is not None and shards:
             work.queue.hand_back(shards[1:])

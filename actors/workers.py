@@ -35,6 +35,6 @@ class Worker:
         """Return the sums of all workers together."""
         if self.world_size == 1:
             return sums
-        packed = torch.stack([value.float() for value in sums])
+        packed = torch.stack([value.float() for value in sums.tensors()])
         torch.distributed.all_reduce(packed)
         return LossSums(*packed)

@@ -48,8 +48,36 @@ class LossSums:
     easy: Tensor
     """Number of easy tokens."""
 
+    @staticmethod
+    def zero(device: torch.device | str) -> "LossSums":
+        """Return the sums over no tokens."""
+        return LossSums(*(torch.zeros((), device=device) for _ in fields(LossSums)))
+
     def __add__(self, other: "LossSums") -> "LossSums":
-        return LossSums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        return LossSums(*(mine + others for mine, others in zip(self.tensors(), other.tensors(), strict=True)))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all sums in the order of the fields, so that ``LossSums(*sums.tensors())`` is the same again."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def detach(self) -> "LossSums":
+        """Return the sums without a gradient."""
+        return LossSums(*(value.detach() for value in self.tensors()))
+
+    def means(self) -> dict[str, float]:
+        """Return each term's mean, in nats, over the tokens it speaks of (0 where there are none), and the easy share."""
+        targets, easy = max(float(self.targets), 1.0), float(self.easy)
+        hard = max(float(self.targets) - easy, 1.0)
+        return {
+            "target_term": float(self.target_term) / targets,
+            "diversity_term": float(self.diversity_term) / targets,
+            "easy_diversity": float(self.easy_diversity) / max(easy, 1.0),
+            "hard_target": float(self.hard_target) / hard,
+            "hard_diversity": float(self.hard_diversity) / hard,
+            "cross_entropy": float(self.cross_entropy) / targets,
+            "targets": float(self.targets),
+            "easy_share": easy / targets,
+        }
 
 
 def distillation_loss(

@@ -20,6 +20,7 @@ UNC = 1 - p_g is the teacher's mass off the target, λ is ``easy_weight``. N tok
 Source: arXiv 2402.11890, section 3.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,26 @@ class TokenWeights:
             shape, easy_shape = list(getattr(self, name).shape), list(self.easy.shape)
             if shape != easy_shape or len(shape) != 1:
                 raise ValueError(f"weights.{name} has the shape {shape} and weights.easy {easy_shape}; both must be [N]")
+
+    @staticmethod
+    def zero(count: int) -> "TokenWeights":
+        """Return the weights of ``count`` tokens that add nothing."""
+        return TokenWeights(torch.zeros(count), torch.zeros(count), torch.zeros(count), torch.zeros(count, dtype=torch.bool))
+
+    @staticmethod
+    def concatenate(parts: Sequence["TokenWeights"]) -> "TokenWeights":
+        """Return the weights of all parts, one after the other."""
+        return TokenWeights(
+            torch.cat([part.target for part in parts]),
+            torch.cat([part.diversity for part in parts]),
+            torch.cat([part.cross_entropy for part in parts]),
+            torch.cat([part.easy for part in parts]),
+        )
+
+    def split(self, counts: Sequence[int]) -> list["TokenWeights"]:
+        """Cut the weights into parts of ``counts`` tokens, such as the rows of a step."""
+        fields = (self.target, self.diversity, self.cross_entropy, self.easy)
+        return [TokenWeights(*parts) for parts in zip(*(field.split(list(counts)) for field in fields), strict=True)]
 
     def __len__(self) -> int:
         return len(self.easy)
@@ -167,8 +188,8 @@ def adaptive_weights(easy: Tensor, loss: AtkdLoss, like: Tensor) -> tuple[Tensor
     easy_count, hard_count = easy.sum(), (~easy).sum()
     if loss.normalize == "tokens":
         easy_count = hard_count = easy_count + hard_count
-    easy_share = (loss.easy_weight / easy_count.clamp(min=1)).to(like)
-    hard_share = ((1 - loss.easy_weight) / hard_count.clamp(min=1)).to(like)
+    easy_share = loss.easy_weight / easy_count.clamp(min=1).to(like)
+    hard_share = (1 - loss.easy_weight) / hard_count.clamp(min=1).to(like)
     target = torch.where(easy, torch.zeros_like(like), hard_share)
     diversity = torch.where(easy, easy_share, hard_share)
     return target, diversity

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 ANSWER_PATTERN = r"\b(?:is|are) (.+)\.$"
 """Its first group is the answer in a response; it serves as ``evaluate.answer_pattern``."""
 
-LARGEST_TERM = 30
-LARGEST_LISTED_NUMBER = 99
-LARGEST_SHIFT = 14  # two weeks
+LARGEST_TERM = 12
+LARGEST_LISTED_NUMBER = 30
+LARGEST_SHIFT = 7
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 WORDS = (
     "apple", "arm", "bag", "ball", "bean", "bear", "bed", "bell", "bird", "boat", "book", "bread", "bus", "cake", "cap",
@@ -125,9 +125,9 @@ def _smallest(draws: random.Random) -> Question:
 
 def _sort(draws: random.Random) -> Question:
     if draws.random() < 0.5:
-        numbers = _some_numbers(draws, 3, 4)
+        numbers = _some_numbers(draws, 2, 4)
         return {}, _listed(numbers), f"In order they are {_listed(sorted(numbers))}."
-    words = _some_words(draws, 3, 4)
+    words = _some_words(draws, 2, 3)
     return {}, _listed(words), f"In order they are {_listed(sorted(words))}."
 
 
@@ -194,7 +194,10 @@ TASKS: dict[str, Task] = {
         LARGEST_TERM**2,
     ),
     "subtract": Task(
-        ("What is {a} minus {b}?", "Subtract {b} from {a}.", "{a} - {b} = ?", "Take {b} away from {a}."),
+        (
+            "What is {a} minus {b}?", "Subtract {b} from {a}.", "{a} - {b} = ?", "Take {b} away from {a}.",
+            "How much is {a} less {b}?", "Find the difference of {a} and {b}.",
+        ),
         _subtract,
         LARGEST_TERM * (LARGEST_TERM + 1) // 2,
     ),
@@ -211,7 +214,7 @@ TASKS: dict[str, Task] = {
     "sort": Task(
         ("Sort the list.", "Put these in order:", "Arrange the items in ascending order."),
         _sort,
-        _lists(NUMBERS, 3, 4) + _lists(len(WORDS), 3, 4),
+        _lists(NUMBERS, 2, 4) + _lists(len(WORDS), 2, 3),
     ),
     "reverse": Task(
         ("Reverse the list.", "Write these words in reverse order:", "Turn the list of words around."),
@@ -234,17 +237,28 @@ TASKS: dict[str, Task] = {
         _lists(len(WORDS), 2, 5),
     ),
     "uppercase": Task(
-        ("Write {word} in capital letters.", "Make the word {word} uppercase.", "Change {word} to capitals.", "Capitals: {word}"),
+        (
+            "Write {word} in capital letters.", "Make the word {word} uppercase.", "Change {word} to capitals.",
+            "How is {word} written in capitals?", "Turn {word} into uppercase.", "Put {word} into capital letters.",
+            "Capitals: {word}", "Uppercase of {word}:",
+        ),
         _uppercase,
         len(WORDS),
     ),
     "weekday": Task(
-        ("Which day is {when}?", "What day of the week comes {when}?", "Name the day {when}.", "Tell me the weekday {when}."),
+        (
+            "Which day is {when}?", "What day of the week comes {when}?", "Name the day {when}.", "Tell me the weekday {when}.",
+            "What is the day {when}?", "Find the day of the week {when}.", "Say which weekday is {when}.",
+        ),
         _weekday,
         len(DAYS) * LARGEST_SHIFT,
     ),
     "opposite": Task(
-        ("What is the opposite of {word}?", "Name the opposite of {word}.", "Give the antonym of {word}.", "Opposite of {word}:"),
+        (
+            "What is the opposite of {word}?", "Name the opposite of {word}.", "Give the antonym of {word}.",
+            "Which word is contrary to {word}?", "Tell me the opposite of {word}.", "Find an antonym for {word}.",
+            "Opposite of {word}:",
+        ),
         _opposite,
         2 * len(OPPOSITES),
     ),

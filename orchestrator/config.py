@@ -14,7 +14,6 @@ from actors.config import (
     TrainConfig,
     WorkersConfig,
     needs_complete_store,
-    needs_teacher,
 )
 from losses.config import AtkdLoss, LossConfig, Section
 
@@ -196,18 +195,23 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
-        for role, side in (("teacher", self.teacher), ("student", self.student)):
-            if side.model.kind == "scratch" and side.fit is None and role == "teacher":
-                raise ValueError("teacher.model is scratch but teacher.fit is null: a teacher with random weights has nothing to teach; add teacher.fit")
-            if side.model.kind == "scratch" and self.tokenizer is None and self.teacher.model.kind == "scratch":
-                raise ValueError(f"{role}.model is scratch and tokenizer is null: add a tokenizer section, such as {{vocab_size: 2048}}")
-        if self.tokenizer is not None and "pretrained" in (self.teacher.model.kind, self.student.model.kind):
-            raise ValueError("tokenizer is trained only for models made from scratch; a pretrained model brings its own: set tokenizer to null")
-        if isinstance(self.loss, AtkdLoss) and self.loss.scope == "microbatch" and self.loss.split != "uncertainty":
-            raise ValueError(f"loss.scope microbatch is the authors' rule and has no split {self.loss.split!r}; scope batch has")
-        if needs_teacher(self.loss) and needs_complete_store(self.loss) and self.train.first_epoch == "store_order" and self.scores.overlap:
+        kinds = (self.teacher.model.kind, self.student.model.kind)
+        if self.teacher.model.kind == "scratch" and self.teacher.fit is None:
             raise ValueError(
-                "loss.scope dataset ranks tokens over the complete store, so training cannot overlap with scoring: set scores.overlap to false"
+                "teacher.model is scratch but teacher.fit is null: a teacher with random weights has nothing to teach; "
+                "add teacher.fit"
+            )
+        if kinds == ("scratch", "scratch") and self.tokenizer is None:
+            raise ValueError("both models are scratch and tokenizer is null: add a tokenizer section, such as {vocab_size: 2048}")
+        if "pretrained" in kinds and self.tokenizer is not None:
+            raise ValueError(
+                "tokenizer is trained only where both models are made from scratch; a pretrained model brings its own: "
+                "set tokenizer to null"
+            )
+        if needs_complete_store(self.loss) and self.scores.overlap:
+            raise ValueError(
+                "loss.scope dataset ranks tokens over the complete store, so training cannot overlap with scoring: "
+                "set scores.overlap to false"
             )
         return self
 

@@ -154,8 +154,9 @@ def choose_rows(rows: Sequence[Row], data: DataConfig) -> tuple[list[NumberedRow
 def tokenize(rendered: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> TokenizedRows:
     """Tokenize each row's whole text at once, as a model meets it, and mark the tokens that are targets.
 
-    A token is a target if any of its characters is. Instruction rows get the tokenizer's own special tokens and end with the
-    end-of-sequence token, a target; the text of conversations holds all special tokens already.
+    A token is a target if any of its characters is, except the first token: nothing predicts it. Instruction rows get the
+    tokenizer's own special tokens and end with the end-of-sequence token, a target; the text of conversations holds all
+    special tokens already.
 
     Raises:
         ValueError: if instruction rows are to end with a token the tokenizer does not have.
@@ -169,7 +170,7 @@ def tokenize(rendered: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase
         loss_mask, straddles = mark_targets(extents, row.target_spans)
         if instruction:
             token_ids, loss_mask = _end_sequence(token_ids, loss_mask, tokenizer.eos_token_id)
-        loss_mask[:1] = False  # nothing predicts the first token
+        loss_mask[:1] = False
         longest = max(longest, len(token_ids))
         too_long = len(token_ids) > data.max_tokens
         if too_long and data.too_long == "drop":

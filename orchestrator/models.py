@@ -11,6 +11,7 @@ from orchestrator.config import RunConfig, StudentConfig, TeacherConfig
 from orchestrator.tokenizers import load_tokenizer, require_same_tokens, train_tokenizer
 
 Role = Literal["teacher", "student"]
+ROLES: tuple[Role, ...] = ("teacher", "student")
 
 
 class Models:
@@ -56,7 +57,7 @@ class Models:
     def _choose_tokenizer(self, training_texts: list[str]) -> PreTrainedTokenizerBase:
         if self.config.tokenizer is not None:
             return train_tokenizer(training_texts, self.config.tokenizer.vocab_size)
-        tokenizers = [self._own_tokenizer(role) for role in ("teacher", "student") if self.side(role).model.kind == "pretrained"]
+        tokenizers = [self._own_tokenizer(role) for role in ROLES if self.side(role).model.kind == "pretrained"]
         if len(tokenizers) == 2:
             require_same_tokens(*tokenizers)
         return tokenizers[0]
@@ -64,7 +65,7 @@ class Models:
     def make_scratch_models(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Draw the weights of the models that are made from scratch."""
         longest = self.config.data.max_tokens + self.config.evaluate.max_new_tokens
-        for seed, role in enumerate(("teacher", "student"), start=self.config.seed):
+        for seed, role in enumerate(ROLES, start=self.config.seed):
             shape = self.side(role).model
             folder = Path(self.begun(role).name)
             if shape.kind == "scratch" and not folder.exists():

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from orchestrator.config import RunConfig
 from orchestrator.evaluation import evaluate
 from orchestrator.export import export
-from orchestrator.models import Models
+from orchestrator.models import ROLES, Models
 from orchestrator.reporting import write_report
 from orchestrator.resources import ray_for
 from orchestrator.run_dir import RunDir
 from orchestrator.scoring_stage import ScoringStage
 from orchestrator.stages import fit, prepare, train
+from orchestrator.table import print_table, read_table
 
 
 def run(config: RunConfig, until: str = "report", say: Callable[[str], None] = print) -> Path:
@@ -27,13 +29,13 @@ def run(config: RunConfig, until: str = "report", say: Callable[[str], None] = p
 def life(config: RunConfig, books: RunDir, overlap: bool) -> Iterator[str]:
     """Do stage after stage; yield the name of each once its result stands."""
     models = Models(config, books.path)
-    books.stage("prepare", lambda: prepare(config, books, models))
+    books.stage("prepare", partial(prepare, config, books, models))
     yield "prepare"
 
     with nullcontext() if books.result("evaluate") else ray_for(config):
-        for role, side in (("teacher", config.teacher), ("student", config.student)):
-            if side.fit is not None:
-                books.stage(f"fit_{role}", lambda: fit(role, side.fit, config, books, models))
+        for role in ROLES:
+            if models.side(role).fit is not None:
+                books.stage(f"fit_{role}", partial(fit, role, config, books, models))
         yield "fit"
 
         scoring = ScoringStage(config, books, models)
@@ -42,13 +44,21 @@ def life(config: RunConfig, books: RunDir, overlap: bool) -> Iterator[str]:
         with scoring.in_background():
             if not overlap:
                 yield "score"
-            books.stage("train", lambda: train(config, books, models, scoring.training_store))
+            books.stage("train", partial(train, config, books, models, scoring.training_store))
         yield "train"
 
-        books.stage("evaluate", lambda: evaluate(config, books, models, scoring.heldout_store))
+        books.stage("evaluate", partial(evaluate, config, books, models, scoring.heldout_store))
         yield "evaluate"
 
-    books.stage("export", lambda: export(config, books, models, scoring.training_store))
+    books.stage("export", partial(export, config, books, models, scoring.training_store))
     yield "export"
-    write_report(books.path)
+    report = write_report(books.path)
+    show_results(books, models, report)
     yield "report"
+
+
+def show_results(books: RunDir, models: Models, report: Path) -> None:
+    """End with the table, and where to look."""
+    print_table(read_table(books.path))
+    books.say(f"report: {report}")
+    books.say(f"student: {models.student_folder}")

@@ -64,7 +64,7 @@ def read_json_lines(path: Path) -> list[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                rows.append(_require_object(_parse_json(line, path, number), f"{path}:{number}"))
+                rows.append(_require_object(_parse_json(line.rstrip(b"\r\n"), path, number), f"{path}:{number}"))
     return rows
 
 
@@ -97,14 +97,13 @@ def read_hub(source: HubSource) -> list[Row]:
 
     try:
         dataset = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
         raise ValueError(
             f"data.source.name={source.name!r} (subset {source.subset!r}, split {source.split!r}, revision {source.revision!r}) "
-            f"cannot be loaded: {error}"
+            f"cannot be loaded: {reason}"
         ) from error
     rows: list[Row] = dataset.to_list()
-    if not rows:
-        raise ValueError(f"data.source.name={source.name!r}: split {source.split!r} holds no rows")
     return rows
 
 

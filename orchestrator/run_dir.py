@@ -99,4 +99,6 @@ class RunDir:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock_file.close()
-            raise RunDirError(f"another process works in {self.path}; wait for it, or give this run another name (name=...)") from None
+            raise RunDirError(
+                f"another process works in {self.path}; wait for it, or give this run another name (name=...)"
+            ) from None

@@ -103,11 +103,9 @@ class ScoringStage:
     def _spec(self, stores: list[tuple[Split, ScoreStore]]) -> TeacherSpec:
         return TeacherSpec(
             engine=self.config.teacher.engine,
-            model=self._teacher.name,
+            model=self._teacher,
             top_k=self.config.scores.top_k,
             longest_row=max(int(ExampleFile(self._examples_path(split)).lengths.max()) for split, _ in stores),
-            revision=self._teacher.revision,
-            trust_remote_code=self._teacher.trust_remote_code,
         )
 
     def _examples_path(self, split: Split) -> Path:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from actors.score_store import ScoreStore
 from actors.training_task import TrainingTask
 from losses.config import HardLabelLoss
-from orchestrator.config import FitConfig, RunConfig
+from orchestrator.config import RunConfig
 from orchestrator.dataset import prepare_data
 from orchestrator.models import Models, Role
 from orchestrator.run_dir import Facts, RunDir
@@ -20,8 +20,10 @@ def prepare(config: RunConfig, books: RunDir, models: Models) -> Facts:
     return {"counts": asdict(counts)}
 
 
-def fit(role: Role, fitting: FitConfig, config: RunConfig, books: RunDir, models: Models) -> Facts:
+def fit(role: Role, config: RunConfig, books: RunDir, models: Models) -> Facts:
     """Train a role's model on the data itself, as the paper's teachers are."""
+    fitting = models.side(role).fit
+    assert fitting is not None
     task = TrainingTask(
         name=f"fit_{role}",
         model=models.begun(role),

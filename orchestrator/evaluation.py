@@ -1,0 +1,90 @@
+"""The evaluation stage: teacher, student before and student after, each measured by one Ray task, and their table."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.answers import Answer
+from actors.config import EvaluateConfig
+from actors.evaluator import Evaluation, Metrics, evaluate_model
+from actors.examples import write_atomically
+from actors.score_store import ScoreStore
+from actors.training_task import ModelSource
+from orchestrator.config import RunConfig
+from orchestrator.models import Models
+from orchestrator.run_dir import Facts, RunDir
+from orchestrator.table import METRICS, MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table
+
+
+def evaluate(config: RunConfig, books: RunDir, models: Models, heldout_store: ScoreStore) -> Facts:
+    """Measure the three models on the held-out rows and write their table; a model measured before is not measured again."""
+    student_after = ModelSource(str(models.student_folder), trust_remote_code=models.ready("student").trust_remote_code)
+    sources = dict(zip(MODEL_NAMES, (models.ready("teacher"), models.ready("student"), student_after), strict=True))
+    folder = books.path / "evaluation"
+    folder.mkdir(exist_ok=True)
+    running = {
+        name: evaluate_remote(source, books.path, models.tokenizer_folder, heldout_store, config.evaluate, config.scores.top_k)
+        for name, source in sources.items()
+        if not (folder / f"{name}.json").exists()
+    }
+    for name, reference in running.items():
+        evaluation: Evaluation = ray.get(reference)
+        write_evaluation(folder / f"{name}.json", evaluation)
+        books.event("model_evaluated", model=name, **asdict(evaluation.metrics))
+        books.say(f"evaluate: {name.replace('_', ' ')} done, held-out loss {evaluation.metrics.heldout_loss:.4f}")
+    table = comparison_table(*(read_evaluation(folder / f"{name}.json") for name in MODEL_NAMES))
+    write_table(books.path, table)
+    return {"table": [asdict(row) for row in table.rows]}
+
+
+def evaluate_remote(
+    source: ModelSource, run_path: Path, tokenizer: Path, store: ScoreStore, settings: EvaluateConfig, top_k: int
+) -> ray.ObjectRef:
+    """Begin to measure a model in a Ray task that holds what the configuration gives the evaluator; see ``evaluate_model``."""
+    threads = str(max(1, int(settings.cpus)))
+    task = ray.remote(evaluate_model).options(
+        name=f"evaluate {Path(source.name).name}",
+        num_cpus=settings.cpus,
+        num_gpus=settings.gpus,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+    )
+    data = run_path / "data"
+    return task.remote(
+        source, str(tokenizer), str(data / "heldout.arrow"), str(store.path), str(data / "heldout_texts.jsonl"), settings, top_k
+    )
+
+
+def write_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Write metrics and answers as JSON, in one rename."""
+    write_atomically(path, json.dumps(asdict(evaluation), indent=1, ensure_ascii=False).encode())
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Return what ``write_evaluation`` wrote."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return Evaluation(Metrics(**content["metrics"]), tuple(Answer(**answer) for answer in content["answers"]))
+
+
+def comparison_table(teacher: Evaluation, before: Evaluation, after: Evaluation) -> ComparisonTable:
+    """Return the table of the three models."""
+    evaluations = (teacher, before, after)
+    metrics = [{name: getattr(evaluation.metrics, name) for name, _, _ in METRICS} for evaluation in evaluations]
+    return ComparisonTable(metric_rows(metrics), exact_match_by_task([evaluation.answers for evaluation in evaluations]))
+
+
+def exact_match_by_task(answers: Sequence[Sequence[Answer]]) -> tuple[TableRow, ...]:
+    """Return the share of right answers of each model, by kind of task, in the order of their names.
+
+    The number of answers stands in the label. Answers of no named task are left out.
+    """
+    tasks = sorted({answer.task for of_model in answers for answer in of_model if answer.task is not None})
+    rows = []
+    for task in tasks:
+        right = [[answer.correct for answer in of_model if answer.task == task] for of_model in answers]
+        shares = tuple(sum(of_model) / len(of_model) if of_model else None for of_model in right)
+        rows.append(TableRow(task, f"{task} ({max(len(of_model) for of_model in right)})", "share", shares))
+    return tuple(rows)

@@ -1,0 +1,127 @@
+"""The table at the end of a run: teacher, student before and student after, metric by metric and task by task."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from actors.examples import write_atomically
+
+MODEL_NAMES = ("teacher", "student_before", "student_after")
+"""The models, as their files are called."""
+
+COLUMNS = ("teacher", "student before", "student after")
+"""The models, as people call them, in the same order."""
+
+Show = Literal["nats", "share", "score", "count"]
+"""How values are written: 1.2345, 56.7 %, 0.567 or 1,234,567."""
+
+METRICS: tuple[tuple[str, str, Show], ...] = (
+    ("heldout_loss", "held-out loss (nats per target)", "nats"),
+    ("kl_to_teacher", "KL to teacher (nats per target)", "nats"),
+    ("top1_agreement", "top-1 agreement with teacher", "share"),
+    ("calibration_error", "calibration error (ECE)", "share"),
+    ("exact_match", "exact match of answers", "share"),
+    ("rouge_l", "Rouge-L of answers", "score"),
+    ("parameters", "parameters", "count"),
+)
+"""Name among the metrics, label in the table, and how values are written; the table has a row for each, in this order."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One metric of the three models."""
+
+    metric: str
+    """Name among the metrics, or of the task."""
+
+    label: str
+    """What it is, with its unit."""
+
+    show: Show
+    """How values are written."""
+
+    values: tuple[float | None, ...]
+    """One a column; None where it was not measured."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The values as they are written."""
+        return tuple(written(value, self.show) for value in self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonTable:
+    """All that the three models are compared by."""
+
+    rows: tuple[TableRow, ...]
+    """One a metric."""
+
+    tasks: tuple[TableRow, ...]
+    """Exact match by kind of task; empty where the data names none or nothing was generated."""
+
+
+def written(value: float | None, show: Show) -> str:
+    """Return a value as it stands in tables."""
+    if value is None:
+        return "–"
+    return {"nats": f"{value:.4f}", "share": f"{100 * value:.1f} %", "score": f"{value:.3f}", "count": f"{value:,.0f}"}[show]
+
+
+def metric_rows(metrics: Sequence[Mapping[str, float | None]]) -> tuple[TableRow, ...]:
+    """Return a row for each metric from the fields of the models' ``Metrics``, teacher first."""
+    return tuple(TableRow(name, label, show, tuple(one[name] for one in metrics)) for name, label, show in METRICS)
+
+
+def write_table(folder: Path, table: ComparisonTable) -> None:
+    """Write ``table.json`` and ``table.md``."""
+    content = {"columns": COLUMNS, **asdict(table)}
+    write_atomically(folder / "table.md", markdown(table).encode())
+    write_atomically(folder / "table.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def read_table(folder: Path) -> ComparisonTable:
+    """Return the table that ``write_table`` left in a folder."""
+    content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    return ComparisonTable(_rows(content["rows"]), _rows(content["tasks"]))
+
+
+def markdown(table: ComparisonTable) -> str:
+    """Return the table, and that of the tasks if there is one, as Markdown."""
+    parts = [_markdown_of("", table.rows)]
+    if table.tasks:
+        parts.append(_markdown_of("exact match by task", table.tasks))
+    return "\n".join(parts)
+
+
+def print_table(table: ComparisonTable, console: Console | None = None) -> None:
+    """Print the table for people: with rules and colours on a terminal, plain where the output goes elsewhere."""
+    console = console or Console()
+    console = console if console.is_terminal else Console(file=console.file, width=120)
+    for heading, rows in (("", table.rows), ("exact match by task", table.tasks)):
+        if rows:
+            shown = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+            shown.add_column(heading)
+            for column in COLUMNS:
+                shown.add_column(column, justify="right", no_wrap=True)
+            for row in rows:
+                shown.add_row(row.label, *row.cells)
+            console.print(shown)
+
+
+def _markdown_of(heading: str, rows: Sequence[TableRow]) -> str:
+    lines = [(heading, *COLUMNS), ("---", *("---:" for _ in COLUMNS)), *((_cell(row.label), *row.cells) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _rows(rows: Sequence[Mapping[str, Any]]) -> tuple[TableRow, ...]:
+    return tuple(TableRow(row["metric"], row["label"], row["show"], tuple(row["values"])) for row in rows)

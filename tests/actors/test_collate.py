@@ -1,0 +1,133 @@
+"""The one shift, and weights that do not depend on how a step is cut."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.collate import Collator
+from actors.examples import ExampleFile, write_examples
+from actors.sampler import GlobalBatch, SamplerState, micro_batches
+from losses.config import AtkdLoss, CoupledLoss, HardLabelLoss, LossConfig
+from tests.worlds import random_examples, scored_world
+
+ATKD = AtkdLoss(teaching="atkd")
+
+
+def collator_for(folder: Path, loss: LossConfig, top_k: int = 8) -> Collator:
+    path, store = scored_world(folder, rows=10)
+    return Collator(ExampleFile(path), store if loss.teaching != "hard_label" else None, loss, top_k, seed=0)
+
+
+def batch_of(*positions: int) -> GlobalBatch:
+    return GlobalBatch(np.array(positions), SamplerState(seed=0))
+
+
+def layout_of(rows: int, world_size: int, micro_batch_rows: int) -> list[list]:
+    return [micro_batches(rows, rank, world_size, micro_batch_rows) for rank in range(world_size)]
+
+
+def test_predictions_stand_one_before_their_targets(tmp_path: Path) -> None:
+    collator, batch = collator_for(tmp_path, ATKD), batch_of(3, 1)
+    found = collator.micro_batch(batch, [0, 1], collator.weights(batch, layout_of(2, 1, 2), step=1))
+    index = 0
+    for row, position in enumerate(batch.positions):
+        example = collator.examples[int(position)]
+        for place in range(len(example.token_ids)):
+            assert found.token_ids[row, place] == example.token_ids[place]
+            if example.loss_mask[place]:
+                flat = int(found.predicting[index])
+                assert divmod(flat, found.token_ids.shape[1]) == (row, place - 1)
+                assert found.targets[index] == example.token_ids[place]
+                index += 1
+    assert index == len(found.targets) == len(found.weights)
+    assert found.attention_mask.sum(dim=1).tolist() == [len(collator.examples[3].token_ids), len(collator.examples[1].token_ids)]
+
+
+def test_scores_stand_beside_their_targets(tmp_path: Path) -> None:
+    collator, batch = collator_for(tmp_path, ATKD, top_k=5), batch_of(7, 2)
+    teacher = collator.micro_batch(batch, [1], collator.weights(batch, layout_of(2, 1, 2), step=1)).teacher
+    assert teacher is not None and collator.store is not None
+    expected = collator.store.scores_at(2, top_k=5)
+    assert np.array_equal(teacher.target_logprob.numpy(), expected.target_logprob)
+    assert np.array_equal(teacher.topk_ids.numpy(), expected.topk_ids)
+    assert teacher.topk_ids.shape[1] == 5
+
+
+@pytest.mark.parametrize("loss", [ATKD, CoupledLoss(teaching="coupled"), HardLabelLoss(teaching="hard_label")], ids=lambda loss: loss.teaching)
+def test_weights_of_a_step_do_not_depend_on_how_it_is_cut(tmp_path: Path, loss: LossConfig) -> None:
+    collator, batch = collator_for(tmp_path, loss), batch_of(0, 1, 2, 3, 4, 5)
+    whole = collator.weights(batch, layout_of(6, 1, 6), step=1)
+    cut = collator.weights(batch, layout_of(6, 3, 1), step=1)
+    for one, other in zip(whole, cut, strict=True):
+        for name in ("target", "diversity", "cross_entropy", "easy"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_atkd_ranks_over_the_whole_step(tmp_path: Path) -> None:
+    collator, batch = collator_for(tmp_path, ATKD), batch_of(0, 1, 2, 3)
+    assert collator.store is not None
+    easy = torch.cat([weights.easy for weights in collator.weights(batch, layout_of(4, 2, 1), step=1)]).numpy()
+    uncertainty = np.concatenate([collator.store.uncertainty_at(position) for position in range(4)])
+    assert easy.sum() == round(0.5 * len(easy))
+    assert uncertainty[easy].max() <= uncertainty[~easy].min()
+
+
+def test_scope_microbatch_ranks_each_pass_and_takes_the_mean_over_passes(tmp_path: Path) -> None:
+    collator, batch = collator_for(tmp_path, AtkdLoss(teaching="atkd", scope="microbatch")), batch_of(0, 1, 2)
+    assert collator.store is not None
+    for row, weights in enumerate(collator.weights(batch, layout_of(3, 3, 1), step=1)):
+        uncertainty = collator.store.uncertainty_at(row)
+        lower_median = np.sort(uncertainty)[(len(uncertainty) - 1) // 2]
+        hard = uncertainty >= lower_median
+        assert np.array_equal(~weights.easy.numpy(), hard)
+        assert weights.target[torch.from_numpy(hard)].sum().item() == pytest.approx(0.8 / 3, rel=1e-5)
+
+
+def test_scope_dataset_ranks_over_the_store(tmp_path: Path) -> None:
+    collator = collator_for(tmp_path, AtkdLoss(teaching="atkd", scope="dataset", easy_ratio=0.25))
+    assert collator.store is not None
+    batches = [batch_of(*range(5)), batch_of(*range(5, 10))]
+    easy = np.concatenate([w.easy.numpy() for batch in batches for w in collator.weights(batch, layout_of(5, 1, 5), step=1)])
+    uncertainty = np.concatenate([collator.store.uncertainty_at(position) for position in range(10)])
+    assert easy.sum() == round(0.25 * len(easy))
+    assert uncertainty[easy].max() <= uncertainty[~easy].min()
+
+
+def test_a_random_split_differs_from_step_to_step_and_comes_again(tmp_path: Path) -> None:
+    collator, batch = collator_for(tmp_path, AtkdLoss(teaching="atkd", split="random")), batch_of(*range(10))
+    first, second, again = (
+        torch.cat([weights.easy for weights in collator.weights(batch, layout_of(10, 1, 10), step=step)]) for step in (1, 2, 1)
+    )
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again)
+
+
+def test_a_pass_without_weight_adds_nothing(tmp_path: Path) -> None:
+    collator = collator_for(tmp_path, ATKD)
+    found = collator.weightless(batch_of(4, 5))
+    assert len(found.targets) == len(found.weights) > 0
+    assert not found.weights.target.any() and not found.weights.diversity.any()
+
+
+def test_scores_of_other_rows_are_refused(tmp_path: Path) -> None:
+    _, store = scored_world(tmp_path, rows=10)
+    write_examples(tmp_path / "other.arrow", random_examples(10, seed=5))
+    examples = ExampleFile(tmp_path / "other.arrow")
+    collator = Collator(examples, store, CoupledLoss(teaching="coupled"), 8, seed=0)
+    weights = [None] * 3
+    with pytest.raises(ValueError, match="row 2 has key .* but the store holds scores of .* the store belongs to other data"):
+        collator.micro_batch(batch_of(0, 1, 2), [2], weights)  # type: ignore[arg-type]
+
+
+def test_waiting_covers_the_shards_of_the_batch_alone(tmp_path: Path) -> None:
+    collator = collator_for(tmp_path, ATKD)
+    assert collator.store is not None
+    collator.store.discard_shard(1)
+    assert collator.wait_for(batch_of(0, 7), timeout_seconds=0.1) < 0.1
+    with pytest.raises(TimeoutError, match="shard 1 .* did not come within"):
+        collator.wait_for(batch_of(7, 8), timeout_seconds=0.1)
+    whole = Collator(collator.examples, collator.store, AtkdLoss(teaching="atkd", scope="dataset"), 8, seed=0)
+    with pytest.raises(TimeoutError, match="shard 1 "):
+        whole.wait_for(batch_of(0), timeout_seconds=0.1)

@@ -1,0 +1,52 @@
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.examples import ExampleFile, write_atomically, write_examples
+from actors.records import examples_hash
+from tests.fakes import fake_examples
+
+
+def test_examples_come_back_as_they_were_written(tmp_path: Path) -> None:
+    examples = fake_examples(7)
+    write_examples(tmp_path / "train.arrow", examples)
+    file = ExampleFile(tmp_path / "train.arrow")
+    assert len(file) == 7
+    assert file.keys == [example.key for example in examples]
+    assert file.rows == list(range(7))
+    assert file.hash == examples_hash(file.keys)
+    assert file.lengths.tolist() == [len(example.token_ids) for example in examples]
+    for position, example in enumerate(examples):
+        found = file[position]
+        np.testing.assert_array_equal(found.token_ids, example.token_ids)
+        np.testing.assert_array_equal(found.loss_mask, example.loss_mask)
+        assert (found.key, found.row) == (example.key, example.row)
+        assert (found.token_ids.dtype, found.loss_mask.dtype) == (np.int32, np.bool_)
+
+
+def test_a_file_without_rows_is_a_file(tmp_path: Path) -> None:
+    write_examples(tmp_path / "none.arrow", [])
+    assert len(ExampleFile(tmp_path / "none.arrow")) == 0
+
+
+def test_arrays_are_views_into_the_mapped_file(tmp_path: Path) -> None:
+    write_examples(tmp_path / "train.arrow", fake_examples(2))
+    file = ExampleFile(tmp_path / "train.arrow")
+    assert np.shares_memory(file[0].token_ids, file[0].token_ids)
+    assert not file[0].token_ids.flags.writeable
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_atomically(path, b"new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,110 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from actors.records import (
+    Example,
+    TeacherScores,
+    check_scores,
+    example_key,
+    examples_hash,
+    tail_logmass,
+    truncate_scores,
+    uncertainty,
+)
+from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples, fake_logprobs
+
+
+def test_a_key_names_token_ids_and_mask_whatever_their_types() -> None:
+    token_ids, mask = np.array([5, 6, 7]), np.array([False, True, True])
+    key = example_key(token_ids, mask)
+    assert len(key) == 32
+    assert key == example_key(token_ids.astype(np.int32), mask.astype(np.uint8))
+    assert key != example_key(np.array([5, 6, 8]), mask)
+    assert key != example_key(token_ids, np.array([False, False, True]))
+
+
+def test_a_hash_of_examples_depends_on_their_order() -> None:
+    keys = [example.key for example in fake_examples(3)]
+    assert examples_hash(keys) == examples_hash(iter(keys)) != examples_hash(reversed(keys))
+
+
+def test_targets_are_where_the_mask_is_true() -> None:
+    mask = np.array([False, False, True, False, True])
+    example = Example(np.array([9, 8, 7, 6, 5], dtype=np.int32), mask, "", 0)
+    assert example.target_positions.tolist() == [2, 4]
+    assert example.targets.tolist() == [7, 5]
+
+
+def test_uncertainty_and_tail_of_a_hand_made_distribution() -> None:
+    target, topk = np.log(np.float32([0.5])), np.log(np.float32([[0.25, 0.125]]))
+    scores = TeacherScores("", target, np.array([[1, 2]]), topk, tail_logmass(target, topk))
+    assert uncertainty(scores)[0] == pytest.approx(0.5, abs=1e-6)
+    assert math.exp(scores.tail_logmass[0]) == pytest.approx(0.125, abs=1e-6)
+
+
+def test_nothing_is_left_where_target_and_top_k_hold_all_mass() -> None:
+    target, topk = np.zeros(1, np.float32), np.float32([[-20.0]])
+    assert tail_logmass(target, topk)[0] == -np.inf
+    scores = TeacherScores("", target, np.array([[1]]), topk, np.float32([-np.inf]))
+    assert uncertainty(scores)[0] == pytest.approx(math.exp(-20), rel=1e-5)  # 1 - p would be 0
+
+
+@pytest.mark.parametrize("top_k", [1, 4, FAKE_VOCAB - 1])
+def test_the_masses_of_target_top_k_and_tail_sum_to_one(top_k: int) -> None:
+    for example in fake_examples(5):
+        scores = expected_scores(example, top_k)
+        mass = np.exp(scores.target_logprob) + np.exp(scores.topk_logprobs).sum(axis=1) + np.exp(scores.tail_logmass)
+        np.testing.assert_allclose(mass, 1.0, atol=1e-5)
+
+
+def test_truncated_scores_are_those_made_with_a_smaller_k() -> None:
+    for example in fake_examples(5):
+        truncated, made = truncate_scores(expected_scores(example, 12), 4), expected_scores(example, 4)
+        np.testing.assert_array_equal(truncated.topk_ids, made.topk_ids)
+        np.testing.assert_array_equal(truncated.topk_logprobs, made.topk_logprobs)
+        np.testing.assert_allclose(truncated.tail_logmass, made.tail_logmass, atol=1e-5)
+
+
+def test_truncating_to_a_larger_k_is_refused() -> None:
+    with pytest.raises(ValueError, match="top_k 6 exceeds the K=5 of the scores"):
+        truncate_scores(expected_scores(fake_examples(1)[0], 5), 6)
+
+
+def test_right_scores_pass() -> None:
+    for example in fake_examples(5):
+        check_scores(example, expected_scores(example, 5), FAKE_VOCAB)
+
+
+def _with(values: np.ndarray, index: tuple[int, ...], value: float) -> np.ndarray:
+    changed = values.copy()
+    changed[index] = value
+    return changed
+
+
+def test_wrong_scores_are_refused_with_the_row_and_the_number() -> None:
+    example = replace(fake_examples(1, seed=3)[0], row=41)
+    good = expected_scores(example, 5)
+    targets = len(example.targets)
+    cases = {
+        "the scores carry key 0000": replace(good, key="0000"),
+        f"has {targets} targets, but its scores have the shapes": replace(good, target_logprob=good.target_logprob[1:]),
+        "target_logprob holds nan": replace(good, target_logprob=_with(good.target_logprob, (0,), np.nan)),
+        "topk_logprobs holds -inf": replace(good, topk_logprobs=_with(good.topk_logprobs, (0, 4), -np.inf)),
+        "topk_logprobs holds 0.25; a log-probability is never above 0": replace(
+            good, topk_logprobs=_with(good.topk_logprobs, (1, 0), 0.25)
+        ),
+        "hold a mass of": replace(good, target_logprob=_with(good.target_logprob, (0,), -1e-6)),
+        "topk_ids leave the vocabulary of 64": replace(good, topk_ids=_with(good.topk_ids, (0, 0), FAKE_VOCAB)),
+        "are uniform": replace(good, topk_logprobs=np.full_like(good.topk_logprobs, -np.log(FAKE_VOCAB))),
+    }
+    for message, scores in cases.items():
+        with pytest.raises(ValueError, match=f"row 41 .*{message}"):
+            check_scores(example, scores, FAKE_VOCAB)
+
+
+def test_the_fake_distribution_of_a_prefix_does_not_look_ahead() -> None:
+    token_ids = fake_examples(1)[0].token_ids
+    np.testing.assert_allclose(fake_logprobs(token_ids, 9)[:3], fake_logprobs(token_ids[:3], 9))

@@ -1,0 +1,58 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.records import TeacherScores, uncertainty
+from actors.score_encoding import ShardView, decode_logprobs, encode_logprobs, encode_shard
+from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples
+
+
+@given(st.lists(st.floats(-31.9375, 0.0, width=32), min_size=1))
+def test_a_logprob_is_kept_to_a_quarter_of_a_milli_nat(values: list[float]) -> None:
+    logprobs = np.array(values, dtype=np.float32)
+    assert np.abs(decode_logprobs(encode_logprobs(logprobs)) - logprobs).max() <= 2.5e-4
+
+
+def test_lower_logprobs_stay_at_the_lowest_and_rounding_above_zero_at_zero() -> None:
+    decoded = decode_logprobs(encode_logprobs(np.float32([-32.5, -1000.0, 1e-6])))
+    np.testing.assert_allclose(decoded, [-31.9995, -31.9995, 0.0], atol=1e-4)
+
+
+def test_a_shard_comes_back_row_by_row() -> None:
+    scores = [expected_scores(example, 6) for example in fake_examples(5)]
+    view = ShardView(pa.py_buffer(encode_shard(scores, FAKE_VOCAB)))
+    assert len(view) == 5
+    for row, wanted in enumerate(scores):
+        found = view[row]
+        assert found.key == wanted.key
+        np.testing.assert_array_equal(found.target_logprob, wanted.target_logprob)
+        np.testing.assert_array_equal(found.tail_logmass, wanted.tail_logmass)
+        np.testing.assert_array_equal(found.topk_ids, wanted.topk_ids)
+        np.testing.assert_allclose(found.topk_logprobs, wanted.topk_logprobs, atol=2.5e-4)
+        np.testing.assert_array_equal(view.uncertainty(row), uncertainty(wanted))
+
+
+@pytest.mark.parametrize("vocab_size", [65_536, 65_537, 152_000, 1 << 24])
+def test_the_largest_ids_of_a_vocabulary_survive(vocab_size: int) -> None:
+    ids = np.array([[vocab_size - 1, 0, 65_535]], dtype=np.int32)
+    logprobs = np.float32([[-1.0, -2.0, -3.0]])
+    scores = TeacherScores("k", np.float32([-0.9]), ids, logprobs, np.float32([-4.0]))
+    found = ShardView(pa.py_buffer(encode_shard([scores], vocab_size)))[0]
+    np.testing.assert_array_equal(found.topk_ids, ids)
+    assert found.topk_ids.dtype == np.int32
+
+
+@pytest.mark.parametrize(("vocab_size", "bytes_per_token"), [(65_536, 4), (65_537, 5)])
+def test_a_target_takes_as_many_bytes_as_promised(vocab_size: int, bytes_per_token: int) -> None:
+    targets, top_k = 4096, 64
+    scores = TeacherScores(
+        "k",
+        np.full(targets, -1, np.float32),
+        np.tile(np.arange(top_k, dtype=np.int32), (targets, 1)),
+        np.tile(np.linspace(-2, -9, top_k, dtype=np.float32), (targets, 1)),
+        np.full(targets, -3, np.float32),
+    )
+    content = len(encode_shard([scores], vocab_size))
+    assert bytes_per_token * top_k + 12 <= content / targets <= bytes_per_token * top_k + 16

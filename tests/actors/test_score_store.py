@@ -1,0 +1,207 @@
+import json
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.records import Example, uncertainty
+from actors.score_store import ScoreStore, ScoringFailed, StoreMismatch, identity_difference, identity_hash
+from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples
+
+ROWS, ROWS_PER_SHARD, TOP_K = 10, 4, 6
+
+
+def identity(**changed: Any) -> dict[str, Any]:
+    return {"teacher": {"name": "t", "revision": "r"}, "top_k": TOP_K, "vocab_size": FAKE_VOCAB, **changed}
+
+
+def begin(path: Path, **changed: Any) -> ScoreStore:
+    return ScoreStore.open_or_create(path, identity(**changed), ROWS, ROWS_PER_SHARD)
+
+
+def write(store: ScoreStore, examples: list[Example], shard: int) -> None:
+    rows = [examples[position] for position in store.positions(shard)]
+    store.write_shard(shard, rows, [expected_scores(row, TOP_K) for row in rows])
+
+
+@pytest.fixture
+def examples() -> list[Example]:
+    return fake_examples(ROWS)
+
+
+@pytest.fixture
+def store(tmp_path: Path, examples: list[Example]) -> ScoreStore:
+    store = begin(tmp_path / "store")
+    for shard in range(store.shard_count):
+        write(store, examples, shard)
+    return store
+
+
+def test_what_was_written_is_read_by_position(store: ScoreStore, examples: list[Example]) -> None:
+    again = begin(store.path)
+    assert again.complete
+    for position, example in enumerate(examples):
+        wanted, found = expected_scores(example, TOP_K), again.scores_at(position)
+        assert found.key == example.key
+        np.testing.assert_array_equal(found.target_logprob, wanted.target_logprob)
+        np.testing.assert_array_equal(found.topk_ids, wanted.topk_ids)
+        np.testing.assert_allclose(found.topk_logprobs, wanted.topk_logprobs, atol=2.5e-4)
+        np.testing.assert_array_equal(again.uncertainty_at(position), uncertainty(wanted))
+
+
+def test_shards_are_cut_and_counted(tmp_path: Path, examples: list[Example]) -> None:
+    store = begin(tmp_path / "store")
+    assert [list(store.positions(shard)) for shard in range(store.shard_count)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert store.missing_shards() == [0, 1, 2]
+    write(store, examples, 1)
+    assert store.missing_shards() == [0, 2] and not store.complete
+    info = store.shard_info(1)
+    assert info.rows == 4
+    assert info.targets == sum(len(example.targets) for example in examples[4:8])
+    assert info.bytes == (store.path / "shard-00001.arrow").stat().st_size
+    tails = np.concatenate([np.exp(expected_scores(example, TOP_K).tail_logmass) for example in examples[4:8]])
+    assert info.mean_tail_mass == pytest.approx(tails.mean(), abs=1e-6)
+
+
+def test_the_same_identity_has_the_same_hash_in_any_order() -> None:
+    assert identity_hash({"a": 1, "b": {"c": 2, "d": 3}}) == identity_hash({"b": {"d": 3, "c": 2}, "a": 1})
+    assert identity_hash({"a": 1}) != identity_hash({"a": 2})
+
+
+def test_another_identity_is_refused_field_by_field(store: ScoreStore) -> None:
+    wanted = identity(teacher={"name": "t", "revision": "s"}, tokenizer="abc")
+    lines = identity_difference(wanted, store.identity)
+    assert lines == ["teacher.revision: wanted 's', the store has 'r'", "tokenizer: wanted 'abc', the store has None"]
+    with pytest.raises(StoreMismatch, match="(?s)holds other scores than these.*teacher.revision: wanted 's'.*tokenizer"):
+        ScoreStore.open_or_create(store.path, wanted, ROWS, ROWS_PER_SHARD)
+
+
+def test_a_store_serves_a_smaller_k_and_refuses_a_larger_one(store: ScoreStore, examples: list[Example]) -> None:
+    smaller = begin(store.path, top_k=3)
+    wanted, found = expected_scores(examples[2], 3), smaller.scores_at(2, top_k=3)
+    np.testing.assert_array_equal(found.topk_ids, wanted.topk_ids)
+    np.testing.assert_allclose(found.tail_logmass, wanted.tail_logmass, atol=1e-3)
+    with pytest.raises(StoreMismatch, match="top_k: wanted 7, the store has 6"):
+        begin(store.path, top_k=7)
+    with pytest.raises(ValueError, match="top_k 7 exceeds the K=6"):
+        smaller.scores_at(2, top_k=7)
+
+
+def test_no_store_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no score store at .*manifest.json is missing"):
+        ScoreStore(tmp_path)
+
+
+def _edit_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_another_format_is_refused(store: ScoreStore) -> None:
+    _edit_manifest(store.path, lambda manifest: manifest.update(format=99))
+    with pytest.raises(ValueError, match="has format 99, this version reads format 1"):
+        ScoreStore(store.path)
+
+
+def test_an_edited_identity_is_refused(store: ScoreStore) -> None:
+    _edit_manifest(store.path, lambda manifest: manifest["identity"].update(top_k=99))
+    with pytest.raises(ValueError, match="manifest.json of .* was changed"):
+        ScoreStore(store.path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00001.json"])
+def test_a_truncated_json_is_named(store: ScoreStore, name: str) -> None:
+    path = store.path / name
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=f"{name} is damaged: .*delete"):
+        ScoreStore(store.path).verify()
+
+
+@pytest.mark.parametrize("offset", [0, 400, -20])
+def test_a_flipped_byte_is_found_by_readers_and_by_verify(store: ScoreStore, offset: int) -> None:
+    path = store.path / "shard-00001.arrow"
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    fresh = ScoreStore(store.path)
+    fresh.scores_at(0)
+    for read in (fresh.verify, lambda: fresh.scores_at(5), lambda: fresh.uncertainty_at(5)):
+        with pytest.raises(ValueError, match="shard-00001.arrow is damaged: its sha256 is .*delete shard-00001.json"):
+            read()
+
+
+@pytest.mark.parametrize("content", [b"", b"ARROW1"])
+def test_a_truncated_shard_is_damaged(store: ScoreStore, content: bytes) -> None:
+    (store.path / "shard-00001.arrow").write_bytes(content)
+    with pytest.raises(ValueError, match="shard-00001.arrow is damaged"):
+        store.verify()
+
+
+def test_a_lost_shard_file_is_missed(store: ScoreStore) -> None:
+    (store.path / "shard-00001.arrow").unlink()
+    with pytest.raises(ValueError, match="shard-00001.arrow is missing, though it was written; delete shard-00001.json"):
+        store.verify()
+
+
+def test_a_discarded_shard_is_missing_again(store: ScoreStore, examples: list[Example]) -> None:
+    store.discard_shard(1)
+    assert store.missing_shards() == [1]
+    write(store, examples, 1)
+    store.verify()
+    assert store.scores_at(5).key == examples[5].key
+
+
+def test_wrong_scores_are_not_written(store: ScoreStore, examples: list[Example]) -> None:
+    store.discard_shard(2)
+    scores = [expected_scores(example, TOP_K) for example in examples[8:]]
+    with pytest.raises(ValueError, match="row 8 .*the scores carry key .* those of another row"):
+        store.write_shard(2, examples[8:], scores[::-1])
+    assert store.missing_shards() == [2]
+
+
+def test_a_full_disk_leaves_no_half_shard_and_the_next_run_completes(tmp_path: Path, examples: list[Example]) -> None:
+    store = begin(tmp_path / "store")
+    write(store, examples, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(store, examples, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in store.path.iterdir()) == ["manifest.json", "shard-00000.arrow", "shard-00000.json"]
+    for shard in begin(store.path).missing_shards():
+        write(store, examples, shard)
+    store.verify()
+    assert store.complete
+
+
+def test_a_reader_waits_for_its_shard(tmp_path: Path, examples: list[Example]) -> None:
+    store = begin(tmp_path / "store")
+    writer = threading.Timer(0.2, write, (ScoreStore(store.path), examples, 0))
+    writer.start()
+    assert store.wait_for(0, timeout_seconds=30, poll_seconds=0.01) > 0
+    assert store.scores_at(0).key == examples[0].key
+    writer.join()
+
+
+def test_a_reader_does_not_wait_for_ever(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match="shard 2 of .* did not come within 0 s; raise scores.wait_seconds"):
+        begin(tmp_path / "store").wait_for(2, timeout_seconds=0.02, poll_seconds=0.01)
+
+
+def test_a_reader_stops_with_the_teachers_own_error(tmp_path: Path, examples: list[Example]) -> None:
+    store = begin(tmp_path / "store")
+    write(store, examples, 0)
+    store.declare_failed("row 7 holds nan")
+    store.wait_for(0, timeout_seconds=1)
+    with pytest.raises(ScoringFailed, match="row 7 holds nan"):
+        store.wait_for(1, timeout_seconds=30)
+    store.clear_failure()
+    with pytest.raises(TimeoutError):
+        store.wait_for(1, timeout_seconds=0.02, poll_seconds=0.01)

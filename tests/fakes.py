@@ -1,0 +1,146 @@
+"""A teacher without a model: scores computed from token ids alone, and every way in which a teacher can go wrong.
+
+It is built through the seam of ``TeacherPool`` and ``TeacherReplica``: an instance of ``FakeTeacher`` is an engine factory.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from actors.config import EngineConfig
+from actors.records import Example, TeacherScores, example_key, tail_logmass
+from actors.teacher import EngineDied, TeacherSpec, scores_from_candidates
+from actors.training_task import ModelSource
+
+FAKE_VOCAB = 64
+
+
+def fake_logprobs(token_ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """float64 [T, V]; row t, the prediction of token t+1, depends on tokens 0 to t."""
+    state = np.cumsum((token_ids.astype(np.float64) + 1) * np.arange(1, len(token_ids) + 1))
+    logits = 4 * np.sin(0.7 * state[:, None] + 1.3 * np.arange(vocab_size) ** 1.5)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def expected_scores(example: Example, top_k: int, vocab_size: int = FAKE_VOCAB) -> TeacherScores:
+    """What the fake teacher must be found to have said, by sorting each whole distribution."""
+    logprobs = fake_logprobs(example.token_ids, vocab_size)[example.target_positions - 1]
+    target, ids, values = [], [], []
+    for row, token in zip(logprobs, example.targets.tolist(), strict=True):
+        others = sorted((other for other in range(vocab_size) if other != token), key=lambda other: -row[other])[:top_k]
+        target.append(row[token])
+        ids.append(others)
+        values.append(row[others])
+    topk = np.array(values, dtype=np.float32)
+    gold = np.array(target, dtype=np.float32)
+    return TeacherScores(example.key, gold, np.array(ids, dtype=np.int32), topk, tail_logmass(gold, topk))
+
+
+def fake_examples(rows: int, seed: int = 0, longest: int = 20) -> list[Example]:
+    """Rows of 4 to ``longest`` random tokens, about the second half of each a response."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for row in range(rows):
+        length = int(rng.integers(4, longest + 1))
+        token_ids = rng.integers(0, FAKE_VOCAB, length).astype(np.int32)
+        mask = np.arange(length) >= max(1, length // 2)
+        examples.append(Example(token_ids, mask, example_key(token_ids, mask), row))
+    return examples
+
+
+def fake_spec(top_k: int = 5, **engine: object) -> TeacherSpec:
+    """A spec for a fake teacher, with small replicas."""
+    settings = {"kind": "transformers", "cpus": 0.5, "rows_per_call": 3, "max_restarts": 2, **engine}
+    return TeacherSpec(EngineConfig.model_validate(settings), ModelSource("fake"), top_k, longest_row=64)
+
+
+@dataclass(frozen=True)
+class FakeTeacher:
+    """Builds fake engines. Calls are counted from 1, anew in each process."""
+
+    vocab_size: int = FAKE_VOCAB
+    fails_on_call: int | None = None
+    """Raise a RuntimeError."""
+    dies_on_call: int | None = None
+    """End the process."""
+    engine_dies_on_call: int | None = None
+    """Report that the engine's own process is gone."""
+    hangs_on_call: int | None = None
+    """Never answer."""
+    only_once: Path | None = None
+    """A file; misbehave only as long as it does not exist, and create it then."""
+    poison_key: str | None = None
+    """Example on which the process always ends."""
+    returns: str = "scores"
+    """``scores``, ``nan`` or ``uniform``."""
+    largest_file: int | None = None
+    """Bytes beyond which this process cannot write a file, as on a full disk."""
+    log: Path | None = None
+    """File that gets a line with the key of each example that is scored."""
+    fails_to_start: str | None = None
+    """Message of a ValueError while it is built."""
+
+    def __call__(self, spec: TeacherSpec) -> "FakeEngine":
+        if self.fails_to_start:
+            raise ValueError(self.fails_to_start)
+        if self.largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return FakeEngine(self, spec.top_k)
+
+
+class FakeEngine:
+    """An engine that needs no device."""
+
+    def __init__(self, teacher: FakeTeacher, top_k: int) -> None:
+        self._teacher = teacher
+        self._top_k = top_k
+        self._calls = 0
+        self.vocab_size = teacher.vocab_size
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        """Score, or misbehave as told."""
+        self._calls += 1
+        if self._teacher.poison_key in [example.key for example in examples]:
+            os._exit(1)
+        self._misbehave()
+        if self._teacher.log is not None:
+            with open(self._teacher.log, "a") as file:
+                file.write("".join(f"{example.key}\n" for example in examples))
+        return [self._score(example) for example in examples]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _misbehave(self) -> None:
+        teacher, call = self._teacher, self._calls
+        if call not in (
+            teacher.fails_on_call, teacher.dies_on_call, teacher.engine_dies_on_call, teacher.hangs_on_call
+        ):  # fmt: skip
+            return
+        if teacher.only_once is not None:
+            if teacher.only_once.exists():
+                return
+            teacher.only_once.touch()
+        if call == teacher.fails_on_call:
+            raise RuntimeError(f"call {call} of the fake teacher fails")
+        if call == teacher.dies_on_call:
+            os._exit(1)
+        if call == teacher.engine_dies_on_call:
+            raise EngineDied("the engine's process is gone")
+        time.sleep(3600)
+
+    def _score(self, example: Example) -> TeacherScores:
+        logprobs = fake_logprobs(example.token_ids, self.vocab_size)[example.target_positions - 1]
+        if self._teacher.returns == "nan":
+            logprobs = logprobs * np.nan
+        if self._teacher.returns == "uniform":
+            logprobs = np.full_like(logprobs, -np.log(self.vocab_size))
+        candidates = np.argsort(-logprobs, axis=1)[:, : self._top_k + 1]
+        rows = np.arange(len(logprobs))
+        values = np.take_along_axis(logprobs, candidates, axis=1)
+        return scores_from_candidates(example, logprobs[rows, example.targets], candidates, values)

@@ -1,0 +1,331 @@
+"""Data as models see it: split, masks, borders, counts and files."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from actors.examples import ExampleFile
+from actors.records import example_key, examples_hash
+from orchestrator.builtin_tasks import make_rows
+from orchestrator.config import TASK_KINDS, BuiltinSource, ChatFormat, DataConfig, FilesSource, InstructionFormat
+from orchestrator.dataset import TokenizedRows, choose_rows, prepare_data, token_extents, tokenize
+from orchestrator.templates import render_rows, texts_to_learn
+from orchestrator.tokenizers import tokenizer_hash, train_tokenizer
+
+END = 1
+PLAIN = InstructionFormat(kind="instruction", prompt="{{ prompt }}")
+
+
+@cache
+def trained() -> PreTrainedTokenizerFast:
+    rows = list(enumerate(make_rows(100, TASK_KINDS, 0)))
+    return train_tokenizer(texts_to_learn(rows, InstructionFormat(kind="instruction")), 400)
+
+
+def pieces(
+    *tokens: str, bos: bool = False, eos: bool = True, trim_offsets: bool = False, merges: tuple[tuple[str, str], ...] = ()
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with these tokens behind the special ones, joined by these merges."""
+    vocabulary = {token: index for index, token in enumerate(["<s>", "<|end|>", *tokens])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    steps: list[Any] = [processors.ByteLevel(trim_offsets=trim_offsets)]
+    if bos:
+        steps.append(processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]))
+    tokenizer.post_processor = processors.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", **({"eos_token": "<|end|>"} if eos else {}))
+
+
+def tokenize_one(
+    prompt: str, response: str, tokenizer: PreTrainedTokenizerFast, **settings: Any
+) -> tuple[list[str], list[str], TokenizedRows]:
+    """All tokens of one instruction row, those that are targets, and the counts."""
+    data = DataConfig(format=PLAIN, **settings)
+    rendered = render_rows([(5, {"prompt": prompt, "response": response})], PLAIN)
+    rows = tokenize(rendered, tokenizer, data)
+    if not rows.examples:
+        return [], [], rows
+    (example,) = rows.examples
+    assert example.row == 5 and example.key == example_key(example.token_ids, example.loss_mask)
+    assert example.token_ids.dtype == np.int32 and example.loss_mask.dtype == bool
+    tokens, targets = (tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in (example.token_ids, example.targets))
+    return tokens, targets, rows
+
+
+def test_response_and_end_are_targets() -> None:
+    tokens, targets, rows = tokenize_one("ab", "ba", pieces("a", "b"))
+    assert tokens == ["a", "b", "b", "a", "<|end|>"]
+    assert targets == ["b", "a", "<|end|>"]
+    assert rows.merged_at_border == 0
+
+
+def test_a_token_across_the_border_is_a_target_and_its_row_is_counted() -> None:
+    tokens, targets, rows = tokenize_one("ab", "ba", pieces("a", "b", "bb", merges=(("b", "b"),)))
+    assert tokens == ["a", "bb", "a", "<|end|>"]
+    assert targets == ["bb", "a", "<|end|>"]
+    assert rows.merged_at_border == 1
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_spaces_belong_to_the_side_they_stand_on(trim_offsets: bool) -> None:
+    apart = pieces("a", "b", "Ġ", trim_offsets=trim_offsets)
+    tokens, targets, rows = tokenize_one("a ", "  b", apart)
+    assert tokens == ["a", "Ġ", "Ġ", "Ġ", "b", "<|end|>"]
+    assert targets == ["Ġ", "Ġ", "b", "<|end|>"]
+    assert rows.merged_at_border == 0
+    joined = pieces("a", "b", "Ġ", "Ġb", trim_offsets=trim_offsets, merges=(("Ġ", "b"),))
+    tokens, targets, rows = tokenize_one("a ", "b", joined)
+    assert tokens == ["a", "Ġb", "<|end|>"]
+    assert targets == ["Ġb", "<|end|>"]
+    assert rows.merged_at_border == 1
+
+
+def test_a_token_the_tokenizer_begins_with_is_no_target() -> None:
+    tokens, targets, _ = tokenize_one("", "ab", pieces("a", "b", bos=True))
+    assert tokens == ["<s>", "a", "b", "<|end|>"]
+    assert targets == ["a", "b", "<|end|>"]
+
+
+def test_nothing_predicts_the_first_token() -> None:
+    tokens, targets, _ = tokenize_one("", "ab", pieces("a", "b"))
+    assert tokens == ["a", "b", "<|end|>"]
+    assert targets == ["b", "<|end|>"]
+
+
+def test_a_first_token_across_the_border_is_no_target_either() -> None:
+    tokens, targets, rows = tokenize_one("b", "ba", pieces("a", "b", "bb", merges=(("b", "b"),)))
+    assert tokens == ["bb", "a", "<|end|>"]
+    assert targets == ["a", "<|end|>"]
+    assert rows.merged_at_border == 1
+
+
+def test_an_end_that_is_there_is_not_doubled() -> None:
+    tokens, targets, _ = tokenize_one("a", "b<|end|>", pieces("a", "b"))
+    assert tokens == ["a", "b", "<|end|>"]
+    assert targets == ["b", "<|end|>"]
+
+
+def test_an_end_the_tokenizer_adds_is_a_target() -> None:
+    tokenizer = pieces("a", "b")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|end|>", special_tokens=[("<s>", 0), ("<|end|>", END)]
+    )
+    tokens, targets, _ = tokenize_one("a", "b", tokenizer)
+    assert tokens == ["<s>", "a", "b", "<|end|>"]
+    assert targets == ["b", "<|end|>"]
+
+
+def test_a_tokenizer_without_an_end_is_refused_for_instructions() -> None:
+    with pytest.raises(ValueError, match=r"no end-of-sequence token \(eos_token\); data\.format\.kind=chat would do"):
+        tokenize_one("a", "b", pieces("a", "b", eos=False))
+
+
+@given(st.text(), st.text(min_size=1).filter(lambda text: bool(text.strip())))
+@settings(deadline=None)
+def test_targets_spell_the_response_and_the_end(prompt: str, response: str) -> None:
+    tokenizer = trained()
+    prompt = f"<|user|>{prompt}"  # so that the first token, which is never a target, holds nothing of the response
+    rendered = render_rows([(0, {"prompt": prompt, "response": response})], PLAIN)
+    rows = tokenize(rendered, tokenizer, DataConfig(format=PLAIN))
+    (example,) = rows.examples
+    assert tokenizer.decode(example.token_ids) == f"{prompt}{response}<|end|>"
+    spelled = tokenizer.decode(example.targets)
+    if rows.merged_at_border:
+        assert spelled.endswith(f"{response}<|end|>") and len(spelled) > len(response) + len("<|end|>")
+    else:
+        assert spelled == f"{response}<|end|>"
+
+
+def test_text_of_every_script_is_masked_by_character() -> None:
+    rendered = render_rows([(0, {"prompt": "東京\n", "response": "👩‍👩‍👧 é\u0301"})], PLAIN)
+    (example,) = tokenize(rendered, trained(), DataConfig(format=PLAIN)).examples
+    assert trained().decode(example.targets) == "👩‍👩‍👧 é\u0301<|end|>"
+
+
+def test_a_conversation_has_the_assistants_turns_as_targets() -> None:
+    talk = [
+        {"role": "user", "content": "What is 1 plus 2?"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "And 4?"},
+        {"role": "assistant", "content": "It is 4, naïvely."},
+    ]
+    data = DataConfig(format=ChatFormat(kind="chat"))
+    rendered = render_rows([(0, {"messages": talk})], data.format, trained())
+    (example,) = tokenize(rendered, trained(), data).examples
+    assert trained().decode(example.targets) == "3<|end|>It is 4, naïvely.<|end|>"
+    assert trained().decode(example.token_ids) == rendered[0].text
+    assert example.token_ids.tolist().count(END) == 4
+
+
+def test_a_conversation_gets_no_special_tokens_beyond_its_template() -> None:
+    tokenizer = pieces("a", "b", bos=True)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    data = DataConfig(format=ChatFormat(kind="chat", template=template))
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (example,) = tokenize(render_rows([(0, {"messages": talk})], data.format, tokenizer), tokenizer, data).examples
+    assert tokenizer.convert_ids_to_tokens(example.token_ids.tolist()) == ["a", "b"]
+
+
+def test_extents_join_up_and_added_tokens_have_none() -> None:
+    offsets = [(0, 0), (0, 1), (2, 2), (3, 5), (4, 5), (0, 0)]
+    assert token_extents(offsets, [1, 0, 0, 0, 0, 1]).tolist() == [[0, 0], [0, 1], [1, 2], [2, 5], [4, 5], [0, 0]]
+    assert token_extents([], []).shape == (0, 2)
+
+
+def test_rows_too_long_are_dropped_or_cut_and_counted() -> None:
+    tokenizer = pieces("a", "b")
+    assert len(tokenize_one("aa", "b", tokenizer, max_tokens=4)[0]) == 4
+    tokens, _, rows = tokenize_one("aaa", "b", tokenizer, max_tokens=4)
+    assert (tokens, rows.dropped_long, rows.truncated, rows.longest) == ([], 1, 0, 5)
+    tokens, targets, rows = tokenize_one("aaa", "bb", tokenizer, max_tokens=4, too_long="truncate")
+    assert (tokens, targets) == (["a", "a", "a", "b"], ["b"])
+    assert (rows.dropped_long, rows.truncated, rows.without_target, rows.longest) == (0, 1, 0, 6)
+
+
+def test_a_row_cut_before_its_first_target_is_dropped_and_counted() -> None:
+    tokens, _, rows = tokenize_one("aaaa", "b", pieces("a", "b"), max_tokens=4, too_long="truncate")
+    assert (tokens, rows.kept, rows.truncated, rows.without_target) == ([], [], 0, 1)
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"{number}?", "response": f"{number}!"} for number in range(count)]
+
+
+def test_the_split_is_disjoint_complete_shuffled_and_keeps_indices() -> None:
+    rows = numbered(50)
+    train, heldout = choose_rows(rows, DataConfig(heldout_rows=10, seed=1))
+    indices = [number for number, _ in train + heldout]
+    assert sorted(indices) == list(range(50)) and len(heldout) == 10
+    assert indices[:40] != sorted(indices[:40])
+    assert all(rows[number] is row for number, row in train + heldout)
+
+
+def test_the_split_depends_on_the_seed_alone() -> None:
+    rows = numbered(50)
+    assert choose_rows(rows, DataConfig(heldout_rows=10, seed=1)) == choose_rows(rows, DataConfig(heldout_rows=10, seed=1))
+    assert choose_rows(rows, DataConfig(heldout_rows=10, seed=1)) != choose_rows(rows, DataConfig(heldout_rows=10, seed=2))
+
+
+def test_fewer_rows_keep_the_same_held_out_rows() -> None:
+    rows = numbered(50)
+    train, heldout = choose_rows(rows, DataConfig(heldout_rows=10))
+    fewer_train, fewer_heldout = choose_rows(rows, DataConfig(heldout_rows=10, max_rows=20))
+    assert fewer_heldout == heldout
+    assert fewer_train == train[:10]
+    assert choose_rows(rows, DataConfig(heldout_rows=10, max_rows=99)) == (train, heldout)
+
+
+@pytest.mark.parametrize("heldout_rows", [50, 200])
+def test_too_many_held_out_rows_name_the_key_and_a_number_that_would_do(heldout_rows: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"data\.heldout_rows {heldout_rows} leaves none of 50 rows .*; data\.heldout_rows=5 would do"
+    ):
+        choose_rows(numbered(50), DataConfig(heldout_rows=heldout_rows))
+    choose_rows(numbered(50), DataConfig(heldout_rows=5))
+
+
+def test_one_row_is_too_few() -> None:
+    with pytest.raises(ValueError, match=r"leaves none of 1 rows to train on; at least two rows are needed"):
+        choose_rows(numbered(1), DataConfig(heldout_rows=1))
+
+
+def prepare(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> Any:
+    """Prepare rows from a file with the trained tokenizer."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(source=FilesSource(kind="files", path=str(path)), format=PLAIN, **settings)
+    return prepare_data(data, lambda texts: trained(), folder / "data")
+
+
+def test_prepared_files_agree_with_each_other_and_with_the_rows(tmp_path: Path) -> None:
+    data = DataConfig(source=BuiltinSource(kind="builtin", rows=300), heldout_rows=30, seed=3)
+    learned_from: list[str] = []
+
+    def tokenizer_for(texts: list[str]) -> PreTrainedTokenizerFast:
+        learned_from.extend(texts)
+        return trained()
+
+    counts = prepare_data(data, tokenizer_for, tmp_path / "deep" / "data")
+    folder = tmp_path / "deep" / "data"
+    train, heldout = ExampleFile(folder / "train.arrow"), ExampleFile(folder / "heldout.arrow")
+    rows = make_rows(300, TASK_KINDS, 3)
+    texts = [json.loads(line) for line in (folder / "heldout_texts.jsonl").read_text().splitlines()]
+    assert (len(train), len(heldout), len(texts)) == (270, 30, 30)
+    assert sorted(train.rows + heldout.rows) == list(range(300))
+    for position, text in enumerate(texts):
+        example, row = heldout[position], rows[text["row"]]
+        assert example.row == text["row"]
+        assert (text["task"], text["response"]) == (row["task"], row["response"])
+        assert trained().decode(example.token_ids) == f"{text['prompt']}{text['response']}<|end|>"
+        assert trained().decode(example.targets) == f"{row['response']}<|end|>"
+    assert learned_from == [trained().decode(train[position].token_ids[:-1]) for position in range(270)]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["train_hash"] == train.hash == examples_hash(train.keys)
+    assert summary["heldout_hash"] == heldout.hash
+    assert summary["tokenizer_hash"] == tokenizer_hash(trained())
+    assert summary["counts"] == vars(counts)
+    assert counts.train_tokens == train.lengths.sum()
+    assert counts.train_targets == sum(train[position].loss_mask.sum() for position in range(270))
+    assert counts.heldout_targets == sum(heldout[position].loss_mask.sum() for position in range(30))
+    assert counts.longest == max(train.lengths.max(), heldout.lengths.max())
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "heldout.arrow",
+        "heldout_texts.jsonl",
+        "summary.json",
+        "train.arrow",
+    ]
+
+
+def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    data = DataConfig(source=BuiltinSource(kind="builtin", rows=60), heldout_rows=6)
+    for name in ("one", "two"):
+        prepare_data(data, lambda texts: trained(), tmp_path / name)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_counts_of_every_kind_are_shown(tmp_path: Path) -> None:
+    rows = [{"prompt": "many words " * number, "response": "The number is 3."} for number in range(1, 31)]
+    counts = prepare(tmp_path, rows, heldout_rows=5, max_tokens=60, too_long="truncate")
+    assert counts.rows_read == 30 == counts.train_rows + counts.heldout_rows + counts.rows_without_target
+    assert counts.rows_truncated > 0 and counts.rows_without_target > 0 and counts.longest > 60
+    assert f"{counts.rows_truncated} cut as too long" in counts.line()
+    assert f"{counts.rows_without_target} dropped without a target" in counts.line()
+    assert "dropped as too long" not in counts.line()
+    counts = prepare(tmp_path, rows, heldout_rows=5, max_tokens=60)
+    assert counts.rows_read == 30 == counts.train_rows + counts.heldout_rows + counts.rows_dropped_long
+    assert f"30 rows read: {counts.train_rows} to train on" in counts.line()
+    assert f"{counts.rows_dropped_long} dropped as too long" in counts.line()
+
+
+def test_held_out_rows_that_are_trained_on_too_are_counted(tmp_path: Path) -> None:
+    counts = prepare(tmp_path, [{"prompt": "Say it: ", "response": "yes"}] * 20, heldout_rows=4)
+    assert (counts.train_rows, counts.heldout_rows, counts.heldout_rows_in_train) == (16, 4, 4)
+    assert "4 held out but also among the training rows" in counts.line()
+    assert prepare(tmp_path, numbered(20), heldout_rows=4).heldout_rows_in_train == 0
+
+
+def test_no_row_short_enough_names_the_length_that_would_do(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no training row is left: 16 exceed data\.max_tokens 4, .*; data\.max_tokens=\d+ would"
+    ) as caught:
+        prepare(tmp_path, numbered(20), heldout_rows=4, max_tokens=4)
+    enough = int(str(caught.value).split("data.max_tokens=")[1].split()[0])
+    assert prepare(tmp_path, numbered(20), heldout_rows=4, max_tokens=enough).train_rows == 16
+
+
+def test_an_error_leaves_no_summary_of_other_data(tmp_path: Path) -> None:
+    prepare(tmp_path, numbered(20), heldout_rows=4)
+    (tmp_path / "data" / "train.arrow").unlink()
+    (tmp_path / "data" / "train.arrow").mkdir()  # a place where no file can be written
+    with pytest.raises(OSError):
+        prepare(tmp_path, numbered(20), heldout_rows=4)
+    assert not (tmp_path / "data" / "summary.json").exists()

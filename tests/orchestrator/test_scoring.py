@@ -1,0 +1,246 @@
+"""The scoring stage: what names scores, which store serves, what a run finds and leaves."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from actors.examples import ExampleFile, write_examples
+from actors.records import Example
+from actors.score_store import ScoreStore, ScoringFailed, StoreMismatch, identity_difference, identity_hash
+from actors.teacher_pool import TeacherFailed, TeacherPool
+from actors.training_task import ModelSource
+from orchestrator.config import RunConfig
+from orchestrator.scoring import ScoringProgress, open_store, pin_revision, score_split, store_identity
+from tests.fakes import FAKE_VOCAB, FakeTeacher, expected_scores, fake_examples, fake_spec
+
+ROWS, TOP_K = 10, 5
+
+
+def run_config(tmp_path: Path, engine: dict[str, Any] | None = None, **scores: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "test",
+            "output": str(tmp_path / "runs"),
+            "teacher": {"model": {"kind": "pretrained", "name": "teacher"}, "engine": {"kind": "transformers", **(engine or {})}},
+            "student": {"model": {"kind": "pretrained", "name": "student"}},
+            "scores": {"top_k": TOP_K, "rows_per_shard": 4, **scores},
+        }
+    )
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> ModelSource:
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    save_file({"weight": np.arange(6, dtype=np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": FAKE_VOCAB, "transformers_version": "5.0"}))
+    return ModelSource(str(folder))
+
+
+@pytest.fixture
+def examples() -> list[Example]:
+    return fake_examples(ROWS)
+
+
+@pytest.fixture
+def examples_path(tmp_path: Path, examples: list[Example]) -> Path:
+    write_examples(tmp_path / "train.arrow", examples)
+    return tmp_path / "train.arrow"
+
+
+def identity_of(config: RunConfig, teacher: ModelSource, examples_path: Path) -> dict[str, Any]:
+    return store_identity(config, teacher, "tokens", ExampleFile(examples_path), FAKE_VOCAB)
+
+
+def fill(store: ScoreStore, examples: list[Example]) -> None:
+    for shard in store.missing_shards():
+        rows = [examples[position] for position in store.positions(shard)]
+        store.write_shard(shard, rows, [expected_scores(row, store.top_k) for row in rows])
+
+
+# ---- identity
+
+
+def test_a_local_teacher_is_named_by_content_and_not_by_path(tmp_path: Path, teacher: ModelSource, examples_path: Path) -> None:
+    config, moved = run_config(tmp_path), tmp_path / "moved"
+    before = identity_of(config, teacher, examples_path)
+    assert str(tmp_path) not in json.dumps(before)
+    shutil.copytree(teacher.name, moved)
+    settings = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**settings, "transformers_version": "6.0", "_name_or_path": "x"}))
+    assert identity_of(config, ModelSource(str(moved)), examples_path) == before
+
+    save_file({"weight": np.arange(1, 7, dtype=np.float32)}, moved / "model.safetensors")
+    (line,) = identity_difference(identity_of(config, ModelSource(str(moved)), examples_path), before)
+    assert line.startswith("teacher.weights_sha256: wanted ")
+
+    shutil.copy(Path(teacher.name) / "model.safetensors", moved)
+    (moved / "config.json").write_text(json.dumps({**settings, "rope_theta": 1.0}))
+    (line,) = identity_difference(identity_of(config, ModelSource(str(moved)), examples_path), before)
+    assert line.startswith("teacher.config_sha256: wanted ")
+
+
+def test_whatever_changes_the_scores_changes_the_identity(tmp_path: Path, teacher: ModelSource, examples_path: Path) -> None:
+    before = identity_of(run_config(tmp_path), teacher, examples_path)
+    assert before["examples"] == {"hash": ExampleFile(examples_path).hash, "rows": ROWS}
+
+    def difference(config: RunConfig) -> list[str]:
+        return identity_difference(identity_of(config, teacher, examples_path), before)
+
+    assert difference(run_config(tmp_path, {"dtype": "float32"})) == ["engine.dtype: wanted 'float32', the store has 'bfloat16'"]
+    assert difference(run_config(tmp_path, top_k=4)) == ["top_k: wanted 4, the store has 5"]
+    assert difference(run_config(tmp_path, {"replicas": 2, "rows_per_call": 7}, wait_seconds=5)) == []
+    other = store_identity(run_config(tmp_path), teacher, "other tokens", ExampleFile(examples_path), FAKE_VOCAB)
+    assert identity_difference(other, before) == ["tokenizer: wanted 'other tokens', the store has 'tokens'"]
+
+
+def test_a_hub_teacher_is_named_by_its_commit(
+    tmp_path: Path, examples_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "models--some--teacher"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    (cache / "snapshots" / commit / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert pin_revision(ModelSource("some/teacher")) == ModelSource("some/teacher", commit)
+    identity = identity_of(run_config(tmp_path), ModelSource("some/teacher", "main"), examples_path)
+    assert identity["teacher"] == {"name": "some/teacher", "revision": commit}
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path, examples_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no weights; \*.safetensors or \*.bin would do"):
+        identity_of(run_config(tmp_path), ModelSource(str(tmp_path)), examples_path)
+
+
+def test_a_k_beyond_the_vocabulary_is_refused_before_anything_starts(
+    tmp_path: Path, teacher: ModelSource, examples_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="scores.top_k 64 is too large.* scores.top_k 63 would do"):
+        identity_of(run_config(tmp_path, top_k=64), teacher, examples_path)
+
+
+# ---- where stores stand
+
+
+def test_a_store_stands_under_its_identity(tmp_path: Path, teacher: ModelSource, examples_path: Path) -> None:
+    config, elsewhere = run_config(tmp_path), run_config(tmp_path, root=str(tmp_path / "shared"))
+    identity = identity_of(config, teacher, examples_path)
+    store = open_store(config, identity)
+    assert store.path == tmp_path / "runs" / "scores" / identity_hash(identity)[:16]
+    assert (store.rows, store.rows_per_shard, store.top_k) == (ROWS, 4, TOP_K)
+    assert open_store(elsewhere, identity, "heldout").path.parent == tmp_path / "shared"
+
+
+def test_a_complete_store_with_a_larger_k_serves(
+    tmp_path: Path, teacher: ModelSource, examples_path: Path, examples: list[Example]
+) -> None:
+    identities = {top_k: identity_of(run_config(tmp_path, top_k=top_k), teacher, examples_path) for top_k in (3, 5, 7, 9)}
+    larger, largest = (open_store(run_config(tmp_path), identities[top_k]) for top_k in (7, 9))
+    fill(largest, examples)
+    assert open_store(run_config(tmp_path), identities[5]).path == largest.path
+    fill(larger, examples)
+    found = open_store(run_config(tmp_path), identities[3])
+    assert found.path == larger.path
+    np.testing.assert_array_equal(found.scores_at(4, 3).topk_ids, expected_scores(examples[4], 3).topk_ids)
+
+
+def test_a_named_store_is_read_if_it_is_the_right_one_and_complete(
+    tmp_path: Path, teacher: ModelSource, examples_path: Path, examples: list[Example]
+) -> None:
+    identity = identity_of(run_config(tmp_path), teacher, examples_path)
+    store = open_store(run_config(tmp_path), identity)
+    config = run_config(tmp_path, path=str(store.path))
+    with pytest.raises(ValueError, match="named by scores.path, lacks 3 of 3 shards, the first is shard 0; .*scores.root"):
+        open_store(config, identity)
+    fill(store, examples)
+    assert open_store(config, identity).path == store.path
+    with pytest.raises(StoreMismatch, match="tokenizer: wanted 'x', the store has 'tokens'"):
+        open_store(config, {**identity, "tokenizer": "x"})
+    heldout = {**identity, "examples": {"hash": "other", "rows": 2}}
+    assert open_store(config, heldout, "heldout").path.parent == tmp_path / "runs" / "scores"
+
+
+# ---- the stage
+
+
+@pytest.fixture
+def store(tmp_path: Path, teacher: ModelSource, examples_path: Path) -> ScoreStore:
+    config = run_config(tmp_path)
+    return open_store(config, identity_of(config, teacher, examples_path))
+
+
+@pytest.mark.ray
+def test_the_stage_scores_what_is_missing_and_sums_up(
+    local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example]
+) -> None:
+    progress: list[ScoringProgress] = []
+    rows = examples[:4]
+    store.write_shard(0, rows, [expected_scores(row, TOP_K) for row in rows])
+    store.declare_failed("of an earlier run")
+    with TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher()) as pool:
+        summary = score_split(pool, examples_path, store, progress.append)
+        again = score_split(pool, examples_path, store, progress.append)
+    assert store.complete and not (store.path / "failed.txt").exists()
+    assert [(step.shards_done, step.shards_total) for step in progress] == [(2, 3), (3, 3)]
+    assert progress[-1].seconds_left == 0 and progress[-1].tokens == summary.tokens
+    assert (summary.shards_scored, summary.shards_found) == (2, 1)
+    assert summary.tokens == sum(len(example.token_ids) for example in examples[4:])
+    assert summary.tokens_per_second == pytest.approx(summary.tokens / summary.seconds)
+    assert summary.targets == sum(len(example.targets) for example in examples)
+    size = sum(path.stat().st_size for path in store.path.glob("*.arrow"))
+    assert summary.bytes_per_target == pytest.approx(size / summary.targets)
+    tails = np.concatenate([np.exp(expected_scores(example, TOP_K).tail_logmass) for example in examples])
+    assert summary.mean_tail_mass == pytest.approx(tails.mean(), abs=1e-6)
+    assert (again.tokens, again.shards_scored, again.shards_found, again.tokens_per_second) == (0, 0, 3, 0.0)
+    assert again.targets == summary.targets
+
+
+@pytest.mark.ray
+def test_followers_of_a_store_hear_the_teachers_own_error_and_a_later_run_completes(
+    local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example]
+) -> None:
+    with (
+        pytest.raises(TeacherFailed, match="failed on shard 1 .*call 3 of the fake teacher fails"),
+        TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher(fails_on_call=3)) as pool,
+    ):
+        score_split(pool, examples_path, store, lambda progress: None)
+    with pytest.raises(ScoringFailed, match="failed on shard 1 .*call 3 of the fake teacher fails"):
+        ScoreStore(store.path).wait_for(1, timeout_seconds=30)
+    with TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher()) as pool:
+        summary = score_split(pool, examples_path, store, lambda progress: None)
+    assert summary.shards_found >= 1  # shard 0, and what the replica had waiting when shard 1 failed
+    assert summary.shards_found + summary.shards_scored == store.shard_count
+    for position, example in enumerate(examples):
+        assert store.scores_at(position).key == example.key
+
+
+def test_a_damaged_shard_is_named_and_nothing_is_scored_or_repaired(
+    tmp_path: Path, examples_path: Path, store: ScoreStore, examples: list[Example]
+) -> None:
+    fill(store, examples)
+    path = store.path / "shard-00001.arrow"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 4
+    path.write_bytes(content)
+    pool = TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher())  # never entered: no replica is needed to find it
+    with pytest.raises(ValueError, match="shard-00001.arrow is damaged: .*delete shard-00001.json there and run again"):
+        score_split(pool, examples_path, store, lambda progress: None)
+    assert path.read_bytes() == bytes(content)
+    assert "shard-00001.arrow is damaged" in (store.path / "failed.txt").read_text()
+    assert store.complete
+
+
+def test_an_engine_that_is_not_installed_is_named(
+    tmp_path: Path, teacher: ModelSource, examples_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.scoring.ENGINE_DISTRIBUTIONS", {"transformers": ("no-such-distribution",)})
+    with pytest.raises(ValueError, match="teacher.engine.kind is transformers, but transformers is not installed"):
+        identity_of(run_config(tmp_path), teacher, examples_path)
