@@ -80,8 +80,11 @@ class Collator:
         uncertainties = [self._uncertainty(int(position)) for position in batch.positions]
         if isinstance(self.loss, AtkdLoss) and self.loss.scope == "microbatch":
             passes = [rows for worker in layout for rows in worker if rows]
-            of_passes = [self._weights(batch, [uncertainties[row] for row in rows], rows, step) for rows in passes]
-            return [weights.scaled(1 / len(passes)) for of_pass in of_passes for weights in of_pass]
+            of_row: dict[int, TokenWeights] = {}
+            for rows in passes:
+                of_pass = self._weights(batch, [uncertainties[row] for row in rows], rows, step)
+                of_row |= {row: weights.scaled(1 / len(passes)) for row, weights in zip(rows, of_pass, strict=True)}
+            return [of_row[row] for row in range(len(uncertainties))]
         return self._weights(batch, uncertainties, range(len(uncertainties)), step)
 
     def _weights(

@@ -99,9 +99,7 @@ def truncate_scores(scores: TeacherScores, top_k: int) -> TeacherScores:
     masses = np.concatenate([np.exp(dropped), np.exp(scores.tail_logmass.astype(np.float64))[:, None]], axis=1)
     with np.errstate(divide="ignore"):
         tail = np.log(masses.sum(axis=1)).astype(np.float32)
-    return TeacherScores(
-        scores.key, scores.target_logprob, scores.topk_ids[:, :top_k], scores.topk_logprobs[:, :top_k], tail
-    )
+    return TeacherScores(scores.key, scores.target_logprob, scores.topk_ids[:, :top_k], scores.topk_logprobs[:, :top_k], tail)
 
 
 def check_scores(example: Example, scores: TeacherScores, vocab_size: int) -> None:

@@ -1,7 +1,7 @@
 """Which rows make up which optimizer step: the same global batches for any number of workers."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -51,9 +51,7 @@ def steps_in(rows: int, batch_rows: int, epochs: float) -> int:
     return whole * math.ceil(rows / batch_rows) + math.ceil(round(fraction * rows, 6) / batch_rows)
 
 
-def global_batches(
-    rows: int, batch_rows: int, state: SamplerState, store_order_first: bool
-) -> Iterator[GlobalBatch]:
+def global_batches(rows: int, batch_rows: int, state: SamplerState, store_order_first: bool) -> Iterator[GlobalBatch]:
     """Yield batches from ``state`` on, epoch after epoch, without end."""
     while True:
         order = epoch_order(rows, state.seed, state.epoch, store_order_first)
@@ -66,12 +64,12 @@ def global_batches(
                 break
 
 
-def micro_batches(rows: int, rank: int, world_size: int, micro_batch_rows: int) -> list[Sequence[int]]:
-    """Return which rows of a global batch (0 … rows-1) a worker takes, cut into forward passes.
+def micro_batches(lengths: np.ndarray, rank: int, world_size: int, micro_batch_rows: int) -> list[list[int]]:
+    """Return which rows of a global batch a worker takes, by their index in it, cut into forward passes.
 
-    Every worker gets equally many passes, as collectives need; a pass may be empty where rows do not go round.
+    Rows are dealt by length, int64 [rows], so that workers get equally much to do and the rows of a pass need little
+    padding. Every worker gets equally many passes, as collectives need; a pass may be empty where rows do not go round.
     """
-    per_worker = math.ceil(rows / world_size)
-    passes = math.ceil(per_worker / micro_batch_rows)
-    mine = range(min(rank * per_worker, rows), min((rank + 1) * per_worker, rows))
-    return [mine[index * micro_batch_rows : (index + 1) * micro_batch_rows] for index in range(passes)]
+    mine = np.argsort(-lengths, kind="stable")[rank::world_size].tolist()
+    most = math.ceil(len(lengths) / world_size)
+    return [mine[start : start + micro_batch_rows] for start in range(0, most, micro_batch_rows)]

@@ -21,27 +21,11 @@ from actors.examples import ExampleFile
 from actors.metrics_log import MetricsLog, step_metrics
 from actors.optimization import clip_gradients, make_optimizer, make_schedule
 from actors.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
-from actors.score_store import ScoreStore, ScoringFailed
+from actors.score_store import ScoreStore
 from actors.student_model import StudentWithLoss, distribute, prepare_model, save_model, set_gradient_sync
-from actors.training_task import TrainingTask
+from actors.training_task import TrainingDiverged, TrainingTask
 from actors.workers import Worker
 from losses.distillation import LossSums
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is no finite number."""
-
-
-def train_worker(config: dict[str, TrainingTask]) -> str | None:
-    """Run one worker to the end of its task; return the error of a failure that trying again cannot mend.
-
-    Ray Train starts the workers again after whatever is raised.
-    """
-    try:
-        distil(config["task"])
-    except (ScoringFailed, TrainingDiverged, TimeoutError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def distil(task: TrainingTask) -> None:
@@ -96,8 +80,8 @@ def accumulate_gradients(
     The weights hold the division by the step's tokens already, so losses and gradients simply add up over passes and
     workers. DDP and FSDP take the mean over workers, which the factor ``world_size`` makes a sum.
     """
-    rows_in_step, ranks = len(batch.positions), range(worker.world_size)
-    layout = [micro_batches(rows_in_step, rank, worker.world_size, train.micro_batch_rows) for rank in ranks]
+    lengths, ranks = collator.examples.lengths[batch.positions], range(worker.world_size)
+    layout = [micro_batches(lengths, rank, worker.world_size, train.micro_batch_rows) for rank in ranks]
     weights = collator.weights(batch, layout, step)
     sums = LossSums.zero(worker.device)
     for index, rows in enumerate(layout[worker.rank]):

@@ -128,9 +128,7 @@ class TeacherPool:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
     def score_missing(self, examples_path: Path, store: ScoreStore) -> Iterator[ShardResult]:

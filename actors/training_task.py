@@ -1,4 +1,7 @@
-"""What a training worker is told."""
+"""What a training worker is told, and where it begins.
+
+Ray Train's controller loads this module as the workers do, so it imports nothing heavy.
+"""
 
 from dataclasses import dataclass
 
@@ -50,3 +53,22 @@ class TrainingTask:
     """Folder of metrics."""
     output: str
     """Folder in which the finished model is written."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no finite number."""
+
+
+def train_worker(config: dict[str, TrainingTask]) -> str | None:
+    """Run one worker to the end of its task; return the error of a failure that trying again cannot mend.
+
+    Ray Train starts the workers again after whatever is raised.
+    """
+    from actors.score_store import ScoringFailed
+    from actors.student import distil
+
+    try:
+        distil(config["task"])
+    except (ScoringFailed, TrainingDiverged, TimeoutError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -141,9 +141,7 @@ class TeacherSupport:
             kept, columns = others.topk(top_k, dim=1)
             tail = others.scatter(1, columns, -torch.inf).logsumexp(dim=1)
             ids = ids.gather(1, columns)
-        return TeacherSupport(
-            logsigmoid(log_odds), ids, kept - log_normalizer[:, None], tail - log_normalizer
-        )
+        return TeacherSupport(logsigmoid(log_odds), ids, kept - log_normalizer[:, None], tail - log_normalizer)
 
 
 def working_dtype(values: Tensor) -> torch.dtype:

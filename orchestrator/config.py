@@ -22,6 +22,9 @@ TASK_KINDS = (
 )  # fmt: skip
 
 
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
 class BuiltinSource(Section):
     """Instruction tasks with checkable answers, made by a seeded generator."""
 
@@ -203,6 +206,14 @@ class RunConfig(Section):
             )
         if kinds == ("scratch", "scratch") and self.tokenizer is None:
             raise ValueError("both models are scratch and tokenizer is null: add a tokenizer section, such as {vocab_size: 2048}")
+        engine, shape = self.teacher.engine, self.teacher.model
+        if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
+            head_size = shape.hidden_size // shape.heads
+            if head_size not in VLLM_CPU_HEAD_SIZES:
+                raise ValueError(
+                    f"teacher.model has heads of size {head_size} (hidden_size / heads); vLLM on CPUs serves the sizes "
+                    f"{', '.join(map(str, VLLM_CPU_HEAD_SIZES))}: hidden_size {32 * shape.heads} would do"
+                )
         if "pretrained" in kinds and self.tokenizer is not None:
             raise ValueError(
                 "tokenizer is trained only where both models are made from scratch; a pretrained model brings its own: "

@@ -39,7 +39,9 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin} is not YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{origin} must hold a mapping of sections such as data, teacher and student; it holds {type(tree).__name__}")
+        raise ConfigError(
+            f"{origin} must hold a mapping of sections such as data, teacher and student; it holds {type(tree).__name__}"
+        )
     return tree
 
 

@@ -7,8 +7,18 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.config import RunConfig
+import transformers
+from ray.exceptions import RayTaskError
 
+from actors.teacher_pool import TeacherFailed
+from orchestrator.config import RunConfig
+from orchestrator.pipeline import run
+from orchestrator.training import TrainingFailed
+
+PLANNED = (TeacherFailed, TrainingFailed)
+"""Failures whose message says all that a user needs."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AGAIN = "the same command goes on from where it stopped"
 
 
@@ -23,26 +33,37 @@ class Verdict:
 
 
 def judge(error: BaseException) -> Verdict:
-    """Say what an exception means to the user. Ray hands on a worker's exception under its own type and another at once."""
-    cause = getattr(error, "cause", None) or error
+    """Say what an exception means to the user; what lies at its root decides."""
     if isinstance(error, KeyboardInterrupt):
         return Verdict(130, f"interrupted; {AGAIN}")
-    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-        return Verdict(1, f"the disk is full ({cause.filename or 'no file named'}): make room; {AGAIN}, nothing written is lost")
-    if isinstance(cause, ValueError):
-        return Verdict(2, str(cause))
-    return Verdict(1, f"{type(cause).__name__}: {cause}")
+    full = [one for one in roots(error) if isinstance(one, OSError) and one.errno in DISK_FULL]
+    if full:
+        return Verdict(1, f"the disk is full ({full[0]}): make room; {AGAIN}, nothing written is lost")
+    if isinstance(error, RayTaskError):
+        return judge(error.cause)
+    if isinstance(error, ValueError):
+        return Verdict(2, str(error))
+    return Verdict(1, str(error) if isinstance(error, PLANNED) else f"{type(error).__name__}: {error}")
+
+
+def roots(error: BaseException) -> list[BaseException]:
+    """Return an exception and all that it was raised from, through Ray's wrapping of a worker's exceptions too."""
+    found: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in found:
+        found.append(following)
+        following = following.cause if isinstance(following, RayTaskError) else following.__cause__
+    return found
 
 
 def guarded(config: RunConfig, until: str) -> int:
     """Run the pipeline as far as ``until``; return the exit code. A failure's traceback goes into the run's folder."""
-    from orchestrator.pipeline import run
-
     started = time.monotonic()
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {line}", flush=True)
 
+    transformers.utils.logging.disable_progress_bar()
     try:
         run(config, until, say)
     except (Exception, KeyboardInterrupt) as error:

@@ -51,6 +51,9 @@ class Models:
             ValueError: if a pretrained student's tokens are others than the teacher's.
         """
         tokenizer = self._choose_tokenizer(training_texts)
+        data_format = self.config.data.format
+        if data_format.kind == "chat" and data_format.template is not None:
+            tokenizer.chat_template = data_format.template  # the exported student speaks as it was taught
         tokenizer.save_pretrained(self.tokenizer_folder)
         return tokenizer
 

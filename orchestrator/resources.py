@@ -45,12 +45,17 @@ def ray_for(config: RunConfig) -> Iterator[None]:
     begun_here = not ray.is_initialized()
     if begun_here:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        quiet = {"log_to_driver": False, "logging_level": "WARNING"}
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
+            ray.init(log_to_driver=False, logging_level="WARNING")
         else:
-            cpus = max(os.cpu_count() or 1, math.ceil(needed.cpus))
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(needed.cpus)),
+                include_dashboard=False,
+                object_store_memory=STORE_BYTES,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
     try:
         require_resources(needed)
         yield

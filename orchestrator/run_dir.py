@@ -1,9 +1,9 @@
 """The folder of a run: what was asked, what was done, and what is still to do.
 
-    config.yaml     the whole configuration, defaults included
-    events.jsonl    a line for whatever happened
-    stages/         a file for each finished stage, with what it made
-    data/ tokenizer/ models/ scores.json metrics/ checkpoints/ evaluation/ student/ table.json report.html
+config.yaml     the whole configuration, defaults included
+events.jsonl    a line for whatever happened
+stages/         a file for each finished stage, with what it made
+data/ tokenizer/ models/ scores.json metrics/ checkpoints/ evaluation/ student/ table.json report.html
 """
 
 import fcntl

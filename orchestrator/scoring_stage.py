@@ -85,9 +85,10 @@ class ScoringStage:
                 store.verify()
                 self.books.say(f"score: {split} found complete in {store.path}")
             return facts
-        with TeacherPool(self._spec(stores)) as self._pool:
+        self._pool = TeacherPool(self._spec(stores))  # named before it is entered, so that it can be closed while engines start
+        with self._pool as pool:
             for split, store in stores:
-                summary = score_split(self._pool, self._examples_path(split), store, self._progress_of(split))
+                summary = score_split(pool, self._examples_path(split), store, self._progress_of(split))
                 facts[split] = asdict(summary)
                 self.books.say(
                     f"score: {split} complete, {summary.tokens_per_second:,.0f} tokens/s, {summary.bytes_per_target:.0f} bytes a "

@@ -1,18 +1,18 @@
 """Trains one model by Ray Train, and shows how far it is."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.config import TrainConfig, WorkersConfig
 from actors.metrics_log import read_metrics
-from actors.student import train_worker
-from actors.training_task import TrainingTask
+from actors.training_task import TrainingTask, train_worker
 
 PROGRESS_SECONDS = 10.0
 
@@ -44,8 +44,15 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
         ),
         run_config=_run_config(task.train, task.name, checkpoints),
     )
-    with _progress_lines(task, say):
-        error = trainer.fit().return_value
+    with _progress_lines(task, say), _keyboard_interrupt():
+        try:
+            error = trainer.fit().return_value
+        except WorkerGroupError as failure:
+            rank, cause = next(iter(failure.worker_failures.items()))
+            raise TrainingFailed(
+                f"{task.name}: worker {rank} failed more often than train.max_failures {task.train.max_failures}; "
+                f"the last time with {type(cause).__name__}: {cause}"
+            ) from cause
     if error:
         raise TrainingFailed(error)
     return summarize(read_metrics(metrics))
@@ -74,6 +81,21 @@ def _run_config(train: TrainConfig, name: str, checkpoints: Path) -> RunConfig:
         checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
         logging_config=LoggingConfig(log_level="WARNING"),
     )
+
+
+@contextmanager
+def _keyboard_interrupt() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt: Ray Train's own handler ends the process with exit code 0, and stays installed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def batch_of(*positions: int) -> GlobalBatch:
 
 
 def layout_of(rows: int, world_size: int, micro_batch_rows: int) -> list[list]:
-    return [micro_batches(rows, rank, world_size, micro_batch_rows) for rank in range(world_size)]
+    return [micro_batches(np.full(rows, 7), rank, world_size, micro_batch_rows) for rank in range(world_size)]
 
 
 def test_predictions_stand_one_before_their_targets(tmp_path: Path) -> None:
@@ -55,7 +55,9 @@ def test_scores_stand_beside_their_targets(tmp_path: Path) -> None:
     assert teacher.topk_ids.shape[1] == 5
 
 
-@pytest.mark.parametrize("loss", [ATKD, CoupledLoss(teaching="coupled"), HardLabelLoss(teaching="hard_label")], ids=lambda loss: loss.teaching)
+@pytest.mark.parametrize(
+    "loss", [ATKD, CoupledLoss(teaching="coupled"), HardLabelLoss(teaching="hard_label")], ids=lambda loss: loss.teaching
+)
 def test_weights_of_a_step_do_not_depend_on_how_it_is_cut(tmp_path: Path, loss: LossConfig) -> None:
     collator, batch = collator_for(tmp_path, loss), batch_of(0, 1, 2, 3, 4, 5)
     whole = collator.weights(batch, layout_of(6, 1, 6), step=1)

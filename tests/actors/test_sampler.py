@@ -46,10 +46,17 @@ def test_going_on_from_any_state_gives_the_batches_of_the_run_that_was_not_stopp
 def test_workers_share_a_batch_without_gap_or_overlap_and_run_equally_many_passes(
     rows: int, world_size: int, micro_batch_rows: int
 ) -> None:
-    layout = [micro_batches(rows, rank, world_size, micro_batch_rows) for rank in range(world_size)]
-    assert [row for worker in layout for part in worker for row in part] == list(range(rows))
+    lengths = np.random.default_rng(rows).integers(1, 50, rows)
+    layout = [micro_batches(lengths, rank, world_size, micro_batch_rows) for rank in range(world_size)]
+    assert sorted(row for worker in layout for part in worker for row in part) == list(range(rows))
     assert len({len(worker) for worker in layout}) == 1
     assert all(len(part) <= micro_batch_rows for worker in layout for part in worker)
+
+
+def test_the_rows_of_a_pass_are_of_like_length_and_workers_have_like_work() -> None:
+    lengths = np.array([5, 40, 6, 39, 7, 38, 8, 37])
+    layout = [micro_batches(lengths, rank, world_size=2, micro_batch_rows=2) for rank in range(2)]
+    assert [[lengths[part].tolist() for part in worker] for worker in layout] == [[[40, 38], [8, 6]], [[39, 37], [7, 5]]]
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 4), (2, 8), (0.5, 2), (1.5, 6), (0.01, 1)])

@@ -80,9 +80,7 @@ def reference(model_folder: Path, examples: list[Example]) -> list[TeacherScores
             values.append([float(logprobs[token]) for token in order[:TOP_K]])
             tail.append(float(torch.logsumexp(logprobs[order[TOP_K:]], 0)))
         scores.append(
-            TeacherScores(
-                example.key, np.float32(target), np.array(ids, np.int32), np.float32(values), np.float32(tail)
-            )
+            TeacherScores(example.key, np.float32(target), np.array(ids, np.int32), np.float32(values), np.float32(tail))
         )
     return scores
 

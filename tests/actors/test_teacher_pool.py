@@ -165,9 +165,7 @@ def test_a_row_that_ends_every_replica_is_named_after_its_tries(
 
 
 @pytest.mark.ray
-def test_an_error_of_the_engine_stops_at_once_with_its_own_words(
-    local_ray: None, examples_path: Path, store: ScoreStore
-) -> None:
+def test_an_error_of_the_engine_stops_at_once_with_its_own_words(local_ray: None, examples_path: Path, store: ScoreStore) -> None:
     with (
         pytest.raises(
             TeacherFailed, match=r"failed on shard 1 \(rows 4 to 7 of .*\): RuntimeError: call 3 of the fake teacher fails$"
@@ -210,9 +208,7 @@ def test_replicas_for_which_there_is_no_room_are_not_waited_for_without_end(loca
 
 
 @pytest.mark.ray
-def test_closing_ends_a_pool_that_hangs_and_its_user_hears_of_it(
-    local_ray: None, examples_path: Path, store: ScoreStore
-) -> None:
+def test_closing_ends_a_pool_that_hangs_and_its_user_hears_of_it(local_ray: None, examples_path: Path, store: ScoreStore) -> None:
     pool = TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher(hangs_on_call=3)).__enter__()
     scoring = pool.score_missing(examples_path, store)
     assert next(scoring).info.shard == 0

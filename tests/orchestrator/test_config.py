@@ -8,7 +8,15 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.config import RunConfig
-from orchestrator.config_file import ConfigError, apply_override, config_difference, dump_config, load_config, parse_yaml, validate
+from orchestrator.config_file import (
+    ConfigError,
+    apply_override,
+    config_difference,
+    dump_config,
+    load_config,
+    parse_yaml,
+    validate,
+)
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
@@ -74,6 +82,7 @@ def test_a_config_is_frozen() -> None:
         (["teacher.fit=null"], r"teacher\.model is scratch but teacher\.fit is null.*add teacher\.fit"),
         (["tokenizer=null"], r"both models are scratch and tokenizer is null: add a tokenizer section"),
         (["teacher.model={kind: pretrained, name: gpt2}"], r"tokenizer is trained only where both models are made from scratch.*set tokenizer to null"),
+        (["teacher.model.heads=4"], r"heads of size 16 .* vLLM on CPUs serves the sizes 32, 64.*: hidden_size 128 would do"),
         (["student.model.hidden_size=33"], r"hidden_size 33 must be an even multiple of heads 2; hidden_size 32 would do"),
         (["student.model.kv_heads=3"], r"heads 2 must be a multiple of kv_heads 3; kv_heads 1 would do"),
         (["teacher.engine.tensor_parallel=2"], r"tensor_parallel 2 needs gpu: true; without GPUs 1 would do"),
@@ -107,7 +116,9 @@ def test_an_override_that_is_no_yaml_is_named() -> None:
 
 
 def test_a_missing_file_points_to_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"no configuration file at configs/tiny_cpuu\.yaml; did you mean configs/tiny_cpu\.yaml\?"):
+    with pytest.raises(
+        ConfigError, match=r"no configuration file at configs/tiny_cpuu\.yaml; did you mean configs/tiny_cpu\.yaml\?"
+    ):
         load_config("configs/tiny_cpuu.yaml")
     with pytest.raises(ConfigError, match=r"there are configs/gsm8k_cpu\.yaml"):
         load_config("zzz")

@@ -30,7 +30,9 @@ def test_a_stage_that_fails_is_not_done(tmp_path: Path) -> None:
 
 def test_the_folder_of_another_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
     RunDir.open(changed(f"output={tmp_path}")).close()
-    with pytest.raises(RunDirError, match=r"made by another configuration; give this run another name.*\n  seed: 5 here, 0 there"):
+    with pytest.raises(
+        RunDirError, match=r"made by another configuration; give this run another name.*\n  seed: 5 here, 0 there"
+    ):
         RunDir.open(changed(f"output={tmp_path}", "seed=5"))
     RunDir.open(changed(f"output={tmp_path}")).close()
 

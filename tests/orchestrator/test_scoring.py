@@ -99,9 +99,7 @@ def test_whatever_changes_the_scores_changes_the_identity(tmp_path: Path, teache
     assert identity_difference(other, before) == ["tokenizer: wanted 'other tokens', the store has 'tokens'"]
 
 
-def test_a_hub_teacher_is_named_by_its_commit(
-    tmp_path: Path, examples_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_teacher_is_named_by_its_commit(tmp_path: Path, examples_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "models--some--teacher"
     (cache / "refs").mkdir(parents=True)

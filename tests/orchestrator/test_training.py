@@ -64,7 +64,9 @@ def undisturbed(local_ray: None, world: Path, tmp_path_factory: pytest.TempPathF
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name], theirs[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.ray
@@ -73,7 +75,9 @@ def test_a_student_learns_and_its_steps_are_logged(undisturbed: tuple[Path, dict
     steps = read_metrics(folder / "metrics" / "train.jsonl")
     assert [step["step"] for step in steps] == list(range(1, 9))
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert {"learning_rate", "gradient_norm", "easy_share", "hard_target", "waited_seconds", "tokens_per_second"} <= steps[0].keys()
+    assert {"learning_rate", "gradient_norm", "easy_share", "hard_target", "waited_seconds", "tokens_per_second"} <= steps[
+        0
+    ].keys()
     assert list((folder / "metrics" / "tensorboard" / "train").glob("events.*"))
 
 
@@ -155,7 +159,15 @@ def test_adapters_are_merged_and_fitting_needs_no_store(local_ray: None, world: 
 
 
 def test_a_progress_line_says_how_far_and_how_long() -> None:
-    step = {"step": 2, "total_steps": 10, "seconds": 30.0, "waited_seconds": 4.0, "tokens": 100, "tokens_per_second": 50.0, "loss": 0.5}
+    step = {
+        "step": 2,
+        "total_steps": 10,
+        "seconds": 30.0,
+        "waited_seconds": 4.0,
+        "tokens": 100,
+        "tokens_per_second": 50.0,
+        "loss": 0.5,
+    }
     line = progress_line([{**step, "step": 1}, step])
     assert line == "step 2/10, loss 0.5000, 50 tokens/s, waited 8 s for scores, 00:04:00 left"
     assert summarize([{**step, "step": 1}, step])["tokens_per_second"] == pytest.approx(200 / 52, abs=0.1)

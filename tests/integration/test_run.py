@@ -1,0 +1,136 @@
+"""Whole runs from the command line: real vLLM, real Ray Train, tiny models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.metrics_log import read_metrics
+from actors.score_store import ScoreStore
+
+TINY = [
+    "tokenizer.vocab_size=400", "data.source.rows=160", "data.heldout_rows=16", "data.max_tokens=96", "scores.top_k=16",
+    "scores.rows_per_shard=32", "teacher.model.hidden_size=64", "teacher.model.layers=1", "teacher.model.heads=2",
+    "teacher.fit.train.epochs=1", "teacher.fit.workers.cpus=1", "student.model.hidden_size=32", "student.model.heads=2",
+    "student.model.layers=1", "student.fit=null", "train.epochs=3", "train.batch_rows=16", "train.checkpoint_every_steps=4",
+    "evaluate.generate_rows=8", "evaluate.max_new_tokens=8", "evaluate.cpus=1",
+]  # fmt: skip
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+
+def command(output: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "orchestrator", "run", "configs/tiny_cpu.yaml", f"output={output}", *TINY, *overrides]
+
+
+def finish(output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(output, *overrides), capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("output")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(output: Path) -> subprocess.CompletedProcess[str]:
+    return finish(output, "name=undisturbed")
+
+
+def test_a_run_goes_from_rows_to_a_report_and_says_so(undisturbed: subprocess.CompletedProcess[str], output: Path) -> None:
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    for line in ("prepare: done in", "fit_teacher: done in", "score: train complete", "train: done in", "evaluate: done in"):
+        assert line in undisturbed.stdout
+    for row in ("held-out loss", "top-1 agreement with teacher", "exact match of answers", "parameters"):
+        assert row in undisturbed.stdout
+    run = output / "undisturbed"
+    assert f"report: {run / 'report.html'}" in undisturbed.stdout
+    assert f"student: {run / 'student'}" in undisturbed.stdout
+    assert (run / "report.html").stat().st_size > 20_000
+
+
+def test_the_student_learned_and_the_teacher_agrees_with_itself(
+    undisturbed: subprocess.CompletedProcess[str], output: Path
+) -> None:
+    rows = {row["metric"]: row["values"] for row in json.loads((output / "undisturbed" / "table.json").read_text())["rows"]}
+    teacher, before, after = rows["heldout_loss"]
+    assert after < before - 1.0  # the student before is random
+    assert rows["kl_to_teacher"][0] == pytest.approx(0, abs=1e-4)  # what vLLM served is what a plain forward pass gives
+    assert rows["top1_agreement"][0] > 0.99
+    assert rows["parameters"][2] < rows["parameters"][0]
+
+
+def test_the_exported_student_is_an_ordinary_folder(undisturbed: subprocess.CompletedProcess[str], output: Path) -> None:
+    folder = output / "undisturbed" / "student"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("What is 1 plus 2?\n", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=2, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+    assert (folder / "model.safetensors").exists()
+    card = (folder / "README.md").read_text()
+    identity = json.loads((output / "undisturbed" / "scores.json").read_text())["train"]
+    assert ScoreStore(Path(identity)).identity_hash in card and "held-out loss" in card
+
+
+def test_the_same_command_again_does_nothing_twice(undisturbed: subprocess.CompletedProcess[str], output: Path) -> None:
+    again = finish(output, "name=undisturbed")
+    assert again.returncode == 0, again.stderr
+    for stage in ("prepare", "fit_teacher", "train", "evaluate", "export"):
+        assert f"{stage}: done before" in again.stdout
+    assert "held-out loss" in again.stdout
+
+
+def test_a_run_killed_in_training_ends_with_the_weights_of_the_one_that_was_not(
+    undisturbed: subprocess.CompletedProcess[str], output: Path
+) -> None:
+    metrics = output / "killed" / "metrics" / "train.jsonl"
+    victim = subprocess.Popen(
+        command(output, "name=killed"), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 400
+    while len(read_metrics(metrics)) < 6 and time.monotonic() < deadline and victim.poll() is None:
+        time.sleep(0.05)
+    assert victim.poll() is None, "the run ended before it could be killed"
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert not (output / "killed" / "student").exists()
+
+    again = finish(output, "name=killed")
+    assert again.returncode == 0, again.stderr
+    assert "fit_teacher: done before" in again.stdout and "train: done before" not in again.stdout
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(output / name / "student").state_dict() for name in ("killed", "undisturbed")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [step["step"] for step in read_metrics(metrics)] == list(range(1, 28))
+
+
+def test_both_runs_read_one_store_since_their_teachers_are_the_same(
+    undisturbed: subprocess.CompletedProcess[str], output: Path
+) -> None:
+    assert len(list((output / "scores").iterdir())) == 2  # training rows and held-out rows
+
+
+def test_another_configuration_is_refused_in_the_same_folder(undisturbed: subprocess.CompletedProcess[str], output: Path) -> None:
+    other = finish(output, "name=undisturbed", "loss.easy_ratio=0.3")
+    assert other.returncode == 2
+    assert "was made by another configuration" in other.stderr and "loss.easy_ratio: 0.3 here, 0.5 there" in other.stderr
+
+
+def test_a_flipped_byte_in_the_store_stops_a_run_before_it_trains(
+    undisturbed: subprocess.CompletedProcess[str], output: Path
+) -> None:
+    store = Path(json.loads((output / "undisturbed" / "scores.json").read_text())["train"])
+    shard = store / "shard-00001.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    hurt = finish(output, "name=hurt")
+    assert hurt.returncode == 2
+    assert "shard-00001.arrow is damaged" in hurt.stderr and "delete shard-00001.json" in hurt.stderr

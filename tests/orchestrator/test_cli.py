@@ -1,0 +1,71 @@
+"""The command line answers at once, and errors come before anything is started."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import COMMANDS, main
+from orchestrator.config_file import load_config
+from orchestrator.pipeline import STAGES
+
+
+def test_help_imports_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, contextlib\n"
+        "from orchestrator.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['run', '--help'])\n"
+        "print([name for name in ('torch', 'ray', 'transformers', 'vllm', 'numpy', 'pydantic') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert "section.key=value" in result.stdout
+
+
+def test_a_config_error_comes_before_torch_and_ray(capsys: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import sys\n"
+        "from orchestrator.cli import main\n"
+        "exit_code = main(['run', 'configs/tiny_cpu.yaml', 'loss.easy_ration=0.3'])\n"
+        "print(exit_code, [name for name in ('torch', 'ray', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "2 []"
+    assert "did you mean easy_ratio?" in result.stderr
+
+
+def test_config_prints_what_a_file_could_hold(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["config", "configs/tiny_cpu.yaml", "seed=7"]) == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert load_config(path) == load_config("configs/tiny_cpu.yaml", ["seed=7"])
+
+
+def test_every_command_leads_to_a_stage() -> None:
+    assert {stage for stage, _ in COMMANDS.values()} == set(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.source={kind: files, path: nowhere.jsonl}"], "nowhere.jsonl"),
+        (["data.source.rows=10", "data.heldout_rows=10"], "data.heldout_rows 10 leaves none of 10 rows to train on"),
+        (["tokenizer.vocab_size=5000"], "tokenizer.vocab_size 5000 cannot be reached"),
+    ],
+)
+def test_bad_data_is_an_error_before_ray_is_started(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    assert main(["run", "configs/tiny_cpu.yaml", f"output={tmp_path}", *overrides]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_prepare_alone_needs_no_ray(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["prepare", "configs/tiny_cpu.yaml", f"output={tmp_path}", "data.source.rows=400", "tokenizer.vocab_size=400"]
+    assert main(arguments) == 0
+    assert "400 rows read: 100 to train on" in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "prepare: done before" in capsys.readouterr().out

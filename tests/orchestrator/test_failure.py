@@ -1,0 +1,60 @@
+"""What a failure means to the user."""
+
+import errno
+from pathlib import Path
+
+import pytest
+from ray.exceptions import RayTaskError
+
+from actors.score_store import StoreMismatch
+from actors.teacher_pool import TeacherFailed
+from orchestrator.failure import Verdict, judge, write_traceback
+from orchestrator.training import TrainingFailed
+
+
+def raised_from(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "/store/shard-00001.arrow")
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from where it stopped"),
+        (ValueError("loss.easy_ratio 3"), 2, "loss.easy_ratio 3"),
+        (StoreMismatch("other scores"), 2, "other scores"),
+        (RayTaskError("score", "trace", ValueError("row 7 is wrong")), 2, "row 7 is wrong"),
+        (TeacherFailed("the teacher failed on shard 3"), 1, "the teacher failed on shard 3"),
+        (TrainingFailed("train: worker 0 failed"), 1, "train: worker 0 failed"),
+        (KeyError("x"), 1, "KeyError: 'x'"),
+        (
+            FULL,
+            1,
+            "the disk is full ([Errno 28] No space left on device: '/store/shard-00001.arrow'): make room; the same command",
+        ),
+        (
+            raised_from(TeacherFailed("the teacher failed"), RayTaskError("score", "trace", FULL)),
+            1,
+            "the disk is full ([Errno 28]",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_each_failure_has_an_exit_code_and_a_few_words(error: BaseException, exit_code: int, message: str) -> None:
+    verdict = judge(error)
+    assert verdict.exit_code == exit_code
+    assert verdict.message.startswith(message)
+
+
+def test_the_whole_story_is_kept_where_that_is_possible(tmp_path: Path) -> None:
+    try:
+        raise KeyError("x")
+    except KeyError as error:
+        path = write_traceback(tmp_path / "run", error)
+        assert path is not None and "KeyError: 'x'" in path.read_text()
+        (tmp_path / "file").write_text("")
+        assert write_traceback(tmp_path / "file", error) is None
+    assert isinstance(judge(KeyError("x")), Verdict)
