@@ -16,9 +16,12 @@ from orchestrator.scoring_stage import ScoringStage
 from orchestrator.stages import fit, prepare, train
 from orchestrator.table import print_table, read_table
 
+STAGES = ("prepare", "fit", "score", "train", "evaluate", "export", "report")
+
 
 def run(config: RunConfig, until: str = "report", say: Callable[[str], None] = print) -> Path:
     """Live the life of a run as far as the stage ``until``, skipping what is done; return the run's folder."""
+    assert until in STAGES
     with RunDir.open(config, say) as books:
         for finished in life(config, books, overlap=config.scores.overlap and until != "score"):
             if finished == until:

@@ -10,6 +10,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 # Matplotlib wants fixed colours; each of these stands for one that the page's style sheet gives.
 INK = "#010203"
@@ -95,7 +96,9 @@ def histogram_chart(
         figure, axes = _empty_figure()
         width = np.diff(edges)
         axes.bar(edges[:-1] + 0.06 * width, shares, width=0.88 * width, align="edge", color=SERIES[0])
-        axes.set(xlabel=x_label, ylabel=y_label, xlim=(edges[0], edges[-1]))
+        # Most tokens of a good teacher fall into the first bar: on a linear scale the others could not be seen.
+        axes.set(xlabel=x_label, ylabel=f"{y_label}, log scale", xlim=(edges[0], edges[-1]), yscale="log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.margins(y=0.14)
         if border is not None:
             axes.axvline(border, color=INK, linewidth=1, linestyle=(0, (4, 3)))

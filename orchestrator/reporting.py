@@ -161,9 +161,9 @@ def uncertainty_charts(run_path: Path, config: Mapping[str, Any]) -> list[Chart]
         "uncertainty", edges, 100 * counts / counts.sum(), "UNC = 1 − teacher's probability of the target", "targets (%)",
         border, ("easy", "hard"),
     )  # fmt: skip
-    note = f"{len(values):,} {'training' if split == 'train' else 'held-out'} targets; median {np.median(values):.3f}."
+    note = f"{len(values):,} {'training' if split == 'train' else 'held-out'} targets; median {np.median(values):.2g}."
     if border is not None:
-        note += f" The line at {border:.3f} parts easy from hard over all of them (easy_ratio {easy_ratio})."
+        note += f" The line at {border:.2g} parts easy from hard over all of them (easy_ratio {easy_ratio})."
     return [Chart("Uncertainty of the teacher", Markup(drawing), note)]
 
 

@@ -81,7 +81,7 @@ def test_a_config_is_frozen() -> None:
         (["name=../x"], r"name: String should match pattern"),
         (["teacher.fit=null"], r"teacher\.model is scratch but teacher\.fit is null.*add teacher\.fit"),
         (["tokenizer=null"], r"both models are scratch and tokenizer is null: add a tokenizer section"),
-        (["teacher.model={kind: pretrained, name: gpt2}"], r"tokenizer is trained only where both models are made from scratch.*set tokenizer to null"),
+        (["teacher.model={kind: pretrained, name: gpt2}"], r"tokenizer is trained only where both .*set tokenizer to null"),
         (["teacher.model.heads=4"], r"heads of size 16 .* vLLM on CPUs serves the sizes 32, 64.*: hidden_size 128 would do"),
         (["student.model.hidden_size=33"], r"hidden_size 33 must be an even multiple of heads 2; hidden_size 32 would do"),
         (["student.model.kv_heads=3"], r"heads 2 must be a multiple of kv_heads 3; kv_heads 1 would do"),
@@ -92,7 +92,7 @@ def test_a_config_is_frozen() -> None:
         ),
         (["scores={root: a, path: b}"], r"root and path exclude each other"),
         (["loss={teaching: atkd, scope: dataset}"], r"loss\.scope dataset .* set scores\.overlap to false"),
-        (["loss={teaching: atkd, scope: microbatch, split: random}"], r"scope microbatch is the authors' rule and has no split 'random'"),
+        (["loss={teaching: atkd, scope: microbatch, split: random}"], r"the authors' rule and has no split 'random'"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_one_that_would_do(overrides: list[str], message: str) -> None:

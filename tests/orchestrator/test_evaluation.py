@@ -90,7 +90,7 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def run_config(output: Path, **evaluate_settings: object) -> RunConfig:
-    shape = {"kind": "scratch", "hidden_size": 16, "layers": 2, "heads": 2}
+    shape = {"kind": "scratch", "hidden_size": 64, "layers": 2, "heads": 2}
     return validate(
         {
             "name": "run", "output": str(output), "tokenizer": {"vocab_size": 300},

@@ -16,7 +16,7 @@ from orchestrator.table import ComparisonTable, metric_rows
 from tests.evaluation_world import save_model, save_tokenizer
 
 IDENTITY = {"top_k": 8, "vocab_size": 29, "teacher": {"name": "Org/teacher", "revision": "abc"}, "engine": {"kind": "vllm"}}
-SCRATCH = {"kind": "scratch", "hidden_size": 16, "layers": 2, "heads": 2}
+SCRATCH = {"kind": "scratch", "hidden_size": 64, "layers": 2, "heads": 2}
 
 
 def table() -> ComparisonTable:

@@ -38,7 +38,7 @@ TARGET_PROBABILITIES = (0.99, 0.92, 0.5, 0.2, 0.02, 0.97, 0.6)
 
 
 def bare_run(folder: Path) -> Path:
-    shape = {"kind": "scratch", "hidden_size": 16, "layers": 2, "heads": 2}
+    shape = {"kind": "scratch", "hidden_size": 64, "layers": 2, "heads": 2}
     config = validate(
         {
             "name": "my-run", "tokenizer": {"vocab_size": 300}, "teacher": {"model": shape, "fit": {"train": {}}},
@@ -123,8 +123,8 @@ def test_the_page_shows_the_whole_run(tmp_path: Path) -> None:
     assert page.elements.count("svg") == 6  # loss and rate of two trainings, terms, uncertainty
     assert page.elements.count("figure") == 6
     for words in (
-        "my-run", "teacher 2 layers of width 16", "held-out loss (nats per target)", "Loss, fitting the teacher",
-        "Learning rate, distillation", "Terms of the loss", "Uncertainty of the teacher", "7 training targets; median 0.400",
+        "my-run", "teacher 2 layers of width 64", "held-out loss (nats per target)", "Loss, fitting the teacher",
+        "Learning rate, distillation", "Terms of the loss", "Uncertainty of the teacher", "7 training targets; median 0.4",
         "task1 (3)", "begun 2 times", "1 min 15 s", "1,234", "(nothing)", "easy_ratio: 0.5",
     ):  # fmt: skip
         assert words in page.text, words

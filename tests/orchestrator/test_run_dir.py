@@ -38,7 +38,7 @@ def test_the_folder_of_another_configuration_is_refused_key_by_key(tmp_path: Pat
 
 
 def test_two_processes_cannot_hold_one_folder(tmp_path: Path) -> None:
-    with RunDir.open(changed(f"output={tmp_path}")):
-        with pytest.raises(RunDirError, match="another process works in .*small; wait for it"):
-            RunDir.open(changed(f"output={tmp_path}"))
+    config = changed(f"output={tmp_path}")
+    with RunDir.open(config), pytest.raises(RunDirError, match="another process works in .*small; wait for it"):
+        RunDir.open(config)
     RunDir.open(changed(f"output={tmp_path}")).close()

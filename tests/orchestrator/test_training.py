@@ -120,10 +120,11 @@ def test_a_worker_killed_at_a_step_ends_with_the_weights_of_a_run_that_was_not(
 def test_training_waits_for_shards_that_are_still_being_scored(
     undisturbed: tuple[Path, dict[str, torch.Tensor]], world: Path, tmp_path: Path
 ) -> None:
+    task = task_in(tmp_path, world)
     _, store = scored_world(world, ROWS)
     withheld = withhold_shard(store.path, 2)
     scorer = when(lambda: len(losses_of(tmp_path)) == 2, lambda: (time.sleep(1), give_back(store.path, withheld)))
-    weights = trained(task_in(tmp_path, world), tmp_path)
+    weights = trained(task, tmp_path)
     scorer.join()
     assert read_metrics(tmp_path / "metrics" / "train.jsonl")[2]["waited_seconds"] > 0.5
     assert_same(weights, undisturbed[1], tolerance=0)
