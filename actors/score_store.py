@@ -196,6 +196,8 @@ class ScoreStore:
             ScoringFailed: with the teacher's own error, if scoring was given up.
             TimeoutError: if the shard did not come in time.
         """
+        if shard in self._shards:
+            return 0.0
         start = time.monotonic()
         while not self._info_path(shard).exists():
             if self._failure_path.exists():

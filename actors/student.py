@@ -3,6 +3,7 @@
 The same loop serves both: fitting is distillation with the hard-label loss.
 """
 
+import math
 import tempfile
 import time
 from contextlib import nullcontext
@@ -105,7 +106,7 @@ def forward(student: nn.Module, batch: MicroBatch, train: TrainConfig) -> LossSu
 def require_finite(task: TrainingTask, step: int, sums: LossSums, gradient_norm: float) -> None:
     """Stop before a step that would spoil the weights."""
     loss = float(sums.loss)
-    if not torch.isfinite(torch.tensor([loss, gradient_norm])).all():
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         raise TrainingDiverged(
             f"{task.name}: step {step} has loss {loss} and gradient norm {gradient_norm}; "
             f"a learning rate below {task.train.optimizer.learning_rate} or a smaller clip_norm may do"

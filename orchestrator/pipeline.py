@@ -13,7 +13,7 @@ from orchestrator.reporting import write_report
 from orchestrator.resources import ray_for
 from orchestrator.run_dir import RunDir
 from orchestrator.scoring_stage import ScoringStage
-from orchestrator.stages import fit, prepare, train
+from orchestrator.stages import fit, prepare, require_same_source, train
 from orchestrator.table import print_table, read_table
 
 STAGES = ("prepare", "fit", "score", "train", "evaluate", "export", "report")
@@ -32,7 +32,7 @@ def run(config: RunConfig, until: str = "report", say: Callable[[str], None] = p
 def life(config: RunConfig, books: RunDir, overlap: bool) -> Iterator[str]:
     """Do stage after stage; yield the name of each once its result stands."""
     models = Models(config, books.path)
-    books.stage("prepare", partial(prepare, config, books, models))
+    require_same_source(config, books.stage("prepare", partial(prepare, config, books, models)))
     yield "prepare"
 
     with nullcontext() if books.result("evaluate") else ray_for(config):

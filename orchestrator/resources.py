@@ -13,6 +13,13 @@ from orchestrator.config import RunConfig
 
 STORE_BYTES = 256 << 20  # Ray's object store carries counts and configurations only
 
+TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a minute, Ray's own, is short where importing takes half of it
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how soon the end of a training is noticed
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor less
+}
+"""Settings of Ray Train unless the caller's environment says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -44,7 +51,8 @@ def ray_for(config: RunConfig) -> Iterator[None]:
     needed = demand(config)
     begun_here = not ray.is_initialized()
     if begun_here:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        for name, value in TRAIN_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level="WARNING")
         else:

@@ -1,5 +1,6 @@
 """Reading rows: where they come from and what may be wrong with them. A row is a dictionary of named fields."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,17 @@ def files_of(source: FilesSource) -> list[Path]:
             f"there is no file {path.absolute()}; data.source.path=... names a {_known_kinds()} file, or a folder of such files"
         )
     return [path]
+
+
+def source_hash(source: SourceConfig) -> str | None:
+    """Return a hash of the bytes of a source's files; None where the source is no file, or its files are gone."""
+    if source.kind != "files" or not Path(source.path).expanduser().exists():
+        return None
+    digest = hashlib.sha256()
+    for path in files_of(source):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read_file(path: Path) -> list[Row]:

@@ -8,6 +8,7 @@ from losses.config import HardLabelLoss
 from orchestrator.config import RunConfig
 from orchestrator.dataset import prepare_data
 from orchestrator.models import Models, Role
+from orchestrator.rows import source_hash
 from orchestrator.run_dir import Facts, RunDir
 from orchestrator.training import train_model
 
@@ -17,7 +18,22 @@ def prepare(config: RunConfig, books: RunDir, models: Models) -> Facts:
     counts = prepare_data(config.data, models.tokenizer_for, books.path / "data")
     models.make_scratch_models(models.tokenizer())
     books.say(f"prepare: {counts.line()}")
-    return {"counts": asdict(counts)}
+    return {"counts": asdict(counts), "source_sha256": source_hash(config.data.source)}
+
+
+def require_same_source(config: RunConfig, prepared: Facts) -> None:
+    """Refuse to go on with the rows of files that were changed since they were read.
+
+    Raises:
+        ValueError: naming the files and what to do.
+    """
+    now = source_hash(config.data.source)
+    if now is not None and now != prepared["source_sha256"]:
+        assert config.data.source.kind == "files"
+        raise ValueError(
+            f"data.source.path {config.data.source.path} was changed since this run read it; give the run another name "
+            "(name=...), or delete its folder to begin again"
+        )
 
 
 def fit(role: Role, config: RunConfig, books: RunDir, models: Models) -> Facts:

@@ -69,3 +69,22 @@ def test_prepare_alone_needs_no_ray(capsys: pytest.CaptureFixture[str], tmp_path
     assert "400 rows read: 100 to train on" in capsys.readouterr().out
     assert main(arguments) == 0
     assert "prepare: done before" in capsys.readouterr().out
+
+
+def test_rows_that_changed_under_a_run_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = [
+        f'{{"instruction": "say {word} again", "input": "", "response": "{word} {word}"}}\n' for word in map(str, range(400))
+    ]
+    rows.write_text("".join(lines))
+    arguments = [
+        "prepare", "configs/tiny_cpu.yaml", f"output={tmp_path}", f"data.source={{kind: files, path: {rows}}}",
+        "tokenizer.vocab_size=300",
+    ]  # fmt: skip
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert main(arguments) == 0
+    rows.write_text("".join(lines[:-1]))
+    assert main(arguments) == 2
+    assert "rows.jsonl was changed since this run read it; give the run another name" in capsys.readouterr().err
+    rows.unlink()
+    assert main(arguments) == 0  # what was read from them stands
