@@ -54,7 +54,5 @@ def test_a_fitted_model_takes_the_place_of_the_one_it_began_as(tmp_path: Path) -
 def test_a_chat_template_of_the_configuration_goes_with_the_tokenizer(tmp_path: Path) -> None:
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     models = models_of(tmp_path / "run", data={"format": {"kind": "chat", "template": template}}, tokenizer={"vocab_size": 300})
-    models.tokenizer_for(
-        ["some words to learn " * 20 + "and others, such as these: " + " ".join(f"n{i} word" for i in range(60))]
-    )
+    models.tokenizer_for([" ".join(f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmn" for c in "opqrst")])
     assert models.tokenizer().chat_template == template
