@@ -44,9 +44,8 @@ def life(config: RunConfig, books: RunDir, overlap: bool) -> Iterator[str]:
         scoring = ScoringStage(config, books, models)
         if not overlap:
             scoring.run()
-        with scoring.in_background():
-            if not overlap:
-                yield "score"
+            yield "score"
+        with scoring.in_background() if overlap else nullcontext():
             books.stage("train", partial(train, config, books, models, scoring.training_store))
         yield "train"
 

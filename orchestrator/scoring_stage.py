@@ -24,6 +24,7 @@ from orchestrator.tokenizers import tokenizer_hash
 
 Split = Literal["train", "heldout"]
 PROGRESS_SECONDS = 5.0
+GRACE_SECONDS = 3.0
 
 
 class ScoringStage:
@@ -62,14 +63,13 @@ class ScoringStage:
         try:
             yield
         except BaseException:
-            # A student whose teacher failed fails with it: only an error of its own ends the teacher's work early.
-            if not failure and self._pool is not None:
-                self._pool.close()
-                thread.join()
-                raise
-            thread.join()
+            # A student whose teacher failed fails with it; the teacher is then about to say why.
+            thread.join(GRACE_SECONDS)
             if failure:
                 raise failure[0] from None
+            if self._pool is not None:
+                self._pool.close()
+            thread.join()
             raise
         thread.join()
         if failure:

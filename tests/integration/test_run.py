@@ -1,13 +1,14 @@
 """Whole runs from the command line: real vLLM, real Ray Train, tiny models."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +20,7 @@ TINY = [
     "tokenizer.vocab_size=400", "data.source.rows=160", "data.heldout_rows=16", "data.max_tokens=96", "scores.top_k=16",
     "scores.rows_per_shard=32", "teacher.model.hidden_size=64", "teacher.model.layers=1", "teacher.model.heads=2",
     "teacher.fit.train.epochs=1", "teacher.fit.workers.cpus=1", "student.model.hidden_size=32", "student.model.heads=2",
-    "student.model.layers=1", "student.fit=null", "train.epochs=3", "train.batch_rows=16", "train.checkpoint_every_steps=4",
+    "student.model.layers=1", "student.fit=null", "train.epochs=6", "train.batch_rows=16", "train.checkpoint_every_steps=4",
     "evaluate.generate_rows=8", "evaluate.max_new_tokens=8", "evaluate.cpus=1",
 ]  # fmt: skip
 
@@ -32,6 +33,16 @@ def command(output: Path, *overrides: str) -> list[str]:
 
 def finish(output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(output, *overrides), capture_output=True, text=True, timeout=600)
+
+
+def begun(output: Path, metrics: Path, steps: int, *overrides: str) -> subprocess.Popen[str]:
+    """Start a run and return it once a training has logged so many steps."""
+    run = subprocess.Popen(command(output, *overrides), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 400
+    while len(read_metrics(metrics)) < steps and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.05)
+    assert run.poll() is None, "the run ended before it could be stopped"
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +72,7 @@ def test_the_student_learned_and_the_teacher_agrees_with_itself(
 ) -> None:
     rows = {row["metric"]: row["values"] for row in json.loads((output / "undisturbed" / "table.json").read_text())["rows"]}
     teacher, before, after = rows["heldout_loss"]
-    assert after < before - 0.3  # 27 steps, from random weights, of a teacher that itself took 9
+    assert after < before - 0.3  # 54 steps, from random weights, of a teacher that itself took 5
     assert rows["kl_to_teacher"][0] == pytest.approx(0, abs=1e-4)  # what vLLM served is what a plain forward pass gives
     assert rows["top1_agreement"][0] > 0.99
     assert rows["parameters"][2] < rows["parameters"][0]
@@ -90,14 +101,10 @@ def test_a_run_killed_in_training_ends_with_the_weights_of_the_one_that_was_not(
     undisturbed: subprocess.CompletedProcess[str], output: Path
 ) -> None:
     metrics = output / "killed" / "metrics" / "train.jsonl"
-    victim = subprocess.Popen(
-        command(output, "name=killed"), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 400
-    while len(read_metrics(metrics)) < 6 and time.monotonic() < deadline and victim.poll() is None:
-        time.sleep(0.05)
-    assert victim.poll() is None, "the run ended before it could be killed"
-    os.killpg(victim.pid, signal.SIGKILL)
+    victim = begun(output, metrics, 6, "name=killed")
+    for process in [*psutil.Process(victim.pid).children(recursive=True), victim]:  # as when the machine goes down
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     victim.wait()
     assert not (output / "killed" / "student").exists()
 
@@ -108,7 +115,20 @@ def test_a_run_killed_in_training_ends_with_the_weights_of_the_one_that_was_not(
         AutoModelForCausalLM.from_pretrained(output / name / "student").state_dict() for name in ("killed", "undisturbed")
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [step["step"] for step in read_metrics(metrics)] == list(range(1, 28))
+    assert [step["step"] for step in read_metrics(metrics)] == list(range(1, 55))
+
+
+def test_ctrl_c_ends_a_run_with_a_word_and_it_goes_on_from_there(output: Path) -> None:
+    longer = ("name=stopped", "teacher.fit.train.epochs=40")
+    stopped = begun(output, output / "stopped" / "metrics" / "fit_teacher.jsonl", 1, *longer)
+    stopped.send_signal(signal.SIGINT)
+    _, errors = stopped.communicate(timeout=120)
+    assert stopped.returncode == 130, errors
+    assert "error: interrupted; the same command goes on from where it stopped" in errors and "Traceback" not in errors
+    go_on = [part if part != "run" else "fit" for part in command(output, *longer)]
+    again = subprocess.run(go_on, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stderr
+    assert "prepare: done before" in again.stdout and "fit_teacher: done in" in again.stdout
 
 
 def test_both_runs_read_one_store_since_their_teachers_are_the_same(
