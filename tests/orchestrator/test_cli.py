@@ -73,9 +73,8 @@ def test_prepare_alone_needs_no_ray(capsys: pytest.CaptureFixture[str], tmp_path
 
 def test_rows_that_changed_under_a_run_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    lines = [
-        f'{{"instruction": "say {word} again", "input": "", "response": "{word} {word}"}}\n' for word in map(str, range(400))
-    ]
+    words = [f"{a}{b}{c}" for a in "abcdefghij" for b in "klmno" for c in "pqrstuvw"]
+    lines = [f'{{"instruction": "say {word} again", "input": "", "response": "{word} {word}"}}\n' for word in words]
     rows.write_text("".join(lines))
     arguments = [
         "prepare", "configs/tiny_cpu.yaml", f"output={tmp_path}", f"data.source={{kind: files, path: {rows}}}",
