@@ -2,53 +2,75 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from losses.divergence_config import SPLIT_DIVERGENCES, Divergence, ForwardKL
+from losses.section import Section
+from losses.weighing_config import AllTokens, EqualSamples, SampleWeighing, TokenSelection
 
-class Section(BaseModel):
-    """A frozen section of the configuration: unknown keys are errors, the docstring under a field is its help text."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+Tail = Literal["bucket", "renormalize"]
 
 
 class DistillationLoss(Section):
     """What every loss that listens to a teacher shares."""
 
-    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
-    """forward_kl = KL(teacher || student); reverse_kl = KL(student || teacher)."""
+    divergence: Divergence = ForwardKL()
+    """How student and teacher are compared, by name (``reverse_kl``) or with its knobs (``{kind: alpha_beta, ...}``)."""
 
-    tail: Literal["bucket", "renormalize"] = "bucket"
+    tail: Tail = "bucket"
     """What becomes of the mass outside target and top-K: one extra class on both sides, or both sides renormalised."""
+
+    tokens: TokenSelection = AllTokens()
+    """Which targets the teacher teaches; the others get no distillation loss."""
+
+    samples: SampleWeighing = EqualSamples()
+    """How much each row counts."""
+
+    distillation_weight: float = Field(default=1.0, ge=0.0)
+    """Factor of the distillation loss, for mixtures with the cross entropy."""
 
     cross_entropy_weight: float = Field(default=0.0, ge=0.0)
     """Weight of the cross entropy to the data's own tokens, added to the distillation loss."""
 
 
+class SplitLoss(DistillationLoss):
+    """A loss that weighs the two terms of a divergence apart."""
+
+    @model_validator(mode="after")
+    def _divergence_has_two_terms(self) -> "SplitLoss":
+        if self.divergence.kind not in SPLIT_DIVERGENCES:
+            raise ValueError(
+                f"divergence {self.divergence.kind} does not fall into a target and a diversity term that this teaching "
+                f"could weigh apart; divergence forward_kl or reverse_kl does, and teaching coupled takes any"
+            )
+        return self
+
+
 class CoupledLoss(DistillationLoss):
-    """The plain divergence: KL = TKD + UNC * DKD, averaged over the targets."""
+    """The plain divergence, averaged over the targets. For a KL it is TKD + UNC * DKD."""
 
     teaching: Literal["coupled"]
 
 
-class DecoupledLoss(DistillationLoss):
+class DecoupledLoss(SplitLoss):
     """TKD + DKD: the diversity term freed of its factor UNC (arXiv 2402.11890, section 3)."""
 
     teaching: Literal["decoupled"]
 
 
-class TargetOnlyLoss(DistillationLoss):
+class TargetOnlyLoss(SplitLoss):
     """TKD alone: how sure the teacher is of the target."""
 
     teaching: Literal["target_only"]
 
 
-class DiversityOnlyLoss(DistillationLoss):
+class DiversityOnlyLoss(SplitLoss):
     """DKD alone: how the teacher ranks all other tokens."""
 
     teaching: Literal["diversity_only"]
 
 
-class AtkdLoss(DistillationLoss):
+class AtkdLoss(SplitLoss):
     """Adaptive teaching (arXiv 2402.11890): easy tokens get DKD, hard tokens get TKD + DKD."""
 
     teaching: Literal["atkd"]
@@ -87,7 +109,6 @@ class HardLabelLoss(Section):
     teaching: Literal["hard_label"]
 
 
-LossConfig = Annotated[
-    AtkdLoss | CoupledLoss | DecoupledLoss | TargetOnlyLoss | DiversityOnlyLoss | HardLabelLoss,
-    Field(discriminator="teaching"),
-]
+TeacherLoss = AtkdLoss | CoupledLoss | DecoupledLoss | TargetOnlyLoss | DiversityOnlyLoss
+
+LossConfig = Annotated[TeacherLoss | HardLabelLoss, Field(discriminator="teaching")]

@@ -1,20 +1,25 @@
 """From logits to a step's loss: terms times weights, summed. N targets of this micro-batch, V vocabulary."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from losses.config import HardLabelLoss, LossConfig
-from losses.support import TeacherSupport, check_targets, working_dtype
+from losses.config import AtkdLoss, HardLabelLoss, LossConfig, TeacherLoss
+from losses.dense import Teacher
+from losses.divergence_config import SPLIT_DIVERGENCES
+from losses.loss_state import LossState
+from losses.prediction import student_log_odds
+from losses.reading import read_both
+from losses.registry import DIVERGENCES
+from losses.support import Index, check_targets, working_dtype
 from losses.teaching import TokenWeights
-from losses.terms import (
-    Prediction,
-    student_log_odds,
-    student_prediction,
-    target_and_diversity,
-    teacher_prediction,
-)
+from losses.terms import Terms
+from losses.weighing import highest_in_rows, selection_scores
+from losses.weighing_config import AllTokens
 
 
 @dataclass
@@ -24,8 +29,11 @@ class LossSums:
     loss: Tensor
     """The weighted sum; the only one with a gradient."""
 
+    divergence: Tensor
+    """Sum of the divergence, unweighted."""
+
     target_term: Tensor
-    """Sum of TKD, unweighted."""
+    """Sum of TKD, unweighted; 0 of a divergence that does not fall into two terms, as are the four below."""
 
     diversity_term: Tensor
     """Sum of DKD, unweighted."""
@@ -43,15 +51,15 @@ class LossSums:
     """Sum of the cross entropy to the data's tokens, in nats, unweighted."""
 
     targets: Tensor
-    """Number of tokens."""
+    """Number of tokens the sums are over: all targets, or those taught where a selection leaves the others out."""
 
     easy: Tensor
     """Number of easy tokens."""
 
     @staticmethod
-    def zero(device: torch.device | str) -> "LossSums":
+    def zero(device: torch.device | str, dtype: torch.dtype = torch.float32) -> "LossSums":
         """Return the sums over no tokens."""
-        return LossSums(*(torch.zeros((), device=device) for _ in fields(LossSums)))
+        return LossSums(*(torch.zeros((), device=device, dtype=dtype) for _ in fields(LossSums)))
 
     def __add__(self, other: "LossSums") -> "LossSums":
         return LossSums(*(mine + others for mine, others in zip(self.tensors(), other.tensors(), strict=True)))
@@ -64,24 +72,33 @@ class LossSums:
         """Return the sums without a gradient."""
         return LossSums(*(value.detach() for value in self.tensors()))
 
-    def means(self) -> dict[str, float]:
-        """Return each term's mean, in nats, over the tokens it speaks of (0 where there are none), and the easy share."""
+    def means(self, loss: LossConfig) -> dict[str, float]:
+        """Return what this loss has to report: each term's mean in nats over the tokens it speaks of (0 where there are none)."""
         targets, easy = max(float(self.targets), 1.0), float(self.easy)
         hard = max(float(self.targets) - easy, 1.0)
-        return {
-            "target_term": float(self.target_term) / targets,
-            "diversity_term": float(self.diversity_term) / targets,
-            "easy_diversity": float(self.easy_diversity) / max(easy, 1.0),
-            "hard_target": float(self.hard_target) / hard,
-            "hard_diversity": float(self.hard_diversity) / hard,
-            "cross_entropy": float(self.cross_entropy) / targets,
-            "targets": float(self.targets),
-            "easy_share": easy / targets,
-        }
+        found = {"cross_entropy": float(self.cross_entropy) / targets, "targets": float(self.targets)}
+        if isinstance(loss, HardLabelLoss):
+            return found
+        found["divergence"] = float(self.divergence) / targets
+        if loss.divergence.kind in SPLIT_DIVERGENCES:
+            found["target_term"] = float(self.target_term) / targets
+            found["diversity_term"] = float(self.diversity_term) / targets
+        if isinstance(loss, AtkdLoss):
+            found["easy_share"] = easy / targets
+            found["easy_diversity"] = float(self.easy_diversity) / max(easy, 1.0)
+            found["hard_target"] = float(self.hard_target) / hard
+            found["hard_diversity"] = float(self.hard_diversity) / hard
+        return found
 
 
 def distillation_loss(
-    student_logits: Tensor, targets: Tensor, teacher: TeacherSupport | None, weights: TokenWeights, loss: LossConfig
+    student_logits: Tensor,
+    targets: Tensor,
+    teacher: Teacher | None,
+    weights: TokenWeights,
+    loss: LossConfig,
+    state: LossState | None = None,
+    row_counts: Sequence[int] | None = None,
 ) -> LossSums:
     """Return the loss of N tokens: their share of the optimizer step's loss, since ``weights`` hold all divisions.
 
@@ -90,20 +107,44 @@ def distillation_loss(
         targets: int64 [N], the data's tokens.
         teacher: what the teacher says at the targets; unused, and may be None, for teaching ``hard_label``.
         weights: of these N tokens, cut from those of the whole step.
-        loss: which divergence; the teaching's part is in the weights already.
+        loss: which divergence, and which tokens are taught; the teaching's part is in the weights already.
+        state: where losses that change over a run stand; their first step unless said.
+        row_counts: number of targets of each row, in order; needed by losses that rank the targets of a row.
 
     Raises:
         ValueError: naming the argument, its shape or value, and the right one.
     """
     check_targets(student_logits, targets)
-    check_teacher_and_weights(targets, student_logits.shape[1], teacher, weights, loss)
-    return weighted_sums(student_logits, targets, teacher, weights, loss)
+    check_teacher_and_weights(targets, student_logits.shape[1], teacher, weights, loss, row_counts)
+    state = state or LossState.first(loss)
+    if selects_tokens(loss):
+        assert teacher is not None and row_counts is not None, "checked above"
+        taught = highest_in_rows(selection_scores(student_logits, targets, teacher, loss), row_counts, state.kept_fraction)
+        kept, weights = taught_alone(taught, weights, loss)
+        student_logits, targets, teacher = student_logits[kept], targets[kept], teacher.select(kept)
+    return weighted_sums(student_logits, targets, teacher, weights, loss, state)
+
+
+def taught_alone(taught: Tensor, weights: TokenWeights, loss: TeacherLoss) -> tuple[Index, TokenWeights]:
+    """Return which of N tokens to compute, and their weights, when the teacher teaches only some of them.
+
+    The others are left out, or, where cross entropy is mixed in, keep that alone.
+    """
+    if loss.cross_entropy_weight == 0:
+        return taught, weights.select(taught)
+    return slice(None), weights.times(taught.to(weights.divergence), 1.0)
+
+
+def selects_tokens(loss: LossConfig) -> TypeGuard[TeacherLoss]:
+    """Whether only some of the targets are taught."""
+    return not isinstance(loss, HardLabelLoss) and not isinstance(loss.tokens, AllTokens)
 
 
 def check_teacher_and_weights(
-    targets: Tensor, vocab_size: int, teacher: TeacherSupport | None, weights: TokenWeights, loss: LossConfig
-) -> None:
-    """Refuse a teacher or weights that do not belong to the targets [N].
+    targets: Tensor, vocab_size: int, teacher: Teacher | None, weights: TokenWeights, loss: LossConfig,
+    row_counts: Sequence[int] | None, check_values: bool = True,
+) -> None:  # fmt: skip
+    """Refuse a teacher, weights or rows that do not belong to the targets [N]; look at the teacher's values if told to.
 
     Raises:
         ValueError: naming the argument, its shape or value, and the right one.
@@ -114,44 +155,52 @@ def check_teacher_and_weights(
         return
     if teacher is None:
         raise ValueError(f"teacher is None, but teaching {loss.teaching} needs one; only hard_label does without")
-    teacher.check(targets, vocab_size)
+    if len(teacher) != len(targets):
+        raise ValueError(f"teacher has {len(teacher)} rows, but there are {len(targets)} targets; they must be as many")
+    if check_values:
+        teacher.check(targets, vocab_size)
+    if selects_tokens(loss) and row_counts is None:
+        raise ValueError(
+            f"row_counts is None, but tokens {loss.tokens.kind} ranks the targets of each row: pass the number of targets of each"
+        )
 
 
 def weighted_sums(
-    student_logits: Tensor, targets: Tensor, teacher: TeacherSupport | None, weights: TokenWeights, loss: LossConfig
+    student_logits: Tensor, targets: Tensor, teacher: Teacher | None, weights: TokenWeights, loss: LossConfig, state: LossState
 ) -> LossSums:
-    """``distillation_loss`` on arguments that have been checked."""
+    """``distillation_loss`` of tokens that are all taught, on arguments that have been checked."""
     dtype = working_dtype(student_logits)
-    cross_entropy_weight, target_weight = weights.cross_entropy.to(dtype), weights.target.to(dtype)
-    diversity_weight = weights.diversity.to(dtype)
     if isinstance(loss, HardLabelLoss):
         log_odds = student_log_odds(student_logits, targets)
-        student = Prediction(log_odds, log_odds.new_zeros(len(targets), 1))
-        target_term = diversity_term = torch.zeros_like(log_odds)
+        terms = Terms(torch.zeros_like(log_odds))
     else:
         assert teacher is not None, "checked by the caller"
-        student = student_prediction(student_logits, targets, teacher.topk_ids, loss.tail)
-        teacher_side = teacher_prediction(teacher, loss.tail, dtype)
-        target_term, diversity_term = target_and_diversity(teacher_side, student, loss.divergence)
-        if loss.teaching == "coupled" and loss.divergence == "reverse_kl":
-            # KL(q || p) couples by the first argument's mass off the target: the student's, and it has a gradient.
-            diversity_weight = diversity_weight * student.uncertainty
-    cross_entropy = student.cross_entropy
-    total = target_weight * target_term + diversity_weight * diversity_term + cross_entropy_weight * cross_entropy
-    return summed(total.sum(), target_term.detach(), diversity_term.detach(), cross_entropy.detach(), weights.easy)
+        teacher_side, student_side = read_both(teacher, student_logits, targets, loss.tail)
+        log_odds = student_side.log_odds
+        terms = DIVERGENCES[loss.divergence.kind](teacher_side, student_side, loss.divergence, state)
+    cross_entropy = -logsigmoid(log_odds)
+    total = weights.divergence.to(dtype) * terms.whole + weights.cross_entropy.to(dtype) * cross_entropy
+    if terms.target is not None and terms.diversity is not None:
+        total = total + weights.target.to(dtype) * terms.target + weights.diversity.to(dtype) * terms.diversity
+    return summed(total.sum(), terms, cross_entropy.detach(), weights.easy)
 
 
-def summed(loss: Tensor, target_term: Tensor, diversity_term: Tensor, cross_entropy: Tensor, easy: Tensor) -> LossSums:
+def summed(loss: Tensor, terms: Terms, cross_entropy: Tensor, easy: Tensor) -> LossSums:
     """Put a loss together with the sums of its terms [N], of all tokens and of each group."""
-    is_easy = easy.to(target_term.dtype)
+    whole = terms.whole.detach()
+    nothing = torch.zeros_like(whole)
+    target = nothing if terms.target is None else terms.target.detach()
+    diversity = nothing if terms.diversity is None else terms.diversity.detach()
+    is_easy = easy.to(whole.dtype)
     return LossSums(
         loss=loss,
-        target_term=target_term.sum(),
-        diversity_term=diversity_term.sum(),
-        easy_diversity=(diversity_term * is_easy).sum(),
-        hard_target=(target_term * (1 - is_easy)).sum(),
-        hard_diversity=(diversity_term * (1 - is_easy)).sum(),
+        divergence=whole.sum(),
+        target_term=target.sum(),
+        diversity_term=diversity.sum(),
+        easy_diversity=(diversity * is_easy).sum(),
+        hard_target=(target * (1 - is_easy)).sum(),
+        hard_diversity=(diversity * (1 - is_easy)).sum(),
         cross_entropy=cross_entropy.sum(),
-        targets=torch.full_like(target_term.sum(), len(easy)),
+        targets=torch.full_like(whole.sum(), len(easy)),
         easy=is_easy.sum(),
     )

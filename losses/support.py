@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+NO_TOKEN = -1
+"""The id in a column of the top-K that names no token, where a row keeps fewer than K; its log-probability is -inf."""
+
 Index = slice | Tensor
 """Which of the N targets to take: a slice, positions, or a mask."""
 
@@ -25,7 +28,7 @@ class TeacherSupport:
     """float32 [N], log-probability of the target."""
 
     topk_ids: Tensor
-    """int64 [N, K], K other tokens, all different; the target is never among them."""
+    """int64 [N, K], K other tokens, all different; the target is never among them. ``NO_TOKEN`` in columns not used."""
 
     topk_logprobs: Tensor
     """float32 [N, K], their log-probabilities."""
@@ -48,6 +51,11 @@ class TeacherSupport:
 
     def __len__(self) -> int:
         return len(self.target_logprob)
+
+    @property
+    def named(self) -> Tensor:
+        """bool [N, K], which columns of the top-K name a token."""
+        return self.topk_ids != NO_TOKEN
 
     @property
     def uncertainty(self) -> Tensor:
@@ -99,23 +107,52 @@ class TeacherSupport:
             largest = values.amax().item()  # NaN if there is one, as amax passes it on
             if not largest < 1.0:
                 raise ValueError(f"{name} holds {largest}; a log-probability is a number of at most 0, or -inf")
+        self._check_ids(targets, vocab_size)
+
+    def _check_ids(self, targets: Tensor, vocab_size: int) -> None:
         lowest, highest = (int(bound) for bound in self.topk_ids.aminmax())
-        if lowest < 0 or highest >= vocab_size:
-            wrong = lowest if lowest < 0 else highest
+        if lowest < NO_TOKEN or highest >= vocab_size:
+            wrong = lowest if lowest < NO_TOKEN else highest
             raise ValueError(f"topk_ids holds {wrong}; ids of a vocabulary of {vocab_size} tokens are 0 to {vocab_size - 1}")
+        if lowest == NO_TOKEN and (self.topk_logprobs[self.topk_ids == NO_TOKEN] > -torch.inf).any():
+            raise ValueError(f"topk_ids holds {NO_TOKEN}, no token, where topk_logprobs is not -inf; it must be -inf there")
         doubled = (self.topk_ids == targets[:, None]).any(dim=1)
         if doubled.any():
             row = int(doubled.nonzero()[0])
             raise ValueError(
                 f"topk_ids of row {row} holds its target {int(targets[row])}; the top-K are tokens other than the target"
             )
+        in_order = self.topk_ids.sort(dim=1).values
+        repeated = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != NO_TOKEN)
+        if repeated.any():
+            row, column = (int(index) for index in repeated.nonzero()[0])
+            raise ValueError(f"topk_ids of row {row} holds {int(in_order[row, column])} twice; the top-K must all be different")
+
+    def keep_mass(self, share: float) -> "TeacherSupport":
+        """Keep of each row the shortest run of its likeliest tokens that holds ``share`` of the mass off the target.
+
+        The columns come out most likely first and stay K; those not kept become ``NO_TOKEN``, and their mass joins the tail.
+
+        Raises:
+            ValueError: if ``share`` is not above 0 and at most 1.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}; it must be above 0 and at most 1")
+        logprobs, order = self.topk_logprobs.sort(dim=1, descending=True, stable=True)
+        held_before = logprobs.exp().cumsum(dim=1) - logprobs.exp()
+        dropped = held_before >= share * self.uncertainty[:, None]
+        dropped_logmass = logprobs.masked_fill(~dropped, -torch.inf).logsumexp(dim=1)
+        return TeacherSupport(
+            self.target_logprob, self.topk_ids.gather(1, order).masked_fill(dropped, NO_TOKEN),
+            logprobs.masked_fill(dropped, -torch.inf), torch.logaddexp(self.tail_logmass, dropped_logmass),
+        )  # fmt: skip
 
     @staticmethod
     @torch.no_grad()
     def from_logits(teacher_logits: Tensor, targets: Tensor, top_k: int | None = None) -> "TeacherSupport":
         """Reduce a teacher's logits [N, V] to its support at the targets [N].
 
-        ``top_k`` None keeps all V - 1 others, in the order of their ids, and the tail is exactly empty; otherwise the
+        ``top_k`` None or V - 1 keeps all others, in the order of their ids, and the tail is exactly empty; otherwise the
         K most likely are kept, most likely first. Computed in float32, or float64 if the logits are.
 
         Raises:
@@ -160,15 +197,15 @@ def check_targets(logits: Tensor, targets: Tensor, name: str = "student_logits")
     check_target_ids(targets, logits.shape[0], logits.shape[1], where=name)
 
 
-def check_target_ids(targets: Tensor, count: int, vocab_size: int, where: str) -> None:
-    """Refuse targets that are not ``count`` ids of a vocabulary of ``vocab_size`` tokens.
+def check_target_ids(targets: Tensor, count: int, vocab_size: int, where: str, check_values: bool = True) -> None:
+    """Refuse targets that are not ``count`` ids of a vocabulary of ``vocab_size`` tokens; look at the ids if told to.
 
     Raises:
         ValueError: naming the shape or the value, and the right one.
     """
     if targets.shape != (count,):
         raise ValueError(f"targets has the shape {list(targets.shape)}; with {count} rows in {where} it must be [{count}]")
-    if count == 0:
+    if count == 0 or not check_values:
         return
     lowest, highest = (int(bound) for bound in targets.aminmax())
     if lowest < 0 or highest >= vocab_size:

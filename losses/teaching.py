@@ -2,21 +2,22 @@
 
 A divergence gives every token its terms; a teaching gives every token its weights. A step's loss is
 
-    sum over its tokens i of   target_i * TKD_i  +  diversity_i * DKD_i  +  cross_entropy_i * CE_i
+    sum over its tokens i of   divergence_i * D_i  +  target_i * TKD_i  +  diversity_i * DKD_i  +  cross_entropy_i * CE_i
 
 and the weights below already hold every division by the number of tokens. They are computed once for a whole optimizer
 step, over all ranks and all accumulated micro-batches; the step's loss is then a plain sum, however it was cut.
 
-| teaching                     | target               | diversity            |
-|------------------------------|----------------------|----------------------|
-| coupled (the plain KL)       | 1 / N                | UNC / N              |
-| decoupled                    | 1 / N                | 1 / N                |
-| target_only                  | 1 / N                | 0                    |
-| diversity_only               | 0                    | 1 / N                |
-| atkd, easy token             | 0                    | λ / N_easy           |
-| atkd, hard token             | (1 - λ) / N_hard     | (1 - λ) / N_hard     |
+| teaching             | divergence D | target TKD           | diversity DKD        |
+|----------------------|--------------|----------------------|----------------------|
+| coupled              | 1 / N        | 0                    | 0                    |
+| decoupled            | 0            | 1 / N                | 1 / N                |
+| target_only          | 0            | 1 / N                | 0                    |
+| diversity_only       | 0            | 0                    | 1 / N                |
+| atkd, easy token     | 0            | 0                    | λ / N_easy           |
+| atkd, hard token     | 0            | (1 - λ) / N_hard     | (1 - λ) / N_hard     |
 
-UNC = 1 - p_g is the teacher's mass off the target, λ is ``easy_weight``. N tokens of the step.
+A KL divergence is D = TKD + UNC * DKD, so coupled and decoupled differ by the factor UNC = 1 - p_g, the mass off the
+target. λ is ``easy_weight``; N tokens of the step. All but the cross entropy are times ``distillation_weight``.
 Source: arXiv 2402.11890, section 3.
 """
 
@@ -43,14 +44,17 @@ class TokenWeights:
     """What each of N tokens weighs in the loss of its optimizer step.
 
     Raises:
-        ValueError: if the four are not of one length.
+        ValueError: if the five are not of one length.
     """
+
+    divergence: Tensor
+    """float32 [N], weight of the whole divergence."""
 
     target: Tensor
     """float32 [N], weight of the target term."""
 
     diversity: Tensor
-    """float32 [N], weight of the diversity term. Coupled reverse KL: to be multiplied by the student's own 1 - q_g."""
+    """float32 [N], weight of the diversity term."""
 
     cross_entropy: Tensor
     """float32 [N], weight of the cross entropy to the data's token."""
@@ -59,7 +63,7 @@ class TokenWeights:
     """bool [N], which tokens are easy; all False where the teaching does not ask."""
 
     def __post_init__(self) -> None:
-        for name in ("target", "diversity", "cross_entropy"):
+        for name in ("divergence", "target", "diversity", "cross_entropy"):
             shape, easy_shape = list(getattr(self, name).shape), list(self.easy.shape)
             if shape != easy_shape or len(shape) != 1:
                 raise ValueError(f"weights.{name} has the shape {shape} and weights.easy {easy_shape}; both must be [N]")
@@ -67,39 +71,43 @@ class TokenWeights:
     @staticmethod
     def zero(count: int) -> "TokenWeights":
         """Return the weights of ``count`` tokens that add nothing."""
-        return TokenWeights(torch.zeros(count), torch.zeros(count), torch.zeros(count), torch.zeros(count, dtype=torch.bool))
+        nothing = torch.zeros(count)
+        return TokenWeights(nothing, nothing, nothing, nothing, torch.zeros(count, dtype=torch.bool))
 
     @staticmethod
     def concatenate(parts: Sequence["TokenWeights"]) -> "TokenWeights":
         """Return the weights of all parts, one after the other."""
-        return TokenWeights(
-            torch.cat([part.target for part in parts]),
-            torch.cat([part.diversity for part in parts]),
-            torch.cat([part.cross_entropy for part in parts]),
-            torch.cat([part.easy for part in parts]),
-        )
+        return TokenWeights(*(torch.cat(tensors) for tensors in zip(*(part.tensors() for part in parts), strict=True)))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the five in the order of the fields."""
+        return self.divergence, self.target, self.diversity, self.cross_entropy, self.easy
 
     def split(self, counts: Sequence[int]) -> list["TokenWeights"]:
         """Cut the weights into parts of ``counts`` tokens, such as the rows of a step."""
-        fields = (self.target, self.diversity, self.cross_entropy, self.easy)
-        return [TokenWeights(*parts) for parts in zip(*(field.split(list(counts)) for field in fields), strict=True)]
+        return [TokenWeights(*parts) for parts in zip(*(values.split(list(counts)) for values in self.tensors()), strict=True)]
 
     def __len__(self) -> int:
         return len(self.easy)
 
     def select(self, index: Index) -> "TokenWeights":
         """Return the weights of some of the tokens, such as one micro-batch, in the order of ``index``."""
-        return TokenWeights(self.target[index], self.diversity[index], self.cross_entropy[index], self.easy[index])
+        return TokenWeights(*(values[index] for values in self.tensors()))
 
     def scaled(self, factor: float) -> "TokenWeights":
         """Return the weights times a factor, for callers whose framework averages over ranks or micro-batches."""
-        return TokenWeights(self.target * factor, self.diversity * factor, self.cross_entropy * factor, self.easy)
+        return self.times(factor, factor)
+
+    def times(self, distillation: Tensor | float, cross_entropy: Tensor | float) -> "TokenWeights":
+        """Return the weights, those of the distillation terms times one factor, or [N] of them, the cross entropy's another."""
+        return TokenWeights(
+            self.divergence * distillation, self.target * distillation, self.diversity * distillation,
+            self.cross_entropy * cross_entropy, self.easy,
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> "TokenWeights":
         """Return the weights on another device."""
-        return TokenWeights(
-            self.target.to(device), self.diversity.to(device), self.cross_entropy.to(device), self.easy.to(device)
-        )
+        return TokenWeights(*(values.to(device) for values in self.tensors()))
 
 
 def split_easy(uncertainty: Tensor, loss: AtkdLoss, *, seed: int) -> Tensor:
@@ -162,21 +170,22 @@ def token_weights(uncertainty: Tensor, loss: LossConfig, easy: Tensor | None = N
         raise ValueError(f"uncertainty has the shape {list(uncertainty.shape)} and easy {list(easy.shape)}; both must be [N]")
 
     each = torch.full_like(uncertainty, 1 / max(len(uncertainty), 1))
-    nothing = torch.zeros_like(uncertainty)
+    whole = target = diversity = torch.zeros_like(uncertainty)
     match loss:
         case HardLabelLoss():
-            return TokenWeights(nothing, nothing, each, easy)
-        case CoupledLoss(divergence="forward_kl"):
-            target, diversity = each, each * uncertainty
-        case CoupledLoss() | DecoupledLoss():  # reverse KL couples by the student's uncertainty, known only in the loss
-            target, diversity = each, each
+            return TokenWeights(whole, target, diversity, each, easy)
+        case CoupledLoss():
+            whole = each
+        case DecoupledLoss():
+            target = diversity = each
         case TargetOnlyLoss():
-            target, diversity = each, nothing
+            target = each
         case DiversityOnlyLoss():
-            target, diversity = nothing, each
+            diversity = each
         case AtkdLoss():
             target, diversity = adaptive_weights(easy, loss, like=uncertainty)
-    return TokenWeights(target, diversity, each * loss.cross_entropy_weight, easy)
+    weights = TokenWeights(whole, target, diversity, each, easy)
+    return weights.times(loss.distillation_weight, loss.cross_entropy_weight)
 
 
 def adaptive_weights(easy: Tensor, loss: AtkdLoss, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -150,16 +150,20 @@ def test_sums_for_reports_are_of_each_group_and_carry_no_gradient() -> None:
 
 def test_means_are_over_the_tokens_each_term_speaks_of() -> None:
     values = dict(
-        loss=1.0, target_term=8.0, diversity_term=12.0, easy_diversity=2.0, hard_target=3.0, hard_diversity=9.0,
+        loss=1.0, divergence=20.0, target_term=8.0, diversity_term=12.0, easy_diversity=2.0, hard_target=3.0, hard_diversity=9.0,
         cross_entropy=4.0, targets=4.0, easy=1.0,
     )  # fmt: skip
     sums = LossSums(**{name: torch.tensor(value) for name, value in values.items()})
-    assert sums.means() == {
-        "target_term": 2.0, "diversity_term": 3.0, "easy_diversity": 2.0, "hard_target": 1.0, "hard_diversity": 3.0,
-        "cross_entropy": 1.0, "targets": 4.0, "easy_share": 0.25,
+    atkd, jensen = AtkdLoss(teaching="atkd"), loss_of("coupled", divergence="jensen_shannon")
+    assert sums.means(atkd) == {
+        "cross_entropy": 1.0, "targets": 4.0, "divergence": 5.0, "target_term": 2.0, "diversity_term": 3.0,
+        "easy_share": 0.25, "easy_diversity": 2.0, "hard_target": 1.0, "hard_diversity": 3.0,
     }  # fmt: skip
-    assert set(LossSums.zero("cpu").means().values()) == {0.0}
-    assert (sums + LossSums.zero("cpu")).means() == sums.means() == LossSums(*sums.detach().tensors()).means()
+    assert sums.means(loss_of("coupled")).keys() == {"cross_entropy", "targets", "divergence", "target_term", "diversity_term"}
+    assert sums.means(jensen) == {"cross_entropy": 1.0, "targets": 4.0, "divergence": 5.0}, "it has no two terms"
+    assert sums.means(HardLabelLoss(teaching="hard_label")) == {"cross_entropy": 1.0, "targets": 4.0}
+    assert set(LossSums.zero("cpu").means(atkd).values()) == {0.0}
+    assert (sums + LossSums.zero("cpu")).means(atkd) == sums.means(atkd) == LossSums(*sums.detach().tensors()).means(atkd)
 
 
 def test_weightless_tokens_give_zero_loss_and_gradient() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from losses.config import AtkdLoss, CoupledLoss, DiversityOnlyLoss, LossConfig, TargetOnlyLoss
 from losses.distillation import distillation_loss
+from losses.divergence_config import ReverseKL
 from losses.support import TeacherSupport
 from losses.teaching import split_easy, token_weights
 
@@ -21,14 +22,14 @@ INFO: dict[str, dict[str, Any]] = json.loads((FOLDER / "golden_info.json").read_
 AUTHORS_ATKD = AtkdLoss(teaching="atkd", scope="microbatch")
 MIXTURES: dict[str, list[tuple[float, LossConfig]]] = {
     "forward": [(1.0, CoupledLoss(teaching="coupled"))],
-    "reverse": [(1.0, CoupledLoss(teaching="coupled", divergence="reverse_kl"))],
+    "reverse": [(1.0, CoupledLoss(teaching="coupled", divergence=ReverseKL()))],
     "jsd": [
         (0.9, CoupledLoss(teaching="coupled")),
-        (0.1, CoupledLoss(teaching="coupled", divergence="reverse_kl")),
+        (0.1, CoupledLoss(teaching="coupled", divergence=ReverseKL())),
     ],
     "dkd": [(0.2, TargetOnlyLoss(teaching="target_only")), (1.0, DiversityOnlyLoss(teaching="diversity_only"))],
     "atkd": [(1.0, AUTHORS_ATKD)],
-    "atkd_reverse": [(1.0, AtkdLoss(teaching="atkd", scope="microbatch", divergence="reverse_kl"))],
+    "atkd_reverse": [(1.0, AtkdLoss(teaching="atkd", scope="microbatch", divergence=ReverseKL()))],
 }
 PORTABLE = [(case, kind) for case in sorted(INFO) for kind in MIXTURES if INFO[case][kind]["portable"]]
 OTHERS = [(case, kind) for case in sorted(INFO) for kind in MIXTURES if not INFO[case][kind]["portable"]]

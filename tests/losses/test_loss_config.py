@@ -14,7 +14,7 @@ def test_the_defaults_are_the_papers() -> None:
     loss = LOSS.validate_python({"teaching": "atkd"})
     assert isinstance(loss, AtkdLoss)
     assert (loss.easy_ratio, loss.easy_weight, loss.scope, loss.normalize) == (0.5, 0.2, "batch", "groups")
-    assert (loss.divergence, loss.tail, loss.cross_entropy_weight) == ("forward_kl", "bucket", 0.0)
+    assert (loss.divergence.kind, loss.tail, loss.cross_entropy_weight) == ("forward_kl", "bucket", 0.0)
     assert isinstance(LOSS.validate_python({"teaching": "hard_label"}), HardLabelLoss)
 
 

@@ -103,7 +103,7 @@ def test_shapes_that_do_not_belong_together(field: str, value: torch.Tensor, mes
         ("topk_logprobs", torch.tensor([[-1.0, math.nan], [-1, -1]]), "topk_logprobs holds nan; .* at most 0"),
         ("tail_logmass", torch.tensor([math.inf, -1.0]), "tail_logmass holds inf; .* at most 0"),
         ("topk_ids", torch.tensor([[1, 4], [0, 3]]), "topk_ids holds 4; ids of a vocabulary of 4 tokens are 0 to 3"),
-        ("topk_ids", torch.tensor([[1, -1], [0, 3]]), "topk_ids holds -1; ids of a vocabulary of 4"),
+        ("topk_ids", torch.tensor([[1, -2], [0, 3]]), "topk_ids holds -2; ids of a vocabulary of 4"),
         ("topk_ids", torch.tensor([[1, 2], [2, 3]]), "topk_ids of row 1 holds its target 2; "),
     ],
 )

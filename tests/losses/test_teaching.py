@@ -16,6 +16,7 @@ from losses.config import (
     LossConfig,
     TargetOnlyLoss,
 )
+from losses.divergence_config import ReverseKL
 from losses.teaching import TokenWeights, split_easy, token_weights
 from tests.reference import formulas
 
@@ -86,8 +87,8 @@ def test_the_authors_rule_finds_no_easy_token_among_equals() -> None:
 
 
 TABLE: list[tuple[LossConfig, list[float], list[float]]] = [
-    (CoupledLoss(teaching="coupled"), [0.25] * 4, [0.2, 0.05, 0.1, 0.15]),
-    (CoupledLoss(teaching="coupled", divergence="reverse_kl"), [0.25] * 4, [0.25] * 4),
+    (CoupledLoss(teaching="coupled"), [0.0] * 4, [0.0] * 4),
+    (CoupledLoss(teaching="coupled", divergence=ReverseKL()), [0.0] * 4, [0.0] * 4),
     (DecoupledLoss(teaching="decoupled"), [0.25] * 4, [0.25] * 4),
     (TargetOnlyLoss(teaching="target_only"), [0.25] * 4, [0.0] * 4),
     (DiversityOnlyLoss(teaching="diversity_only"), [0.0] * 4, [0.25] * 4),
@@ -103,6 +104,7 @@ def test_the_table_of_weights(loss: LossConfig, target: list[float], diversity: 
     weights = token_weights(uncertainty, loss, easy)
     assert weights.target.tolist() == pytest.approx(target)
     assert weights.diversity.tolist() == pytest.approx(diversity)
+    assert weights.divergence.tolist() == ([0.25] * 4 if loss.teaching == "coupled" else [0.0] * 4)
     assert weights.cross_entropy.tolist() == [0.0] * 4
     assert weights.target.dtype == weights.diversity.dtype == weights.cross_entropy.dtype == torch.float32
 
@@ -148,7 +150,7 @@ def test_weights_cut_by_row_and_put_together_again_are_the_same() -> None:
     assert [len(row) for row in rows] == [2, 0, 3]
     assert rows[2].target.tolist() == weights.target[2:].tolist() and rows[2].easy.tolist() == weights.easy[2:].tolist()
     together = TokenWeights.concatenate(rows)
-    for name in ("target", "diversity", "cross_entropy", "easy"):
+    for name in ("divergence", "target", "diversity", "cross_entropy", "easy"):
         assert torch.equal(getattr(together, name), getattr(weights, name))
 
 
@@ -168,4 +170,4 @@ def test_what_cannot_be_ranked_or_weighed() -> None:
     with pytest.raises(ValueError, match=r"uncertainty has the shape \[2\] and easy \[3\]; both must be \[N\]"):
         token_weights(torch.zeros(2), atkd(), easy=torch.zeros(3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"weights.diversity has the shape \[1\] and weights.easy \[2\]"):
-        TokenWeights(torch.zeros(2), torch.zeros(1), torch.zeros(2), torch.zeros(2, dtype=torch.bool))
+        TokenWeights(torch.zeros(2), torch.zeros(2), torch.zeros(1), torch.zeros(2), torch.zeros(2, dtype=torch.bool))

@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a table, then a line for each bar, and exits with 1 if a bar is missed."""
