@@ -1,6 +1,8 @@
 """LoRA adapters; the one file that knows peft."""
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.config import LoraAdapter
@@ -16,12 +18,28 @@ def add_adapters(model: PreTrainedModel, lora: LoraAdapter) -> PreTrainedModel:
     names = {name.split(".")[-1] for name, _ in model.named_modules()}
     if not isinstance(modules, str) and (missing := [name for name in modules if name not in names]):
         raise ValueError(f"student.lora.modules names {missing}, which the model does not have; all-linear would do")
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    if lora.dropout > 0 and head is not None and not isinstance(modules, str) and head.split(".")[-1] in modules:
+        raise ValueError(
+            f"student.lora.dropout is {lora.dropout}, but the output head {head} with an adapter is used as one matrix, which "
+            f"has no dropout inside; dropout 0 would do, or modules without {head}"
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.scale, lora_dropout=lora.dropout, target_modules=modules
     )
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def adapted_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a linear layer, with its adapter, if it has one, added in; gradients reach the adapter."""
+    weight = module.weight
+    if isinstance(module, LoraLayer):
+        for name in module.active_adapters:
+            weight = weight + module.get_delta_weight(name)
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:

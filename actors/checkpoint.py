@@ -4,7 +4,7 @@ Random numbers need no place in it: every step seeds itself by (seed, step, rank
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from actors.sampler import SamplerState
+from losses.loss_state import LossState
 
 PROGRESS = "progress.json"
 ONLY_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -29,6 +30,8 @@ class Progress:
     """Optimizer steps done."""
     sampler: SamplerState
     """Rows done."""
+    loss_state: LossState
+    """What the loss remembers."""
 
 
 def save_checkpoint(
@@ -38,7 +41,10 @@ def save_checkpoint(
     weights, optimizer_state = get_state_dict(student, optimizer, options=ONLY_TRAINED)
     dcp.save({"student": weights, "optimizer": optimizer_state}, storage_writer=dcp.FileSystemWriter(folder))
     if rank == 0:
-        plain = {"step": progress.step, "sampler": progress.sampler.to_dict(), "schedule": schedule.state_dict()}
+        plain = {
+            "step": progress.step, "sampler": progress.sampler.to_dict(), "schedule": schedule.state_dict(),
+            "loss_state": asdict(progress.loss_state),
+        }  # fmt: skip
         (folder / PROGRESS).write_text(json.dumps(plain))
 
 
@@ -52,7 +58,8 @@ def load_checkpoint(folder: Path, student: nn.Module, optimizer: Optimizer, sche
     )
     plain = json.loads((folder / PROGRESS).read_text())
     schedule.load_state_dict(plain["schedule"])
-    return Progress(step=plain["step"], sampler=SamplerState(**plain["sampler"]))
+    # Version 0.1.0 wrote no loss state: its losses had no memory.
+    return Progress(plain["step"], SamplerState(**plain["sampler"]), LossState(**plain.get("loss_state", {})))
 
 
 def whole_weights(student: nn.Module) -> dict[str, Any]:

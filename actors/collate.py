@@ -11,12 +11,15 @@ import torch
 
 from actors.config import needs_complete_store
 from actors.examples import ExampleFile
-from actors.records import Example, TeacherScores
+from actors.records import NO_TOKEN, Example, TeacherScores
 from actors.sampler import GlobalBatch
 from actors.score_store import ScoreStore
-from losses.config import AtkdLoss, LossConfig
-from losses.support import TeacherSupport
+from losses.config import AtkdLoss, HardLabelLoss, LossConfig
+from losses.loss_state import LossState
+from losses.support import TeacherSupport, check_target_ids
 from losses.teaching import TokenWeights, split_easy, token_weights
+from losses.weighing import sample_weights, selection_factor
+from losses.weighing_config import AllTokens, TeacherLossSamples
 
 PADDING = 0  # any id will do: padding is neither attended to nor a target
 
@@ -46,19 +49,25 @@ class MicroBatch:
     weights: TokenWeights
     """The weights of the same N targets, normalised over the whole optimizer step."""
 
+    row_counts: tuple[int, ...]
+    """Number of targets of each row; they add up to N."""
+
     def to(self, device: torch.device) -> "MicroBatch":
         """Return a copy on another device."""
         return MicroBatch(
             self.token_ids.to(device), self.attention_mask.to(device), self.predicting.to(device), self.targets.to(device),
-            self.teacher.to(device) if self.teacher else None, self.weights.to(device),
+            self.teacher.to(device) if self.teacher else None, self.weights.to(device), self.row_counts,
         )  # fmt: skip
 
 
 class Collator:
     """Reads examples and scores, weighs the tokens of a step, and lays rows out for the model."""
 
-    def __init__(self, examples: ExampleFile, store: ScoreStore | None, loss: LossConfig, top_k: int, seed: int) -> None:
+    def __init__(
+        self, examples: ExampleFile, store: ScoreStore | None, loss: LossConfig, top_k: int, seed: int, vocab_size: int
+    ) -> None:
         self.examples, self.store, self.loss, self.top_k, self.seed = examples, store, loss, top_k, seed
+        self.vocab_size = vocab_size  # the student's
         self._easy_in_dataset: list[torch.Tensor] | None = None  # bool [N] per row
 
     def wait_for(self, batch: GlobalBatch, timeout_seconds: float) -> float:
@@ -70,7 +79,7 @@ class Collator:
         shards = np.unique(batch.positions // self.store.rows_per_shard)
         return sum(self.store.wait_for(int(shard), timeout_seconds) for shard in shards)
 
-    def weights(self, batch: GlobalBatch, layout: Layout, step: int) -> list[TokenWeights]:
+    def weights(self, batch: GlobalBatch, layout: Layout, step: int, state: LossState) -> list[TokenWeights]:
         """Return the weights of each row's targets, normalised over the whole step.
 
         Every worker computes this for all rows, not only its own: the ranking is the teacher's alone, so that it needs no
@@ -83,9 +92,25 @@ class Collator:
             of_row: dict[int, TokenWeights] = {}
             for rows in passes:
                 of_pass = self._weights(batch, [uncertainties[row] for row in rows], rows, step)
-                of_row |= {row: weights.scaled(1 / len(passes)) for row, weights in zip(rows, of_pass, strict=True)}
-            return [of_row[row] for row in range(len(uncertainties))]
-        return self._weights(batch, uncertainties, range(len(uncertainties)), step)
+                of_row |= {row: of_one.scaled(1 / len(passes)) for row, of_one in zip(rows, of_pass, strict=True)}
+            weights = [of_row[row] for row in range(len(uncertainties))]
+        else:
+            weights = self._weights(batch, uncertainties, range(len(uncertainties)), step)
+        return self._weighed(weights, batch, state)
+
+    def _weighed(self, weights: list[TokenWeights], batch: GlobalBatch, state: LossState) -> list[TokenWeights]:
+        """Make up for targets that will not be taught, and weigh the rows among each other."""
+        if isinstance(self.loss, HardLabelLoss):
+            return weights
+        if not isinstance(self.loss.tokens, AllTokens):
+            factor = selection_factor([len(row) for row in weights], state.kept_fraction)
+            weights = [row.times(factor, 1.0) for row in weights]
+        if isinstance(self.loss.samples, TeacherLossSamples):
+            assert self.store is not None, "a loss with a teacher has a store"
+            losses = torch.tensor([self.store.teacher_loss_at(int(position)) for position in batch.positions])
+            shares = sample_weights(losses, self.loss.samples, state).tolist()
+            weights = [row.times(share, 1.0 - share) for row, share in zip(weights, shares, strict=True)]
+        return weights
 
     def _weights(
         self, batch: GlobalBatch, uncertainties: Sequence[torch.Tensor], rows: Sequence[int], step: int
@@ -99,7 +124,10 @@ class Collator:
         return token_weights(together, self.loss, easy).split([len(one) for one in uncertainties])
 
     def micro_batch(self, batch: GlobalBatch, rows: Sequence[int], weights: Sequence[TokenWeights]) -> MicroBatch:
-        """Return the tensors of one forward pass over some rows of a step; ``weights`` are those of all its rows."""
+        """Return the tensors of one forward pass over some rows of a step; ``weights`` are those of all its rows.
+
+        Targets and scores are looked at here, on the CPU, so that the loss need not: an accelerator would have to wait.
+        """
         examples = [self.examples[int(batch.positions[row])] for row in rows]
         length = max(len(example.token_ids) for example in examples)
         token_ids = np.full((len(examples), length), PADDING, dtype=np.int64)
@@ -108,13 +136,19 @@ class Collator:
             token_ids[index, : len(example.token_ids)] = example.token_ids
             attention_mask[index, : len(example.token_ids)] = 1
         predicting = [index * length + example.target_positions - 1 for index, example in enumerate(examples)]
+        targets = torch.from_numpy(np.concatenate([example.targets for example in examples]).astype(np.int64))
+        check_target_ids(targets, len(targets), self.vocab_size, where="the rows")
+        teacher = self._teacher(examples, [int(batch.positions[row]) for row in rows])
+        if teacher is not None:
+            teacher.check(targets, self.vocab_size)
         return MicroBatch(
             token_ids=torch.from_numpy(token_ids),
             attention_mask=torch.from_numpy(attention_mask),
             predicting=torch.from_numpy(np.concatenate(predicting)),
-            targets=torch.from_numpy(np.concatenate([example.targets for example in examples]).astype(np.int64)),
-            teacher=self._teacher(examples, [int(batch.positions[row]) for row in rows]),
+            targets=targets,
+            teacher=teacher,
             weights=TokenWeights.concatenate([weights[row] for row in rows]),
+            row_counts=tuple(len(example.targets) for example in examples),
         )
 
     def weightless(self, batch: GlobalBatch) -> MicroBatch:
@@ -128,10 +162,12 @@ class Collator:
         scores = [self.store.scores_at(position, self.top_k) for position in positions]
         for example, score in zip(examples, scores, strict=True):
             _require_same_row(example, score)
+        topk_ids = np.concatenate([score.topk_ids for score in scores])
+        kept = topk_ids.shape[1] if self.store.top_mass is None else max(1, int((topk_ids != NO_TOKEN).sum(axis=1).max()))
         return TeacherSupport(
             target_logprob=torch.from_numpy(np.concatenate([score.target_logprob for score in scores])),
-            topk_ids=torch.from_numpy(np.concatenate([score.topk_ids for score in scores]).astype(np.int64)),
-            topk_logprobs=torch.from_numpy(np.concatenate([score.topk_logprobs for score in scores])),
+            topk_ids=torch.from_numpy(topk_ids[:, :kept].astype(np.int64)),
+            topk_logprobs=torch.from_numpy(np.concatenate([score.topk_logprobs[:, :kept] for score in scores])),
             tail_logmass=torch.from_numpy(np.concatenate([score.tail_logmass for score in scores])),
         )
 

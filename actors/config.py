@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from losses.config import AtkdLoss, LossConfig, Section
+from actors.placement_config import CustomResources, NodeLabels, Replicas
+from losses.config import AtkdLoss, LossConfig
+from losses.section import Section
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -153,6 +155,12 @@ class WorkersConfig(Section):
     gpus: int = Field(default=0, ge=0, le=1)
     """GPUs of each worker."""
 
+    resources: CustomResources = {}
+    """Ray's custom resources of each worker, such as ``{student_node: 1}``; only nodes that offer them hold workers."""
+
+    labels: NodeLabels = {}
+    """Labels a node must have to hold workers, such as ``{role: student}``; ``!teacher`` and ``in(a, b)`` work too."""
+
 
 class EngineConfig(Section):
     """How the teacher is served for scoring."""
@@ -163,8 +171,9 @@ class EngineConfig(Section):
     dtype: DType = "bfloat16"
     """Type of the teacher's weights and activations while it scores."""
 
-    replicas: int = Field(default=1, ge=1)
-    """Number of engines that share the work."""
+    replicas: Replicas = 1
+    """Number of engines that share the work; ``auto``: as many as the cluster can hold, beside the student if both run at
+    one time, and no more than there are shards to score."""
 
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs of one engine; they must stand in one node."""
@@ -174,6 +183,12 @@ class EngineConfig(Section):
 
     gpu: bool = False
     """Whether replicas take GPUs (``tensor_parallel`` each)."""
+
+    resources: CustomResources = {}
+    """Ray's custom resources of each replica, such as ``{teacher_node: 1}``; only nodes that offer them hold replicas."""
+
+    labels: NodeLabels = {}
+    """Labels a node must have to hold replicas, such as ``{role: teacher}``; ``!student`` and ``in(a, b)`` work too."""
 
     rows_per_call: int = Field(default=64, ge=1)
     """Rows given to the engine at once."""
@@ -185,7 +200,7 @@ class EngineConfig(Section):
     """Size of the key-value cache on a machine without GPUs."""
 
     max_restarts: int = Field(default=3, ge=0)
-    """How often a replica that died is started again."""
+    """How often in a row, without scoring a shard in between, a replica that died is started again."""
 
     @model_validator(mode="after")
     def _parallel_needs_gpus(self) -> "EngineConfig":
@@ -201,6 +216,10 @@ class ScoresConfig(Section):
 
     top_k: int = Field(default=64, ge=1)
     """K: how many of the teacher's most likely tokens, the target aside, are kept for each target."""
+
+    top_mass: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Keep for each target only as many of the K as it takes to hold this share of the teacher's mass off the target
+    (0.99, say): a smaller store, exact where the teacher is sure. All K unless said."""
 
     rows_per_shard: int = Field(default=256, ge=1)
     """Rows of one shard: the unit of work, of waiting and of resuming."""

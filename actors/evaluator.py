@@ -5,7 +5,6 @@ N targets, K top-k, V vocabulary, B rows. Logarithms are natural; sums over targ
 
 import inspect
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,17 +20,13 @@ from transformers import (
 )
 
 from actors.answers import Answer, AnswerComparison, HeldoutText, read_heldout_texts
-from actors.collate import PADDING, Collator, MicroBatch
+from actors.collate import PADDING, MicroBatch
 from actors.config import EvaluateConfig
 from actors.examples import ExampleFile
-from actors.sampler import GlobalBatch, SamplerState
 from actors.score_store import ScoreStore
+from actors.student_head import vocab_size_of
+from actors.tally import HeldoutRows, Tally, batches_by_length
 from actors.training_task import ModelSource
-from losses.config import CoupledLoss
-from losses.support import TeacherSupport
-
-CALIBRATION_BINS = 15
-LOGPROBS_AT_ONCE = 1 << 25  # float64 numbers of one [N, V] block: 256 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +108,7 @@ def evaluate_model(
     ]
     rouge = [answer.rouge_l for answer in answers if answer.rouge_l is not None]
     metrics = Metrics(
-        heldout_loss=tally.cross_entropy / tally.targets,
-        kl_to_teacher=tally.forward_kl / tally.targets,
-        top1_agreement=tally.agreements / tally.targets,
-        calibration_error=tally.calibration_error(),
+        **tally.measures(),
         exact_match=float(np.mean([answer.correct for answer in answers])) if answers else None,
         rouge_l=float(np.mean(rouge)) if rouge else None,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
@@ -146,91 +138,16 @@ def load_for_evaluation(source: ModelSource, evaluate: EvaluateConfig) -> PreTra
     return model.to("cuda" if evaluate.gpus else "cpu").eval()
 
 
-class Tally:
-    """Sums over targets."""
-
-    def __init__(self) -> None:
-        self.targets = 0
-        self.cross_entropy = 0.0
-        self.forward_kl = 0.0
-        self.agreements = 0
-        self._bins = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64)  # count, sum of confidences, number right
-
-    def add(self, logprobs: Tensor, targets: Tensor, teacher: TeacherSupport) -> None:
-        """Add the model's log-probabilities [N, V] at the targets [N]."""
-        confidence, predicted = logprobs.max(dim=1)
-        self.targets += len(targets)
-        self.cross_entropy -= float(logprobs.gather(1, targets[:, None]).sum())
-        self.forward_kl += float(forward_kl_to_teacher(logprobs, targets, teacher).sum())
-        self.agreements += int((predicted == most_likely(teacher, targets)).sum())
-        self._bins += calibration_bins(confidence.exp(), predicted == targets).cpu()
-
-    def calibration_error(self) -> float:
-        """Mean over targets of the distance, in their bin, between mean confidence and share right."""
-        _, confidences, right = self._bins
-        return float((confidences - right).abs().sum() / self.targets)
-
-
-def forward_kl_to_teacher(logprobs: Tensor, targets: Tensor, teacher: TeacherSupport) -> Tensor:
-    """KL(teacher || model) [N] in nats, over the classes target, each of the top-K, and everything else.
-
-    The teacher's classes are normalised to one: its stored log-probabilities are rounded, and a divergence of masses that
-    do not add up may be negative.
-    """
-    ids = torch.cat([targets[:, None], teacher.topk_ids], dim=1)  # [N, K+1]
-    ours = logprobs.gather(1, ids)
-    theirs = torch.cat([teacher.target_logprob[:, None], teacher.topk_logprobs], dim=1).double()
-    if ids.shape[1] < logprobs.shape[1]:  # else the named tokens are all there are, and nothing else is a class
-        our_tail = logprobs.scatter(1, ids, -torch.inf).logsumexp(dim=1, keepdim=True)
-        ours = torch.cat([ours, our_tail], dim=1)
-        theirs = torch.cat([theirs, teacher.tail_logmass[:, None].double()], dim=1)
-    theirs = theirs.log_softmax(dim=1)
-    return torch.where(theirs == -torch.inf, 0.0, theirs.exp() * (theirs - ours)).sum(dim=1)
-
-
-def most_likely(teacher: TeacherSupport, targets: Tensor) -> Tensor:
-    """int64 [N], the token the teacher finds most likely; the target, where another ties with it."""
-    best_other, column = teacher.topk_logprobs.max(dim=1)
-    other = teacher.topk_ids.gather(1, column[:, None]).squeeze(1)
-    return torch.where(teacher.target_logprob >= best_other, targets, other)
-
-
-def calibration_bins(confidence: Tensor, right: Tensor) -> Tensor:
-    """float64 [3, bins]: count, sum of confidences and number right in each bin (i/15, (i+1)/15] of confidence [N]."""
-    index = (confidence * CALIBRATION_BINS).ceil().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
-    values = torch.stack([torch.ones_like(confidence), confidence, right.to(confidence.dtype)]).double()
-    return torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64, device=confidence.device).index_add(1, index, values)
-
-
-def batches_by_length(lengths: np.ndarray, batch_rows: int) -> Iterator[np.ndarray]:
-    """Yield the positions of ``lengths`` in batches of like length, the longest first: a lack of memory shows at once."""
-    order = np.argsort(-lengths, kind="stable")
-    for start in range(0, len(order), batch_rows):
-        yield order[start : start + batch_rows]
-
-
 @torch.inference_mode()
 def predict_rows(
     model: PreTrainedModel, examples: ExampleFile, store: ScoreStore, top_k: int, batch_rows: int, name: str
 ) -> Tally:
     """Return the sums over all targets of the rows; ``name`` says which model, should its logits not be finite."""
-    # The student's own collator lays rows out and shifts predictions against targets; the weights of its loss are not used.
-    collator = Collator(examples, store, CoupledLoss(teaching="coupled"), top_k, seed=0)
-    tally = Tally()
+    rows, tally = HeldoutRows(examples, store, top_k, vocab_size_of(model)), Tally()
     for positions in batches_by_length(examples.lengths, batch_rows):
-        batch = GlobalBatch(positions, SamplerState(seed=0))
-        rows = range(len(positions))
-        micro_batch = collator.micro_batch(batch, rows, collator.weights(batch, layout=[], step=0)).to(model.device)
-        logits = target_logits(model, micro_batch)
-        assert micro_batch.teacher is not None, "the collator was given a store"
-        micro_batch.teacher.check(micro_batch.targets, logits.shape[1])
-        targets_at_once = max(1, LOGPROBS_AT_ONCE // logits.shape[1])
-        for start in range(0, len(logits), targets_at_once):
-            some = slice(start, start + targets_at_once)
-            logprobs = logits[some].double().log_softmax(dim=1)
-            if logprobs.isnan().any():
-                raise ValueError(f"the logits of {name} are not finite on the held-out rows; its training diverged")
-            tally.add(logprobs, micro_batch.targets[some], micro_batch.teacher.select(some))
+        batch = rows.batch(positions).to(model.device)
+        tally.add_logits(target_logits(model, batch), batch)
+    tally.require_finite(name)
     return tally
 
 

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from actors.examples import ExampleFile
 from actors.sampler import GlobalBatch
 from actors.workers import Worker
+from losses.config import LossConfig
 from losses.distillation import LossSums
 
 
@@ -65,15 +66,15 @@ class NoLog:
 
 
 def step_metrics(
-    sums: LossSums, examples: ExampleFile, batch: GlobalBatch, started: float, waited_seconds: float, learning_rate: float,
-    gradient_norm: float, total_steps: int,
+    sums: LossSums, loss: LossConfig, examples: ExampleFile, batch: GlobalBatch, started: float, waited_seconds: float,
+    learning_rate: float, gradient_norm: float, total_steps: int,
 ) -> dict[str, float]:  # fmt: skip
     """Return what is recorded of a step; terms are means in nats over the tokens they speak of."""
     seconds = time.perf_counter() - started
     tokens = int(examples.lengths[batch.positions].sum())
     return {
         "loss": float(sums.loss),
-        **sums.means(),
+        **sums.means(loss),
         "learning_rate": learning_rate,
         "gradient_norm": gradient_norm,
         "epoch": batch.after.epoch + batch.after.consumed / len(examples),

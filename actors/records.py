@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 MASS_TOLERANCE = 1e-3  # room for a teacher that computes in 16 bits
+NO_TOKEN = -1
+"""The id in a column of the top-K that is not kept, as in ``losses.support``; its log-probability is -inf."""
 UNIFORM_TOLERANCE = 1e-4  # nats between the largest and the smallest of K log-probabilities
 
 
@@ -64,10 +66,10 @@ class TeacherScores:
     """float32 [N], log-probability of the target."""
 
     topk_ids: np.ndarray
-    """int32 [N, K], the K most likely tokens other than the target, most likely first."""
+    """int32 [N, K], the K most likely tokens other than the target, most likely first; ``NO_TOKEN`` after the last one kept."""
 
     topk_logprobs: np.ndarray
-    """float32 [N, K], their log-probabilities, descending."""
+    """float32 [N, K], their log-probabilities, descending; -inf after the last one kept."""
 
     tail_logmass: np.ndarray
     """float32 [N], log of the mass outside target and top-K; -inf where nothing is left."""
@@ -100,6 +102,22 @@ def truncate_scores(scores: TeacherScores, top_k: int) -> TeacherScores:
     with np.errstate(divide="ignore"):
         tail = np.log(masses.sum(axis=1)).astype(np.float32)
     return TeacherScores(scores.key, scores.target_logprob, scores.topk_ids[:, :top_k], scores.topk_logprobs[:, :top_k], tail)
+
+
+def keep_mass(scores: TeacherScores, share: float) -> TeacherScores:
+    """Keep of each row's top-K the shortest run that holds ``share`` of the mass off the target; the rest joins the tail.
+
+    The same rule as ``TeacherSupport.keep_mass``, for scores that are about to be stored.
+    """
+    masses = np.exp(scores.topk_logprobs.astype(np.float64))
+    held_before = masses.cumsum(axis=1) - masses
+    wanted = share * _non_target_mass(scores.target_logprob, scores.topk_logprobs)
+    dropped = held_before >= wanted[:, None]
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.exp(scores.tail_logmass.astype(np.float64)) + (masses * dropped).sum(axis=1)).astype(np.float32)
+    ids = np.where(dropped, np.int32(NO_TOKEN), scores.topk_ids)
+    logprobs = np.where(dropped, np.float32(-np.inf), scores.topk_logprobs)
+    return TeacherScores(scores.key, scores.target_logprob, ids, logprobs, tail)
 
 
 def check_scores(example: Example, scores: TeacherScores, vocab_size: int) -> None:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from actors.examples import write_atomically
-from actors.records import Example, TeacherScores, check_scores, truncate_scores
+from actors.identity import Identity, StoreMismatch, identity_difference, identity_hash
+from actors.records import NO_TOKEN, Example, TeacherScores, check_scores, keep_mass, truncate_scores
 from actors.score_encoding import ShardView, encode_shard
+from actors.score_watch import RowMeans, ScoreRange, Spread, require_rows_differ
 
-FORMAT = 1
-Identity = Mapping[str, Any]
-"""Plain, nested fields that together say what the scores mean: teacher, tokenizer, examples, K, engine."""
+FORMAT = 2  # 1, of version 0.1.0, knew no spreads over rows and no top_mass
+LEFTOVER_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,39 +43,27 @@ class ShardInfo:
     sha256: str
     """Checksum of its file."""
     mean_tail_mass: float
-    """Mass outside target and top-K, averaged over the targets."""
+    """Mass outside target and kept tokens, averaged over the targets."""
+    mean_kept: float
+    """Tokens kept besides the target, averaged over the targets: K, or fewer with ``top_mass``."""
+    target_logprob: Spread
+    """Of the rows' mean log-probabilities of the target."""
+    entropy: Spread
+    """Of the rows' mean entropies."""
 
 
 class ScoringFailed(RuntimeError):
     """The teacher gave up for good; the message is the teacher's own."""
 
 
-class StoreMismatch(ValueError):
-    """A store holds scores of another identity."""
-
-
-def identity_hash(identity: Identity) -> str:
-    """Return 64 hex digits over the identity's canonical JSON."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def identity_difference(wanted: Identity, found: Identity, prefix: str = "") -> list[str]:
-    """Return a line for each field that differs: ``engine.dtype: wanted 'float32', the store has 'bfloat16'``."""
-    lines = []
-    for name in sorted({*wanted, *found}):
-        ours, theirs = wanted.get(name), found.get(name)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            lines += identity_difference(ours, theirs, f"{prefix}{name}.")
-        elif ours != theirs:
-            lines.append(f"{prefix}{name}: wanted {ours!r}, the store has {theirs!r}")
-    return lines
-
-
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        fields = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is damaged: it holds {type(fields).__name__} in the place of named fields; {remedy}")
+    return fields
 
 
 class ScoreStore:
@@ -83,18 +73,26 @@ class ScoreStore:
         manifest_path = path / "manifest.json"
         if not manifest_path.is_file():
             raise ValueError(f"no score store at {path}: manifest.json is missing")
-        manifest = _read_json(manifest_path, "delete the folder and score again")
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"the store at {path} has format {manifest['format']}, this version reads format {FORMAT}")
-        if identity_hash(manifest["identity"]) != manifest["identity_hash"]:
-            raise ValueError(f"manifest.json of {path} was changed: its identity does not give its hash")
+        remedy = "delete the folder and score again"
+        manifest = _read_json(manifest_path, remedy)
+        if manifest.get("format") != FORMAT:
+            raise ValueError(
+                f"the store at {path} has format {manifest.get('format')}, this version reads format {FORMAT}; name another "
+                "folder to score again"
+            )
         self.path = path
-        self.identity: dict[str, Any] = manifest["identity"]
-        self.identity_hash: str = manifest["identity_hash"]
-        self.rows: int = manifest["rows"]
-        self.rows_per_shard: int = manifest["rows_per_shard"]
-        self.top_k: int = manifest["identity"]["top_k"]
-        self.vocab_size: int = manifest["identity"]["vocab_size"]
+        try:
+            self.identity: dict[str, Any] = manifest["identity"]
+            self.identity_hash: str = manifest["identity_hash"]
+            self.rows: int = manifest["rows"]
+            self.rows_per_shard: int = manifest["rows_per_shard"]
+            self.top_k: int = self.identity["top_k"]
+            self.top_mass: float | None = self.identity.get("top_mass")
+            self.vocab_size: int = self.identity["vocab_size"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{manifest_path} is damaged: {type(error).__name__}: {error}; {remedy}") from error
+        if identity_hash(self.identity) != self.identity_hash:
+            raise ValueError(f"manifest.json of {path} was changed: its identity does not give its hash")
         self._shards: dict[int, ShardView] = {}
 
     @classmethod
@@ -149,18 +147,44 @@ class ScoreStore:
 
     def shard_info(self, shard: int) -> ShardInfo:
         """Return the counts and the checksum of a finished shard."""
-        return ShardInfo(**_read_json(self._info_path(shard), "delete that file and run again to have the shard scored anew"))
+        remedy = "delete that file and run again to have the shard scored anew"
+        fields = _read_json(self._info_path(shard), remedy)
+        try:
+            fields |= {name: Spread(**fields[name]) for name in ("target_logprob", "entropy")}
+            return ShardInfo(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self._info_path(shard)} is damaged: {type(error).__name__}: {error}; {remedy}") from error
 
-    def write_shard(self, shard: int, examples: Sequence[Example], scores: Sequence[TeacherScores]) -> ShardInfo:
+    def known_range(self) -> ScoreRange | None:
+        """Return where the rows of the finished shards lie; None if there is none."""
+        infos = (self.shard_info(shard) for shard in range(self.shard_count) if self._info_path(shard).exists())
+        return ScoreRange.over((info.target_logprob, info.entropy) for info in infos)
+
+    def write_shard(
+        self, shard: int, examples: Sequence[Example], scores: Sequence[TeacherScores], known: ScoreRange | None = None
+    ) -> ShardInfo:
         """Check, encode and store the scores of the shard's examples, in their order, in one rename.
 
+        Args:
+            shard: its number.
+            examples: the rows of the shard.
+            scores: their scores with all K tokens; what ``top_mass`` leaves out is dropped here.
+            known: where the rows of other shards of this store lie.
+
         Raises:
-            ValueError: naming the row, if a score cannot come from a working teacher (see ``check_scores``).
+            ValueError: naming the row, if a score cannot come from a working teacher (see ``check_scores``), all rows have
+                the same scores, or most of them lie outside ``known``.
         """
         assert len(examples) == len(scores) == len(self.positions(shard))
         for example, score in zip(examples, scores, strict=True):
             check_scores(example, score, self.vocab_size)
-        content = encode_shard(scores, self.vocab_size)
+        require_rows_differ(examples, scores)
+        means = RowMeans.of(scores)
+        if known is not None:
+            known.require(examples, means)
+        if self.top_mass is not None:
+            scores = [keep_mass(score, self.top_mass) for score in scores]
+        content = encode_shard(scores, self.vocab_size, ragged=self.top_mass is not None)
         tails = np.concatenate([score.tail_logmass for score in scores]).astype(np.float64)
         info = ShardInfo(
             shard=shard,
@@ -169,6 +193,9 @@ class ScoreStore:
             bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
             mean_tail_mass=float(np.exp(tails).mean()),
+            mean_kept=sum(int((score.topk_ids != NO_TOKEN).sum()) for score in scores) / len(tails),
+            target_logprob=means.spread("target_logprob"),
+            entropy=means.spread("entropy"),
         )
         write_atomically(self._shard_path(shard), content)
         write_atomically(self._info_path(shard), json.dumps(asdict(info)).encode())
@@ -188,6 +215,11 @@ class ScoreStore:
         """Return UNC of each target of the example at ``position``, float32 [N], without reading the top-K."""
         shard, row = divmod(position, self.rows_per_shard)
         return self._view(shard).uncertainty(row)
+
+    def teacher_loss_at(self, position: int) -> float:
+        """Return the teacher's own mean loss on the targets of the example at ``position``, in nats."""
+        shard, row = divmod(position, self.rows_per_shard)
+        return -float(self._view(shard).target_logprob(row).mean(dtype=np.float64))
 
     def wait_for(self, shard: int, timeout_seconds: float, poll_seconds: float = 0.2) -> float:
         """Wait until a shard is there; return the seconds waited.
@@ -218,6 +250,13 @@ class ScoreStore:
         """Begin again after a failure."""
         self._failure_path.unlink(missing_ok=True)
 
+    def remove_leftovers(self) -> None:
+        """Remove what processes left that were killed while they wrote; files of the last hour may still be written."""
+        for path in self.path.glob("*.tmp"):
+            with suppress(FileNotFoundError):  # another job may be as tidy
+                if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                    path.unlink()
+
     def verify(self) -> None:
         """Read every finished shard and compare its checksum; raises ValueError naming the first that differs."""
         for shard in range(self.shard_count):
@@ -232,7 +271,7 @@ class ScoreStore:
 
     def _view(self, shard: int) -> ShardView:
         if shard not in self._shards:
-            self._shards[shard] = ShardView(self._verified_bytes(shard))
+            self._shards[shard] = ShardView(self._verified_bytes(shard), self.top_k)
         return self._shards[shard]
 
     def _verified_bytes(self, shard: int) -> pa.Buffer:

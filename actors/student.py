@@ -4,77 +4,91 @@ The same loop serves both: fitting is distillation with the hard-label loss.
 """
 
 import math
-import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
-import ray.train
 import torch
 from torch import nn
 from transformers import AutoTokenizer
 
 from actors.adapters import merge_adapters
-from actors.checkpoint import Progress, load_checkpoint, save_checkpoint, whole_weights
+from actors.checkpoint import Progress, whole_weights
 from actors.collate import Collator, MicroBatch
 from actors.config import TrainConfig, needs_teacher
 from actors.examples import ExampleFile
+from actors.exams import Examiner
 from actors.metrics_log import MetricsLog, step_metrics
 from actors.optimization import clip_gradients, make_optimizer, make_schedule
 from actors.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
 from actors.score_store import ScoreStore
-from actors.student_model import StudentWithLoss, distribute, prepare_model, save_model, set_gradient_sync
+from actors.student_head import vocab_size_of
+from actors.student_model import (
+    StudentWithLoss,
+    distribute,
+    prepare_model,
+    save_model,
+    set_gradient_sync,
+)
+from actors.train_checkpoints import Checkpoints
 from actors.training_task import TrainingDiverged, TrainingTask
 from actors.workers import Worker
 from losses.distillation import LossSums
+from losses.loss_state import LossState
 
 
-def distil(task: TrainingTask) -> None:
-    """Teach the student step by step, from wherever its last checkpoint stands, and write the finished model."""
+def distil(task: TrainingTask, checkpoints: Checkpoints) -> None:
+    """Teach the student step by step, from wherever its last checkpoint stands, and write the finished model.
+
+    The student of a trial is examined on the way, and may be told to stop.
+    """
     worker = Worker.here(task.threads)
     examples = ExampleFile(Path(task.examples))
     store = ScoreStore(Path(task.store)) if task.store and needs_teacher(task.loss) else None
-    collator = Collator(examples, store, task.loss, task.top_k, task.seed)
+    torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
+    model = prepare_model(task.model, task.lora, task.train)
+    collator = Collator(examples, store, task.loss, task.top_k, task.seed, vocab_size_of(model))
+    examiner = Examiner(task, worker, vocab_size_of(model))
 
-    student = distribute(StudentWithLoss(prepare_model(task.model, task.lora, task.train), task.loss), task.train, worker)
+    student = distribute(StudentWithLoss(model, task.loss), task.train, worker)
     total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
     optimizer = make_optimizer(student, task.train.optimizer)
     schedule = make_schedule(optimizer, task.train.optimizer, total_steps)
 
-    done = Progress(step=0, sampler=SamplerState(task.seed))
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            done = load_checkpoint(Path(folder), student, optimizer, schedule)
-    log = MetricsLog.on_first_worker(worker, Path(task.metrics), task.name, first_step=done.step + 1)
-
+    first = Progress(0, SamplerState(task.seed), LossState.first(task.loss))
+    done = checkpoints.load(student, optimizer, schedule) or first
     batches = global_batches(len(examples), task.train.batch_rows, done.sampler, task.train.first_epoch == "store_order")
-    while done.step < total_steps:
-        started, step, batch = time.perf_counter(), done.step + 1, next(batches)
-        waited_seconds = collator.wait_for(batch, task.wait_seconds)
-        worker.seed_step(task.seed, step)
+    goes_on = True
+    with closing(MetricsLog.on_first_worker(worker, Path(task.metrics), task.name, first_step=done.step + 1)) as log:
+        while goes_on and done.step < total_steps:
+            started, step, batch = time.perf_counter(), done.step + 1, next(batches)
+            waited_seconds = collator.wait_for(batch, task.wait_seconds)
+            worker.seed_step(task.seed, step)
 
-        sums = accumulate_gradients(student, collator, batch, step, worker, task.train)
-        sums = worker.sum_over_workers(sums)
-        gradient_norm = clip_gradients(student, task.train.optimizer.clip_norm)
-        require_finite(task, step, sums, gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        learning_rate = float(schedule.get_last_lr()[0])
-        schedule.step()
+            sums = accumulate_gradients(student, collator, batch, step, done.loss_state, worker, task.train)
+            sums = worker.sum_over_workers(sums)
+            gradient_norm = clip_gradients(student, task.train.optimizer.clip_norm)
+            require_finite(task, step, sums, gradient_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            learning_rate = float(schedule.get_last_lr()[0])
+            schedule.step()
 
-        done = Progress(step, batch.after)
-        log.write(step, step_metrics(sums, examples, batch, started, waited_seconds, learning_rate, gradient_norm, total_steps))
-        if step % task.train.checkpoint_every_steps == 0 and step < total_steps:
-            with tempfile.TemporaryDirectory() as folder:
-                save_checkpoint(Path(folder), student, optimizer, schedule, done, worker.rank)
-                ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            metrics = step_metrics(
+                sums, task.loss, examples, batch, started, waited_seconds, learning_rate, gradient_norm, total_steps
+            )
+            log.write(step, metrics | done.loss_state.numbers(task.loss))
+            done = Progress(step, batch.after, done.loss_state.after(task.loss, step, total_steps, float(sums.loss)))
+            goes_on = examiner.goes_on(student, step)  # before a checkpoint: what resumes from one has its exam behind it
+            if goes_on and step % task.train.checkpoint_every_steps == 0 and step < total_steps:
+                checkpoints.save(student, optimizer, schedule, done, worker)
 
-    log.close()
-    write_finished_model(student, task, worker)
+    if task.output is not None:
+        write_finished_model(student, task, Path(task.output), worker)
 
 
 def accumulate_gradients(
-    student: nn.Module, collator: Collator, batch: GlobalBatch, step: int, worker: Worker, train: TrainConfig
+    student: nn.Module, collator: Collator, batch: GlobalBatch, step: int, state: LossState, worker: Worker, train: TrainConfig
 ) -> LossSums:
     """Run this worker's forward and backward passes of a step; return its sums.
 
@@ -83,24 +97,24 @@ def accumulate_gradients(
     """
     lengths, ranks = collator.examples.lengths[batch.positions], range(worker.world_size)
     layout = [micro_batches(lengths, rank, worker.world_size, train.micro_batch_rows) for rank in ranks]
-    weights = collator.weights(batch, layout, step)
+    weights = collator.weights(batch, layout, step, state)
     sums = LossSums.zero(worker.device)
     for index, rows in enumerate(layout[worker.rank]):
         # A worker without rows left still takes part in the collectives: one row, with no weight.
         micro_batch = collator.micro_batch(batch, rows, weights) if rows else collator.weightless(batch)
         set_gradient_sync(student, index == len(layout[worker.rank]) - 1)
-        part = forward(student, micro_batch.to(worker.device), train)
+        part = forward(student, micro_batch.to(worker.device), state, train)
         (part.loss * worker.world_size).backward()
         if rows:
             sums = sums + part.detach()
     return sums
 
 
-def forward(student: nn.Module, batch: MicroBatch, train: TrainConfig) -> LossSums:
+def forward(student: nn.Module, batch: MicroBatch, state: LossState, train: TrainConfig) -> LossSums:
     """Run one forward pass in the configured precision."""
     device = batch.token_ids.device.type
     with torch.autocast(device, torch.bfloat16) if train.precision == "bfloat16" else nullcontext():
-        return LossSums(*student(batch))
+        return LossSums(*student(batch, state))
 
 
 def require_finite(task: TrainingTask, step: int, sums: LossSums, gradient_norm: float) -> None:
@@ -113,11 +127,11 @@ def require_finite(task: TrainingTask, step: int, sums: LossSums, gradient_norm:
         )
 
 
-def write_finished_model(student: nn.Module, task: TrainingTask, worker: Worker) -> None:
+def write_finished_model(student: nn.Module, task: TrainingTask, folder: Path, worker: Worker) -> None:
     """Write the model as an ordinary Hugging Face folder, adapters merged."""
     weights = whole_weights(student)
     if worker.rank == 0:
         model = prepare_model(task.model, task.lora, TrainConfig())
         StudentWithLoss(model, task.loss).load_state_dict(weights)
         plain = merge_adapters(model) if task.lora else model
-        save_model(plain, AutoTokenizer.from_pretrained(task.tokenizer), Path(task.output))
+        save_model(plain, AutoTokenizer.from_pretrained(task.tokenizer), folder)

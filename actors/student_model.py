@@ -12,14 +12,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from actors.adapters import add_adapters
 from actors.collate import MicroBatch
 from actors.config import LoraAdapter, ScratchModel, TrainConfig
+from actors.student_head import head_makes_the_logits, output_head, plain_model
 from actors.training_task import ModelSource
 from actors.workers import Worker
 from losses.chunked import chunked_distillation_loss
 from losses.config import LossConfig
 from losses.distillation import LossSums, distillation_loss
-
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Settings by which some architectures change the head's output; their logits come from the model's own forward."""
+from losses.loss_state import LossState
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:
@@ -66,32 +65,37 @@ class StudentWithLoss(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
+        self.through_head = head_makes_the_logits(model)
 
-    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+    def forward(self, batch: MicroBatch, state: LossState | None) -> tuple[torch.Tensor, ...]:
         """Return the batch's share of the step's loss, and the sums for its metrics, as the tensors of a ``LossSums``.
 
-        A plain tuple, because DDP and FSDP look for tensors in what a module returns.
+        Without a state nothing is learned: the one tensor is the logits [N, V] at the targets. A plain tuple, because DDP
+        and FSDP look for tensors in what a module returns, and one forward for both, because FSDP gathers weights for it.
         """
-        return self.loss_sums(batch).tensors()
+        return self.loss_sums(batch, state).tensors() if state is not None else (self.target_logits(batch),)
 
-    def loss_sums(self, batch: MicroBatch) -> LossSums:
+    def target_logits(self, batch: MicroBatch) -> torch.Tensor:
+        """Return the logits [N, V] that predict the batch's targets."""
+        if not self.through_head:
+            return self.model(**_inputs(batch)).logits.flatten(0, 1)[batch.predicting]
+        return output_head(self.model).logits(self._hidden(batch))
+
+    def _hidden(self, batch: MicroBatch) -> torch.Tensor:
+        """[N, H], what the head is applied to at the targets."""
+        outputs = plain_model(self.model).get_decoder()(**_inputs(batch))
+        return outputs.last_hidden_state.flatten(0, 1)[batch.predicting]
+
+    def loss_sums(self, batch: MicroBatch, state: LossState) -> LossSums:
         """Return the batch's share of the step's loss and the sums for its metrics."""
-        if any(getattr(self.model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_TRANSFORMS):
-            logits = self.model(input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            target_logits = logits.flatten(0, 1)[batch.predicting]  # [N, V]
-            return distillation_loss(target_logits, batch.targets, batch.teacher, batch.weights, self.loss)
-        base = plain_model(self.model)
-        outputs = base.get_decoder()(input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False)
-        hidden = outputs.last_hidden_state.flatten(0, 1)[batch.predicting]  # [N, H]
-        head = base.get_output_embeddings()
-        return chunked_distillation_loss(
-            hidden, head.weight, getattr(head, "bias", None), batch.targets, batch.teacher, batch.weights, self.loss
-        )
+        taught = (batch.targets, batch.teacher, batch.weights, self.loss, state, batch.row_counts)
+        if not self.through_head:
+            return distillation_loss(self.target_logits(batch), *taught)
+        return chunked_distillation_loss(self._hidden(batch), output_head(self.model), *taught, check_values=False)  # collate did
 
 
-def plain_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the transformers model itself, whether or not adapters are wrapped around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _inputs(batch: MicroBatch) -> dict[str, object]:
+    return {"input_ids": batch.token_ids, "attention_mask": batch.attention_mask, "use_cache": False}
 
 
 def prepare_model(source: ModelSource, lora: LoraAdapter | None, train: TrainConfig) -> PreTrainedModel:

@@ -3,8 +3,10 @@
 T tokens of a row, N targets of it, K top-k, V vocabulary.
 """
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +15,13 @@ import numpy as np
 
 from actors.config import EngineConfig
 from actors.examples import ExampleFile
-from actors.records import Example, TeacherScores, tail_logmass
+from actors.records import Example, TeacherScores, check_scores, tail_logmass
 from actors.score_store import ScoreStore, ShardInfo
+from actors.score_watch import ScoreRange
 from actors.training_task import ModelSource
+
+CALLS_AT_ONCE = 2
+"""Calls a replica takes up together: one has the engine, the other encodes and writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,27 +139,47 @@ class ShardResult:
 
 
 class TeacherReplica:
-    """One engine that scores shards of example files into score stores. Becomes a Ray actor in the pool."""
+    """One engine that scores shards of example files into score stores. Becomes a Ray actor in the pool.
+
+    Calls may come from ``CALLS_AT_ONCE`` threads: while one call encodes and writes its shard, the engine scores the next.
+    The engine itself lives in a thread of its own.
+    """
 
     def __init__(self, spec: TeacherSpec, engine_factory: EngineFactory = build_engine) -> None:
         self._spec = spec
         self._engine_factory = engine_factory
         self._engine: TeacherEngine | None = None
+        self._engine_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._opening = threading.Lock()
         self._examples: dict[Path, ExampleFile] = {}
         self._stores: dict[Path, ScoreStore] = {}
 
     def start(self) -> int:
         """Build the engine; return V. Apart from the constructor, so that its error arrives as it was raised."""
-        self._engine = self._engine_factory(self._spec)
-        require_top_k(self._spec.top_k, self._engine.vocab_size)
-        return self._engine.vocab_size
+        return self._engine_thread.submit(self._build).result()
 
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
         """Return the scores of a few rows."""
-        return list(self._scores(examples))
+        return self._engine_thread.submit(self._scores, examples).result()
 
-    def score_shard(self, examples_path: Path, store_path: Path, shard: int) -> ShardResult:
+    def answer(self, examples: Sequence[Example]) -> tuple[TeacherScores | None, ...]:
+        """Return the checked scores of a few rows, and None at the end: small enough to be waited for where they are not wanted.
+
+        Raises:
+            ValueError: naming the row whose scores cannot come from a working teacher.
+        """
+        assert self._engine is not None, "start() comes first"
+        scores = self.score(examples)
+        for example, score in zip(examples, scores, strict=True):
+            check_scores(example, score, self._engine.vocab_size)
+        return (*scores, None)
+
+    def score_shard(
+        self, examples_path: Path, store_path: Path, shard: int, known: ScoreRange | None = None
+    ) -> ShardResult:
         """Score the rows of one shard and write it; the arrays stay in this process and on disk.
+
+        ``known`` is where the rows of other shards lie.
 
         Raises:
             ValueError: if the store wants another K or V than this teacher gives, or a score fails its check.
@@ -161,26 +187,36 @@ class TeacherReplica:
         start = time.perf_counter()
         examples, store = self._open(examples_path, store_path)
         rows = [examples[position] for position in store.positions(shard)]
-        info = store.write_shard(shard, rows, list(self._scores(rows)))
+        info = store.write_shard(shard, rows, self.score(rows), known)
         return ShardResult(info, sum(len(row.token_ids) for row in rows), time.perf_counter() - start)
 
     def close(self) -> None:
         """Give the device back."""
         if self._engine is not None:
-            self._engine.close()
+            self._engine_thread.submit(self._engine.close).result()
             self._engine = None
 
-    def _scores(self, rows: Sequence[Example]) -> Iterator[TeacherScores]:
+    def _build(self) -> int:
+        self._engine = self._engine_factory(self._spec)
+        require_top_k(self._spec.top_k, self._engine.vocab_size)
+        return self._engine.vocab_size
+
+    def _scores(self, rows: Sequence[Example]) -> list[TeacherScores]:
         assert self._engine is not None, "start() comes first"
-        step = self._spec.engine.rows_per_call
+        step, found = self._spec.engine.rows_per_call, []
         for first in range(0, len(rows), step):
-            yield from self._engine.score(rows[first : first + step])
+            found += self._engine.score(rows[first : first + step])
+        return found
 
     def _open(self, examples_path: Path, store_path: Path) -> tuple[ExampleFile, ScoreStore]:
         assert self._engine is not None, "start() comes first"
+        with self._opening:
+            return self._open_alone(examples_path, store_path, self._engine.vocab_size)
+
+    def _open_alone(self, examples_path: Path, store_path: Path, vocab_size: int) -> tuple[ExampleFile, ScoreStore]:
         if store_path not in self._stores:
             store = ScoreStore(store_path)
-            wanted, given = (store.top_k, store.vocab_size), (self._spec.top_k, self._engine.vocab_size)
+            wanted, given = (store.top_k, store.vocab_size), (self._spec.top_k, vocab_size)
             if wanted != given:
                 raise ValueError(
                     f"the store at {store_path} wants (top_k, vocab_size) {wanted}, this teacher gives {given}; "

@@ -4,6 +4,7 @@ Ray Train's controller loads this module as the workers do, so it imports nothin
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from actors.config import LoraAdapter, TrainConfig
 from losses.config import LossConfig
@@ -19,6 +20,26 @@ class ModelSource:
     """Commit, tag or branch on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exams:
+    """When and on what the student of a trial is examined while it learns, and who judges it."""
+
+    trial: int
+    """Number of the trial."""
+    steps: tuple[int, ...]
+    """Optimizer steps after which it is, ascending."""
+    examples: str
+    """The held-out rows as token ids."""
+    store: str
+    """The complete store of the teacher's scores of these rows."""
+    top_k: int
+    """How many of that store's K are used."""
+    batch_rows: int
+    """Rows of one forward pass."""
+    judge: Any
+    """Ray actor; its ``measured(trial, rung, step, measures, seconds)`` says whether the trial goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +72,10 @@ class TrainingTask:
     """CPU threads of a worker."""
     metrics: str
     """Folder of metrics."""
-    output: str
-    """Folder in which the finished model is written."""
+    output: str | None
+    """Folder in which the finished model is written; None to keep nothing but what was measured."""
+    exams: Exams | None = None
+    """Examinations on the way, for trials."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -66,9 +89,10 @@ def train_worker(config: dict[str, TrainingTask]) -> str | None:
     """
     from actors.score_store import ScoringFailed
     from actors.student import distil
+    from actors.train_checkpoints import RayTrainCheckpoints
 
     try:
-        distil(config["task"])
+        distil(config["task"], RayTrainCheckpoints())
     except (ScoringFailed, TrainingDiverged, TimeoutError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None

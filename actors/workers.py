@@ -31,6 +31,14 @@ class Worker:
         """Make the step's random numbers a function of seed, step and rank, so that a resumed run draws the same."""
         torch.manual_seed((seed * 1_000_003 + step) * 65_537 + self.rank)
 
+    def agree(self, told: bool) -> bool:
+        """Return what the first worker was told; all workers call it together."""
+        if self.world_size == 1:
+            return told
+        answer = torch.tensor([told], dtype=torch.uint8, device=self.device)
+        torch.distributed.broadcast(answer, src=0)
+        return bool(answer)
+
     def sum_over_workers(self, sums: LossSums) -> LossSums:
         """Return the sums of all workers together."""
         if self.world_size == 1:

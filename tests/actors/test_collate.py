@@ -1,5 +1,6 @@
 """The one shift, and weights that do not depend on how a step is cut."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,19 @@ import torch
 from actors.collate import Collator
 from actors.examples import ExampleFile, write_examples
 from actors.sampler import GlobalBatch, SamplerState, micro_batches
+from actors.score_store import ScoreStore
 from losses.config import AtkdLoss, CoupledLoss, HardLabelLoss, LossConfig
-from tests.worlds import random_examples, scored_world
+from losses.loss_state import LossState
+from losses.support import TeacherSupport
+from losses.weighing_config import TeacherLossSamples, UncertainStudentTokens
+from tests.worlds import VOCAB, random_examples, scored_world
 
 ATKD = AtkdLoss(teaching="atkd")
 
 
 def collator_for(folder: Path, loss: LossConfig, top_k: int = 8) -> Collator:
     path, store = scored_world(folder, rows=10)
-    return Collator(ExampleFile(path), store if loss.teaching != "hard_label" else None, loss, top_k, seed=0)
+    return Collator(ExampleFile(path), store if loss.teaching != "hard_label" else None, loss, top_k, seed=0, vocab_size=VOCAB)
 
 
 def batch_of(*positions: int) -> GlobalBatch:
@@ -30,7 +35,7 @@ def layout_of(rows: int, world_size: int, micro_batch_rows: int) -> list[list]:
 
 def test_predictions_stand_one_before_their_targets(tmp_path: Path) -> None:
     collator, batch = collator_for(tmp_path, ATKD), batch_of(3, 1)
-    found = collator.micro_batch(batch, [0, 1], collator.weights(batch, layout_of(2, 1, 2), step=1))
+    found = collator.micro_batch(batch, [0, 1], collator.weights(batch, layout_of(2, 1, 2), step=1, state=LossState()))
     index = 0
     for row, position in enumerate(batch.positions):
         example = collator.examples[int(position)]
@@ -47,7 +52,7 @@ def test_predictions_stand_one_before_their_targets(tmp_path: Path) -> None:
 
 def test_scores_stand_beside_their_targets(tmp_path: Path) -> None:
     collator, batch = collator_for(tmp_path, ATKD, top_k=5), batch_of(7, 2)
-    teacher = collator.micro_batch(batch, [1], collator.weights(batch, layout_of(2, 1, 2), step=1)).teacher
+    teacher = collator.micro_batch(batch, [1], collator.weights(batch, layout_of(2, 1, 2), step=1, state=LossState())).teacher
     assert teacher is not None and collator.store is not None
     expected = collator.store.scores_at(2, top_k=5)
     assert np.array_equal(teacher.target_logprob.numpy(), expected.target_logprob)
@@ -55,13 +60,33 @@ def test_scores_stand_beside_their_targets(tmp_path: Path) -> None:
     assert teacher.topk_ids.shape[1] == 5
 
 
+def test_a_store_that_keeps_a_share_gives_what_the_whole_one_gives_cut_to_that_share(tmp_path: Path) -> None:
+    batch, rows = batch_of(*range(6)), range(6)
+    path, whole = scored_world(tmp_path / "whole", rows=10)
+    _, share = scored_world(tmp_path / "share", rows=10, top_mass=0.5)
+
+    def teacher_of(store: ScoreStore) -> TeacherSupport:
+        collator = Collator(ExampleFile(path), store, ATKD, 8, seed=0, vocab_size=VOCAB)
+        weights = collator.weights(batch, layout_of(6, 1, 6), step=1, state=LossState())
+        teacher = collator.micro_batch(batch, rows, weights).teacher
+        assert teacher is not None
+        return teacher
+
+    wanted, found = teacher_of(whole).keep_mass(0.5), teacher_of(share)
+    kept = found.topk_ids.shape[1]
+    assert kept == wanted.named.sum(dim=1).max() < 8  # columns that no row of the pass uses cost nothing
+    assert torch.equal(found.topk_ids, wanted.topk_ids[:, :kept])
+    torch.testing.assert_close(found.topk_logprobs, wanted.topk_logprobs[:, :kept], atol=5e-4, rtol=0)
+    torch.testing.assert_close(found.tail_logmass, wanted.tail_logmass, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
     "loss", [ATKD, CoupledLoss(teaching="coupled"), HardLabelLoss(teaching="hard_label")], ids=lambda loss: loss.teaching
 )
 def test_weights_of_a_step_do_not_depend_on_how_it_is_cut(tmp_path: Path, loss: LossConfig) -> None:
     collator, batch = collator_for(tmp_path, loss), batch_of(0, 1, 2, 3, 4, 5)
-    whole = collator.weights(batch, layout_of(6, 1, 6), step=1)
-    cut = collator.weights(batch, layout_of(6, 3, 1), step=1)
+    whole = collator.weights(batch, layout_of(6, 1, 6), step=1, state=LossState())
+    cut = collator.weights(batch, layout_of(6, 3, 1), step=1, state=LossState())
     for one, other in zip(whole, cut, strict=True):
         for name in ("target", "diversity", "cross_entropy", "easy"):
             assert torch.equal(getattr(one, name), getattr(other, name))
@@ -70,7 +95,7 @@ def test_weights_of_a_step_do_not_depend_on_how_it_is_cut(tmp_path: Path, loss: 
 def test_atkd_ranks_over_the_whole_step(tmp_path: Path) -> None:
     collator, batch = collator_for(tmp_path, ATKD), batch_of(0, 1, 2, 3)
     assert collator.store is not None
-    easy = torch.cat([weights.easy for weights in collator.weights(batch, layout_of(4, 2, 1), step=1)]).numpy()
+    easy = torch.cat([weights.easy for weights in collator.weights(batch, layout_of(4, 2, 1), step=1, state=LossState())]).numpy()
     uncertainty = np.concatenate([collator.store.uncertainty_at(position) for position in range(4)])
     assert easy.sum() == round(0.5 * len(easy))
     assert uncertainty[easy].max() <= uncertainty[~easy].min()
@@ -79,7 +104,7 @@ def test_atkd_ranks_over_the_whole_step(tmp_path: Path) -> None:
 def test_scope_microbatch_ranks_each_pass_and_takes_the_mean_over_passes(tmp_path: Path) -> None:
     collator, batch = collator_for(tmp_path, AtkdLoss(teaching="atkd", scope="microbatch")), batch_of(0, 1, 2)
     assert collator.store is not None
-    for row, weights in enumerate(collator.weights(batch, layout_of(3, 3, 1), step=1)):
+    for row, weights in enumerate(collator.weights(batch, layout_of(3, 3, 1), step=1, state=LossState())):
         uncertainty = collator.store.uncertainty_at(row)
         lower_median = np.sort(uncertainty)[(len(uncertainty) - 1) // 2]
         hard = uncertainty >= lower_median
@@ -91,7 +116,9 @@ def test_scope_dataset_ranks_over_the_store(tmp_path: Path) -> None:
     collator = collator_for(tmp_path, AtkdLoss(teaching="atkd", scope="dataset", easy_ratio=0.25))
     assert collator.store is not None
     batches = [batch_of(*range(5)), batch_of(*range(5, 10))]
-    easy = np.concatenate([w.easy.numpy() for batch in batches for w in collator.weights(batch, layout_of(5, 1, 5), step=1)])
+    easy = np.concatenate(
+        [w.easy.numpy() for batch in batches for w in collator.weights(batch, layout_of(5, 1, 5), step=1, state=LossState())]
+    )
     uncertainty = np.concatenate([collator.store.uncertainty_at(position) for position in range(10)])
     assert easy.sum() == round(0.25 * len(easy))
     assert uncertainty[easy].max() <= uncertainty[~easy].min()
@@ -100,7 +127,8 @@ def test_scope_dataset_ranks_over_the_store(tmp_path: Path) -> None:
 def test_a_random_split_differs_from_step_to_step_and_comes_again(tmp_path: Path) -> None:
     collator, batch = collator_for(tmp_path, AtkdLoss(teaching="atkd", split="random")), batch_of(*range(10))
     first, second, again = (
-        torch.cat([weights.easy for weights in collator.weights(batch, layout_of(10, 1, 10), step=step)]) for step in (1, 2, 1)
+        torch.cat([weights.easy for weights in collator.weights(batch, layout_of(10, 1, 10), step=step, state=LossState())])
+        for step in (1, 2, 1)
     )
     assert not torch.equal(first, second)
     assert torch.equal(first, again)
@@ -117,7 +145,7 @@ def test_scores_of_other_rows_are_refused(tmp_path: Path) -> None:
     _, store = scored_world(tmp_path, rows=10)
     write_examples(tmp_path / "other.arrow", random_examples(10, seed=5))
     examples = ExampleFile(tmp_path / "other.arrow")
-    collator = Collator(examples, store, CoupledLoss(teaching="coupled"), 8, seed=0)
+    collator = Collator(examples, store, CoupledLoss(teaching="coupled"), 8, seed=0, vocab_size=VOCAB)
     weights = [None] * 3
     with pytest.raises(ValueError, match="row 2 has key .* but the store holds scores of .* the store belongs to other data"):
         collator.micro_batch(batch_of(0, 1, 2), [2], weights)  # type: ignore[arg-type]
@@ -130,6 +158,40 @@ def test_waiting_covers_the_shards_of_the_batch_alone(tmp_path: Path) -> None:
     assert collator.wait_for(batch_of(0, 7), timeout_seconds=0.1) < 0.1
     with pytest.raises(TimeoutError, match="shard 1 .* did not come within"):
         collator.wait_for(batch_of(7, 8), timeout_seconds=0.1)
-    whole = Collator(collator.examples, collator.store, AtkdLoss(teaching="atkd", scope="dataset"), 8, seed=0)
+    whole = Collator(collator.examples, collator.store, AtkdLoss(teaching="atkd", scope="dataset"), 8, seed=0, vocab_size=VOCAB)
     with pytest.raises(TimeoutError, match="shard 1 "):
         whole.wait_for(batch_of(0), timeout_seconds=0.1)
+
+
+def test_rows_weigh_by_the_teachers_own_loss_and_what_they_lose_goes_to_cross_entropy(tmp_path: Path) -> None:
+    samples = TeacherLossSamples(kind="teacher_loss", steepness=0.7, threshold_start=4.0, threshold_end=6.0)
+    loss = CoupledLoss(teaching="coupled", samples=samples, cross_entropy_weight=0.5)
+    collator, batch = collator_for(tmp_path, loss), batch_of(0, 1, 2)
+    assert collator.store is not None
+    plain = collator_for(tmp_path, CoupledLoss(teaching="coupled", cross_entropy_weight=0.5))
+    state = LossState(progress=0.25)  # the threshold stands at 4.5
+    rows = collator.weights(batch, layout_of(3, 1, 3), step=1, state=state)
+    for position, (row, unweighed) in enumerate(
+        zip(rows, plain.weights(batch, layout_of(3, 1, 3), step=1, state=state), strict=True)
+    ):
+        teacher_loss = -collator.store.scores_at(position).target_logprob.astype(float).mean()
+        share = math.exp(-1 / math.sqrt(math.exp(-0.7 * (teacher_loss - 4.5))))
+        torch.testing.assert_close(row.divergence, unweighed.divergence * share)
+        torch.testing.assert_close(row.cross_entropy, unweighed.cross_entropy * (1 - share))
+
+
+def test_taught_tokens_weigh_more_by_what_the_others_do_not_weigh(tmp_path: Path) -> None:
+    loss = CoupledLoss(teaching="coupled", tokens=UncertainStudentTokens(fraction=0.4))
+    collator, batch = collator_for(tmp_path, loss), batch_of(0, 1, 2)
+    rows = collator.weights(batch, layout_of(3, 1, 3), step=1, state=LossState.first(loss))
+    counts = [len(row) for row in rows]
+    taught = sum(max(1, round(0.4 * count)) for count in counts)
+    assert torch.cat([row.divergence for row in rows]).tolist() == pytest.approx([1 / taught] * sum(counts))
+
+
+def test_scores_of_another_vocabulary_are_refused_before_they_reach_a_device(tmp_path: Path) -> None:
+    collator, batch = collator_for(tmp_path, ATKD), batch_of(0, 1)
+    narrow = Collator(collator.examples, collator.store, ATKD, 8, seed=0, vocab_size=20)
+    weights = narrow.weights(batch, layout_of(2, 1, 2), step=1, state=LossState())
+    with pytest.raises(ValueError, match="targets holds .*; ids of a vocabulary of 20 tokens are 0 to 19"):
+        narrow.micro_batch(batch, [0, 1], weights)

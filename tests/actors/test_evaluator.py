@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from actors.config import EvaluateConfig
-from actors.evaluator import batches_by_length, calibration_bins, most_likely
 from actors.records import Example
 from actors.score_store import ScoreStore
+from actors.tally import batches_by_length, calibration_bins, most_likely
 from losses.support import TeacherSupport
 from tests.evaluation_world import (
     ROWS,
@@ -32,9 +32,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def slow_kl(teacher: np.ndarray, student: np.ndarray, target: int, top_k: int) -> float:
-    """KL(teacher || student) of one target from both full distributions, all but target and top-K put into one class."""
-    kept = [target, *ranked_others(teacher, target)[:top_k]]
+def slow_kl(teacher: np.ndarray, student: np.ndarray, target: int, top_k: int, top_mass: float = 1.0) -> float:
+    """KL(teacher || student) of one target from both full distributions, all but target and kept tokens put into one class."""
+    kept, enough = [target], top_mass * (1 - math.exp(teacher[target]))
+    for token in ranked_others(teacher, target)[:top_k]:
+        if sum(math.exp(teacher[i]) for i in kept[1:]) < enough:
+            kept.append(token)
     rest = [i for i in range(V) if i not in kept]
     total = sum(math.exp(teacher[i]) * (teacher[i] - student[i]) for i in kept)
     p, q = sum(math.exp(teacher[i]) for i in rest), sum(math.exp(student[i]) for i in rest)
@@ -69,6 +72,24 @@ def test_metrics_are_those_of_a_slow_reading(world: World, top_k: int) -> None:
     assert metrics.exact_match is None and metrics.rouge_l is None
     assert metrics.parameters == V * 16 * 2 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
     assert metrics.seconds > 0 and metrics.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("top_k", [5, V - 1])
+def test_a_store_that_keeps_a_share_gives_the_slow_reading_of_that_share(world: World, tmp_path: Path, top_k: int) -> None:
+    write_scores(tmp_path / "share", world.examples(), world.folder / "teacher", top_k, top_mass=0.5)
+    divergences = [
+        slow_kl(teacher, student, int(target), top_k, 0.5)
+        for example in world.examples()
+        for target, teacher, student in zip(
+            example.targets, logprobs_at_targets(world.folder / "teacher", example),
+            logprobs_at_targets(world.folder / "student", example), strict=True,
+        )
+    ]  # fmt: skip
+    stores = (str(tmp_path / "share"), f"scores-{top_k}")
+    found, whole = (world.evaluate("student", top_k, store=store).metrics for store in stores)
+    assert found.kl_to_teacher == pytest.approx(np.mean(divergences), abs=1e-3)
+    assert found.kl_to_teacher < whole.kl_to_teacher
+    assert found.top1_agreement == whole.top1_agreement
 
 
 @pytest.mark.parametrize("top_k", [5, V - 1])

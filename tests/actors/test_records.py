@@ -3,17 +3,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+import losses.support
 from actors.records import (
+    NO_TOKEN,
     Example,
     TeacherScores,
     check_scores,
     example_key,
     examples_hash,
+    keep_mass,
     tail_logmass,
     truncate_scores,
     uncertainty,
 )
+from losses.support import TeacherSupport
 from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples, fake_logprobs
 
 
@@ -108,3 +113,33 @@ def test_wrong_scores_are_refused_with_the_row_and_the_number() -> None:
 def test_the_fake_distribution_of_a_prefix_does_not_look_ahead() -> None:
     token_ids = fake_examples(1)[0].token_ids
     np.testing.assert_allclose(fake_logprobs(token_ids, 9)[:3], fake_logprobs(token_ids[:3], 9))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_the_shortest_run_that_holds_the_share_is_kept_as_the_losses_have_it(share: float) -> None:
+    for example in fake_examples(6, seed=5):
+        scores = expected_scores(example, 12)
+        kept = keep_mass(scores, share)
+        off_target = 1 - np.exp(scores.target_logprob.astype(np.float64))
+        for row, (ids, logprobs) in enumerate(zip(kept.topk_ids, kept.topk_logprobs, strict=True)):
+            held, length = 0.0, 0
+            while length < 12 and held < share * off_target[row]:
+                held += math.exp(scores.topk_logprobs[row, length])
+                length += 1
+            assert ids.tolist() == scores.topk_ids[row, :length].tolist() + [NO_TOKEN] * (12 - length)
+            assert np.isneginf(logprobs[length:]).all()
+            assert math.exp(kept.tail_logmass[row]) == pytest.approx(off_target[row] - held, abs=1e-6)
+        support = TeacherSupport(
+            torch.from_numpy(scores.target_logprob), torch.from_numpy(scores.topk_ids).long(),
+            torch.from_numpy(scores.topk_logprobs), torch.from_numpy(scores.tail_logmass),
+        ).keep_mass(share)  # fmt: skip
+        np.testing.assert_array_equal(kept.topk_ids, support.topk_ids)
+        np.testing.assert_allclose(kept.tail_logmass, support.tail_logmass, atol=1e-5)
+    assert NO_TOKEN == losses.support.NO_TOKEN
+
+
+def test_scores_that_keep_a_share_are_truncated_as_all_scores_are() -> None:
+    for example in fake_examples(5):
+        first, then = keep_mass(expected_scores(example, 12), 0.8), keep_mass(expected_scores(example, 4), 0.8)
+        np.testing.assert_array_equal(truncate_scores(first, 4).topk_ids, then.topk_ids)
+        np.testing.assert_allclose(truncate_scores(first, 4).tail_logmass, then.tail_logmass, atol=1e-5)

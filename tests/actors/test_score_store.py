@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import threading
 from collections.abc import Callable
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.records import Example, uncertainty
-from actors.score_store import ScoreStore, ScoringFailed, StoreMismatch, identity_difference, identity_hash
+from actors.identity import StoreMismatch, identity_difference, identity_hash
+from actors.records import NO_TOKEN, Example, keep_mass, uncertainty
+from actors.score_store import ScoreStore, ScoringFailed
 from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples
 
 ROWS, ROWS_PER_SHARD, TOP_K = 10, 4, 6
@@ -75,7 +77,10 @@ def test_the_same_identity_has_the_same_hash_in_any_order() -> None:
 def test_another_identity_is_refused_field_by_field(store: ScoreStore) -> None:
     wanted = identity(teacher={"name": "t", "revision": "s"}, tokenizer="abc")
     lines = identity_difference(wanted, store.identity)
-    assert lines == ["teacher.revision: wanted 's', the store has 'r'", "tokenizer: wanted 'abc', the store has None"]
+    assert lines == [
+        "teacher.revision: wanted 's', the store has 'r'",
+        "tokenizer: wanted 'abc', the store has None (other ids for the tokens)",
+    ]
     with pytest.raises(StoreMismatch, match="(?s)holds other scores than these.*teacher.revision: wanted 's'.*tokenizer"):
         ScoreStore.open_or_create(store.path, wanted, ROWS, ROWS_PER_SHARD)
 
@@ -104,7 +109,7 @@ def _edit_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None
 
 def test_another_format_is_refused(store: ScoreStore) -> None:
     _edit_manifest(store.path, lambda manifest: manifest.update(format=99))
-    with pytest.raises(ValueError, match="has format 99, this version reads format 1"):
+    with pytest.raises(ValueError, match="has format 99, this version reads format 2"):
         ScoreStore(store.path)
 
 
@@ -205,3 +210,54 @@ def test_a_reader_stops_with_the_teachers_own_error(tmp_path: Path, examples: li
     store.clear_failure()
     with pytest.raises(TimeoutError):
         store.wait_for(1, timeout_seconds=0.02, poll_seconds=0.01)
+
+
+def test_a_store_keeps_only_as_many_tokens_as_hold_the_share_it_was_made_for(tmp_path: Path, examples: list[Example]) -> None:
+    store, whole = begin(tmp_path / "share", top_mass=0.8), begin(tmp_path / "whole")
+    for shard in range(store.shard_count):
+        write(store, examples, shard)
+        write(whole, examples, shard)
+    kept = 0
+    for position, example in enumerate(examples):
+        wanted, found = keep_mass(expected_scores(example, TOP_K), 0.8), store.scores_at(position)
+        np.testing.assert_array_equal(found.topk_ids, wanted.topk_ids)
+        np.testing.assert_array_equal(found.tail_logmass, wanted.tail_logmass)
+        np.testing.assert_array_equal(store.scores_at(position, 2).topk_ids, wanted.topk_ids[:, :2])
+        kept += int((found.topk_ids != NO_TOKEN).sum())
+    infos = [store.shard_info(shard) for shard in range(store.shard_count)]
+    assert sum(info.mean_kept * info.targets for info in infos) == pytest.approx(kept)
+    assert all(whole.shard_info(shard).mean_kept == TOP_K for shard in range(whole.shard_count))
+    with pytest.raises(StoreMismatch, match="top_mass: wanted 0.9, the store has 0.8"):
+        begin(store.path, top_mass=0.9)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"shard": 1}', '{"target_logprob": 3, "entropy": 4}'])
+def test_counts_that_were_tampered_with_are_named(store: ScoreStore, content: str) -> None:
+    (store.path / "shard-00001.json").write_text(content)
+    with pytest.raises(ValueError, match="shard-00001.json is damaged: .*; delete that file and run again"):
+        store.shard_info(1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "has format None, this version reads format 2"),
+        ("[1]", "it holds list in the place of named fields; delete the folder"),
+        ('{"format": 2, "identity": 3}', "KeyError: 'identity_hash'"),
+        ('{"format": 2, "identity": [], "identity_hash": "", "rows": 1, "rows_per_shard": 1}', "TypeError: .*delete the folder"),
+    ],
+)
+def test_a_manifest_that_is_none_is_named(store: ScoreStore, content: str, message: str) -> None:
+    (store.path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        ScoreStore(store.path)
+
+
+def test_what_a_killed_writer_left_is_removed_once_it_is_old(store: ScoreStore) -> None:
+    old, fresh = store.path / "shard-00001.arrow.abc.tmp", store.path / "shard-00002.arrow.def.tmp"
+    for path in (old, fresh):
+        path.write_bytes(b"half a shard")
+    os.utime(old, (0, 0))
+    store.remove_leftovers()
+    assert not old.exists() and fresh.exists()
+    store.verify()

@@ -18,6 +18,7 @@ from actors.training_task import ModelSource
 from actors.workers import Worker
 from losses.config import HardLabelLoss
 from losses.distillation import LossSums
+from losses.loss_state import LossState
 from tests.worlds import VOCAB, scored_world, tiny_llama, word_tokenizer
 
 HARD_LABEL = HardLabelLoss(teaching="hard_label")
@@ -25,9 +26,9 @@ HARD_LABEL = HardLabelLoss(teaching="hard_label")
 
 def batch_in(folder: Path) -> MicroBatch:
     path, _ = scored_world(folder, rows=6)
-    collator = Collator(ExampleFile(path), None, HARD_LABEL, 8, seed=0)
+    collator = Collator(ExampleFile(path), None, HARD_LABEL, 8, seed=0, vocab_size=VOCAB)
     batch = GlobalBatch(np.array([1, 4, 2]), SamplerState(seed=0))
-    return collator.micro_batch(batch, [0, 1, 2], collator.weights(batch, [[[0, 1, 2]]], step=1))
+    return collator.micro_batch(batch, [0, 1, 2], collator.weights(batch, [[[0, 1, 2]]], step=1, state=LossState()))
 
 
 def plain_cross_entropy(model: nn.Module, batch: MicroBatch) -> float:
@@ -63,14 +64,14 @@ def gemma(soft_cap: float | None) -> Gemma2ForCausalLM:
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 def test_the_loss_is_that_of_the_models_own_logits(tmp_path: Path, soft_cap: float | None) -> None:
     model, batch = gemma(soft_cap), batch_in(tmp_path)
-    sums = LossSums(*StudentWithLoss(model, HARD_LABEL)(batch))
+    sums = LossSums(*StudentWithLoss(model, HARD_LABEL)(batch, LossState()))
     assert sums.loss.item() == pytest.approx(plain_cross_entropy(model, batch), rel=1e-4)
 
 
 def test_a_llama_with_its_own_head_gives_the_loss_of_its_logits(tmp_path: Path) -> None:
     model = load_model(ModelSource(str(tiny_llama(tmp_path / "model", seed=0, tied=False))))
     batch = batch_in(tmp_path)
-    assert LossSums(*StudentWithLoss(model, HARD_LABEL)(batch)).loss.item() == pytest.approx(
+    assert LossSums(*StudentWithLoss(model, HARD_LABEL)(batch, LossState())).loss.item() == pytest.approx(
         plain_cross_entropy(model, batch), rel=1e-5
     )
 
@@ -80,7 +81,7 @@ def test_adapters_train_alone_change_nothing_at_first_and_can_be_merged(tmp_path
     plain, batch = load_model(source), batch_in(tmp_path)
     model = prepare_model(source, LoraAdapter(rank=2), TrainConfig())
     assert all("lora" in name for name, weight in model.named_parameters() if weight.requires_grad)
-    adapted = LossSums(*StudentWithLoss(model, HARD_LABEL)(batch)).loss
+    adapted = LossSums(*StudentWithLoss(model, HARD_LABEL)(batch, LossState())).loss
     assert adapted.item() == pytest.approx(plain_cross_entropy(plain, batch), rel=1e-5)
     assert merge_adapters(model).state_dict().keys() == plain.state_dict().keys()
 
@@ -96,7 +97,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = prepare_model(source, None, TrainConfig(gradient_checkpointing=checkpointing))
-        StudentWithLoss(model, HARD_LABEL)(batch)[0].backward()
+        StudentWithLoss(model, HARD_LABEL)(batch, LossState())[0].backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name])

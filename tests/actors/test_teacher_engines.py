@@ -171,16 +171,31 @@ def test_a_pool_builds_the_engine_its_config_names(
 
 
 class VllmProbe(TeacherReplica):
-    """A replica whose engine can be told to read vLLM's public results."""
+    """A replica whose engine can be told which way to take to vLLM's results."""
 
-    def reads_arrays(self) -> bool:
-        """Whether the engine found vLLM's arrays."""
-        return self._engine.reads_arrays
+    def ways(self) -> tuple[bool, bool]:
+        """Whether the engine found vLLM's arrays, and whether it leaves prompts out."""
+        return self._engine.reads_arrays, self._engine.skips_prompts
 
-    def score_through(self, arrays: bool, examples: list[Example]) -> list[TeacherScores]:
-        """Score by one of the two ways."""
-        self._engine.reads_arrays = arrays
-        return self.score(examples)
+    def score_through(self, arrays: bool, target_rows: bool, examples: list[Example]) -> list[TeacherScores]:
+        """Score by one of the ways, and go back to the one found at the start."""
+        found = self.ways()
+        self._engine.reads_arrays, self._engine.skips_prompts = arrays, target_rows
+        try:
+            return self.score(examples)
+        finally:
+            self._engine.reads_arrays, self._engine.skips_prompts = found
+
+
+class NarrowVllm(TeacherReplica):
+    """A replica whose engine reads few tokens in a step."""
+
+    def start(self) -> int:
+        """Build the engine with a smaller step."""
+        from actors import vllm_engine
+
+        vllm_engine.TOKENS_PER_STEP = 40
+        return super().start()
 
 
 @pytest.fixture(scope="module")
@@ -214,11 +229,37 @@ def test_vllm_gives_what_transformers_and_the_full_logits_give(
 @needs_vllm
 @pytest.mark.ray
 @pytest.mark.slow
-def test_vllms_arrays_are_found_and_equal_its_public_results(vllm_replica: Any, examples: list[Example]) -> None:
-    arrays = ray.get(vllm_replica.score_through.remote(True, examples), timeout=300)
-    public = ray.get(vllm_replica.score_through.remote(False, examples), timeout=300)
-    assert ray.get(vllm_replica.score_through.remote(True, examples[:1]), timeout=300)[0].key == examples[0].key
+def test_every_way_to_vllms_results_gives_the_same(vllm_replica: Any, examples: list[Example]) -> None:
+    assert ray.get(vllm_replica.ways.remote(), timeout=60) == (True, True), "the locked version allows the fastest way"
+    target_rows, arrays, public = (
+        ray.get(vllm_replica.score_through.remote(*way, examples), timeout=300)
+        for way in ((True, True), (True, False), (False, False))
+    )
     assert_agree(arrays, public, atol=1e-6)
+    assert_agree(target_rows, public, atol=2e-5)
+
+
+@needs_vllm
+@pytest.mark.ray
+@pytest.mark.slow
+def test_rows_of_prompts_read_in_pieces_are_those_of_whole_prompts(local_ray: None, model_folder: Path) -> None:
+    """Twenty rows of 36 tokens do not fit a step of 40: vLLM reads some in two pieces."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for row in range(20):
+        token_ids = rng.integers(0, VOCAB, 36).astype(np.int32)
+        mask = np.arange(36) >= rng.integers(1, 36)
+        rows.append(Example(token_ids, mask, example_key(token_ids, mask), row))
+    engine = EngineConfig(kind="vllm", dtype="float32", kv_cache_mib=16, rows_per_call=20)
+    actor = (
+        ray.remote(NarrowVllm)
+        .options(num_cpus=1, runtime_env={"env_vars": engine_environment(engine)})
+        .remote(TeacherSpec(engine, ModelSource(str(model_folder)), TOP_K, 37))
+    )
+    assert ray.get(actor.start.remote(), timeout=300) == VOCAB
+    found = ray.get(actor.score.remote(rows), timeout=300)
+    ray.kill(actor)
+    assert_agree(found, build_engine(spec(model_folder)).score(rows))
 
 
 @needs_vllm
@@ -228,10 +269,3 @@ def test_vllm_scores_do_not_depend_on_the_batch(vllm_replica: Any, examples: lis
     together = ray.get(vllm_replica.score.remote(examples), timeout=300)
     alone = [ray.get(vllm_replica.score.remote([example]), timeout=300)[0] for example in examples]
     assert_agree(alone, together, atol=5e-5)
-
-
-@needs_vllm
-@pytest.mark.ray
-@pytest.mark.slow
-def test_the_installed_vllm_lets_its_arrays_through(local_ray: None, vllm_replica: Any) -> None:
-    assert ray.get(vllm_replica.reads_arrays.remote(), timeout=60)

@@ -1,0 +1,69 @@
+"""A student examined while it learns: measured on the held-out rows after some steps, and told whether it goes on."""
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import ray
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from actors.config import TrainConfig
+from actors.examples import ExampleFile
+from actors.score_store import ScoreStore
+from actors.tally import HeldoutRows, Tally, batches_by_length
+from actors.training_task import Exams, TrainingTask
+from actors.workers import Worker
+
+
+class Examiner:
+    """Examines the student of a trial; of an ordinary run, which has no exams, never."""
+
+    def __init__(self, task: TrainingTask, worker: Worker, vocab_size: int) -> None:
+        self._task, self._worker, self._exams = task, worker, task.exams
+        self._started = time.monotonic()
+        if self._exams is not None:
+            self._examples = ExampleFile(Path(self._exams.examples))
+            store = ScoreStore(Path(self._exams.store))
+            self._rows = HeldoutRows(self._examples, store, self._exams.top_k, vocab_size)
+
+    def goes_on(self, student: nn.Module, step: int) -> bool:
+        """Examine the student if an exam is due after this step; return whether training goes on. All workers call it.
+
+        Raises:
+            ValueError: on all workers, if the logits of any of them are not finite.
+        """
+        if self._exams is None or step not in self._exams.steps:
+            return True
+        measures = self._measure(student, self._exams)
+        told = True
+        if self._worker.rank == 0:
+            rung, seconds = self._exams.steps.index(step), time.monotonic() - self._started
+            told = ray.get(self._exams.judge.measured.remote(self._exams.trial, rung, step, measures, seconds))
+        return self._worker.agree(told)
+
+    @torch.no_grad()
+    def _measure(self, student: nn.Module, exams: Exams) -> dict[str, float]:
+        """Return the means over all held-out targets; each worker takes its share of the batches."""
+        batches = list(batches_by_length(self._examples.lengths, exams.batch_rows))
+        tally, world_size = Tally(), self._worker.world_size
+        module = student.module if isinstance(student, DistributedDataParallel) else student
+        module.eval()
+        for first in range(0, len(batches), world_size):
+            mine = first + self._worker.rank
+            # Where the students are sharded, all workers take part in each forward pass, those without a batch too.
+            batch = self._rows.batch(batches[min(mine, len(batches) - 1)]).to(self._worker.device)
+            with _precision(self._task.train, self._worker.device):
+                (logits,) = module(batch, None)
+            if mine < len(batches):
+                tally.add_logits(logits, batch)
+        module.train()
+        if world_size > 1:
+            tally.sum_over_workers(self._worker.device)
+        tally.require_finite(self._task.name)
+        return tally.measures()
+
+
+def _precision(train: TrainConfig, device: torch.device) -> torch.autocast | nullcontext[None]:
+    return torch.autocast(device.type, torch.bfloat16) if train.precision == "bfloat16" else nullcontext()

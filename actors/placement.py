@@ -1,0 +1,274 @@
+"""Where replicas and workers may stand: what each needs of a node, what nodes have, and how many of each fit.
+
+All is arithmetic on plain records; only ``read_nodes``, ``read_cluster`` and ``reserve`` speak to Ray.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import ray
+from ray.util import placement_group, placement_group_table
+from ray.util.placement_group import PlacementGroup
+
+from actors.config import EngineConfig, EvaluateConfig, WorkersConfig
+
+SMALLEST_AMOUNT = 1e-4
+"""Ray counts resources in steps of this size."""
+NODES_NAMED = 6
+"""Nodes that an error lists one by one."""
+OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+OWN_PREFIXES = ("node:", "ray.io/", "accelerator_type:")
+"""What Ray itself gives nodes by way of resources and labels; no user asks for these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node that is alive."""
+
+    name: str
+    """Its address, or the name it was started with."""
+    total: Mapping[str, float]
+    """Amount of each resource, by Ray's name of it."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    held: Mapping[str, float] = field(default_factory=dict)
+    """What placement groups hold of it, the teachers and students of other jobs that is."""
+
+    @property
+    def free(self) -> dict[str, float]:
+        """What no placement group holds."""
+        return {resource: amount - self.held.get(resource, 0) for resource, amount in self.total.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """All nodes at one time."""
+
+    nodes: Sequence[Node]
+    available: Mapping[str, float]
+    """What Ray says is free in all; less than the nodes' sum where tasks and actors hold something outside of groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one replica, worker or evaluator needs. It stands in one node."""
+
+    section: str
+    """Where the configuration says it: ``teacher.engine``."""
+    noun: str
+    """``replica``, ``worker`` or ``evaluator``."""
+    count_key: str
+    """Key of the section that says how many there are."""
+    keys: Mapping[str, str]
+    """For Ray's own resources, the key of the section that says how much of it."""
+    amounts: Mapping[str, float]
+    """Amount of each resource; none is 0."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Selector of the nodes that will do."""
+
+    def __str__(self) -> str:
+        return " and ".join(_amount(resource, amount) for resource, amount in self.amounts.items())
+
+    def many(self, count: int) -> str:
+        """``3 replicas of 4 GPUs and 1 CPU``."""
+        return f"{plural(count, self.noun)} of {self}"
+
+    def may_stand_on(self, node: Node) -> bool:
+        """Whether the node has the labels."""
+        return all(_selects(selector, node.labels.get(name)) for name, selector in self.labels.items())
+
+    def times_in(self, amounts: Mapping[str, float]) -> int:
+        """How many find room in these amounts."""
+        times = ((amounts.get(resource, 0) + SMALLEST_AMOUNT / 2) / amount for resource, amount in self.amounts.items())
+        return max(0, int(min(times)))
+
+    def times_on(self, node: Node) -> int:
+        """How many the node holds if nothing else stands there."""
+        return self.times_in(node.total) if self.may_stand_on(node) else 0
+
+
+def replica_need(engine: EngineConfig) -> Need:
+    """Return what one replica of the teacher needs."""
+    amounts = _amounts(engine.cpus, engine.tensor_parallel if engine.gpu else 0, engine.resources)
+    keys = {"CPU": "cpus", "GPU": "tensor_parallel"}
+    return Need("teacher.engine", "replica", "replicas", keys, amounts, engine.labels)
+
+
+def worker_need(workers: WorkersConfig, section: str = "workers") -> Need:
+    """Return what one training worker needs; ``section`` is where the configuration speaks of it."""
+    amounts = _amounts(workers.cpus, workers.gpus, workers.resources)
+    return Need(section, "worker", "count", {"CPU": "cpus", "GPU": "gpus"}, amounts, workers.labels)
+
+
+def evaluator_need(evaluate: EvaluateConfig) -> Need:
+    """Return what the evaluator needs."""
+    return Need("evaluate", "evaluator", "", {"CPU": "cpus", "GPU": "gpus"}, _amounts(evaluate.cpus, evaluate.gpus, {}))
+
+
+def read_nodes() -> list[Node]:
+    """Return the nodes of the connected cluster that are alive."""
+    held: dict[str, Counter[str]] = defaultdict(Counter)
+    for group in placement_group_table().values():
+        if group["state"] != "REMOVED":
+            for bundle, node in group["bundles_to_node_id"].items():
+                held[node].update(group["bundles"][bundle])
+    return [
+        Node(node["NodeName"], node["Resources"], node["Labels"], dict(held[node["NodeID"]]))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def read_cluster() -> Cluster:
+    """Return the connected cluster as it is now."""
+    return Cluster(read_nodes(), ray.available_resources())
+
+
+def reserve(need: Need) -> PlacementGroup:
+    """Ask for room in one node, and return at once; the room is held, once there is any, until the group is removed.
+
+    A group of its own shows other jobs on which node the room is taken, and tells waiting for room from loading a model.
+    """
+    return placement_group(
+        [dict(need.amounts)], strategy="STRICT_PACK", bundle_label_selector=[dict(need.labels)] if need.labels else None
+    )
+
+
+def require_room(nodes: Sequence[Node], need: Need, count: int = 1) -> None:
+    """Refuse what cannot stand on these nodes even if all of them were free.
+
+    What is merely taken at the moment is not refused: it may be waited for.
+
+    Raises:
+        ValueError: naming the key, its value, what nodes have, and a value that would do.
+    """
+    suitable = [node for node in nodes if need.may_stand_on(node)]
+    if not suitable:
+        raise ValueError(
+            f"{need.section}.labels {_listed(need.labels)}: no node has {'them all' if len(need.labels) > 1 else 'it'}; "
+            f"{_labels_of(nodes)}"
+        )
+    for resource, amount in need.amounts.items():
+        largest = max(node.total.get(resource, 0.0) for node in suitable)
+        if amount > largest + SMALLEST_AMOUNT / 2:
+            raise ValueError(_too_much(need, resource, largest, nodes))
+    if not any(need.times_on(node) for node in suitable):
+        shown = "; ".join(f"{node.name} has {_has(node, need)}" for node in suitable[:NODES_NAMED])
+        raise ValueError(f"{need.section}: no node has {need} together ({shown}); lower one of them")
+    fitting = sum(need.times_on(node) for node in suitable)
+    if fitting < count:
+        raise ValueError(
+            f"{need.many(count)} do not fit: nodes hold {fitting} in all ({_tally(suitable, need)}); "
+            f"{need.section}.{need.count_key} {fitting} would do"
+        )
+
+
+def require_room_together(nodes: Sequence[Node], replica: Need, replicas: int, worker: Need, workers: int) -> None:
+    """Refuse a teacher and a student that each fit alone, by ``require_room``, but not at one time.
+
+    Raises:
+        ValueError: naming numbers that would do.
+    """
+    beside = workers_beside([(node, node.total) for node in nodes], replica, worker, replicas)
+    if beside[replicas] >= workers:
+        return
+    remedies = [f"{worker.section}.{worker.count_key} {beside[replicas]}"] if beside[replicas] else []
+    if fewer := most_replicas(beside, workers):
+        remedies.append(f"{replica.section}.{replica.count_key} {fewer}")
+    remedies.append("scores.overlap false, with which teacher and student take turns,")
+    raise ValueError(
+        f"{replica.many(replicas)} and {worker.many(workers)} do not fit at one time: beside the "
+        f"{plural(replicas, replica.noun)} there is room for {plural(beside[replicas], worker.noun)}; "
+        f"{' or '.join(remedies)} would do"
+    )
+
+
+def workers_beside(
+    room: Sequence[tuple[Node, Mapping[str, float]]], replica: Need, worker: Need | None, most: int
+) -> list[int]:
+    """Say for each number of replicas, from none to ``most``, how many workers fit beside them if all stand well.
+
+    Args:
+        room: nodes, and of what is there on each, what may be used.
+
+    Returns:
+        Entry n is the most workers beside n replicas; it ends at the most replicas that fit, or at ``most``.
+    """
+    so_far = [0]
+    for node, amounts in room:
+        holds = min(replica.times_in(amounts), most) if replica.may_stand_on(node) else 0
+        here = []
+        for count in range(holds + 1):
+            left = {resource: amount - count * replica.amounts.get(resource, 0) for resource, amount in amounts.items()}
+            here.append(worker.times_in(left) if worker and worker.may_stand_on(node) else 0)
+        longer = [-1] * min(len(so_far) + holds, most + 1)
+        for before, workers in enumerate(so_far):
+            for count, more in enumerate(here[: len(longer) - before]):
+                longer[before + count] = max(longer[before + count], workers + more)
+        so_far = longer
+    return so_far
+
+
+def most_replicas(beside: Sequence[int], workers: int) -> int:
+    """Return the most replicas beside which so many workers fit; ``beside`` is what ``workers_beside`` found."""
+    return max((count for count, room in enumerate(beside) if room >= workers), default=0)
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 node``, ``2 nodes``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _amounts(cpus: float, gpus: int, custom: Mapping[str, float]) -> dict[str, float]:
+    return {**({"GPU": float(gpus)} if gpus else {}), "CPU": cpus, **custom}
+
+
+def _selects(selector: str, label: str | None) -> bool:
+    """Ray's selectors: ``a``, ``in(a, b)``, and either after ``!``, which a node without the label passes too."""
+    wanted = selector.removeprefix("!")
+    values = wanted.removeprefix("in(").removesuffix(")").split(",") if wanted.startswith("in(") else [wanted]
+    return (label in [value.strip() for value in values]) != selector.startswith("!")
+
+
+def _too_much(need: Need, resource: str, largest: float, nodes: Sequence[Node]) -> str:
+    amount = need.amounts[resource]
+    with_labels = f" with {_listed(need.labels)}" if need.labels else ""
+    if resource == "GPU" and not largest:
+        without = "gpu false" if need.noun == "replica" else "gpus 0"
+        return (
+            f"{need.section}: each {need.noun} wants {_amount(resource, amount)}, and no node{with_labels} has a GPU; "
+            f"{need.section}.{without} would do"
+        )
+    key = need.keys.get(resource, f"resources.{resource}")
+    known = f"the largest node{with_labels} has {_amount(resource, largest)}; {key} {largest:g} would do"
+    unknown = f"no node{with_labels} has any; {_custom_resources_of(nodes)}"
+    return f"{need.section}.{key} {amount:g}: {known if largest else unknown}"
+
+
+def _custom_resources_of(nodes: Sequence[Node]) -> str:
+    every = {name for node in nodes for name in node.total}
+    names = sorted(name for name in every if name not in OWN_RESOURCES and not name.startswith(OWN_PREFIXES))
+    return f"custom resources of nodes are {', '.join(names)}" if names else "nodes have no custom resources; leave it out"
+
+
+def _labels_of(nodes: Sequence[Node]) -> str:
+    every = {(name, label) for node in nodes for name, label in node.labels.items()}
+    pairs = [f"{name}={label}" for name, label in sorted(every) if not name.startswith(OWN_PREFIXES)]
+    return f"nodes have {', '.join(pairs)}" if pairs else "nodes have no labels; leave it out"
+
+
+def _listed(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={selector}" for name, selector in labels.items())
+
+
+def _has(node: Node, need: Need) -> str:
+    return " and ".join(_amount(resource, node.total.get(resource, 0.0)) for resource in need.amounts)
+
+
+def _tally(nodes: Sequence[Node], need: Need) -> str:
+    named = [f"{node.name}: {need.times_on(node)}" for node in nodes[:NODES_NAMED]]
+    return ", ".join(named + ([f"{len(nodes) - NODES_NAMED} more"] if len(nodes) > NODES_NAMED else []))
+
+
+def _amount(resource: str, amount: float) -> str:
+    return f"{amount:g} {resource}{'s' if amount != 1 and resource in OWN_RESOURCES else ''}"

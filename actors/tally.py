@@ -1,0 +1,142 @@
+"""What is counted of a model's predictions on held-out rows, wherever the logits come from.
+
+N targets, K top-k, V vocabulary. Logarithms are natural; sums over targets are kept in float64.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+
+from actors.collate import Collator, MicroBatch
+from actors.examples import ExampleFile
+from actors.sampler import GlobalBatch, SamplerState
+from actors.score_store import ScoreStore
+from losses.config import CoupledLoss
+from losses.loss_state import LossState
+from losses.support import TeacherSupport
+
+CALIBRATION_BINS = 15
+LOGPROBS_AT_ONCE = 1 << 25  # float64 numbers of one [N, V] block: 256 MiB
+
+
+class HeldoutRows:
+    """Held-out rows with the teacher's scores of them, laid out for a model."""
+
+    def __init__(self, examples: ExampleFile, store: ScoreStore, top_k: int, vocab_size: int) -> None:
+        # The student's own collator lays rows out and shifts predictions against targets; the weights of its loss are not used.
+        self._loss = CoupledLoss(teaching="coupled")
+        self._collator = Collator(examples, store, self._loss, top_k, seed=0, vocab_size=vocab_size)
+
+    def batch(self, positions: np.ndarray) -> MicroBatch:
+        """Return the tensors of one forward pass over some of the rows."""
+        batch = GlobalBatch(positions, SamplerState(seed=0))
+        weights = self._collator.weights(batch, layout=[], step=0, state=LossState.first(self._loss))
+        return self._collator.micro_batch(batch, range(len(positions)), weights)
+
+
+class Tally:
+    """Sums over targets."""
+
+    def __init__(self) -> None:
+        self.targets = 0
+        self.cross_entropy = 0.0
+        self.forward_kl = 0.0
+        self.agreements = 0
+        self._bins = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64)  # count, sum of confidences, number right
+
+    def add(self, logprobs: Tensor, targets: Tensor, teacher: TeacherSupport) -> None:
+        """Add the model's log-probabilities [N, V] at the targets [N]."""
+        confidence, predicted = logprobs.max(dim=1)
+        self.targets += len(targets)
+        self.cross_entropy -= float(logprobs.gather(1, targets[:, None]).sum())
+        self.forward_kl += float(forward_kl_to_teacher(logprobs, targets, teacher).sum())
+        self.agreements += int((predicted == most_likely(teacher, targets)).sum())
+        self._bins += calibration_bins(confidence.exp(), predicted == targets).cpu()
+
+    def add_logits(self, logits: Tensor, batch: MicroBatch) -> None:
+        """Add a model's logits [N, V] at the targets of a batch; where they are not finite, ``require_finite`` says so."""
+        assert batch.teacher is not None, "the rows come with the teacher's scores"
+        targets_at_once = max(1, LOGPROBS_AT_ONCE // logits.shape[1])
+        for start in range(0, len(logits), targets_at_once):
+            some = slice(start, start + targets_at_once)
+            logprobs = logits[some].double().log_softmax(dim=1)
+            if logprobs.isnan().any():
+                self.cross_entropy = math.nan  # it stays so, whatever is added
+                return
+            self.add(logprobs, batch.targets[some], batch.teacher.select(some))
+
+    def sum_over_workers(self, device: torch.device) -> None:
+        """Add up what the workers of a distributed run have counted; all of them call it together."""
+        counts = torch.tensor([self.targets, self.cross_entropy, self.forward_kl, self.agreements], dtype=torch.float64)
+        packed = torch.cat([counts, self._bins.flatten()]).to(device)
+        torch.distributed.all_reduce(packed)
+        targets, self.cross_entropy, self.forward_kl, agreements = packed[:4].tolist()
+        self.targets, self.agreements = round(targets), round(agreements)
+        self._bins = packed[4:].cpu().reshape(self._bins.shape)
+
+    def require_finite(self, name: str) -> None:
+        """Refuse sums that logits spoiled; after ``sum_over_workers`` all workers do so together, and none waits for another.
+
+        Raises:
+            ValueError: naming the model, ``name``.
+        """
+        if math.isnan(self.cross_entropy):
+            raise ValueError(f"the logits of {name} are not finite on the held-out rows; its training diverged")
+
+    def measures(self) -> dict[str, float]:
+        """Return the means over the targets, by the names that ``Metrics`` has for them."""
+        return {
+            "heldout_loss": self.cross_entropy / self.targets,
+            "kl_to_teacher": self.forward_kl / self.targets,
+            "top1_agreement": self.agreements / self.targets,
+            "calibration_error": self.calibration_error(),
+        }
+
+    def calibration_error(self) -> float:
+        """Mean over targets of the distance, in their bin, between mean confidence and share right."""
+        _, confidences, right = self._bins
+        return float((confidences - right).abs().sum() / self.targets)
+
+
+def forward_kl_to_teacher(logprobs: Tensor, targets: Tensor, teacher: TeacherSupport) -> Tensor:
+    """KL(teacher || model) [N] in nats, over the classes target, each of the top-K, and everything else.
+
+    The teacher's classes are normalised to one: its stored log-probabilities are rounded, and a divergence of masses that
+    do not add up may be negative.
+    """
+    # Where a column names no token the target stands in; the teacher's mass there is 0, so that it counts for nothing.
+    ids = torch.cat([targets[:, None], torch.where(teacher.named, teacher.topk_ids, targets[:, None])], dim=1)  # [N, K+1]
+    ours = logprobs.gather(1, ids)
+    theirs = torch.cat([teacher.target_logprob[:, None], teacher.topk_logprobs], dim=1).double()
+    # Else the named tokens are all there are, and nothing else is a class.
+    if ids.shape[1] < logprobs.shape[1] or not bool(teacher.named.all()):
+        our_tail = logprobs.scatter(1, ids, -torch.inf).logsumexp(dim=1, keepdim=True)
+        ours = torch.cat([ours, our_tail], dim=1)
+        theirs = torch.cat([theirs, teacher.tail_logmass[:, None].double()], dim=1)
+    theirs = theirs.log_softmax(dim=1)
+    return torch.where(theirs == -torch.inf, 0.0, theirs.exp() * (theirs - ours)).sum(dim=1)
+
+
+def most_likely(teacher: TeacherSupport, targets: Tensor) -> Tensor:
+    """int64 [N], the token the teacher finds most likely; the target, where another ties with it."""
+    best_other, column = teacher.topk_logprobs.max(dim=1)
+    other = teacher.topk_ids.gather(1, column[:, None]).squeeze(1)
+    return torch.where(teacher.target_logprob >= best_other, targets, other)
+
+
+def calibration_bins(confidence: Tensor, right: Tensor) -> Tensor:
+    """float64 [3, bins]: count, sum of confidences and number right in each bin (i/15, (i+1)/15] of confidence [N]."""
+    index = (confidence * CALIBRATION_BINS).ceil().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
+    values = torch.stack([torch.ones_like(confidence), confidence, right.to(confidence.dtype)]).double()
+    return torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64, device=confidence.device).index_add(1, index, values)
+
+
+def batches_by_length(lengths: np.ndarray, batch_rows: int) -> Iterator[np.ndarray]:
+    """Yield the positions of ``lengths`` in batches of like length, the longest first: a lack of memory shows at once."""
+    order = np.argsort(-lengths, kind="stable")
+    for start in range(0, len(order), batch_rows):
+        yield order[start : start + batch_rows]
