@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "run": ("report", "live the whole life of a run: prepare, fit, score, train, evaluate, export, report"),
@@ -16,6 +16,14 @@ COMMANDS = {
 }
 """For each command, the stage a run goes on to, and its help. What is done before is not done again."""
 
+TRIALS = {
+    "tune": "search the space of the section tune: one scoring, many trainings; ends in the best one's configuration",
+    "compare": "train the same student in several ways with several seeds; ends in differences and how sure they are",
+}
+"""Commands that train many students on one scoring."""
+
+DOCTOR_HELP = "prove on a few rows that the teacher's scores would be right, before it scores them all"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
@@ -25,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
         _add_config_arguments(commands.add_parser(name, help=text, description=text))
+    for name, text in TRIALS.items():
+        _add_config_arguments(commands.add_parser(name, help=text, description=text))
+    _add_config_arguments(commands.add_parser("doctor", help=DOCTOR_HELP, description=DOCTOR_HELP))
     _add_config_arguments(commands.add_parser("config", help="print the whole configuration, defaults included"))
     return parser
 
@@ -42,10 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "config":
         print(dump_config(config), end="")
         return 0
+    from orchestrator.doctor import doctor
     from orchestrator.failure import guarded
+    from orchestrator.pipeline import run
 
-    until, _ = COMMANDS[options.command]
-    return guarded(config, until)
+    def work(say: Callable[[str], None]) -> int:
+        if options.command == "doctor":
+            return doctor(config, say)
+        if options.command in TRIALS:
+            from orchestrator.comparing import compare
+            from orchestrator.tuning import tune
+
+            (tune if options.command == "tune" else compare)(config, say)
+            return 0
+        until, _ = COMMANDS[options.command]
+        run(config, until, say)
+        return 0
+
+    return guarded(config, work)
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:

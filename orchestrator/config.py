@@ -15,7 +15,10 @@ from actors.config import (
     WorkersConfig,
     needs_complete_store,
 )
-from losses.config import AtkdLoss, LossConfig, Section
+from losses.config import AtkdLoss, LossConfig
+from losses.section import Section
+from orchestrator.compare_config import CompareConfig
+from orchestrator.search_config import TuneConfig
 
 TASK_KINDS = (
     "add", "subtract", "largest", "smallest", "sort", "reverse", "count", "first", "last", "uppercase", "weekday", "opposite",
@@ -195,6 +198,8 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     workers: WorkersConfig = WorkersConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig = TuneConfig()
+    compare: CompareConfig = CompareConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":

@@ -89,7 +89,7 @@ def config_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix
 
 
 def _explain(fault: ErrorDetails, tree: Mapping[str, Any]) -> str:
-    steps = _plain_steps(fault["loc"], tree)
+    steps = _plain_steps(fault["loc"], tree, ends_in_key=fault["type"] != "value_error")
     place = ".".join(str(step) for step in steps) or "the whole"
     if fault["type"] == "extra_forbidden":
         return f"{place}: {_no_such_key(fault['loc'], place)}"
@@ -103,12 +103,16 @@ def _explain(fault: ErrorDetails, tree: Mapping[str, Any]) -> str:
     return f"{place}: {message}; got {fault['input']!r}"
 
 
-def _plain_steps(location: Sequence[int | str], tree: Any) -> list[int | str]:
-    """Drop the tags of unions that pydantic adds to an error's location: they are no keys of the file."""
+def _plain_steps(location: Sequence[int | str], tree: Any, ends_in_key: bool) -> list[int | str]:
+    """Drop the tags of unions that pydantic adds to an error's location: they are no keys of the file.
+
+    A location ends in a key, perhaps an unknown one, unless a whole variant was refused: then it ends in its tag.
+    """
     steps: list[int | str] = []
     for index, step in enumerate(location):
         if isinstance(tree, Mapping):
-            is_tag = step not in tree and index + 1 < len(location) and step in tree.values()
+            may_be_tag = index + 1 < len(location) or not ends_in_key
+            is_tag = may_be_tag and step not in tree and step in tree.values()
             if is_tag:
                 continue
             tree = tree.get(step)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.config import ModelConfig
 from actors.examples import write_atomically
-from actors.score_store import Identity, ScoreStore, identity_hash
+from actors.identity import Identity, identity_hash
+from actors.score_store import ScoreStore
 from orchestrator.config import RunConfig
 from orchestrator.models import Models
 from orchestrator.run_dir import Facts, RunDir

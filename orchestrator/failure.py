@@ -1,18 +1,21 @@
 """What a failure means to the user: an exit code, a short message, and where the whole story stands."""
 
 import errno
+import signal
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import transformers
 from ray.exceptions import RayTaskError
 
-from actors.teacher_pool import TeacherFailed
+from actors.replicas import TeacherFailed
 from orchestrator.config import RunConfig
-from orchestrator.pipeline import run
 from orchestrator.training import TrainingFailed
 
 PLANNED = (TeacherFailed, TrainingFailed)
@@ -27,7 +30,7 @@ class Verdict:
     """How a run that failed ends."""
 
     exit_code: int
-    """1 failed, 2 asked for something that cannot be, 130 interrupted."""
+    """1 failed, 2 asked for something that cannot be, 130 interrupted, 143 terminated."""
     message: str
     """A few words for the terminal."""
 
@@ -36,6 +39,8 @@ def judge(error: BaseException) -> Verdict:
     """Say what an exception means to the user; what lies at its root decides."""
     if isinstance(error, KeyboardInterrupt):
         return Verdict(130, f"interrupted; {AGAIN}")
+    if isinstance(error, SystemExit):
+        return Verdict(128 + signal.SIGTERM, f"terminated; {AGAIN}")
     full = [one for one in roots(error) if isinstance(one, OSError) and one.errno in DISK_FULL]
     if full:
         return Verdict(1, f"the disk is full ({full[0]}): make room; {AGAIN}, nothing written is lost")
@@ -56,23 +61,33 @@ def roots(error: BaseException) -> list[BaseException]:
     return found
 
 
-def guarded(config: RunConfig, until: str) -> int:
-    """Run the pipeline as far as ``until``; return the exit code. A failure's traceback goes into the run's folder."""
+def guarded(config: RunConfig, work: Callable[[Callable[[str], None]], int]) -> int:
+    """Do ``work``, which is given a way to say a line; return its exit code, or that of the failure that ended it.
+
+    A failure's traceback goes into the run's folder.
+    """
     started = time.monotonic()
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {line}", flush=True)
 
     transformers.utils.logging.disable_progress_bar()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # as Ray does once it runs: what is held is given back on the way out
     try:
-        run(config, until, say)
-    except (Exception, KeyboardInterrupt) as error:
+        return work(say)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != signal.SIGTERM:
+            raise
         verdict = judge(error)
         print(f"error: {verdict.message}", file=sys.stderr)
         if (log := write_traceback(config.run_dir, error)) is not None and verdict.exit_code == 1:
             print(f"the whole story stands in {log}", file=sys.stderr)
         return verdict.exit_code
-    return 0
+
+
+def _exit_on_sigterm(number: int, frame: FrameType | None) -> None:
+    sys.exit(number)
 
 
 def write_traceback(folder: Path, error: BaseException) -> Path | None:

@@ -81,7 +81,7 @@ def line_chart(name: str, curves: Sequence[Curve], x_label: str, y_label: str, s
         axes.set(xlabel=x_label, ylabel=y_label)
         if len(curves) > 1:
             axes.legend()
-        return _svg(figure, name)
+        return svg_of(figure, name)
 
 
 def histogram_chart(
@@ -105,7 +105,7 @@ def histogram_chart(
             for label, side, points in zip(border_labels, ("right", "left"), (-4, 4), strict=True):
                 above = axes.get_xaxis_transform()
                 axes.annotate(label, (border, 1.0), (points, 1), above, "offset points", ha=side, va="bottom")
-        return _svg(figure, name)
+        return svg_of(figure, name)
 
 
 def _empty_figure() -> tuple[Figure, Axes]:
@@ -120,7 +120,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[kept], y[kept]
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg_of(figure: Figure, name: str) -> str:
     """Return the figure as an SVG element: no document head, no metadata, ids of its own, the page's colours."""
     buffer = StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

@@ -33,6 +33,7 @@ FIELDS = {"loss": ("Loss", "loss (nats)"), "learning_rate": ("Learning rate", "l
 """Fields of a step that every training has: heading and axis."""
 
 TERMS = {
+    "divergence": "divergence from the teacher",
     "easy_diversity": "easy tokens: diversity",
     "hard_target": "hard tokens: target",
     "hard_diversity": "hard tokens: diversity",
@@ -117,7 +118,9 @@ def subtitle(config: Mapping[str, Any]) -> str:
         model = config[role]["model"]
         shape = f"{model.get('layers')} layers of width {model.get('hidden_size')}"
         names.append(model["name"] if model["kind"] == "pretrained" else shape)
-    return f"{config['loss']['teaching']} · teacher {names[0]} · student {names[1]}"
+    divergence = config["loss"].get("divergence", {}).get("kind", "forward_kl")
+    teaching = config["loss"]["teaching"] + ("" if divergence == "forward_kl" else f", {divergence}")
+    return f"{teaching} · teacher {names[0]} · student {names[1]}"
 
 
 def training_charts(run_path: Path) -> list[Chart]:
@@ -132,7 +135,7 @@ def training_charts(run_path: Path) -> list[Chart]:
         terms = [curve for field, label in TERMS.items() if name == "train" and (curve := curve_of(steps, field, label))]
         if terms:
             drawing = line_chart(f"{name}-terms", terms, "step", "mean over their tokens (nats)", smooth=True)
-            note = "Unweighted: target and diversity are the two terms of the divergence."
+            note = "Unweighted, over the tokens that are taught: target and diversity are the two terms of a KL divergence."
             charts.append(Chart("Terms of the loss", Markup(drawing), note))
     return charts
 

@@ -2,14 +2,29 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 
 from actors.config import EngineConfig, WorkersConfig
+from actors.placement import (
+    Cluster,
+    Node,
+    evaluator_need,
+    most_replicas,
+    plural,
+    read_nodes,
+    replica_need,
+    require_room,
+    require_room_together,
+    worker_need,
+    workers_beside,
+)
 from orchestrator.config import RunConfig
+from orchestrator.scoring import score_root
+from orchestrator.shared_folder import require_shared
 
 STORE_BYTES = 256 << 20  # Ray's object store carries counts and configurations only
 
@@ -33,7 +48,7 @@ class Demand:
 
 
 def demand(config: RunConfig) -> Demand:
-    """Return the most that a run holds at one time, over all its stages."""
+    """Return the most that a run holds at one time, over all its stages; of replicas whose number is ``auto``, one."""
     scoring, training = _teachers(config.teacher.engine), _workers(config.workers)
     stages = [scoring + training] if config.scores.overlap else [scoring, training]
     stages += [_workers(side.fit.workers) for side in (config.teacher, config.student) if side.fit]
@@ -46,7 +61,8 @@ def ray_for(config: RunConfig) -> Iterator[None]:
     """Use the cluster that ``RAY_ADDRESS`` names, the Ray this process is connected to, or a private local one.
 
     Raises:
-        ValueError: naming what the run holds at one time and what there is, before anything is started on it.
+        ValueError: naming what the run wants, what there is and what would do, before anything is started on it; or a
+            folder of the run that not all nodes see.
     """
     needed = demand(config)
     begun_here = not ray.is_initialized()
@@ -65,29 +81,71 @@ def ray_for(config: RunConfig) -> Iterator[None]:
                 logging_level="ERROR",
             )
     try:
-        require_resources(needed)
+        require_places(config, read_nodes())
+        require_shared([config.run_dir, score_root(config)])
         yield
     finally:
         if begun_here:
             ray.shutdown()
 
 
-def require_resources(needed: Demand) -> None:
-    """Raise a ValueError unless the cluster has, in all, what is needed at one time."""
-    there = ray.cluster_resources()
-    for kind, wanted, remedy in (
-        ("GPU", needed.gpus, "teacher.engine.replicas, teacher.engine.tensor_parallel or workers.count"),
-        ("CPU", needed.cpus, "teacher.engine.cpus or workers.cpus"),
-    ):
-        if wanted > there.get(kind, 0):
-            raise ValueError(
-                f"the run holds {wanted:g} {kind}s at one time, the cluster has {there.get(kind, 0):g}: lower {remedy}, "
-                "or set scores.overlap to false, so that teacher and student take turns"
-            )
+def require_places(config: RunConfig, nodes: Sequence[Node]) -> None:
+    """Raise a ValueError unless the nodes, were all of them free, could hold each stage of the run."""
+    replica, replicas = replica_need(config.teacher.engine), _replicas(config.teacher.engine)
+    worker, workers = worker_need(config.workers), config.workers.count
+    require_room(nodes, replica, replicas)
+    require_room(nodes, worker, workers)
+    if config.scores.overlap:
+        require_room_together(nodes, replica, replicas, worker, workers)
+    for role, side in (("teacher", config.teacher), ("student", config.student)):
+        if side.fit:
+            require_room(nodes, worker_need(side.fit.workers, f"{role}.fit.workers"), side.fit.workers.count)
+    require_room(nodes, evaluator_need(config.evaluate))
+
+
+@dataclass(frozen=True, slots=True)
+class SettledReplicas:
+    """How many replicas ``auto`` comes to on this cluster at this time, and why."""
+
+    count: int
+    """At least 1; if there is room for none, it is waited for."""
+    reason: str
+    """A line for the user."""
+
+
+def settle_replicas(engine: EngineConfig, students: WorkersConfig | None, shards: int, cluster: Cluster) -> SettledReplicas:
+    """Choose as many replicas as find room beside the students' workers and what other jobs hold, one a shard at most.
+
+    Args:
+        engine: what each replica wants.
+        students: workers that hold their room at the same time but do not stand yet; None if they come later.
+        shards: shards of the largest store that lack scores.
+        cluster: what there is, and what other jobs hold of it.
+    """
+    replica, workers = replica_need(engine), students.count if students else 0
+    worker = worker_need(students) if students else None
+    beside = workers_beside([(node, node.free) for node in cluster.nodes], replica, worker, shards)
+    promised = {resource: workers * amount for resource, amount in worker.amounts.items()} if worker else {}
+    left = {resource: amount - promised.get(resource, 0) for resource, amount in cluster.available.items()}
+    fitting = min(most_replicas(beside, workers), replica.times_in(left))
+    count = max(1, min(fitting, shards))
+    if fitting == 0:
+        why = "which waits for room"
+    elif count == shards:
+        why = "one for each shard to score"
+    else:
+        places = sum(1 for node in cluster.nodes if replica.may_stand_on(node) and replica.times_in(node.free))
+        why = f"as many as find room on {plural(places, 'node')}" + (f" beside {plural(workers, 'worker')}" if workers else "")
+    return SettledReplicas(count, f"{replica.many(count)}, {why}")
+
+
+def _replicas(engine: EngineConfig) -> int:
+    return 1 if engine.replicas == "auto" else engine.replicas
 
 
 def _teachers(engine: EngineConfig) -> Demand:
-    return Demand(engine.replicas * engine.cpus, engine.replicas * engine.tensor_parallel * engine.gpu)
+    replicas = _replicas(engine)
+    return Demand(replicas * engine.cpus, replicas * engine.tensor_parallel * engine.gpu)
 
 
 def _workers(workers: WorkersConfig) -> Demand:

@@ -8,8 +8,9 @@ data/ tokenizer/ models/ scores.json metrics/ checkpoints/ evaluation/ student/ 
 
 import fcntl
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from orchestrator.config_file import config_difference, dump_config
 
 Facts = dict[str, Any]
 """What a stage leaves for later ones: plain JSON."""
+
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray sets in the environment of a driver that was started by ``ray job submit``."""
+
+ABOUT_TRIALS = ("tune", "compare")
+"""Sections that may change without making it another run."""
 
 
 class RunDirError(ValueError):
@@ -39,8 +46,13 @@ class RunDir:
         """Begin the run's folder, or take it up again.
 
         Raises:
-            RunDirError: if another process holds it, or it was made by another configuration.
+            RunDirError: if another process holds it, it was made by another configuration, or it would go with the job.
         """
+        if os.environ.get(SUBMITTED_JOB) and not Path(config.output).expanduser().is_absolute():
+            raise RunDirError(
+                f"output {config.output!r} is relative, and a submitted job works in Ray's copy of the working directory, which "
+                "goes with it; output=/a/folder/that/all/nodes/see would do"
+            )
         path = config.run_dir
         (path / "stages").mkdir(parents=True, exist_ok=True)
         books = cls(path, say)
@@ -48,7 +60,9 @@ class RunDir:
         config_path = path / "config.yaml"
         if not config_path.exists():
             write_atomically(config_path, dump_config(config).encode())
-        elif lines := config_difference(config.model_dump(mode="json"), yaml.safe_load(config_path.read_text())):
+        elif lines := config_difference(
+            _of_the_run(config.model_dump(mode="json")), _of_the_run(yaml.safe_load(config_path.read_text()))
+        ):
             books.close()
             raise RunDirError(
                 f"{path} was made by another configuration; give this run another name (name=...) or delete the folder:\n  "
@@ -102,3 +116,8 @@ class RunDir:
             raise RunDirError(
                 f"another process works in {self.path}; wait for it, or give this run another name (name=...)"
             ) from None
+
+
+def _of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the sections that say which trials are made of a run, and nothing about the run itself."""
+    return {section: value for section, value in settings.items() if section not in ABOUT_TRIALS}

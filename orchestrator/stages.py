@@ -1,6 +1,7 @@
 """The work of each stage that trains or prepares; what it makes goes into the run's folder, what it found into its books."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 from actors.score_store import ScoreStore
 from actors.training_task import TrainingTask
@@ -61,20 +62,25 @@ def fit(role: Role, config: RunConfig, books: RunDir, models: Models) -> Facts:
 
 def train(config: RunConfig, books: RunDir, models: Models, store: ScoreStore | None) -> Facts:
     """Distil the student from the store, which may still be growing."""
-    task = TrainingTask(
+    task = distillation_task(config, books.path, models, store.path if store is not None else None)
+    return train_model(task, config.workers, books.path / "checkpoints", books.say)
+
+
+def distillation_task(config: RunConfig, folder: Path, models: Models, store: Path | None) -> TrainingTask:
+    """Return the training of the student of a run whose folder is ``folder``."""
+    return TrainingTask(
         name="train",
         model=models.ready("student"),
         tokenizer=str(models.tokenizer_folder),
         lora=config.student.lora,
         loss=config.loss,
         train=config.train,
-        examples=str(books.path / "data" / "train.arrow"),
-        store=str(store.path) if store is not None else None,
+        examples=str(folder / "data" / "train.arrow"),
+        store=str(store) if store is not None else None,
         top_k=config.scores.top_k,
         wait_seconds=config.scores.wait_seconds,
         seed=config.seed,
         threads=int(max(1, config.workers.cpus)),
-        metrics=str(books.path / "metrics"),
+        metrics=str(folder / "metrics"),
         output=str(models.student_folder),
     )
-    return train_model(task, config.workers, books.path / "checkpoints", books.say)

@@ -12,6 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.config import TrainConfig, WorkersConfig
 from actors.metrics_log import read_metrics
+from actors.placement import worker_need
 from actors.training_task import TrainingTask, train_worker
 
 PROGRESS_SECONDS = 10.0
@@ -31,17 +32,13 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
         TrainingFailed: with the workers' own error.
     """
     metrics = Path(task.metrics) / f"{task.name}.jsonl"
-    if Path(task.output).exists():  # written by rename, after the last step
+    if task.output is not None and Path(task.output).exists():  # written by rename, after the last step
         return summarize(read_metrics(metrics))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
         torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers.count,
-            use_gpu=workers.gpus > 0,
-            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
-        ),
+        scaling_config=scaling_of(workers),
         run_config=_run_config(task.train, task.name, checkpoints),
     )
     with _progress_lines(task, say), _keyboard_interrupt():
@@ -56,6 +53,16 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
     if error:
         raise TrainingFailed(error)
     return summarize(read_metrics(metrics))
+
+
+def scaling_of(workers: WorkersConfig) -> ScalingConfig:
+    """Tell Ray Train how many workers there are, what each holds, and on which nodes they may stand."""
+    return ScalingConfig(
+        num_workers=workers.count,
+        use_gpu=workers.gpus > 0,
+        resources_per_worker=dict(worker_need(workers).amounts),
+        label_selector=workers.labels or None,
+    )
 
 
 def summarize(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -92,7 +99,9 @@ def _keyboard_interrupt() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit:
+    except SystemExit as stop:
+        if stop.code == signal.SIGTERM:
+            raise
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -109,7 +109,7 @@ def ranked_others(logprobs: np.ndarray, target: int) -> list[int]:
     return sorted((token for token in range(V) if token != target), key=lambda token: -logprobs[token])
 
 
-def write_scores(path: Path, examples: list[Example], teacher: Path, top_k: int) -> None:
+def write_scores(path: Path, examples: list[Example], teacher: Path, top_k: int, top_mass: float | None = None) -> None:
     scores = []
     for example in examples:
         logprobs = logprobs_at_targets(teacher, example)
@@ -124,7 +124,7 @@ def write_scores(path: Path, examples: list[Example], teacher: Path, top_k: int)
                 np.array([math.log(mass) if mass > 0 else -math.inf for mass in rest], dtype=np.float32),
             )
         )
-    identity = {"top_k": top_k, "vocab_size": V}
+    identity = {"top_k": top_k, "top_mass": top_mass, "vocab_size": V}
     store = ScoreStore.open_or_create(path, identity, len(examples), rows_per_shard=4)
     for shard in range(store.shard_count):
         store.write_shard(shard, *([things[position] for position in store.positions(shard)] for things in (examples, scores)))

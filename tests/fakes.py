@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from actors.config import EngineConfig
+from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
+from actors.score_store import ScoreStore
 from actors.teacher import EngineDied, TeacherSpec, scores_from_candidates
 from actors.training_task import ModelSource
 
@@ -53,6 +55,28 @@ def fake_examples(rows: int, seed: int = 0, longest: int = 20) -> list[Example]:
     return examples
 
 
+def fake_store(folder: Path, examples: Sequence[Example], rows_per_shard: int, top_k: int) -> tuple[Path, ScoreStore]:
+    """Write the examples into ``folder`` and begin a store for their scores; return the examples' file and the store."""
+    write_examples(folder / "train.arrow", examples)
+    identity = {"examples": ExampleFile(folder / "train.arrow").hash, "top_k": top_k, "vocab_size": FAKE_VOCAB}
+    return folder / "train.arrow", ScoreStore.open_or_create(folder / "store", identity, len(examples), rows_per_shard)
+
+
+def assert_complete(store: ScoreStore, examples: Sequence[Example]) -> None:
+    """Every row of the store is what the fake teacher says about that row, and no job left a lease there."""
+    fresh = ScoreStore(store.path)
+    fresh.verify()
+    assert fresh.complete
+    for position, example in enumerate(examples):
+        wanted, found = expected_scores(example, store.top_k), fresh.scores_at(position)
+        assert found.key == example.key
+        np.testing.assert_array_equal(found.target_logprob, wanted.target_logprob)
+        np.testing.assert_array_equal(found.topk_ids, wanted.topk_ids)
+        np.testing.assert_allclose(found.topk_logprobs, wanted.topk_logprobs, atol=2.5e-4)
+        np.testing.assert_allclose(found.tail_logmass, wanted.tail_logmass, atol=1e-6)
+    assert not list(store.path.glob("*.lease"))
+
+
 def fake_spec(top_k: int = 5, **engine: object) -> TeacherSpec:
     """A spec for a fake teacher, with small replicas."""
     settings = {"kind": "transformers", "cpus": 0.5, "rows_per_call": 3, "max_restarts": 2, **engine}
@@ -66,6 +90,8 @@ class FakeTeacher:
     vocab_size: int = FAKE_VOCAB
     fails_on_call: int | None = None
     """Raise a RuntimeError."""
+    fails_on_key: str | None = None
+    """Example on which a RuntimeError is raised; of two shards at a replica, either may meet the engine first."""
     dies_on_call: int | None = None
     """End the process."""
     engine_dies_on_call: int | None = None
@@ -75,9 +101,13 @@ class FakeTeacher:
     only_once: Path | None = None
     """A file; misbehave only as long as it does not exist, and create it then."""
     poison_key: str | None = None
-    """Example on which the process always ends."""
+    """Example on which the process ends; the log then gets a line ``poison``."""
+    cure: Path | None = None
+    """A file; the poison works only as long as it does not exist."""
+    seconds_per_call: float = 0.0
+    """How long a call takes at least."""
     returns: str = "scores"
-    """``scores``, ``nan`` or ``uniform``."""
+    """``scores``, ``nan``, ``uniform``, ``constant`` (the same whatever the input), or ``flat`` (another teacher's)."""
     largest_file: int | None = None
     """Bytes beyond which this process cannot write a file, as on a full disk."""
     log: Path | None = None
@@ -105,16 +135,24 @@ class FakeEngine:
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
         """Score, or misbehave as told."""
         self._calls += 1
-        if self._teacher.poison_key in [example.key for example in examples]:
+        cured = self._teacher.cure is not None and self._teacher.cure.exists()
+        if not cured and self._teacher.poison_key in [example.key for example in examples]:
+            self._log(["poison"])
             os._exit(1)
         self._misbehave()
-        if self._teacher.log is not None:
-            with open(self._teacher.log, "a") as file:
-                file.write("".join(f"{example.key}\n" for example in examples))
+        if self._teacher.fails_on_key in [example.key for example in examples]:
+            raise RuntimeError("the fake teacher fails on this row")
+        time.sleep(self._teacher.seconds_per_call)
+        self._log([example.key for example in examples])
         return [self._score(example) for example in examples]
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _log(self, lines: list[str]) -> None:
+        if self._teacher.log is not None:
+            with open(self._teacher.log, "a") as file:
+                file.write("".join(f"{line}\n" for line in lines))
 
     def _misbehave(self) -> None:
         teacher, call = self._teacher, self._calls
@@ -140,6 +178,11 @@ class FakeEngine:
             logprobs = logprobs * np.nan
         if self._teacher.returns == "uniform":
             logprobs = np.full_like(logprobs, -np.log(self.vocab_size))
+        if self._teacher.returns == "constant":
+            logprobs = np.tile(fake_logprobs(np.zeros(1), self.vocab_size), (len(logprobs), 1))
+        if self._teacher.returns == "flat":
+            logprobs = 0.1 * logprobs
+            logprobs -= np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
         candidates = np.argsort(-logprobs, axis=1)[:, : self._top_k + 1]
         rows = np.arange(len(logprobs))
         values = np.take_along_axis(logprobs, candidates, axis=1)

@@ -40,6 +40,11 @@ def links_of(text: str) -> set[str]:
     return {target.split("#")[0] for target in targets if "://" not in target and not target.startswith(("#", "mailto:"))}
 
 
+def names_of_tests(text: str) -> set[str]:
+    """Return each test function that a page names in backticks."""
+    return set(re.findall(r"`(test_\w+)`", text))
+
+
 def page_id(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
@@ -50,11 +55,12 @@ COMMANDS = [(page_id(page), command) for page in PAGES for command in commands_o
 def test_the_readers_of_pages_see_what_is_there() -> None:
     page = (
         "```bash\nmake setup test X=1  # both\npython -m orchestrator run a.yaml \\\n    b=1  # why\n# atkd run c\n```\n"
-        "`make lint` [a](b.md#c) [d](https://e)\n"
+        "`make lint` [a](b.md#c) [d](https://e) `test_x_y`\n"
     )
     assert commands_of(page) == [["run", "a.yaml", "b=1"]]
     assert make_targets_of(page) == {"setup", "test", "lint"}
     assert links_of(page) == {"b.md"}
+    assert names_of_tests(page) == {"test_x_y"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -66,6 +72,13 @@ def test_every_make_target_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_relative_link_leads_somewhere(page: Path) -> None:
     assert [link for link in links_of(page.read_text()) if not (page.parent / link).exists()] == []
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set().union(*(names_of_tests(page.read_text()) for page in PAGES))
+    assert named
+    assert named - set(re.findall(r"^(?:async )?def (test_\w+)\(", sources, re.MULTILINE)) == set()
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {' '.join(command)}" for page, command in COMMANDS])

@@ -102,7 +102,7 @@ def test_the_version_is_the_same_everywhere() -> None:
     version = orchestrator.__version__
     assert metadata.version("atkd") == version
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
-    released = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = re.findall(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released[0] == version
 
 

@@ -65,12 +65,14 @@ def scores_from_logits(example: Example, logits: np.ndarray, top_k: int) -> Teac
     )
 
 
-def scored_world(folder: Path, rows: int, top_k: int = 8, rows_per_shard: int = 8, seed: int = 0) -> tuple[Path, ScoreStore]:
+def scored_world(
+    folder: Path, rows: int, top_k: int = 8, rows_per_shard: int = 8, seed: int = 0, top_mass: float | None = None
+) -> tuple[Path, ScoreStore]:
     """Write rows and a complete store of a random teacher's scores; return the example file and the store."""
     examples = random_examples(rows, seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_examples(folder / "train.arrow", examples)
-    identity = {"top_k": top_k, "vocab_size": VOCAB, "teacher": f"random {seed}"}
+    identity = {"top_k": top_k, "top_mass": top_mass, "vocab_size": VOCAB, "teacher": f"random {seed}"}
     store = ScoreStore.open_or_create(folder / "store", identity, rows, rows_per_shard)
     generator = np.random.default_rng(seed + 1)
     for shard in store.missing_shards():

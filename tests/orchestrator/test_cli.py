@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli import COMMANDS, main
+from orchestrator.cli import COMMANDS, build_parser, main
 from orchestrator.config_file import load_config
 from orchestrator.pipeline import STAGES
 
@@ -33,6 +33,13 @@ def test_a_config_error_comes_before_torch_and_ray(capsys: pytest.CaptureFixture
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "2 []"
     assert "did you mean easy_ratio?" in result.stderr
+
+
+def test_the_doctor_is_asked_of_a_configuration_as_every_command_is(capsys: pytest.CaptureFixture[str]) -> None:
+    options = build_parser().parse_args(["doctor", "configs/tiny_cpu.yaml", "seed=7"])
+    assert (options.command, options.config, options.overrides) == ("doctor", "configs/tiny_cpu.yaml", ["seed=7"])
+    assert main(["doctor", "configs/tiny_cpu.yaml", "loss.easy_ration=0.3"]) == 2
+    assert "did you mean easy_ratio?" in capsys.readouterr().err
 
 
 def test_config_prints_what_a_file_could_hold(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

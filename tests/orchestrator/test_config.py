@@ -72,7 +72,7 @@ def test_a_config_is_frozen() -> None:
         (["loss.teaching=atkd", "loss.easy_ratio=3"], r"loss\.easy_ratio: Input should be less than or equal to 1; got 3"),
         (["loss.teaching=atkdd"], r"loss: Input tag 'atkdd' .* 'atkd', 'coupled'"),
         (["train.learning_rate=1"], r"train\.learning_rate: there is no such key; there is train\.optimizer\.learning_rate"),
-        (["bogus=1"], r"bogus: there is no such key; there are data, evaluate, loss"),
+        (["bogus=1"], r"bogus: there is no such key; there are compare, data, evaluate, loss"),
         (["data.source={kind: files}"], r"data\.source\.path: is missing"),
         (["data.source.rows=50"], r"data\.source: needs 'kind', which says what it is; got \{'rows': 50\}"),
         (["data.source={kind: builtin, tasks: [sing]}"], r"data\.source.*no task is called 'sing'; there are add,"),
@@ -137,3 +137,8 @@ def test_a_text_that_is_no_mapping_is_refused(text: str, message: str) -> None:
 def test_the_difference_of_two_configs_names_each_key() -> None:
     ours, theirs = changed().model_dump(mode="json"), changed("seed=3", "teacher.engine.dtype=float32").model_dump(mode="json")
     assert config_difference(ours, theirs) == ["seed: 0 here, 3 there", "teacher.engine.dtype: 'bfloat16' here, 'float32' there"]
+
+
+def test_what_a_whole_variant_refuses_is_told_of_its_section() -> None:
+    with pytest.raises(ConfigError, match=r"\n  loss: divergence jensen_shannon does not fall into a target and a diversity"):
+        load_config("configs/tiny_cpu.yaml", ["loss.divergence=jensen_shannon"])

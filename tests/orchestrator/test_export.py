@@ -8,7 +8,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.score_store import identity_hash
+from actors.identity import identity_hash
 from orchestrator.config import RunConfig
 from orchestrator.config_file import validate
 from orchestrator.export import check_export, model_card, without_places, write_model_card

@@ -1,14 +1,19 @@
 """What a failure means to the user."""
 
 import errno
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from ray.exceptions import RayTaskError
 
-from actors.score_store import StoreMismatch
-from actors.teacher_pool import TeacherFailed
-from orchestrator.failure import Verdict, judge, write_traceback
+from actors.identity import StoreMismatch
+from actors.replicas import TeacherFailed
+from orchestrator.config_file import load_config
+from orchestrator.failure import Verdict, guarded, judge, write_traceback
 from orchestrator.training import TrainingFailed
 
 
@@ -24,6 +29,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/store/shard-00001.arro
     ("error", "exit_code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from where it stopped"),
+        (SystemExit(15), 143, "terminated; the same command goes on from where it stopped"),
         (ValueError("loss.easy_ratio 3"), 2, "loss.easy_ratio 3"),
         (StoreMismatch("other scores"), 2, "other scores"),
         (RayTaskError("score", "trace", ValueError("row 7 is wrong")), 2, "row 7 is wrong"),
@@ -58,3 +64,23 @@ def test_the_whole_story_is_kept_where_that_is_possible(tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         assert write_traceback(tmp_path / "file", error) is None
     assert isinstance(judge(KeyError("x")), Verdict)
+
+
+def test_sigterm_ends_a_command_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    given_back = []
+
+    def work(say: Callable[[str], None]) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            given_back.append(True)
+        return 0
+
+    try:
+        assert guarded(load_config("configs/tiny_cpu.yaml", [f"output={tmp_path}"]), work) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert given_back == [True]
+    assert "error: terminated; the same command goes on from where it stopped" in capsys.readouterr().err

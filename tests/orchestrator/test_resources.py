@@ -1,9 +1,14 @@
 """What a run holds at one time, and what it is told when that is not there."""
 
+import re
+
 import pytest
 import ray
 
-from orchestrator.resources import Demand, demand, ray_for, require_resources
+from actors.config import WorkersConfig
+from actors.placement import Cluster, Node
+from orchestrator.resources import Demand, demand, ray_for, require_places, settle_replicas
+from orchestrator.training import scaling_of
 from tests.orchestrator.test_config import changed
 
 
@@ -23,13 +28,73 @@ def test_fitting_and_evaluation_count_too() -> None:
     assert demand(changed("evaluate={cpus: 9, gpus: 1}")) == Demand(cpus=9, gpus=1)
 
 
+def test_of_replicas_whose_number_is_open_one_is_counted() -> None:
+    assert demand(changed("teacher.engine={replicas: auto, cpus: 3}", "workers.cpus=2")) == Demand(cpus=5)
+
+
+def nodes(count: int, gpus: float = 8, **held: float) -> list[Node]:
+    return [Node(f"n{number}", {"CPU": 16.0, "GPU": gpus}, {"role": "both"}, held) for number in range(count)]
+
+
+def free(nodes: list[Node]) -> Cluster:
+    return Cluster(nodes, {name: sum(node.free[name] for node in nodes) for name in ("CPU", "GPU")})
+
+
+ON_GPUS = ("teacher.engine={gpu: true, replicas: 2, tensor_parallel: 4}", "workers={count: 8, gpus: 1}")
+
+
+def test_each_stage_is_looked_at_before_anything_starts() -> None:
+    require_places(changed(*ON_GPUS), nodes(2))
+    require_places(changed(*ON_GPUS, "scores.overlap=false"), nodes(1))
+    require_places(changed(*ON_GPUS, "teacher.engine.replicas=auto"), nodes(2))
+    with pytest.raises(ValueError, match=r"do not fit at one time: .* teacher\.engine\.replicas 1 or scores\.overlap false"):
+        require_places(changed(*ON_GPUS, "workers.count=12"), nodes(2))
+    for change, message in (
+        ("teacher.engine.replicas=5", r"^5 replicas of .* teacher\.engine\.replicas 4 would do"),
+        ("workers.count=17", r"^17 workers of .* workers\.count 16 would do"),
+        ("teacher.fit.workers.cpus=17", r"^teacher\.fit\.workers\.cpus 17: the largest node has 16 CPUs"),
+        ("student.fit={train: {}, workers: {labels: {role: none}}}", r"^student\.fit\.workers\.labels role=none: no node has it"),
+        ("evaluate.cpus=17", r"^evaluate\.cpus 17: the largest node has 16 CPUs; cpus 16 would do"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            require_places(changed(*ON_GPUS, "scores.overlap=false", change), nodes(2))
+
+
 @pytest.mark.ray
-def test_what_is_missing_is_named_with_the_keys_that_would_help(local_ray: None) -> None:
-    with pytest.raises(ValueError, match=r"holds 2 GPUs at one time, the cluster has 0: lower teacher\.engine\.replicas"):
-        require_resources(Demand(cpus=1, gpus=2))
-    with pytest.raises(ValueError, match=r"holds 400 CPUs at one time, the cluster has 4: lower .* set scores\.overlap to false"):
-        require_resources(Demand(cpus=400))
-    require_resources(Demand(cpus=4))
+def test_a_run_that_wants_gpus_where_there_are_none_hears_it_at_once(local_ray: None) -> None:
+    with (
+        pytest.raises(ValueError, match=r"each replica wants 4 GPUs, and no node has a GPU; teacher\.engine\.gpu false would do"),
+        ray_for(changed(*ON_GPUS)),
+    ):
+        raise AssertionError("the run must not begin")
+
+
+@pytest.mark.parametrize(
+    ("students", "shards", "cluster", "count", "reason"),
+    [
+        (None, 99, free(nodes(3)), 6, "6 replicas of 4 GPUs and 1 CPU, as many as find room on 3 nodes"),
+        (4, 99, free(nodes(3)), 5, "5 replicas of 4 GPUs and 1 CPU, as many as find room on 3 nodes beside 4 workers"),
+        (None, 2, free(nodes(3)), 2, "2 replicas of 4 GPUs and 1 CPU, one for each shard to score"),
+        (None, 99, free(nodes(3, GPU=5.0)), 1, "1 replica of 4 GPUs and 1 CPU, which waits for room"),
+        (None, 99, free(nodes(3, GPU=4.0)), 3, "3 replicas of 4 GPUs and 1 CPU, as many as find room on 3 nodes"),
+        (24, 99, free(nodes(3)), 1, "1 replica of 4 GPUs and 1 CPU, which waits for room"),
+        (4, 99, Cluster(nodes(3), {"CPU": 48.0, "GPU": 15.0}), 2, "2 replicas .* as many as find room on 3 nodes beside .*"),
+    ],
+)
+def test_as_many_replicas_as_find_room(students: int | None, shards: int, cluster: Cluster, count: int, reason: str) -> None:
+    engine = changed("teacher.engine={gpu: true, replicas: auto, tensor_parallel: 4}").teacher.engine
+    workers = WorkersConfig(count=students, gpus=1) if students else None
+    settled = settle_replicas(engine, workers, shards, cluster)
+    assert settled.count == count
+    assert re.fullmatch(reason, settled.reason)
+
+
+def test_ray_train_is_told_what_the_arithmetic_counted() -> None:
+    workers = WorkersConfig(count=3, cpus=2, gpus=1, resources={"student_node": 1}, labels={"role": "student"})
+    scaling = scaling_of(workers)
+    assert (scaling.num_workers, scaling.use_gpu, scaling.label_selector) == (3, True, {"role": "student"})
+    assert scaling.resources_per_worker == {"CPU": 2, "GPU": 1, "student_node": 1}
+    assert scaling_of(WorkersConfig()).label_selector is None
 
 
 @pytest.mark.ray

@@ -42,3 +42,17 @@ def test_two_processes_cannot_hold_one_folder(tmp_path: Path) -> None:
     with RunDir.open(config), pytest.raises(RunDirError, match="another process works in .*small; wait for it"):
         RunDir.open(config)
     RunDir.open(changed(f"output={tmp_path}")).close()
+
+
+def test_a_submitted_job_does_not_write_into_its_own_copy_of_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunDirError, match="output 'runs' is relative, and a submitted job works in Ray's copy .*output=/a"):
+        RunDir.open(changed("output=runs"))
+    assert not (tmp_path / "runs").exists()
+    RunDir.open(changed(f"output={tmp_path}")).close()
+
+
+def test_what_is_searched_in_a_run_may_change(tmp_path: Path) -> None:
+    RunDir.open(changed(f"output={tmp_path}")).close()
+    RunDir.open(changed(f"output={tmp_path}", "tune.rungs=2", "compare.seeds=5")).close()

@@ -23,6 +23,7 @@ class Stage(ScoringStage):
     def __init__(self, seconds: float, error: Exception | None = None) -> None:
         self._pool = Pool()  # type: ignore[assignment]
         self._seconds, self._error = seconds, error
+        self.training_store = None
         self.finished = False
 
     def run(self) -> None:

@@ -18,12 +18,15 @@ from actors.config import LoraAdapter, OptimizerConfig, TrainConfig, WorkersConf
 from actors.metrics_log import read_metrics
 from actors.training_task import ModelSource, TrainingTask
 from losses.config import AtkdLoss, HardLabelLoss
+from losses.weighing_config import DistantTokens
 from orchestrator.training import TrainingFailed, progress_line, summarize, train_model
 from tests.worlds import scored_world, tiny_llama
 
 TRAIN = TrainConfig(
     epochs=2, batch_rows=8, micro_batch_rows=8, optimizer=OptimizerConfig(learning_rate=3e-3), checkpoint_every_steps=3
 )
+LOSS = AtkdLoss(teaching="atkd", tokens=DistantTokens(fraction=0.9, step_size=0.1, tolerance=0.01, momentum=0.0))
+"""Remembers: the share of tokens it teaches follows the loss, so a run that is taken up again must know it."""
 ROWS = 30  # the last batch of an epoch holds 6 rows, which do not go round four workers
 
 
@@ -31,7 +34,7 @@ def task_in(folder: Path, world: Path, **changes: Any) -> TrainingTask:
     path, store = scored_world(world, ROWS)
     model = tiny_llama(world / "model", seed=1) if not (world / "model").exists() else world / "model"
     task = TrainingTask(
-        name="train", model=ModelSource(str(model)), tokenizer=str(model), lora=None, loss=AtkdLoss(teaching="atkd"), train=TRAIN,
+        name="train", model=ModelSource(str(model)), tokenizer=str(model), lora=None, loss=LOSS, train=TRAIN,
         examples=str(path), store=str(store.path), top_k=8, wait_seconds=20.0, seed=5, threads=1,
         metrics=str(folder / "metrics"), output=str(folder / "student"),
     )  # fmt: skip
@@ -74,7 +77,8 @@ def test_a_student_learns_and_its_steps_are_logged(undisturbed: tuple[Path, dict
     folder, _ = undisturbed
     steps = read_metrics(folder / "metrics" / "train.jsonl")
     assert [step["step"] for step in steps] == list(range(1, 9))
-    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert min(step["loss"] for step in steps[1:]) < steps[0]["loss"]
+    assert steps[0]["kept_fraction"] == 0.9 and min(step["kept_fraction"] for step in steps) < 0.9, "it follows the loss"
     assert {"learning_rate", "gradient_norm", "easy_share", "hard_target", "waited_seconds", "tokens_per_second"} <= steps[
         0
     ].keys()

@@ -1,0 +1,20 @@
+"""The arms of a comparison: what a student may be taught by, all else being equal. Imports neither torch nor Ray."""
+
+from typing import Any
+
+from orchestrator.compare_config import ARMS
+from orchestrator.config import RunConfig
+
+
+def loss_of(arm: str, config: RunConfig) -> dict[str, Any]:
+    """Return the section ``loss`` of an arm; those of ATKD take their knobs from the configuration, if its loss is ATKD."""
+    loss = dict(ARMS[arm])
+    if loss["teaching"] == "atkd" and config.loss.teaching == "atkd":
+        return {**config.loss.model_dump(mode="json"), "scope": _scope(loss, config), **loss}
+    return loss
+
+
+def _scope(loss: dict[str, Any], config: RunConfig) -> str:
+    """Return the configuration's scope, or the one in which a control's other split can be drawn."""
+    assert config.loss.teaching == "atkd"
+    return "batch" if loss["split"] != "uncertainty" and config.loss.scope == "microbatch" else config.loss.scope

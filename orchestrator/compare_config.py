@@ -1,0 +1,99 @@
+"""What the user may say about a comparison: the section ``compare``. Imports neither torch nor Ray."""
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from losses.section import Section
+from orchestrator.search_config import METRICS, Direction, require_count, require_metric
+
+ARMS: dict[str, dict[str, Any]] = {
+    "cross_entropy": {"teaching": "hard_label"},
+    "forward_kl": {"teaching": "coupled", "divergence": "forward_kl"},
+    "reverse_kl": {"teaching": "coupled", "divergence": "reverse_kl"},
+    "decoupled": {"teaching": "decoupled"},
+    "diversity_only": {"teaching": "diversity_only"},
+    "atkd": {"teaching": "atkd", "split": "uncertainty"},
+    "atkd_random": {"teaching": "atkd", "split": "random"},
+    "atkd_inverted": {"teaching": "atkd", "split": "inverted"},
+}
+"""For each arm of a comparison its loss. The last two are controls: if they do as well, it is not the teacher's uncertainty that
+helps."""
+
+
+class CompareConfig(Section):
+    """The same student on the same scores, taught in several ways, with several seeds each."""
+
+    name: str = Field(default="compare", min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the comparison, and of its folder in the run's; another one of the same run needs another."""
+
+    arms: tuple[str, ...] = tuple(ARMS)
+    """What is compared."""
+
+    baseline: str = "forward_kl"
+    """The arm that each other one is compared to, seed by seed."""
+
+    seeds: int = Field(default=3, ge=1)
+    """Trainings of each arm. The seed draws the order of later epochs, dropout and random splits; all arms share each."""
+
+    learning_rates: tuple[float, ...] = ()
+    """Tried for each arm with the first seed before the comparison, which then takes each arm's best: losses differ in the
+    size of their gradients. Empty: ``train.optimizer.learning_rate`` for all."""
+
+    rungs: int = Field(default=4, ge=1)
+    """How often a training is measured, evenly over its steps; the last time at its end."""
+
+    metric: str = "heldout_loss"
+    """What arms are compared by; which way is better is known."""
+
+    concurrent: int | Literal["auto"] = "auto"
+    """Trainings at a time; ``auto``: as many as there are devices for."""
+
+    trials_in: Literal["reused_process", "ray_train"] = "ray_train"
+    """As in the section ``tune``."""
+
+    @field_validator("arms")
+    @classmethod
+    def _arms_are_known(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        for arm in arms:
+            if arm not in ARMS:
+                nearest = difflib.get_close_matches(arm, ARMS, n=1)
+                guess = f"did you mean {nearest[0]}? There" if nearest else "there"
+                raise ValueError(f"no arm is called {arm!r}; {guess} are {', '.join(ARMS)}")
+            if arms.count(arm) > 1:
+                raise ValueError(f"arm {arm} stands twice; once would do")
+        return arms
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _rates_are_rates(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        for rate in rates:
+            if not 0 < rate < 1:
+                raise ValueError(f"{rate:g} is no learning rate; one such as 2e-5 would do")
+            if rates.count(rate) > 1:
+                raise ValueError(f"learning rate {rate:g} stands twice; once would do")
+        return rates
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_is_measured(cls, metric: str) -> str:
+        return require_metric(metric)
+
+    @field_validator("concurrent", mode="before")
+    @classmethod
+    def _concurrent_is_a_count(cls, concurrent: Any) -> Any:
+        return require_count(concurrent)
+
+    @model_validator(mode="after")
+    def _baseline_is_an_arm(self) -> "CompareConfig":
+        if self.baseline not in self.arms:
+            raise ValueError(f"baseline {self.baseline} is none of the arms {', '.join(self.arms)}; {self.arms[0]} would do")
+        if len(self.arms) < 2:
+            raise ValueError(f"arms holds {', '.join(self.arms)} alone; a comparison needs two")
+        return self
+
+    @property
+    def direction(self) -> Direction:
+        """Whether the least or the largest metric is the best."""
+        return METRICS[self.metric]

@@ -1,0 +1,127 @@
+"""``compare``: the same student on the same scores, taught in several ways; whether adaptive teaching helps this pair."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.arms import loss_of
+from orchestrator.config import RunConfig
+from orchestrator.early_stopping import StoppingRule
+from orchestrator.judge import Assignment
+from orchestrator.ledger import Search
+from orchestrator.ledger_lines import SearchPlan
+from orchestrator.points import ListedPoints
+from orchestrator.resources import ray_for
+from orchestrator.run_dir import RunDir
+from orchestrator.search_config import rung_steps
+from orchestrator.search_results import show_search
+from orchestrator.search_space import BoundSpace, require_one_worker_in_one_process
+from orchestrator.search_table import completed_trials
+from orchestrator.trial_runs import Ground, TrialQueue, begin_ledger, note_cost, prepare_ground, run_search
+from tune_spaces.ranges import Choice
+from tune_spaces.space import Point, Space
+
+RATE = "train.optimizer.learning_rate"
+
+
+def compare(config: RunConfig, say: Callable[[str], None] = print) -> Path:
+    """Train every arm with every seed, going on where an earlier comparison stopped; return the comparison's folder.
+
+    Raises:
+        ValueError: if the budget or the devices will not do, or another comparison's ledger stands there.
+    """
+    require_one_worker_in_one_process(config, "compare")
+    points = {arm: {"loss": loss_of(arm, config)} for arm in config.compare.arms}
+    bound = bind_arms(config, points)
+    folder = config.run_dir / config.compare.name
+    with RunDir.open(config, say) as books, ray_for(config):
+        ground = prepare_ground(config, books)
+        note_cost(books, folder)
+        if config.compare.learning_rates:
+            points = with_best_rates(bound, ground, folder / "learning_rates", points, say)
+        trials = [(arm, config.seed + seed, points[arm]) for seed in range(config.compare.seeds) for arm in points]
+        search = run_all(bound, ground, folder, trials, config.compare.baseline, say)
+    show_search(search, bound, folder, say)
+    return folder
+
+
+def bind_arms(config: RunConfig, points: Mapping[str, Point]) -> BoundSpace:
+    """Return the configurations of the arms, each checked.
+
+    Raises:
+        ConfigError: if the configuration refuses the loss of an arm.
+    """
+    losses = Choice(values=tuple(point["loss"] for point in points.values()))
+    bound = BoundSpace(config, Space(ranges={"loss": losses}), origin="compare.arms")
+    for point in points.values():
+        bound.config_of(point)
+    return bound
+
+
+def with_best_rates(
+    bound: BoundSpace, ground: Ground, folder: Path, points: Mapping[str, Point], say: Callable[[str], None]
+) -> dict[str, Point]:
+    """Try each learning rate on each arm with the first seed, and return the arms' points with the best rate of each.
+
+    Raises:
+        ValueError: if an arm was completed with no rate.
+    """
+    config = bound.config
+    trials = [
+        (arm, config.seed, {**point, RATE: rate}) for arm, point in points.items() for rate in config.compare.learning_rates
+    ]
+    best: dict[str, Point] = {}
+    for trial in completed_trials(run_all(bound, ground, folder, trials, None, say)):
+        arm = trial.begun.arm
+        assert arm is not None
+        best.setdefault(arm, dict(trial.begun.point))
+    for arm in points:
+        if arm not in best:
+            raise ValueError(
+                f"compare.learning_rates: {arm} was completed with none of {list(config.compare.learning_rates)}; {folder} has "
+                "the errors. Lower rates would do, under another compare.name"
+            )
+        say(f"compare: {arm} learns with {best[arm][RATE]:g}")
+    return {arm: best[arm] for arm in points}
+
+
+def run_all(
+    bound: BoundSpace, ground: Ground, folder: Path, trials: list[tuple[str, int, Point]], baseline: str | None,
+    say: Callable[[str], None],
+) -> Search:  # fmt: skip
+    """Run the trials, each given by arm, seed and point, that are not over yet."""
+    settings = bound.config.compare
+    assignments = [Assignment(number, point, seed, arm) for number, (arm, seed, point) in enumerate(trials)]
+    plan = SearchPlan(
+        kind="compare",
+        name=bound.config.name,
+        metric=settings.metric,
+        mode=settings.direction,
+        space={arm: point for arm, _, point in trials} if baseline else _tried(trials),
+        total_steps=ground.total_steps,
+        rungs=rung_steps(ground.total_steps, settings.rungs, "compare"),
+        trials=len(trials),
+        baseline=baseline,
+    )
+    found = begin_ledger(folder, plan, say)
+    over = {trial.number for trial in found.with_status("completed", "stopped", "failed")}
+    left = [assignment for assignment in assignments if assignment.trial not in over]
+    if not left:
+        return found
+
+    def queue_of(judge: Any) -> TrialQueue:
+        return TrialQueue(judge, ListedPoints([]), left)
+
+    return run_search(
+        bound, ground, folder, plan, StoppingRule("none", settings.direction), say, queue_of,
+        in_process=settings.trials_in == "reused_process",
+        concurrent=None if settings.concurrent == "auto" else settings.concurrent,
+    )  # fmt: skip
+
+
+def _tried(trials: list[tuple[str, int, Point]]) -> dict[str, Any]:
+    """Return, for each arm, its loss and the learning rates that are tried on it."""
+    tried: dict[str, Any] = {}
+    for arm, _, point in trials:
+        tried.setdefault(arm, {**point, RATE: []})[RATE].append(point[RATE])
+    return tried

@@ -1,0 +1,149 @@
+"""The doctor: proves on a few rows that the teacher's scores would be right, before a teacher scores them all.
+
+It measures here and judges in ``findings``.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import ray
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from actors.diagnosis import Measurements, measure
+from actors.examples import ExampleFile, write_examples
+from actors.records import Example
+from actors.replicas import TeacherFailed
+from actors.score_store import ScoreStore
+from actors.teacher import EngineFactory, TeacherSpec, build_engine, engine_environment
+from actors.teacher_pool import TeacherPool
+from actors.training_task import ModelSource
+from orchestrator.config import RunConfig
+from orchestrator.findings import TOLERANCES, Finding, judge_pair, judge_refused, judge_scores, judge_tokens
+from orchestrator.models import ROLES, Models
+from orchestrator.pipeline import life
+from orchestrator.resources import ray_for
+from orchestrator.run_dir import RunDir
+from orchestrator.scoring import pin_revision
+from orchestrator.tokenizers import load_tokenizer
+
+PROBE_ROWS = 8
+
+
+def doctor(config: RunConfig, say: Callable[[str], None]) -> int:
+    """Examine a run and print a line a check; return the exit code: 0 all is well, 1 a check failed."""
+    findings = examine(config, say)
+    for finding in findings:
+        print(finding.line(), flush=True)
+    return int(any(finding.state == "FAILED" for finding in findings))
+
+
+def examine(config: RunConfig, say: Callable[[str], None] = print, engine_factory: EngineFactory = build_engine) -> list[Finding]:
+    """Live the life of a run as far as the fitted teacher, and examine the scores of a few rows.
+
+    The run's score stores are neither opened nor made; what is scored here is deleted.
+
+    Raises:
+        TeacherFailed: if the teacher cannot be served at all.
+        ValueError: as the stages ``prepare`` and ``fit`` do.
+    """
+    if all(side.model.kind == "pretrained" for side in (config.teacher, config.student)):
+        models = Models(config, config.run_dir)
+        teacher, student = (tokenizer_of(models.begun(role)) for role in ROLES)
+        if differing := judge_pair(teacher, student):
+            return [differing]
+    with RunDir.open(config, say) as books:
+        stages = life(config, books, overlap=False)
+        while next(stages) != "fit":  # the Ray that stages begin lives as long as they are not let go
+            pass
+        findings = _examine_fitted(config, books, Models(config, books.path), engine_factory)
+        books.event("examined", findings=[asdict(finding) for finding in findings])
+        return findings
+
+
+def _examine_fitted(config: RunConfig, books: RunDir, models: Models, engine_factory: EngineFactory) -> list[Finding]:
+    splits = [ExampleFile(books.path / "data" / f"{split}.arrow") for split in ("heldout", "train")]
+    rows = [row for split in splits for row in spread_over_lengths(split, PROBE_ROWS // 2)]
+    teacher_vocab, student_vocab = (vocab_size_of(models.ready(role)) for role in ROLES)
+    tokens = judge_tokens(
+        models.tokenizer(), *(tokenizer_of(models.ready(role)) for role in ROLES),
+        largest_id=max(largest_id(split) for split in splits), teacher_vocab=teacher_vocab, student_vocab=student_vocab,
+    )  # fmt: skip
+    if tokens.state != "ok":
+        return [tokens]
+    spec = TeacherSpec(
+        engine=config.teacher.engine.model_copy(update={"replicas": 1}),
+        model=pin_revision(models.ready("teacher")),
+        top_k=config.scores.top_k,
+        longest_row=max(int(split.lengths.max()) for split in splits),
+    )
+    books.say(
+        f"doctor: scores {len(rows)} rows with {spec.engine.kind} ({spec.engine.dtype}), and again with a plain forward pass"
+    )
+    with ray_for(config), tempfile.TemporaryDirectory(prefix="doctor-", dir=books.path, ignore_cleanup_errors=True) as folder:
+        found = measure_served(spec, rows, Path(folder), teacher_vocab, engine_factory)
+    if isinstance(found, Finding):
+        return [tokens, found]
+    return [tokens, *judge_scores(found, TOLERANCES[spec.engine.dtype], teacher_vocab, student_vocab)]
+
+
+def spread_over_lengths(examples: ExampleFile, count: int) -> list[Example]:
+    """Return ``count`` of the rows, or all where there are fewer: the shortest, the longest, and some between."""
+    order = np.argsort(examples.lengths, kind="stable")
+    places = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))
+    return [examples[int(order[place])] for place in places]
+
+
+def largest_id(examples: ExampleFile) -> int:
+    """Return the largest token id of all rows."""
+    return max(int(examples[position].token_ids.max()) for position in range(len(examples)))
+
+
+def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that stands beside a model."""
+    return load_tokenizer(source.name, source.revision, source.trust_remote_code)
+
+
+def vocab_size_of(source: ModelSource) -> int:
+    """Return V, the width of a model's logits, as its configuration has it."""
+    config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    return int(config.get_text_config().vocab_size)
+
+
+def measure_served(
+    spec: TeacherSpec, rows: Sequence[Example], folder: Path, vocab_size: int, engine_factory: EngineFactory
+) -> Measurements | Finding:
+    """Score rows alone and together in the teacher's pool, and compare with its forward pass; needs Ray.
+
+    The way is that of a run: actor, engine, checks, shards on disk, and back. ``folder`` must be one that every node sees.
+    Return a finding where the scores do not pass the checks that every shard passes.
+    """
+    path = folder / "rows.arrow"
+    write_examples(path, rows)
+    identity = {"top_k": spec.top_k, "vocab_size": vocab_size}
+    stores = [
+        ScoreStore.open_or_create(folder / name, identity, len(rows), rows_per_shard)
+        for name, rows_per_shard in (("alone", 1), ("together", len(rows)))
+    ]
+    with TeacherPool(spec, engine_factory=engine_factory) as pool:
+        try:
+            for store in stores:
+                for _ in pool.score_missing(path, store):
+                    pass
+        except TeacherFailed as error:
+            if not isinstance(error.__cause__, ValueError):
+                raise
+            return judge_refused(str(error.__cause__))
+    gpu = spec.engine.gpu and spec.engine.tensor_parallel == 1  # what one GPU cannot hold in 16 bits, none holds in 32
+    task = ray.remote(measure).options(
+        name="doctor",
+        num_cpus=spec.engine.cpus,
+        num_gpus=int(gpu),
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": engine_environment(spec.engine)["OMP_NUM_THREADS"]}},
+    )
+    measured: Measurements = ray.get(
+        task.remote(spec.model, str(path), *(str(store.path) for store in stores), "cuda" if gpu else "cpu")
+    )
+    return measured

@@ -1,0 +1,252 @@
+"""What the doctor concludes: numbers in, findings out. Needs neither Ray nor a model.
+
+The first failure in the chain explains those behind it: what follows from it is called unclear, so that one fault is one
+failed line. V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from actors.config import DType
+from actors.diagnosis import Measurements
+from orchestrator.tokenizers import require_same_tokens
+
+MASS_TOLERANCE = 1e-3
+SLOPE_TOLERANCE = 0.01
+FOLLOWS = 0.99  # correlation from which scores are the reference's own, perhaps scaled
+SAME_SPREAD = 1e-4  # nats; below this the teacher says the same of every target
+
+EXPLAINED_BY = {
+    "raw": ("scores",),
+    "served": ("scores", "raw"),
+    "loss": ("scores", "raw", "served"),
+    "teacher": ("scores", "raw", "served"),
+}
+"""For each check, those whose failure explains its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far scores may lie from the teacher in float32. Nats, but for ``agreement``."""
+
+    largest: float
+    """Of one target's log-probability."""
+    mean: float
+    """The same, averaged over targets."""
+    agreement: float
+    """Least share of the top-K that both name."""
+    divergence: float
+    """Of the mean KL of the teacher from itself, per target."""
+
+
+TOLERANCES: dict[DType, Tolerance] = {
+    "float32": Tolerance(largest=1e-3, mean=2e-4, agreement=0.99, divergence=1e-3),
+    "float16": Tolerance(largest=0.1, mean=0.01, agreement=0.95, divergence=2e-3),
+    "bfloat16": Tolerance(largest=0.3, mean=0.06, agreement=0.9, divergence=1e-2),
+}
+"""By the type of the engine's weights. Small random models in vLLM gave 3e-5 and 5e-6 in float32, 0.11 and 0.034 in bfloat16."""
+
+State = Literal["ok", "FAILED", "unclear"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check came to."""
+
+    check: str
+    """Name of the check."""
+    state: State
+    """``unclear``: nothing can be concluded as long as another check fails."""
+    numbers: str
+    """What was measured."""
+    advice: str = ""
+    """What it means and what to do; empty where all is well."""
+
+    def line(self) -> str:
+        """Return the finding as one line."""
+        text = f"{self.numbers}; {self.advice}" if self.advice else self.numbers
+        return f"{self.state} {self.check}: {' '.join(text.split())}"
+
+
+def judge_pair(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Finding | None:
+    """Return a failure if the ids of teacher and student mean different tokens, else nothing."""
+    try:
+        require_same_tokens(teacher, student)
+    except ValueError as error:
+        return Finding("tokens", "FAILED", str(error))
+    return None
+
+
+def judge_tokens(
+    data: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, *,
+    largest_id: int, teacher_vocab: int, student_vocab: int,
+) -> Finding:  # fmt: skip
+    """Judge whether rows, teacher and student speak of the same tokens, and whether both models know every id of the rows."""
+    if differing := judge_pair(teacher, student):
+        return differing
+    rows_ids, teacher_ids = data.get_vocab(), teacher.get_vocab()
+    if others := {token for token, _ in rows_ids.items() ^ teacher_ids.items()}:
+        return Finding(
+            "tokens",
+            "FAILED",
+            f"{len(others)} tokens of {len(rows_ids)} have other ids in the run's own tokenizer than for the teacher, such as "
+            f"{min(others)!r}",
+            "the rows were cut by another tokenizer: delete the run's folder and prepare it again",
+        )
+    numbers = (
+        f"{len(rows_ids)} tokens, the same for rows, teacher and student; largest id of the rows {largest_id}, "
+        f"V {teacher_vocab} (teacher) and {student_vocab} (student)"
+    )
+    for role, vocab in (("teacher", teacher_vocab), ("student", student_vocab)):
+        if largest_id >= vocab:
+            return Finding(
+                "tokens",
+                "FAILED",
+                numbers,
+                f"the {role} has no token {largest_id}, its config.json does not fit its tokenizer: name a {role}.model whose "
+                f"vocab_size is at least {largest_id + 1}",
+            )
+    return Finding("tokens", "ok", numbers)
+
+
+def judge_refused(reason: str) -> Finding:
+    """Return the failure of scores that no store takes: not finite, uniform, of the wrong shape."""
+    return Finding(
+        "scores",
+        "FAILED",
+        reason,
+        "nothing else can be examined; try teacher.engine.dtype=float32 or teacher.engine.kind=transformers, and look at the "
+        "files of teacher.model",
+    )
+
+
+def judge_scores(found: Measurements, tolerance: Tolerance, teacher_vocab: int, student_vocab: int) -> list[Finding]:
+    """Judge what was measured, check by check; a failure that another one explains is called unclear."""
+    findings = [
+        judge_values(found, student_vocab),
+        judge_batch(found, tolerance),
+        judge_raw(found),
+        judge_served(found, tolerance),
+        judge_loss(found, tolerance),
+        judge_teacher(found, teacher_vocab),
+    ]
+    failed = {finding.check for finding in findings if finding.state == "FAILED"}
+    return [_explained(finding, failed) for finding in findings]
+
+
+def _explained(finding: Finding, failed: set[str]) -> Finding:
+    causes = [cause for cause in EXPLAINED_BY.get(finding.check, ()) if cause in failed]
+    if finding.state != "FAILED" or not causes:
+        return finding
+    return replace(finding, state="unclear", advice=f"follows from {causes[0]}")
+
+
+def judge_values(found: Measurements, student_vocab: int) -> Finding:
+    """Judge whether the scores say something, and of tokens that the student knows."""
+    numbers = (
+        f"{found.targets} targets, all finite; mean entropy of a row {found.lowest_row_entropy:.3f} to "
+        f"{found.highest_row_entropy:.3f} nats, likeliest tokens {found.likeliest_spread:.1e} nats apart"
+    )
+    if not found.likeliest_spread >= SAME_SPREAD:
+        advice = (
+            "the teacher says the same everywhere and does not look at the row: its weights are not those of a trained model, "
+            "so check teacher.model and its files"
+        )
+    elif found.largest_topk_id >= student_vocab:
+        advice = (
+            f"the top-K name token {found.largest_topk_id}, the student knows {student_vocab} and could not be trained: "
+            f"name a student.model whose vocab_size is at least {found.largest_topk_id + 1}, or lower scores.top_k"
+        )
+    else:
+        return Finding("scores", "ok", numbers)
+    return Finding("scores", "FAILED", numbers, advice)
+
+
+def judge_batch(found: Measurements, tolerance: Tolerance) -> Finding:
+    """Judge whether a row's scores depend on the rows beside it."""
+    numbers = f"a row alone and among others differs by at most {found.batch_error:.1e} nats (may {tolerance.largest:g})"
+    if found.batch_error <= tolerance.largest:
+        return Finding("batch", "ok", numbers)
+    advice = "scores depend on the rows beside them: set teacher.engine.rows_per_call=1, or name another teacher.engine.kind"
+    return Finding("batch", "FAILED", numbers, advice)
+
+
+def judge_raw(found: Measurements) -> Finding:
+    """Judge whether the scores are the log-softmax of the logits: mass one, and no temperature."""
+    numbers = f"mass off by at most {found.mass_error:.1e}, slope {found.slope:.4f} (correlation {found.correlation:.4f})"
+    if not found.mass_error <= MASS_TOLERANCE:
+        advice = (
+            "target, top-K and tail must hold a mass of 1: these are no log-probabilities; set teacher.engine.kind=transformers"
+        )
+        return Finding("raw", "FAILED", numbers, advice)
+    if abs(found.slope - 1) <= SLOPE_TOLERANCE:
+        return Finding("raw", "ok", numbers)
+    if found.correlation >= FOLLOWS:
+        advice = (
+            f"the engine divides logits by about {1 / found.slope:.2f}, a temperature or a scale that the model does not have: "
+            "set teacher.engine.kind=transformers, or install another version of the engine"
+        )
+        return Finding("raw", "FAILED", numbers, advice)
+    return Finding("raw", "unclear", numbers, "the scores do not follow the teacher's own, so no temperature can be told")
+
+
+def judge_served(found: Measurements, tolerance: Tolerance) -> Finding:
+    """Judge whether the engine serves what the teacher's plain forward pass in float32 gives."""
+    numbers = (
+        f"targets differ from a plain forward pass by at most {found.largest_target_error:.1e} nats (may {tolerance.largest:g}), "
+        f"mean {found.mean_target_error:.1e} (may {tolerance.mean:g}), top-K agree to {100 * found.topk_agreement:.1f} %"
+    )
+    near = found.largest_target_error <= tolerance.largest and found.mean_target_error <= tolerance.mean
+    if near and found.topk_agreement >= tolerance.agreement:
+        return Finding("served", "ok", numbers)
+    return Finding("served", "FAILED", numbers, _why_unlike(found, tolerance, near))
+
+
+def _why_unlike(found: Measurements, tolerance: Tolerance, near: bool) -> str:
+    if near:
+        return "targets are right, but not the tokens named beside them: set teacher.engine.kind=transformers"
+    for where, error in (("before", found.error_one_earlier), ("after", found.error_one_later)):
+        if error <= tolerance.mean:
+            return (
+                f"these are the predictions one position {where} the right one: engine and rows count positions differently; "
+                "install another version of the engine, or set teacher.engine.kind=transformers"
+            )
+    if found.correlation >= FOLLOWS:
+        return (
+            "the model is the right one, computed less exactly than its type allows: set teacher.engine.dtype=float32, or see "
+            "whether its weights are quantised"
+        )
+    return (
+        "the engine serves another model than teacher.model, or reads its architecture differently: set "
+        "teacher.engine.kind=transformers, and check revision and files"
+    )
+
+
+def judge_loss(found: Measurements, tolerance: Tolerance) -> Finding:
+    """Judge whether the teacher, as its own student, has nothing to learn from its stored scores."""
+    numbers = f"the teacher learns {abs(found.self_divergence):.1e} nats a target from itself (may {tolerance.divergence:g})"
+    if found.self_refusal:
+        return Finding("loss", "FAILED", found.self_refusal, "no student can be taught this: name another teacher.engine.kind")
+    if abs(found.self_divergence) <= tolerance.divergence:
+        return Finding("loss", "ok", numbers)
+    advice = (
+        "between engine and loss the scores lose their tokens or their places, and a student would be taught something else: "
+        "name another teacher.engine.kind"
+    )
+    return Finding("loss", "FAILED", numbers, advice)
+
+
+def judge_teacher(found: Measurements, teacher_vocab: int) -> Finding:
+    """Judge whether the teacher knows more of the data than that there are V tokens."""
+    guessing = math.log(teacher_vocab)
+    numbers = f"loss {found.teacher_loss:.3f} nats a target on the data, guessing has {guessing:.3f}"
+    if found.teacher_loss < guessing:
+        return Finding("teacher", "ok", numbers)
+    advice = (
+        "a teacher worse than guessing teaches nothing: train it longer (teacher.fit), or check teacher.model, and data.format, "
+        "whose template it may not know"
+    )
+    return Finding("teacher", "FAILED", numbers, advice)

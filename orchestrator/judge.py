@@ -1,0 +1,113 @@
+"""The judge of a search: hears what trials measure, writes it into the ledger, and says which of them go on.
+
+It becomes a Ray actor beside the driver. The ledger is all it needs to remember: after a kill another judge reads it and
+goes on.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.early_stopping import StoppingRule
+from orchestrator.ledger import Ledger, Search, read_ledger
+from orchestrator.ledger_lines import Ending, SearchPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a trial is to do."""
+
+    trial: int
+    """Its number."""
+    point: Mapping[str, Any]
+    """What it sets, by dotted path."""
+    seed: int
+    """Draws the order of its later epochs, dropout and random splits."""
+    arm: str | None = None
+    """Its arm, in a comparison."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a trial ended."""
+
+    status: Ending
+    value: float | None
+    """What it is compared by, as measured last; None if it never was."""
+    rung: int
+    """The last rung at which it was measured; -1 if there was none."""
+
+
+class Judge:
+    """Keeps the books of a search while its trials run.
+
+    Args:
+        path: the ledger, begun before.
+        plan: what is searched.
+        rule: which trials go on.
+    """
+
+    def __init__(self, path: Path, plan: SearchPlan, rule: StoppingRule) -> None:
+        self._ledger = Ledger(path)
+        self._plan, self._rule = plan, rule
+        self._assignments: dict[int, Assignment] = {}
+        self._begun_at: dict[int, float] = {}
+        self._rungs: dict[int, list[dict[str, float]]] = {}  # what was measured of each trial, rung after rung
+        self._stopped: set[int] = set()
+        self._outcomes: dict[int, Outcome] = {}
+        for trial in read_ledger(path).trials:
+            if trial.ended is not None:  # one that was interrupted begins anew, and its rungs with it
+                self._rungs[trial.number] = [dict(rung.metrics) for rung in trial.rungs]  # type: ignore[arg-type]
+                last = len(trial.rungs) - 1
+                self._outcomes[trial.number] = Outcome(trial.ended.status, trial.metrics.get(plan.metric), last)
+
+    def begin(self, assignment: Assignment) -> None:
+        """A trial is about to start."""
+        self._assignments[assignment.trial] = assignment
+        self._begun_at[assignment.trial] = time.monotonic()
+        self._rungs[assignment.trial] = []
+        self._ledger.begun(assignment.trial, assignment.point, assignment.seed, assignment.arm)
+
+    def assignment(self, trial: int) -> Assignment:
+        """Return what a trial is to do."""
+        return self._assignments[trial]
+
+    def measured(self, trial: int, rung: int, step: int, measures: Mapping[str, float], seconds: float) -> bool:
+        """Take down what was measured of a trial at a rung; return whether it goes on.
+
+        Workers that were started again may come by a rung once more; what was said there the first time stands. Those of a
+        trial that is over, its process having died, are told to stop.
+        """
+        so_far = self._rungs[trial]
+        if trial in self._outcomes or rung < len(so_far):
+            return trial not in self._outcomes and trial not in self._stopped
+        assert rung == len(so_far), f"trial {trial} comes to rung {rung} and was measured at {len(so_far)}"
+        value = measures[self._plan.metric]
+        others = [
+            rungs[rung][self._plan.metric] for other, rungs in self._rungs.items() if other != trial and rung < len(rungs)
+        ]
+        nothing_left = rung == len(self._plan.rungs) - 1
+        goes_on = nothing_left or self._rule.goes_on(value, others)
+        self._ledger.rung(trial, rung, step, measures, "continue" if goes_on else "stop", seconds)
+        so_far.append(dict(measures))
+        if not goes_on:
+            self._stopped.add(trial)
+        return goes_on
+
+    def ended(self, trial: int, step: int, student_tokens: int, error: str | None = None) -> Outcome:
+        """Take down that a trial is over, by its own end, the judge's word or an error."""
+        if trial in self._outcomes:
+            return self._outcomes[trial]
+        rungs = self._rungs[trial]
+        status: Ending = "failed" if error is not None else "stopped" if trial in self._stopped else "completed"
+        measures = rungs[-1] if rungs else {}
+        seconds = time.monotonic() - self._begun_at[trial]
+        self._ledger.ended(trial, status, step, measures, seconds, student_tokens, error)
+        self._outcomes[trial] = Outcome(status, measures.get(self._plan.metric), len(rungs) - 1)
+        return self._outcomes[trial]
+
+    def search(self) -> Search:
+        """Return the search as the ledger has it by now."""
+        return read_ledger(self._ledger.path)

@@ -1,0 +1,146 @@
+"""What the user may say about a search: the section ``tune``. Imports neither torch nor Ray."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from losses.section import Section
+from tune_spaces.registry import space_named
+from tune_spaces.space import Space, read_space
+
+Direction = Literal["min", "max"]
+
+METRICS: dict[str, Direction] = {
+    "heldout_loss": "min",
+    "kl_to_teacher": "min",
+    "top1_agreement": "max",
+    "calibration_error": "min",
+}
+"""What is measured of each trial on the held-out rows, at every rung, and which way is better. Generated answers are not among
+them: they cost more than a rung may."""
+
+DRAWS = 12
+
+
+class TuneConfig(Section):
+    """A search over keys of this configuration; every trial reads the same score store."""
+
+    name: str = Field(default="tune", min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the search, and of its folder in the run's; another search of the same run needs another."""
+
+    space: str | dict[str, Any] = "atkd"
+    """What is searched: the name of a space, or a mapping of dotted paths to lists and ranges."""
+
+    search: Literal["grid", "random", "tpe"] = "tpe"
+    """Every point, independent draws, or Optuna's tree-structured Parzen estimator, which learns from trials that are done."""
+
+    trials: int | None = Field(default=None, ge=1)
+    """How many points are tried; null for all points of a grid, and in other searches for 12, or all where there are fewer."""
+
+    scheduler: Literal["asha", "median", "none"] = "asha"
+    """Which trials are stopped early: all but the best of each rung (ASHA), those below the median of the others, or none."""
+
+    rungs: int = Field(default=4, ge=1)
+    """How often a trial is measured, evenly over its steps; the last time at its end."""
+
+    reduction: int = Field(default=3, ge=2)
+    """ASHA lets one in so many trials go on from each rung."""
+
+    metric: str = "heldout_loss"
+    """What trials are compared by; which way is better is known."""
+
+    concurrent: int | Literal["auto"] = "auto"
+    """Trials at a time; ``auto``: as many as there are devices for."""
+
+    trials_in: Literal["reused_process", "ray_train"] = "ray_train"
+    """Where a trial trains: in a process that is kept from trial to trial, for students of one worker, or in Ray Train workers
+    started anew, 10 to 20 seconds a trial."""
+
+    seed: int = Field(default=0, ge=0)
+    """Draws the points; what a trial itself draws follows the seed of the run."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _space_can_be_read(cls, space: Any) -> Any:
+        if isinstance(space, str):
+            space_named(space)
+        elif isinstance(space, Mapping):
+            read_space(space)
+        else:
+            raise ValueError(f"name a space, or map paths to values, such as {{loss.easy_ratio: [0.3, 0.5]}}; got {space!r}")
+        return space
+
+    @field_validator("concurrent", mode="before")
+    @classmethod
+    def _concurrent_is_a_count(cls, concurrent: Any) -> Any:
+        return require_count(concurrent)
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_is_measured(cls, metric: str) -> str:
+        return require_metric(metric)
+
+    @model_validator(mode="after")
+    def _knobs_act(self) -> "TuneConfig":
+        if self.search == "grid" and self.trials is not None:
+            raise ValueError(
+                f"search grid tries every point, and trials is {self.trials}: set trials to null, or search to random for so many"
+            )
+        if self.scheduler != "none" and self.rungs == 1:
+            raise ValueError(
+                f"scheduler {self.scheduler} stops trials between rungs, and rungs is 1: set rungs to 2 or more, or scheduler "
+                "to none"
+            )
+        return self
+
+    @property
+    def searched(self) -> Space:
+        """The space, named or written out."""
+        return space_named(self.space) if isinstance(self.space, str) else read_space(self.space)
+
+    @property
+    def direction(self) -> Direction:
+        """Whether the least or the largest metric is the best."""
+        return METRICS[self.metric]
+
+    @property
+    def draws(self) -> int:
+        """How many points a search that is no grid tries."""
+        return self.trials or min(DRAWS, self.searched.size() or DRAWS)
+
+
+def rung_steps(total_steps: int, rungs: int, section: Literal["tune", "compare"] = "tune") -> tuple[int, ...]:
+    """Return the optimizer steps after which a trial of so many steps is measured, ascending; the last is its end.
+
+    Args:
+        total_steps: of a trial that is not stopped.
+        rungs: how often it is measured.
+        section: where the configuration says so.
+
+    Raises:
+        ValueError: with the number of rungs that would do, if the trial is too short to be measured at every rung.
+    """
+    if total_steps < rungs:
+        raise ValueError(
+            f"{section}.rungs is {rungs}, but a trial has {total_steps} optimizer steps, less than one a rung: "
+            f"{section}.rungs={total_steps} would do, or more train.epochs"
+        )
+    return tuple(total_steps * rung // rungs for rung in range(1, rungs + 1))
+
+
+def require_metric(metric: str) -> str:
+    """Return a metric that trials report; refuse any other."""
+    if metric not in METRICS:
+        nearest = difflib.get_close_matches(metric, METRICS, n=1)
+        guess = f"did you mean {nearest[0]}? There" if nearest else "there"
+        raise ValueError(f"no trial reports {metric!r}; {guess} are {', '.join(METRICS)}")
+    return metric
+
+
+def require_count(concurrent: Any) -> Any:
+    """Return a number of trials, or ``auto``; refuse anything else."""
+    if concurrent != "auto" and (not isinstance(concurrent, int) or isinstance(concurrent, bool) or concurrent < 1):
+        raise ValueError(f"{concurrent!r} is no number of trials; 1 or auto would do")
+    return concurrent

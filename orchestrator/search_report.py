@@ -1,0 +1,165 @@
+"""The report of a search or a comparison: one page that needs nothing but itself, and that a person can decide by.
+
+It is made from ``ledger.jsonl`` and, where it is there, ``cost.json``. Only what was measured on the held-out rows is shown:
+teachings have training losses of different scales.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from actors.examples import write_atomically
+from orchestrator import __version__
+from orchestrator.compare_report import compare_answer, compare_parts
+from orchestrator.ledger import Search, Trial, read_ledger
+from orchestrator.report_parts import Answer, Column, Grid, Part
+from orchestrator.search_findings import numeric_axes
+from orchestrator.search_table import axes_of, label_of, metrics_of, ranked, written_metric, written_setting
+from orchestrator.tune_report import tune_answer, tune_parts
+
+LEDGER, COST, REPORT = "ledger.jsonl", "cost.json", "report.html"
+TITLES = {"tune": "search", "compare": "comparison"}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What the scores of a search took; None where nothing says."""
+
+    teacher_tokens_scored: float | None = None
+    """Tokens that went through the teacher."""
+
+    dataset_tokens: float | None = None
+    """Tokens of the data set, held-out rows included."""
+
+    scoring_seconds: float | None = None
+    """Time of scoring."""
+
+
+def write_search_report(folder: Path) -> Path:
+    """Write ``report.html`` into the folder of a search or comparison, from what stands there, and return its path.
+
+    Raises:
+        ValueError: if the ledger or ``cost.json`` is missing or damaged; the message names the file.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "pages"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    content = search_content(read_ledger(folder / LEDGER), read_cost(folder / COST))
+    page = environment.get_template("search.html.j2").render(content)
+    write_atomically(folder / REPORT, page.encode())
+    return folder / REPORT
+
+
+def search_content(search: Search, cost: Cost) -> dict[str, Any]:
+    """Return what the template shows, by the names it uses."""
+    tunes = search.plan.kind == "tune"
+    answer: Answer = tune_answer(search) if tunes else compare_answer(search)
+    parts = tune_parts(search) if tunes else compare_parts(search)
+    return {
+        "name": search.plan.name,
+        "title": TITLES[search.plan.kind],
+        "subtitle": subtitle(search),
+        "started": datetime.fromisoformat(search.starts[0]).astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "version": __version__,
+        "answer": answer,
+        "parts": [*parts, trials_part(search), cost_part(search, cost)],
+        "failures": [(described(trial), search.error(trial)) for trial in search.with_status("failed")],
+    }
+
+
+def subtitle(search: Search) -> str:
+    """Return the search in a line: what it goes by, and how its trials stand."""
+    plan = search.plan
+    way = "less is better" if plan.mode == "min" else "more is better"
+    counts = [f"{len(search.with_status(status))} {status}" for status in ("completed", "stopped", "failed", "unfinished")]
+    standing = [count for count in counts if not count.startswith("0 ")]
+    if missing := max(0, plan.trials - len(search.trials)):
+        standing.append(f"{missing} not begun")
+    again = f" · taken up again {len(search.starts) - 1} ×" if len(search.starts) > 1 else ""
+    return f"{TITLES[plan.kind]} by {label_of(plan.metric)}, {way} · {plan.trials} trials: {', '.join(standing)}{again}"
+
+
+def trials_part(search: Search) -> Part:
+    """Return all trials, best first."""
+    compares = search.plan.kind == "compare"
+    metrics, axes = metrics_of(search), [] if compares else axes_of(search)
+    numbers = {"seed", *metrics, *(axis.path for axis in numeric_axes(search))}
+    names = [*(["arm", "seed"] if compares else axes), *metrics]
+    columns = (
+        Column("trial", True), *(Column(name, name in numbers) for name in names), Column("steps", True), Column("time", True),
+        Column("status"),
+    )  # fmt: skip
+    rows = []
+    for trial in ranked(search):
+        point, begun = trial.begun.point, trial.begun
+        settings = [begun.arm or "", str(begun.seed)] if compares else [
+            written_setting(point[path]) if path in point else "" for path in axes
+        ]  # fmt: skip
+        measured = [written_metric(metric, trial.metrics.get(metric)) for metric in metrics]
+        end = [f"{trial.step:,}", written_time(trial.seconds), search.status(trial)]
+        rows.append((str(trial.number), *settings, *measured, *end))
+    note = "Best first. Stopped trials show what they measured last, after fewer steps, and are ordered by how far they came."
+    stopped = search.with_status("stopped")
+    return Part("Trials", Grid(columns, tuple(rows), (note,) if stopped else ()), classes="plain trials")
+
+
+def cost_part(search: Search, cost: Cost) -> Part:
+    """Return what was spent: the teacher's part once, the students' part by trial."""
+    ended = [trial.ended for trial in search.trials if trial.ended]
+    student_tokens = sum(end.student_tokens for end in ended)
+    seconds = sum(trial.seconds for trial in search.trials)
+    rows = [
+        ("teacher: tokens scored", _tokens(cost.teacher_tokens_scored, cost.dataset_tokens)),
+        ("teacher: time of scoring", written_time(cost.scoring_seconds)),
+        ("students: tokens trained on, all trials", _tokens(student_tokens, cost.dataset_tokens)),
+        ("students: time, summed over trials", written_time(seconds)),
+        ("students: time of a trial, mean", written_time(seconds / len(search.trials) if search.trials else None)),
+    ]
+    notes = ["All trials read the same scores: the teacher's part does not grow with their number."]
+    if unfinished := len(search.trials) - len(ended):
+        notes.append(f"The tokens of unfinished trials ({unfinished}) are not counted.")
+    return Part("Cost", Grid((Column(""), Column("", True)), tuple(rows), tuple(notes)), classes="plain narrow")
+
+
+def described(trial: Trial) -> str:
+    """Return the number of a trial with what it was of."""
+    begun = trial.begun
+    if begun.arm is not None:
+        return f"Trial {trial.number}: {begun.arm}, seed {begun.seed}"
+    settings = ", ".join(f"{path}={written_setting(value)}" for path, value in begun.point.items())
+    return f"Trial {trial.number}: {settings}" if settings else f"Trial {trial.number}"
+
+
+def read_cost(path: Path) -> Cost:
+    """Return what ``cost.json`` says; all None if there is no such file.
+
+    Raises:
+        ValueError: naming the file, if it holds no object of numbers.
+    """
+    if not path.exists():
+        return Cost()
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return Cost(**{name: None if said.get(name) is None else float(said[name]) for name in Cost.__slots__})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no object of numbers, such as {{\"dataset_tokens\": 812000}}: {error}") from None
+
+
+def written_time(seconds: float | None) -> str:
+    """Return a time as people write it."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
+
+
+def _tokens(count: float | None, of: float | None) -> str:
+    if count is None:
+        return "–"
+    return f"{count:,.0f}" + (f" ({count / of:.2f} × the data set)" if of else "")

@@ -1,0 +1,187 @@
+"""A space bound to a configuration: every path checked before anything starts, and the configuration of each trial.
+
+Imports neither torch nor Ray.
+"""
+
+import copy
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from orchestrator.config import RunConfig
+from orchestrator.config_file import ConfigError, validate
+from tune_spaces.ranges import Dimension
+from tune_spaces.space import Point, Space
+
+SEARCHABLE = ("loss", "train", "student.lora", "scores.top_k", "seed")
+
+WHY_NOT = {
+    "name": "it names the search itself",
+    "output": "it says where the search is kept",
+    "tokenizer": "it changes the tokens and with them the scores, and a search shares one score store",
+    "data": "it changes the rows and with them the scores, and a search shares one score store",
+    "teacher": "it changes the scores, and a search shares one score store",
+    "scores": "it says how the scores are kept, and a search shares one store; scores.top_k alone can vary",
+    "student": "all trials begin with the same student; student.lora alone can vary",
+    "workers": "it says where a student learns, not what",
+    "evaluate": "trials are compared by what it measures",
+    "tune": "it is the search itself",
+    "compare": "it says what is compared",
+}
+"""For each section that is the same in all trials, the reason."""
+
+LARGEST_GRID = 10_000
+
+COMBINATIONS = 256
+"""How many combinations of values are tried on the configuration, for each branch."""
+
+
+@dataclass(frozen=True)
+class BoundSpace:
+    """A space all of whose points are configurations of trials that can share one score store."""
+
+    config: RunConfig
+    space: Space
+    origin: str = "tune.space"
+    """Where the configuration says it, for errors."""
+
+    def config_of(self, point: Mapping[str, Any]) -> RunConfig:
+        """Return the configuration of a trial: the one the space is bound to, with the point's values.
+
+        A section is replaced as a whole; paths into it then change the new one. Trials read a complete store, so nothing of
+        theirs overlaps with scoring: ``scores.overlap`` is false in each.
+
+        Raises:
+            ConfigError: if the values cannot stand there, alone or together.
+        """
+        tree = self.config.model_dump(mode="json")
+        tree["scores"]["overlap"] = False
+        try:
+            for path in sorted(point, key=lambda path: path.count(".")):
+                _set(tree, path, copy.deepcopy(point[path]))
+            return validate(tree)
+        except ConfigError as error:
+            values = ", ".join(f"{path}={value!r}" for path, value in point.items())
+            raise ConfigError(f"{self.origin}, with {values}: {error}{_integer_hint(str(error))}") from None
+
+    def grid(self) -> list[Point]:
+        """Return every point.
+
+        Raises:
+            ConfigError: naming a path whose range has no points.
+        """
+        try:
+            return list(self.space.grid())
+        except ValueError as error:
+            raise ConfigError(f"tune.space: {error}") from None
+
+
+def search_of(config: RunConfig) -> BoundSpace:
+    """Return the search that the section ``tune`` asks for, checked against the rest of the configuration.
+
+    Raises:
+        ConfigError: naming the key, the value seen and one that would do.
+    """
+    tune = config.tune
+    require_one_worker_in_one_process(config, "tune")
+    bound, size = bind(config, tune.searched), tune.searched.size()
+    if tune.search == "grid" and (size or 0) > LARGEST_GRID:
+        raise ConfigError(f"tune.search grid tries every point, and tune.space has {size:,}; tune.search=random would do")
+    if tune.search == "grid":
+        bound.grid()
+    elif size is not None and tune.draws > size:
+        raise ConfigError(f"tune.trials is {tune.draws}, and tune.space has {size} points; tune.trials={size} would do")
+    return bound
+
+
+def require_one_worker_in_one_process(config: RunConfig, section: Literal["tune", "compare"]) -> None:
+    """Refuse several workers where the section's trials train in one process.
+
+    Raises:
+        ConfigError: with what would do.
+    """
+    if getattr(config, section).trials_in == "reused_process" and config.workers.count > 1:
+        raise ConfigError(
+            f"{section}.trials_in reused_process trains in one process, and workers.count is {config.workers.count}: "
+            f"{section}.trials_in=ray_train would do, or workers.count=1"
+        )
+
+
+def bind(config: RunConfig, space: Space) -> BoundSpace:
+    """Return the space as one of configurations like ``config``.
+
+    Tried on the configuration are every value of a list and both ends and the middle of a range, one at a time, and
+    combinations of them.
+
+    Raises:
+        ConfigError: if a path is not there, may not differ between trials, or holds values that the configuration refuses.
+    """
+    bound = BoundSpace(config, space)
+    for dimensions in space.alternatives().values():
+        for path, dimension in dimensions.items():
+            _require_searchable(config, path)
+            if path == "scores.top_k":
+                _require_stored(config, dimension)
+        for point in _probing_points(dimensions):
+            bound.config_of(point)
+    return bound
+
+
+def _require_searchable(config: RunConfig, path: str) -> None:
+    if path == "seed" and not _models_are_taken_as_they_are(config):
+        raise ConfigError(
+            "tune.space cannot vary seed: it draws and fits models of this run as well, and all trials share them; it can where "
+            "both models are pretrained and none is fitted"
+        )
+    if any(f"{path}.".startswith(f"{section}.") for section in SEARCHABLE):
+        return
+    if reason := WHY_NOT.get(path.split(".")[0]):
+        raise ConfigError(f"tune.space cannot vary {path}: {reason}. What can vary is {', '.join(SEARCHABLE)}")
+
+
+def _models_are_taken_as_they_are(config: RunConfig) -> bool:
+    return all(side.model.kind == "pretrained" and side.fit is None for side in (config.teacher, config.student))
+
+
+def _require_stored(config: RunConfig, dimension: Dimension) -> None:
+    """A store of K serves every smaller one, and no larger."""
+    stored = config.scores.top_k
+    for top_k in dimension.probes():
+        if isinstance(top_k, int | float) and top_k > stored:
+            raise ConfigError(
+                f"tune.space cannot vary scores.top_k up to {top_k:g}: the store that all trials share holds {stored}; raise "
+                f"scores.top_k in the configuration, or search up to {stored}"
+            )
+
+
+def _probing_points(dimensions: Mapping[str, Dimension]) -> Iterator[Point]:
+    """Yield points of a branch that show whether a configuration accepts it: each value alone first, for a short message."""
+    probes = {path: dimension.probes() for path, dimension in dimensions.items()}
+    first = {path: values[0] for path, values in probes.items()}
+    yield first
+    for path, values in probes.items():
+        yield from ({**first, path: value} for value in values[1:])
+    if math.prod(map(len, probes.values())) <= COMBINATIONS:
+        yield from (dict(zip(probes, values, strict=True)) for values in itertools.product(*probes.values()))
+    else:
+        generator = random.Random(0)
+        yield from ({path: generator.choice(values) for path, values in probes.items()} for _ in range(COMBINATIONS))
+
+
+def _set(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set a value in a dumped configuration; a key that is not there is left for its validation to name."""
+    *sections, name = path.split(".")
+    for depth, section in enumerate(sections, start=1):
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            place = ".".join(sections[:depth])
+            raise ConfigError(f"{place} is {inner!r} here and has no keys to search; give it as a mapping first")
+        tree = inner
+    tree[name] = value
+
+
+def _integer_hint(message: str) -> str:
+    return "\n  (a range of whole numbers says so: integer: true)" if "valid integer" in message else ""

@@ -1,0 +1,194 @@
+"""Many trainings on one scoring: what ``tune`` and ``compare`` have in common, from the complete stores to the ledger."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.config import needs_teacher
+from actors.examples import ExampleFile, write_atomically
+from actors.sampler import steps_in
+from actors.score_store import ScoreStore
+from losses.config import AtkdLoss
+from orchestrator.config import RunConfig
+from orchestrator.early_stopping import StoppingRule
+from orchestrator.judge import Assignment, Judge, Outcome
+from orchestrator.ledger import Ledger, Search, read_ledger
+from orchestrator.ledger_lines import SearchPlan
+from orchestrator.pipeline import life
+from orchestrator.points import PointSource
+from orchestrator.run_dir import RunDir
+from orchestrator.search_space import BoundSpace
+from orchestrator.trials import TrialPlan
+from orchestrator.tune_driver import most_at_once, run_trials
+
+PROGRESS_SECONDS = 5.0
+DIED = "the process of the trial ended before it could say why; a lack of memory does that"
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What all trials stand on."""
+
+    run_folder: Path
+    training_store: Path
+    heldout_store: Path
+    total_steps: int
+    """Optimizer steps of a trial by the configuration itself."""
+
+
+def prepare_ground(config: RunConfig, books: RunDir) -> Ground:
+    """Live the run as far as its complete score stores: whoever comes first scores, and the teacher's devices are free after.
+
+    Raises:
+        ValueError: if the run was scored before for a loss that needs no teacher.
+    """
+    taught = config if needs_teacher(config.loss) else config.model_copy(update={"loss": AtkdLoss(teaching="atkd")})
+    for finished in life(taught, books, overlap=False):
+        if finished == "score":
+            break
+    stores = json.loads((books.path / "scores.json").read_text())
+    for split, path in stores.items():
+        if missing := ScoreStore(Path(path)).missing_shards():
+            raise ValueError(
+                f"the scores of {split} at {path} lack {len(missing)} shards, though this run says that it is scored; "
+                f"delete {books.path / 'stages' / 'score.json'} and run again"
+            )
+    rows = len(ExampleFile(books.path / "data" / "train.arrow"))
+    total_steps = steps_in(rows, config.train.batch_rows, config.train.epochs)
+    return Ground(books.path, Path(stores["train"]), Path(stores["heldout"]), total_steps)
+
+
+def note_cost(books: RunDir, folder: Path) -> None:
+    """Write down what the scoring cost, beside the ledger: the teacher's tokens once, however many trials follow."""
+    scored = books.result("score") or {}
+    splits = [facts for facts in scored.values() if isinstance(facts, dict)]
+    tokens = {split: int(ExampleFile(books.path / "data" / f"{split}.arrow").lengths.sum()) for split in ("train", "heldout")}
+    cost = {
+        "teacher_tokens_scored": sum(facts["tokens"] for facts in splits),
+        "dataset_tokens": sum(tokens.values()),
+        "scoring_seconds": sum(facts["seconds"] for facts in splits),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "cost.json", json.dumps(cost).encode())
+
+
+class TrialQueue:
+    """Which trial begins next.
+
+    Args:
+        judge: handle of the judge.
+        source: gives the points of new trials.
+        waiting: trials that are known already, and begin before new ones.
+        first: number of the first new trial.
+        seed: of new trials whose points set none.
+    """
+
+    def __init__(
+        self, judge: Any, source: PointSource, waiting: Sequence[Assignment], first: int = 0, seed: int = 0
+    ) -> None:
+        self._judge, self._source = judge, source
+        self._waiting, self._next, self._seed = list(waiting), first, seed
+        self._under_way: dict[int, Assignment] = {}
+
+    def begin_next(self) -> int | None:
+        """Begin the next trial in the books and return its number; None if there is none left."""
+        assignment = self._waiting.pop(0) if self._waiting else self._new()
+        if assignment is None:
+            return None
+        ray.get(self._judge.begin.remote(assignment))
+        self._under_way[assignment.trial] = assignment
+        return assignment.trial
+
+    def over(self, trial: int, died: bool) -> None:
+        """Hear that a trial is over; ``died`` if its process ended before it could say how."""
+        outcome: Outcome = ray.get(self._judge.ended.remote(trial, 0, 0, DIED))  # what was said before stands
+        self._source.tell(self._under_way.pop(trial).point, outcome)
+
+    def _new(self) -> Assignment | None:
+        point = self._source.next()
+        if point is None:
+            return None
+        self._next += 1
+        return Assignment(self._next - 1, point, point.get("seed", self._seed))
+
+
+def begin_ledger(folder: Path, plan: SearchPlan, say: Callable[[str], None]) -> Search:
+    """Begin the ledger or take it up again, and say which.
+
+    Raises:
+        ValueError: if it is another search's, or damaged.
+    """
+    search = Ledger(folder / "ledger.jsonl").begin_search(plan)
+    if search.trials:
+        over = len(search.with_status("completed", "stopped", "failed"))
+        say(f"{plan.kind}: goes on with {over} trials done and {len(search.trials) - over} to begin anew")
+    return search
+
+
+def run_search(
+    bound: BoundSpace, ground: Ground, folder: Path, plan: SearchPlan, rule: StoppingRule, say: Callable[[str], None],
+    queue_of: Callable[[Any], TrialQueue], *, in_process: bool, concurrent: int | None,
+) -> Search:  # fmt: skip
+    """Run the trials to their end under a judge, saying how far they are; return what the ledger then holds."""
+    workers = bound.config.workers
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # the ledger is on this node
+    judge = ray.remote(Judge).options(num_cpus=0, scheduling_strategy=here).remote(folder / "ledger.jsonl", plan, rule)
+    stores = (ground.training_store, ground.heldout_store)
+    trial_plan = TrialPlan(bound, ground.run_folder, folder / "trials", *stores, len(plan.rungs), in_process, judge)
+    at_once = min(most_at_once(workers), concurrent or plan.trials)
+    say(f"{plan.kind}: {plan.trials} trials of {plan.total_steps} steps, {at_once} at a time")
+    with _progress_lines(folder / "ledger.jsonl", at_once, say):
+        run_trials(queue_of(judge), trial_plan, workers, at_once)
+    ray.kill(judge)
+    return read_ledger(folder / "ledger.jsonl")
+
+
+def assignments_to_repeat(search: Search) -> list[Assignment]:
+    """Return the trials that began and did not end."""
+    begun = [trial.begun for trial in search.with_status("unfinished")]
+    return [Assignment(one.trial, one.point, one.seed, one.arm) for one in begun]
+
+
+def progress_line(search: Search, at_once: int) -> str:
+    """Return a line such as ``5/12 trials done (2 stopped, 1 failed), 2 running, best kl_to_teacher 0.0412, 3:20 left``."""
+    over, running = search.with_status("completed", "stopped", "failed"), search.with_status("unfinished")
+    counts = {status: len(search.with_status(status)) for status in ("stopped", "failed")}
+    said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    parts = [f"{len(over)}/{search.plan.trials} trials done" + (f" ({said})" if said else ""), f"{len(running)} running"]
+    values = [value for trial in search.with_status("completed") if (value := search.value(trial)) is not None]
+    if values:
+        best = min(values) if search.plan.mode == "min" else max(values)
+        parts.append(f"best {search.plan.metric} {best:.4f}")
+    if over:
+        pace = sum(trial.seconds for trial in over) / len(over) / at_once
+        parts.append(f"{time.strftime('%H:%M:%S', time.gmtime(pace * (search.plan.trials - len(over))))} left")
+    return ", ".join(parts)
+
+
+@contextmanager
+def _progress_lines(path: Path, at_once: int, say: Callable[[str], None]) -> Iterator[None]:
+    over = threading.Event()
+
+    def watch() -> None:
+        told = ""
+        while not over.wait(PROGRESS_SECONDS):
+            line = progress_line(read_ledger(path), at_once)
+            if line.rsplit(",", 1)[0] != told:  # the time left alone is no news
+                told = line.rsplit(",", 1)[0]
+                say(line)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,118 @@
+"""What one trial of a search does, in a process of its own: train the student of its point, and report how it went."""
+
+import gc
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+import torch
+
+from actors.examples import ExampleFile
+from actors.metrics_log import read_metrics
+from actors.sampler import steps_in
+from actors.student import distil
+from actors.train_checkpoints import NoCheckpoints
+from actors.training_task import Exams, TrainingTask
+from orchestrator.judge import Assignment, Outcome
+from orchestrator.models import Models
+from orchestrator.search_config import rung_steps
+from orchestrator.search_space import BoundSpace
+from orchestrator.stages import distillation_task
+from orchestrator.training import train_model
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What all trials of a search share; sent to each."""
+
+    space: BoundSpace
+    """Makes a configuration of a point."""
+    run_folder: Path
+    """The run's folder, with data, models and tokenizer; one that every node sees."""
+    folder: Path
+    """Where trials leave their metrics and checkpoints."""
+    training_store: Path
+    """The complete store of the training rows."""
+    heldout_store: Path
+    """The complete store of the held-out rows."""
+    rungs: int
+    """How often a trial is measured."""
+    in_process: bool
+    """Train in the trial's own process, which is kept for the next trial, or in Ray Train workers."""
+    judge: Any
+    """Handle of the ``Judge``."""
+
+    def task(self, assignment: Assignment) -> TrainingTask:
+        """Return the training of a trial, with its exams.
+
+        Raises:
+            ValueError: if it has fewer steps than there are rungs.
+        """
+        config, base = self.space.config_of(assignment.point), self.space.config
+        rows = len(ExampleFile(self.run_folder / "data" / "train.arrow"))
+        total_steps = steps_in(rows, config.train.batch_rows, config.train.epochs)
+        exams = Exams(
+            trial=assignment.trial,
+            steps=rung_steps(total_steps, self.rungs),
+            examples=str(self.run_folder / "data" / "heldout.arrow"),
+            store=str(self.heldout_store),
+            top_k=base.scores.top_k,  # not the trial's own: all are measured alike
+            batch_rows=base.evaluate.batch_rows,
+            judge=self.judge,
+        )
+        return replace(
+            distillation_task(config, self.run_folder, Models(config, self.run_folder), self.training_store),
+            name=f"trial_{assignment.trial:04d}",
+            seed=assignment.seed,
+            metrics=str(self.trial_folder(assignment.trial)),
+            output=None,
+            exams=exams,
+        )
+
+    def trial_folder(self, trial: int) -> Path:
+        """Return where a trial leaves its metrics."""
+        return self.folder / f"{trial:04d}"
+
+    def checkpoints_folder(self, trial: int) -> Path:
+        """Return where Ray Train keeps the checkpoints of a trial while it runs."""
+        return self.trial_folder(trial) / "checkpoints"
+
+
+def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
+    """Train and measure one student; whatever goes wrong with it is the trial's outcome, and the search goes on.
+
+    The function Ray Tune calls: ``config["trial"]`` is the trial's number, all else the judge knows.
+    """
+    number: int = config["trial"]
+    assignment: Assignment = ray.get(plan.judge.assignment.remote(number))
+    error = None
+    shutil.rmtree(plan.trial_folder(number), ignore_errors=True)  # of one that was interrupted: its measures are void
+    try:
+        _train(plan, assignment)
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    steps = read_metrics(plan.trial_folder(number) / f"trial_{number:04d}.jsonl")
+    last_step, tokens = int(steps[-1]["step"]) if steps else 0, int(sum(step["tokens"] for step in steps))
+    outcome: Outcome = ray.get(plan.judge.ended.remote(number, last_step, tokens, error))
+    shutil.rmtree(plan.checkpoints_folder(number), ignore_errors=True)
+    _tidy_up()
+    ray.tune.report({"status": outcome.status, "value": outcome.value})
+
+
+def _train(plan: TrialPlan, assignment: Assignment) -> None:
+    workers = plan.space.config.workers
+    task = plan.task(assignment)
+    if plan.in_process:
+        distil(task, NoCheckpoints())
+    else:
+        train_model(task, workers, plan.checkpoints_folder(assignment.trial), say=lambda line: None)
+
+
+def _tidy_up() -> None:
+    """Leave nothing of this student to the next trial of the process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

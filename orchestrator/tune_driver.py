@@ -1,0 +1,110 @@
+"""Ray Tune: it starts trials where there is room, and begins the next when one is over. All that is Ray Tune's stands here.
+
+Which point is tried next and which trial is stopped is not left to it: trials end by their own return, told by the judge,
+so that Ray Train frees what it holds; Ray Tune would kill them, and their placement groups would outlive them.
+"""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ray import tune
+from ray.tune.search import Searcher
+
+from actors.config import WorkersConfig
+from actors.placement import Need, read_cluster, worker_need
+from orchestrator.trials import TrialPlan, run_trial
+
+SETTLE_SECONDS = 5.0
+
+
+class Trials(Protocol):
+    """The trials of a search, in the order in which they are to begin."""
+
+    def begin_next(self) -> int | None:
+        """Begin the next trial in the books and return its number; None if there is none left."""
+        ...
+
+    def over(self, trial: int, died: bool) -> None:
+        """Hear that a trial is over; ``died`` if its process ended before it could say how."""
+        ...
+
+
+def run_trials(trials: Trials, plan: TrialPlan, workers: WorkersConfig, at_once: int) -> None:
+    """Run trial after trial, up to ``at_once`` at a time, until there is none left."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is a KeyboardInterrupt here as everywhere
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other output speaks even when it is told to be silent
+    for name in ("ray.tune", "ray.tune.execution.tune_controller", "ray.tune.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a trial's error stands in the ledger
+    storage = plan.folder / "ray_tune"
+    shutil.rmtree(storage, ignore_errors=True)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, plan=plan), trial_resources(workers, plan.in_process)),
+        tune_config=tune.TuneConfig(
+            search_alg=_InOrder(trials), num_samples=-1, max_concurrent_trials=at_once, reuse_actors=plan.in_process
+        ),
+        run_config=tune.RunConfig(
+            name="trials", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=0)
+        ),
+    )
+    tuner.fit()
+    shutil.rmtree(storage, ignore_errors=True)
+
+
+def trial_resources(workers: WorkersConfig, in_process: bool) -> tune.PlacementGroupFactory:
+    """Return what Ray Tune holds for a trial: all it needs, or next to nothing where Ray Train holds the rest."""
+    if not in_process:
+        return tune.PlacementGroupFactory([{"memory": 1 << 20}])  # no part of a CPU, of which the workers may need all
+    gpus = {"GPU": workers.gpus} if workers.gpus else {}
+    selector = {"bundle_label_selector": [workers.labels]} if workers.labels else {}
+    return tune.PlacementGroupFactory([{"CPU": workers.cpus, **gpus, **workers.resources}], **selector)
+
+
+def most_at_once(workers: WorkersConfig) -> int:
+    """Return how many trials find room in what is free now, node by node.
+
+    Raises:
+        ValueError: naming what a trial needs and what there is room for, if there is room for none.
+    """
+    need = worker_need(workers)
+    free = _settled_workers(need)
+    if free < workers.count:
+        raise ValueError(
+            f"a trial needs {need.many(workers.count)}, and there is room for {free} now: lower workers.cpus, workers.gpus or "
+            "workers.count, or wait until other work is done"
+        )
+    return free // workers.count
+
+
+def _settled_workers(need: Need) -> int:
+    """Return how many workers find room once what the scoring held has been given back, which Ray does in its own time."""
+    until = time.monotonic() + SETTLE_SECONDS
+    while True:
+        cluster = read_cluster()
+        on_nodes = sum(need.times_in(node.free) for node in cluster.nodes if need.may_stand_on(node))
+        free = min(on_nodes, need.times_in(cluster.available))
+        if free >= sum(need.times_on(node) for node in cluster.nodes) or time.monotonic() > until:
+            return free
+        time.sleep(0.2)
+
+
+class _InOrder(Searcher):
+    """Gives Ray Tune the numbers of the trials, one by one."""
+
+    def __init__(self, trials: Trials) -> None:
+        super().__init__()
+        self._trials = trials
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, int] | str:
+        number = self._trials.begin_next()
+        if number is None:
+            return Searcher.FINISHED
+        self._numbers[trial_id] = number
+        return {"trial": number}
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        self._trials.over(self._numbers[trial_id], died=error)

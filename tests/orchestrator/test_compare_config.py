@@ -1,0 +1,86 @@
+"""The section compare, and the losses of its arms on every configuration there is."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from losses.config import AtkdLoss, CoupledLoss
+from orchestrator.arms import loss_of
+from orchestrator.compare_config import ARMS, CompareConfig
+from orchestrator.comparing import bind_arms
+from orchestrator.config import RunConfig
+from orchestrator.config_file import load_config
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+LOSSES = [
+    "{teaching: atkd, split: random}", "{teaching: atkd, scope: microbatch}", "{teaching: coupled, divergence: jensen_shannon}",
+    "{teaching: atkd, easy_ratio: 0.3, divergence: reverse_kl, tokens: student_entropy}", "{teaching: hard_label}",
+]  # fmt: skip
+
+
+def tiny(loss: str) -> RunConfig:
+    return load_config("configs/tiny_cpu.yaml", [f"loss={loss}"])
+
+
+def arms_of(config: RunConfig) -> dict[str, Any]:
+    """The checked configuration of each arm."""
+    points = {arm: {"loss": loss_of(arm, config)} for arm in ARMS}
+    bound = bind_arms(config, points)
+    return {arm: bound.config_of(json.loads(json.dumps(point))) for arm, point in points.items()}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_arm_stands_in_every_configuration_and_differs_in_its_loss_alone(path: Path) -> None:
+    config = load_config(path)
+    arms = arms_of(config)
+    assert len({arm.loss.model_dump_json() for arm in arms.values()}) == len(ARMS)
+    for arm in arms.values():
+        rest = {"loss": config.loss, "scores": config.scores}
+        assert arm.model_copy(update=rest) == config
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_arm_stands_whatever_the_loss_of_the_configuration_is(loss: str) -> None:
+    losses = {arm: config.loss for arm, config in arms_of(tiny(loss)).items()}
+    assert losses["forward_kl"] == CoupledLoss(teaching="coupled")
+    assert [losses[arm].split for arm in ("atkd", "atkd_random", "atkd_inverted")] == ["uncertainty", "random", "inverted"]
+    assert len({loss.model_dump_json() for loss in losses.values()}) == len(ARMS)
+
+
+def test_arms_of_atkd_take_their_knobs_from_the_configuration() -> None:
+    losses = {arm: config.loss for arm, config in arms_of(tiny("{teaching: atkd, easy_ratio: 0.3, normalize: tokens}")).items()}
+    assert losses["atkd"] == AtkdLoss(teaching="atkd", easy_ratio=0.3, normalize="tokens")
+    assert losses["atkd_inverted"] == AtkdLoss(teaching="atkd", easy_ratio=0.3, normalize="tokens", split="inverted")
+
+
+def test_a_control_of_the_authors_rule_splits_within_the_batch() -> None:
+    losses = {arm: config.loss for arm, config in arms_of(tiny("{teaching: atkd, scope: microbatch}")).items()}
+    assert [losses[arm].scope for arm in ("atkd", "atkd_random")] == ["microbatch", "batch"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"arms": ["atkd", "forwardkl"]}, "no arm is called 'forwardkl'; did you mean forward_kl? There are cross_entropy"),
+        ({"arms": ["atkd", "zzz"]}, "no arm is called 'zzz'; there are cross_entropy"),
+        ({"arms": ["atkd", "forward_kl", "atkd"]}, "arm atkd stands twice; once would do"),
+        ({"arms": ["forward_kl"]}, "arms holds forward_kl alone; a comparison needs two"),
+        ({"arms": ["atkd", "decoupled"]}, "baseline forward_kl is none of the arms atkd, decoupled; atkd would do"),
+        ({"learning_rates": [1e-3, 2.0]}, "2 is no learning rate; one such as 2e-5 would do"),
+        ({"learning_rates": [1e-3, 1e-4, 1e-3]}, "learning rate 0.001 stands twice; once would do"),
+        ({"metric": "heldout_los"}, "no trial reports 'heldout_los'; did you mean heldout_loss? There are heldout_loss"),
+        ({"concurrent": 0}, "0 is no number of trials; 1 or auto would do"),
+        ({"seeds": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CompareConfig(**settings)
+
+
+def test_more_is_better_of_some_metrics() -> None:
+    assert CompareConfig().direction == "min"
+    assert CompareConfig(metric="top1_agreement").direction == "max"

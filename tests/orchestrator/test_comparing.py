@@ -1,0 +1,73 @@
+"""Comparisons on a real Ray: every arm with every seed, each arm's best learning rate, and more seeds later."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.comparing import RATE, compare
+from orchestrator.config import RunConfig
+from orchestrator.config_file import ConfigError, load_config
+from orchestrator.ledger import Search, read_ledger
+from tests.orchestrator.trial_world import config_in, scored_run
+
+COMPARE: dict[str, Any] = {
+    "arms": ["forward_kl", "atkd"], "seeds": 1, "learning_rates": [1e-3, 1e-2], "rungs": 2, "concurrent": 1,
+    "trials_in": "reused_process",
+}  # fmt: skip
+
+
+def comparing(config: RunConfig, **changes: Any) -> RunConfig:
+    return config.model_copy(update={"compare": config.compare.model_validate({**COMPARE, **changes})})
+
+
+def ended(search: Search) -> list[tuple[str | None, int, str]]:
+    return [(trial.begun.arm, trial.begun.seed, search.status(trial)) for trial in search.trials]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_comparison_from_its_learning_rates_to_more_seeds(local_ray: None, tmp_path: Path) -> None:
+    config = scored_run(tmp_path, compare=COMPARE)
+    said: list[str] = []
+    folder = compare(config, said.append)
+    rates, search = (read_ledger(path / "ledger.jsonl") for path in (folder / "learning_rates", folder))
+    assert ended(rates) == [("forward_kl", 0, "completed")] * 2 + [("atkd", 0, "completed")] * 2
+    for arm in COMPARE["arms"]:
+        tried = {rates.value(trial): trial.begun.point[RATE] for trial in rates.trials if trial.begun.arm == arm}
+        best = tried[min(value for value in tried if value is not None)]
+        assert [trial.begun.point[RATE] for trial in search.trials if trial.begun.arm == arm] == [best]
+        assert f"compare: {arm} learns with {best:g}" in said
+    assert ended(search) == [("forward_kl", 0, "completed"), ("atkd", 0, "completed")]
+    assert {path.name for path in folder.iterdir()} >= {"report.html", "trials.csv", "cost.json", "best.yaml"}
+    assert load_config(str(folder / "best.yaml")).loss.teaching in ("coupled", "atkd")
+
+    compare(comparing(config, seeds=2), said.append)
+    more = read_ledger(folder / "ledger.jsonl")
+    assert ended(more) == [(arm, seed, "completed") for seed in (0, 1) for arm in COMPARE["arms"]], "arms share each seed"
+    assert more.trials[:2] == search.trials, "what was done was not done again"
+    assert len({more.value(trial) for trial in more.trials}) == 4
+    assert read_ledger(folder / "learning_rates" / "ledger.jsonl").trials == rates.trials
+
+    compare(comparing(config, seeds=2), said.append)  # nothing is left to do
+    assert read_ledger(folder / "ledger.jsonl").trials == more.trials
+    with pytest.raises(ValueError, match=r"this is the ledger of another search:\n  space.decoupled: .* here, None there"):
+        compare(comparing(config, arms=["forward_kl", "decoupled", "atkd"]), said.append)
+    with pytest.raises(ValueError, match=r"compare.rungs is 13, but a trial has 12 optimizer steps.*compare.rungs=12 would do"):
+        compare(comparing(config, rungs=13), said.append)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_arm_that_fails_with_every_rate_is_named(local_ray: None, tmp_path: Path) -> None:
+    config = scored_run(
+        tmp_path, compare={**COMPARE, "learning_rates": [0.9]}, student={"model": {"kind": "pretrained", "name": "/not/there"}}
+    )
+    with pytest.raises(ValueError, match=r"compare.learning_rates: forward_kl was completed with none of \[0.9\]; .*_rates"):
+        compare(config, say=lambda line: None)
+
+
+def test_one_process_holds_one_worker(tmp_path: Path) -> None:
+    config = config_in(tmp_path, workers={"count": 2}, compare=COMPARE)
+    with pytest.raises(ConfigError, match="compare.trials_in reused_process trains in one process, and workers.count is 2"):
+        compare(config, say=lambda line: None)

@@ -1,0 +1,298 @@
+"""The doctor: sound teachers pass, and each fault fails the check that is there for it, with a word on what to do."""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM
+
+from actors.config import DType
+from actors.diagnosis import Measurements, measure
+from actors.examples import ExampleFile, write_examples
+from actors.records import Example, TeacherScores, example_key
+from actors.replicas import TeacherFailed
+from actors.score_store import ScoreStore
+from actors.teacher import EngineFactory, TeacherEngine, TeacherReplica, TeacherSpec, build_engine, scores_from_candidates
+from actors.training_task import ModelSource
+from actors.transformers_engine import TransformersEngine
+from orchestrator.cli import main
+from orchestrator.config import RunConfig
+from orchestrator.config_file import load_config
+from orchestrator.doctor import examine, largest_id, measure_served, spread_over_lengths
+from orchestrator.findings import TOLERANCES, Finding, judge_scores
+from tests.fakes import FakeTeacher, fake_spec
+from tests.worlds import LONGEST, VOCAB, random_examples, tiny_llama, word_tokenizer
+
+TOP_K = 8
+CHECKS = ["scores", "batch", "raw", "served", "loss", "teacher"]
+
+
+@dataclass(frozen=True)
+class World:
+    """Models in folders, and rows that the model ``teacher`` likes."""
+
+    folder: Path
+    rows: list[Example]
+
+    def spec(self, model: str = "teacher", dtype: DType = "float32") -> TeacherSpec:
+        base = fake_spec(TOP_K, dtype=dtype)
+        return replace(base, model=ModelSource(str(self.folder / model)), longest_row=LONGEST)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("doctor")
+    tiny_llama(folder / "teacher", seed=1, hidden_size=32, layers=2, tied=False)
+    tiny_llama(folder / "other", seed=2, hidden_size=32, layers=2, tied=False)
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    rows = []
+    for row in random_examples(8, seed=3):
+        token_ids = row.token_ids.copy()
+        for position in row.target_positions[::2]:  # so that the loss is below that of guessing
+            with torch.no_grad():
+                token_ids[position] = int(
+                    model(torch.from_numpy(token_ids[None, :position].astype(np.int64))).logits[0, -1].argmax()
+                )
+        rows.append(Example(token_ids, row.loss_mask, example_key(token_ids, row.loss_mask), row.row))
+    with torch.no_grad():
+        model.lm_head.weight.div_(1.25)
+    model.save_pretrained(folder / "hot")
+    return World(folder, rows)
+
+
+def measured(world: World, folder: Path, engine_factory: EngineFactory, spec: TeacherSpec | None = None) -> Measurements:
+    """What ``measure_served`` does, in this process."""
+    spec = spec or world.spec()
+    write_examples(folder / "rows.arrow", world.rows)
+    for name, rows_per_shard in (("alone", 1), ("together", len(world.rows))):
+        identity = {"top_k": TOP_K, "vocab_size": VOCAB}
+        store = ScoreStore.open_or_create(folder / name, identity, len(world.rows), rows_per_shard)
+        replica = TeacherReplica(spec, engine_factory)
+        replica.start()
+        for shard in store.missing_shards():
+            replica.score_shard(folder / "rows.arrow", store.path, shard)
+    return measure(world.spec().model, str(folder / "rows.arrow"), str(folder / "alone"), str(folder / "together"))
+
+
+def judged(found: Measurements, dtype: DType = "float32", student_vocab: int = VOCAB) -> list[Finding]:
+    return judge_scores(found, TOLERANCES[dtype], VOCAB, student_vocab)
+
+
+def the_failed(findings: list[Finding]) -> Finding:
+    """Return the one finding that failed."""
+    (failed,) = [finding for finding in findings if finding.state == "FAILED"]
+    return failed
+
+
+# ---- engines with a fault, each built through the seam of the pool
+
+
+@dataclass(frozen=True)
+class Serves:
+    """Serves another model than it was asked for."""
+
+    model: Path
+
+    def __call__(self, spec: TeacherSpec) -> TeacherEngine:
+        return build_engine(replace(spec, model=ModelSource(str(self.model))))
+
+
+class ShiftedEngine(TransformersEngine):
+    """Reads each target's distribution one position too late."""
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        return [self._score_shifted(example) for example in examples]
+
+    @torch.inference_mode()
+    def _score_shifted(self, example: Example) -> TeacherScores:
+        logits = self._model(torch.from_numpy(example.token_ids[None].astype(np.int64))).logits[0]
+        logprobs = logits[example.target_positions].log_softmax(dim=1)
+        gold = logprobs.gather(1, torch.from_numpy(example.targets.astype(np.int64))[:, None])[:, 0]
+        top = logprobs.topk(TOP_K + 1, dim=1)
+        return scores_from_candidates(example, gold.numpy(), top.indices.numpy(), top.values.numpy())
+
+
+class SwappingEngine(TransformersEngine):
+    """Gives the right top-K tokens the probabilities of each other."""
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        return [replace(scores, topk_ids=scores.topk_ids[:, ::-1].copy()) for scores in super().score(examples)]
+
+
+class RepeatingEngine(TransformersEngine):
+    """Names the likeliest token twice."""
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        found = super().score(examples)
+        for scores in found:
+            scores.topk_ids[:, 1] = scores.topk_ids[:, 0]
+        return found
+
+
+class CrowdedEngine(TransformersEngine):
+    """Lets a row's scores depend on how many rows stand beside it."""
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        found = super().score(examples)
+        return found if len(found) == 1 else [replace(one, target_logprob=one.target_logprob - 0.05) for one in found]
+
+
+# ---- measuring and judging, without Ray
+
+
+def test_a_sound_engine_passes_every_check_far_from_its_bounds(world: World, tmp_path: Path) -> None:
+    found = measured(world, tmp_path, build_engine)
+    findings = judged(found)
+    assert [finding.check for finding in findings] == CHECKS
+    assert {finding.state for finding in findings} == {"ok"}
+    assert found.largest_target_error < 5e-5 and abs(found.slope - 1) < 1e-3 and abs(found.self_divergence) < 3e-4
+    assert min(found.error_one_earlier, found.error_one_later) > 0.1  # a shift could be told
+
+
+def test_an_engine_in_sixteen_bits_passes_its_own_bounds_and_not_those_of_float32(world: World, tmp_path: Path) -> None:
+    found = measured(world, tmp_path, build_engine, world.spec(dtype="bfloat16"))
+    assert {finding.state for finding in judged(found, "bfloat16")} == {"ok"}
+    failed = the_failed([finding for finding in judged(found, "float32") if finding.check != "batch"])
+    assert failed.check == "served" and "computed less exactly" in failed.advice and "dtype=float32" in failed.advice
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "advice", "follow"),
+    [
+        ("hot", "raw", "divides logits by about 1.25, a temperature", {"served", "loss"}),
+        (ShiftedEngine, "served", "the predictions one position after the right one", {"raw", "loss", "teacher"}),
+        ("other", "served", "serves another model than teacher.model", {"raw", "loss", "teacher"}),
+        (SwappingEngine, "loss", "a student would be taught something else", {"raw"}),
+        (RepeatingEngine, "loss", "no student can be taught this", {"raw"}),
+        (CrowdedEngine, "batch", "set teacher.engine.rows_per_call=1", set()),
+    ],
+)  # fmt: skip
+def test_a_fault_fails_its_own_check_and_no_other(
+    world: World, tmp_path: Path, fault: Any, check: str, advice: str, follow: set[str]
+) -> None:
+    found = measured(world, tmp_path, Serves(world.folder / fault) if isinstance(fault, str) else fault)
+    findings = judged(found)
+    failed = the_failed(findings)
+    assert failed.check == check and advice in failed.advice
+    unclear = {finding.check for finding in findings if finding.state == "unclear"}
+    assert unclear <= follow and (follow - unclear <= {"teacher"})
+
+
+def test_the_rows_that_are_tried_are_of_every_length(tmp_path: Path) -> None:
+    rows = random_examples(40, seed=0)
+    write_examples(tmp_path / "rows.arrow", rows)
+    lengths = [len(row.token_ids) for row in spread_over_lengths(ExampleFile(tmp_path / "rows.arrow"), 4)]
+    whole = [len(row.token_ids) for row in rows]
+    assert len(lengths) == 4 and lengths == sorted(lengths)
+    assert lengths[0] == min(whole) < lengths[1] < lengths[2] < lengths[3] == max(whole)
+    assert largest_id(ExampleFile(tmp_path / "rows.arrow")) == max(int(row.token_ids.max()) for row in rows)
+    write_examples(tmp_path / "few.arrow", rows[:2])
+    assert len(spread_over_lengths(ExampleFile(tmp_path / "few.arrow"), 4)) == 2
+
+
+# ---- the command, on a pretrained pair
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A configuration file and overrides for a teacher that needs no training, and rows that it wrote."""
+    folder = tmp_path_factory.mktemp("pair")
+    tiny_llama(folder / "teacher", seed=1, hidden_size=64, layers=2, tied=False)
+    tiny_llama(folder / "student", seed=2)
+    for name, words in (("teacher", VOCAB), ("student", VOCAB), ("stranger", VOCAB - 1)):
+        tokenizer = word_tokenizer(words)
+        tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+        tokenizer.save_pretrained(folder / name)
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    rows = []
+    for row in random_examples(20, seed=4, longest=12):
+        ids = torch.from_numpy(row.token_ids.astype(np.int64))[None]
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+        prompt, response = (" ".join(f"w{token}" for token in part.tolist()) for part in (ids[0], answer))
+        rows.append(json.dumps({"instruction": prompt, "response": response}) + "\n")
+    (folder / "rows.jsonl").write_text("".join(rows))
+    config = {
+        "name": "seen", "output": str(folder / "runs"),
+        "data": {
+            "source": {"kind": "files", "path": str(folder / "rows.jsonl")}, "heldout_rows": 6,
+            "format": {"kind": "instruction", "prompt": "{{ instruction }} "},
+        },
+        "teacher": {
+            "model": {"kind": "pretrained", "name": str(folder / "teacher")},
+            "engine": {"kind": "transformers", "dtype": "float32"},
+        },
+        "student": {"model": {"kind": "pretrained", "name": str(folder / "student")}}, "scores": {"top_k": TOP_K},
+    }  # fmt: skip
+    (folder / "pair.yaml").write_text(json.dumps(config))  # JSON is YAML
+    return [str(folder / "pair.yaml")]
+
+
+def config_of(arguments: list[str], *overrides: str) -> RunConfig:
+    return load_config(arguments[0], overrides)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_doctor_passes_a_sound_pair_and_leaves_no_scores(
+    local_ray: None, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", *arguments]) == 0, capsys.readouterr()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[-7:]] == [f"ok {check}" for check in ["tokens", *CHECKS]]
+    run = config_of(arguments).run_dir
+    assert [path.name for path in (run / "stages").iterdir()] == ["prepare.json"]
+    assert [path.name for path in run.parent.iterdir()] == ["seen"] and not list(run.glob("doctor-*"))
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [finding["state"] for finding in events[-1]["findings"]] == ["ok"] * 7
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("returns", "said"),
+    [
+        ("nan", "target_logprob holds nan; the teacher's scores must be finite"),
+        ("uniform", "distributions are uniform"),
+        ("constant", "the teacher does not read its input"),
+    ],
+)
+def test_scores_that_no_store_takes_are_a_finding(local_ray: None, arguments: list[str], returns: str, said: str) -> None:
+    findings = examine(config_of(arguments), lambda line: None, FakeTeacher(vocab_size=VOCAB, returns=returns))
+    assert [finding.check for finding in findings] == ["tokens", "scores"]
+    failed = the_failed(findings)
+    assert said in failed.line() and "try teacher.engine.dtype=float32" in failed.line()
+
+
+@pytest.mark.ray
+def test_a_teacher_that_cannot_serve_is_no_finding(local_ray: None, world: World, tmp_path: Path) -> None:
+    with pytest.raises(TeacherFailed, match="RuntimeError: call 1 of the fake teacher fails"):
+        measure_served(world.spec(), world.rows, tmp_path, VOCAB, FakeTeacher(vocab_size=VOCAB, fails_on_call=1))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_the_doctor_passes_what_vllm_serves(local_ray: None, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *arguments, "name=vllm", "teacher.engine.kind=vllm"]) == 0, capsys.readouterr()
+    assert [line[:3] for line in capsys.readouterr().out.splitlines()[-7:]] == ["ok "] * 7
+
+
+def test_a_pair_of_other_tokens_is_a_failed_check_before_anything_is_begun(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stranger = str(Path(arguments[0]).parent / "stranger")
+    assert main(["doctor", *arguments, "name=strangers", f"student.model.name={stranger}"]) == 1
+    assert "FAILED tokens: teacher and student do not speak the same tokens" in capsys.readouterr().out
+    assert not config_of(arguments, "name=strangers").run_dir.exists()
+
+
+def test_what_cannot_be_prepared_is_an_error_as_in_a_run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *arguments, "name=nowhere", "data.source.path=nowhere.jsonl"]) == 2
+    assert "error: there is no file" in capsys.readouterr().err
+    assert "Traceback" in (config_of(arguments, "name=nowhere").run_dir / "error.log").read_text()

@@ -1,0 +1,123 @@
+"""Prepared data: the files agree with each other and with the rows, and every row is counted."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from actors.examples import ExampleFile
+from actors.records import examples_hash
+from orchestrator.builtin_tasks import make_rows
+from orchestrator.config import TASK_KINDS, BuiltinSource, DataConfig, FilesSource, InstructionFormat
+from orchestrator.dataset import prepare_data
+from orchestrator.templates import texts_to_learn
+from orchestrator.tokenizers import tokenizer_hash, train_tokenizer
+
+PLAIN = InstructionFormat(kind="instruction", prompt="{{ prompt }}")
+
+
+@cache
+def trained() -> PreTrainedTokenizerFast:
+    rows = list(enumerate(make_rows(100, TASK_KINDS, 0)))
+    return train_tokenizer(texts_to_learn(rows, InstructionFormat(kind="instruction")), 400)
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"{number}?", "response": f"{number}!"} for number in range(count)]
+
+
+def prepare(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> Any:
+    """Prepare rows from a file with the trained tokenizer."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(source=FilesSource(kind="files", path=str(path)), format=PLAIN, **settings)
+    return prepare_data(data, lambda texts: trained(), folder / "data")
+
+
+def test_prepared_files_agree_with_each_other_and_with_the_rows(tmp_path: Path) -> None:
+    data = DataConfig(source=BuiltinSource(kind="builtin", rows=300), heldout_rows=30, seed=3)
+    learned_from: list[str] = []
+
+    def tokenizer_for(texts: list[str]) -> PreTrainedTokenizerFast:
+        learned_from.extend(texts)
+        return trained()
+
+    counts = prepare_data(data, tokenizer_for, tmp_path / "deep" / "data")
+    folder = tmp_path / "deep" / "data"
+    train, heldout = ExampleFile(folder / "train.arrow"), ExampleFile(folder / "heldout.arrow")
+    rows = make_rows(300, TASK_KINDS, 3)
+    texts = [json.loads(line) for line in (folder / "heldout_texts.jsonl").read_text().splitlines()]
+    assert (len(train), len(heldout), len(texts)) == (270, 30, 30)
+    assert sorted(train.rows + heldout.rows) == list(range(300))
+    for position, text in enumerate(texts):
+        example, row = heldout[position], rows[text["row"]]
+        assert example.row == text["row"]
+        assert (text["task"], text["response"]) == (row["task"], row["response"])
+        assert trained().decode(example.token_ids) == f"{text['prompt']}{text['response']}<|end|>"
+        assert trained().decode(example.targets) == f"{row['response']}<|end|>"
+    assert learned_from == [trained().decode(train[position].token_ids[:-1]) for position in range(270)]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["train_hash"] == train.hash == examples_hash(train.keys)
+    assert summary["heldout_hash"] == heldout.hash
+    assert summary["tokenizer_hash"] == tokenizer_hash(trained())
+    assert summary["counts"] == vars(counts)
+    assert counts.train_tokens == train.lengths.sum()
+    assert counts.train_targets == sum(train[position].loss_mask.sum() for position in range(270))
+    assert counts.heldout_targets == sum(heldout[position].loss_mask.sum() for position in range(30))
+    assert counts.longest == max(train.lengths.max(), heldout.lengths.max())
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "heldout.arrow",
+        "heldout_texts.jsonl",
+        "summary.json",
+        "train.arrow",
+    ]
+
+
+def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    data = DataConfig(source=BuiltinSource(kind="builtin", rows=60), heldout_rows=6)
+    for name in ("one", "two"):
+        prepare_data(data, lambda texts: trained(), tmp_path / name)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_counts_of_every_kind_are_shown(tmp_path: Path) -> None:
+    rows = [{"prompt": "many words " * number, "response": "The number is 3."} for number in range(1, 31)]
+    counts = prepare(tmp_path, rows, heldout_rows=5, max_tokens=60, too_long="truncate")
+    assert counts.rows_read == 30 == counts.train_rows + counts.heldout_rows + counts.rows_without_target
+    assert counts.rows_truncated > 0 and counts.rows_without_target > 0 and counts.longest > 60
+    assert f"{counts.rows_truncated} cut as too long" in counts.line()
+    assert f"{counts.rows_without_target} dropped without a target" in counts.line()
+    assert "dropped as too long" not in counts.line()
+    counts = prepare(tmp_path, rows, heldout_rows=5, max_tokens=60)
+    assert counts.rows_read == 30 == counts.train_rows + counts.heldout_rows + counts.rows_dropped_long
+    assert f"30 rows read: {counts.train_rows} to train on" in counts.line()
+    assert f"{counts.rows_dropped_long} dropped as too long" in counts.line()
+
+
+def test_held_out_rows_that_are_trained_on_too_are_counted(tmp_path: Path) -> None:
+    counts = prepare(tmp_path, [{"prompt": "Say it: ", "response": "yes"}] * 20, heldout_rows=4)
+    assert (counts.train_rows, counts.heldout_rows, counts.heldout_rows_in_train) == (16, 4, 4)
+    assert "4 held out but also among the training rows" in counts.line()
+    assert prepare(tmp_path, numbered(20), heldout_rows=4).heldout_rows_in_train == 0
+
+
+def test_no_row_short_enough_names_the_length_that_would_do(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no training row is left: 16 exceed data\.max_tokens 4, .*; data\.max_tokens=\d+ would"
+    ) as caught:
+        prepare(tmp_path, numbered(20), heldout_rows=4, max_tokens=4)
+    enough = int(str(caught.value).split("data.max_tokens=")[1].split()[0])
+    assert prepare(tmp_path, numbered(20), heldout_rows=4, max_tokens=enough).train_rows == 16
+
+
+def test_an_error_leaves_no_summary_of_other_data(tmp_path: Path) -> None:
+    prepare(tmp_path, numbered(20), heldout_rows=4)
+    (tmp_path / "data" / "train.arrow").unlink()
+    (tmp_path / "data" / "train.arrow").mkdir()  # a place where no file can be written
+    with pytest.raises(OSError):
+        prepare(tmp_path, numbered(20), heldout_rows=4)
+    assert not (tmp_path / "data" / "summary.json").exists()

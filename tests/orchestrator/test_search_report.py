@@ -1,0 +1,289 @@
+"""The page of a search and of a comparison: what it says, that it needs nothing else, that texts stay texts."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.config_file import apply_override
+from orchestrator.ledger import Ledger, Search, read_ledger
+from orchestrator.search_findings import (
+    at_the_end,
+    difference_curves,
+    importances,
+    learning_curve,
+    mean_curves,
+    numeric_axes,
+    plane,
+    settings_at_an_end,
+    values_of_arms,
+    where_all_were,
+)
+from orchestrator.search_plots import Trace, trace_chart
+from orchestrator.search_report import read_cost, write_search_report, written_time
+from orchestrator.setting_plots import Axis, heat_map, parallel_chart, short_names
+from orchestrator.tune_report import overrides_of
+from tests.orchestrator.searches import (
+    EVIL,
+    begin,
+    compared,
+    fail_trial,
+    measures,
+    run_trial,
+    surface,
+    tuned_at_random,
+    tuned_on_a_grid,
+)
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to, its elements, and its text."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.elements: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def content_of(ledger: Ledger) -> str:
+    path = write_search_report(ledger.path.parent)
+    assert path == ledger.path.with_name("report.html")
+    return path.read_text()
+
+
+def require_closed(content: str) -> None:
+    """Nothing is fetched, no script, every reference has its target, no id stands twice."""
+    page = Page(content)
+    assert all(reference.startswith("#") for reference in page.references)
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids), "no two drawings share an id"
+    assert not {"script", "link", "iframe", "img", "image", "object", "embed"} & set(page.elements)
+    addresses = set(re.findall(r"https?://[^\"'<\s)]+", content))
+    assert addresses == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, "names of namespaces, never fetched"
+    assert not re.search(r"url\((?!#)|@import", content)
+
+
+def search_of(ledger: Ledger) -> Search:
+    return read_ledger(ledger.path)
+
+
+def test_the_page_of_a_grid_search(tmp_path: Path) -> None:
+    ledger = tuned_on_a_grid(tmp_path)
+    cost = {"teacher_tokens_scored": 812000, "dataset_tokens": 812000, "scoring_seconds": 40.2}
+    (tmp_path / "cost.json").write_text(json.dumps(cost))
+    content = content_of(ledger)
+    require_closed(content)
+    page, best = Page(content), measures(surface(0.5, 0.4), 500)["heldout_loss"]
+    assert page.elements.count("svg") == page.elements.count("figure") == 3  # plane, parallel axes, learning curves
+    for words in (
+        "tiny_cpu", "search by held-out loss (nats per target), less is better", "25 trials: 23 completed, 2 failed",
+        f"Trial 12 of tiny_cpu, the best of 23 completed: held-out loss (nats per target) {best:.4f} after 500 steps.",
+        "loss.easy_ratio=0.5 loss.easy_weight=0.4", "Second is trial", "loss.easy_ratio and loss.easy_weight, after 500 steps",
+        "|Spearman|", "Learning curves by trial", "812,000 (1.00 × the data set)", "40.2 s", "11,520,000 (14.19 × the data set)",
+        "15.8 min", "Trial 3: loss.easy_ratio=0.1, loss.easy_weight=0.6",
+    ):  # fmt: skip
+        assert words in page.text, words
+
+
+def test_texts_stay_texts(tmp_path: Path) -> None:
+    for folder, ledger in (("a", tuned_on_a_grid(tmp_path / "a")), ("b", begin(tmp_path / "b", kind="compare", baseline=EVIL))):
+        if folder == "b":
+            for number, arm in enumerate((EVIL, "<b>")):
+                run_trial(ledger, number, {EVIL: EVIL}, 2.0 + number, arm=arm)
+            fail_trial(ledger, 2, {}, arm=f"<i>{EVIL}")
+        content = content_of(ledger)
+        require_closed(content)
+        assert "<script" not in content and "&lt;script&gt;document.title=" in content
+        assert EVIL in Page(content).text
+
+
+def test_stopped_trials_are_shown_where_all_were_still_there(tmp_path: Path) -> None:
+    ledger = tuned_on_a_grid(tmp_path, stop_some=True)
+    search = search_of(ledger)
+    common = where_all_were(search)
+    assert common is not None and (common.step, len(common.values)) == (250, 23)
+    assert set(at_the_end(search).values) == {0, 6, 9, 12, 15, 18, 21, 24}
+    page = Page(content_of(ledger))
+    for words in (
+        "loss.easy_ratio and loss.easy_weight, after 500 steps", "loss.easy_ratio and loss.easy_weight, after 250 steps",
+        "23 trials, stopped ones included, all after the same number of steps.", "stopped", "the best of 8 completed",
+    ):  # fmt: skip
+        assert words in page.text, words
+
+
+def test_the_page_of_a_scattered_search(tmp_path: Path) -> None:
+    content = content_of(tuned_at_random(tmp_path))
+    require_closed(content)
+    page = Page(content)
+    assert "10 completed, 10 stopped, 1 unfinished" in page.text
+    assert "Other settings vary too: each place shows its best trial." in page.text
+    assert "The tokens of unfinished trials (1) are not counted." in page.text
+    assert page.elements.count("svg") == 5
+
+
+def test_the_page_of_a_comparison(tmp_path: Path) -> None:
+    content = content_of(compared(tmp_path))
+    require_closed(content)
+    page = Page(content)
+    assert page.elements.count("svg") == 4  # arms, differences, mean curves, their differences
+    for words in (
+        "comparison by held-out loss", "24 trials: 23 completed, 1 failed", "atkd is better than forward_kl: -0.0",
+        "cross_entropy is worse than forward_kl: +0.1", "decoupled is not distinguishable from forward_kl",
+        "corrected by Holm for 5 arms",
+        "forward_kl (baseline)", "left out, not completed in both: seed 1", "p (Holm)", "Trial 9: decoupled, seed 1",
+        "TrainingDiverged: loss is nan",
+    ):  # fmt: skip
+        assert words in page.text, words
+
+
+def test_two_seeds_are_named_as_too_few(tmp_path: Path) -> None:
+    page = Page(content_of(compared(tmp_path, seeds=2)))
+    assert "only 2 seeds in common: too few to rely on" in page.text
+    assert "only one seed in common" in page.text, "of the arm that failed once"
+
+
+def test_a_comparison_by_a_share_writes_points(tmp_path: Path) -> None:
+    page = Page(content_of(compared(tmp_path, metric="top1_agreement", mode="max")))
+    number = r"\+0\.\d\d"
+    words = rf"atkd is better than forward_kl: {number} points, 95 % interval \[{number}, {number}\], 4 seeds\."
+    assert re.search(words, page.text)
+
+
+def test_pages_of_what_has_hardly_begun(tmp_path: Path) -> None:
+    assert "No trial has come to a measured end yet." in Page(content_of(begin(tmp_path / "a"))).text
+    ledger = begin(tmp_path / "b", kind="compare", baseline="forward_kl")
+    ledger.begun(0, {}, 0, "atkd")
+    assert "There is nothing to compare to forward_kl yet." in Page(content_of(ledger)).text
+    fail_trial(ledger, 1, {}, arm="forward_kl")
+    assert "atkd is not distinguishable from forward_kl (no seed in common" in Page(content_of(ledger)).text
+    without = Page(content_of(compared(tmp_path / "c", seeds=1, baseline=None)))
+    assert "No baseline was named" in without.text and "Paired differences" not in without.text
+    ledger = begin(tmp_path / "d")
+    ledger.begin_search(search_of(ledger).plan)
+    run_trial(ledger, 0, {"loss": {"teaching": "atkd"}}, 2.0, rungs=2)
+    page = Page(content_of(ledger))
+    assert "No trial was completed; this one came furthest" in page.text and "taken up again 1 ×" in page.text
+    assert "It takes 8 measured trials with a setting that varies and is a number; measured so far: 1." in page.text
+
+
+def test_overrides_are_what_the_command_line_reads(tmp_path: Path) -> None:
+    import shlex
+
+    point = {
+        "loss.easy_ratio": 0.3, "loss": {"teaching": "coupled", "rate": 1e-05}, "a.rate": 1e-05, "b": None, "c": "on", "d": True,
+        "e": [1, "x y"], "f": "it's",
+    }  # fmt: skip
+    ledger = begin(tmp_path)
+    run_trial(ledger, 0, point, 2.0)
+    tree: dict[str, object] = {"loss": {"teaching": "atkd", "easy_weight": 0.2}}
+    for override in shlex.split(overrides_of(search_of(ledger).trials[0])):
+        apply_override(tree, override)
+    assert tree == {
+        "loss": {"teaching": "coupled", "rate": 1e-05, "easy_ratio": 0.3}, "a": {"rate": 1e-05}, "b": None, "c": "on", "d": True,
+        "e": [1, "x y"], "f": "it's",
+    }  # fmt: skip
+    assert yaml.safe_load("1e-05") == "1e-05", "the reason for writing 1.0e-05"
+
+
+def test_settings_that_vary_and_are_numbers_are_axes(tmp_path: Path) -> None:
+    search = search_of(tuned_at_random(tmp_path))
+    assert numeric_axes(search) == [
+        Axis("loss.easy_ratio"), Axis("train.optimizer.learning_rate", log=True), Axis("train.batch_rows"),
+        Axis("train.optimizer.weight_decay"), Axis("train.optimizer.warmup_ratio"),
+    ]  # fmt: skip
+
+
+def test_axes_within_branches_are_found(tmp_path: Path) -> None:
+    one, two = {"x": {"low": 1e-4, "high": 1.0, "log": True}, "fixed": [1]}, {"y": [1, 2, 3], "flag": [True, False]}
+    ledger = begin(tmp_path, space={"branches": {"one": one, "two": two}})
+    points = [{"x": 1.1e-4, "fixed": 1}, {"x": 0.5, "fixed": 1}, {"y": 3, "flag": True}, {"y": 2, "flag": False}]
+    for number, point in enumerate(points):
+        run_trial(ledger, number, point, 2.0 + number)
+    search = search_of(ledger)
+    assert numeric_axes(search) == [Axis("x", log=True), Axis("y")]
+    assert [settings_at_an_end(search, trial) for trial in search.trials] == [["x"], [], ["y"], []]
+    content = content_of(ledger)
+    require_closed(content)
+    assert "At an end of what was searched, beyond which there may be better: x." in Page(content).text
+
+
+def test_a_place_shows_its_best_trial(tmp_path: Path) -> None:
+    for mode, expected in (("min", 2.0), ("max", 4.0)):
+        ledger = begin(tmp_path / mode, mode=mode)
+        for number, loss in enumerate((3.0, 2.0, 4.0)):
+            run_trial(ledger, number, {"x": 1, "y": 0.5}, loss)
+        run_trial(ledger, 3, {"x": 2}, 1.0)
+        search = search_of(ledger)
+        places = plane(search, at_the_end(search), Axis("x"), Axis("y"))
+        assert places == {(1.0, 0.5): pytest.approx(measures(expected, 500)["heldout_loss"])}
+
+
+def test_importance_takes_eight_trials_and_orders_by_size(tmp_path: Path) -> None:
+    ledger = begin(tmp_path)
+    for number in range(8):
+        run_trial(ledger, number, {"weak": (number * 3) % 8, "strong": -number, "same": 1}, 2.0 + number)
+        search = search_of(ledger)
+        if number < 7:
+            assert importances(search, at_the_end(search)) == []
+    strong, weak = importances(search, at_the_end(search))
+    assert (strong.path, strong.correlation, strong.trials) == ("strong", pytest.approx(-1), 8)
+    assert weak.path == "weak" and abs(weak.correlation) < 0.5
+
+
+def test_curves_of_arms_are_means_over_completed_seeds(tmp_path: Path) -> None:
+    ledger = begin(tmp_path, kind="compare", baseline="base")
+    for number, (arm, seed, loss) in enumerate([("base", 0, 2.0), ("base", 1, 3.0), ("new", 0, 1.5), ("new", 2, 9.0)]):
+        run_trial(ledger, number, {}, loss, arm=arm, seed=seed)
+    search = search_of(ledger)
+    assert mean_curves(search)["base"][-1] == (500, pytest.approx(measures(2.5, 500)["heldout_loss"]))
+    assert difference_curves(search, "base") == {"new": [(step, pytest.approx(-0.5)) for step in (125, 250, 375, 500)]}
+    assert learning_curve(search, search.trials[0])[0] == (125, measures(2.0, 125)["heldout_loss"])
+
+
+def test_two_trials_of_one_arm_and_seed_are_refused(tmp_path: Path) -> None:
+    ledger = begin(tmp_path, kind="compare", baseline="a")
+    for number in range(2):
+        run_trial(ledger, number, {}, 2.0, arm="a", seed=7)
+    with pytest.raises(ValueError, match="trial 1 is the second of arm 'a' with seed 7; a comparison has one of each"):
+        values_of_arms(search_of(ledger), "heldout_loss")
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"dataset_tokens": "many"}'])
+def test_a_damaged_cost_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cost.json").write_text(text)
+    with pytest.raises(ValueError, match=r"cost\.json holds no object of numbers, such as \{\"dataset_tokens\": 812000\}: "):
+        read_cost(tmp_path / "cost.json")
+
+
+def test_times_are_written_as_people_do() -> None:
+    assert [written_time(seconds) for seconds in (None, 59.0, 90, 7200)] == ["–", "59.0 s", "1.5 min", "2.0 h"]
+
+
+def test_drawings_take_the_colours_of_the_page_and_write_labels_as_text() -> None:
+    points = {(x / 10, y): x + y for x in range(3) for y in range(3)}
+    drawings = [
+        heat_map("heat", Axis("a <b> $x"), Axis("y"), points, "loss", "min"),
+        parallel_chart("parallel", [Axis("a <b> $x"), Axis("y", log=True)], [[1, 10], [2, 1]], [3.0, 3.0], "loss", "max"),
+        trace_chart("traces", [Trace("a <b> $x", [1], [2]), Trace("other", [1], [3])], "step", "loss"),
+    ]
+    for drawing in drawings:
+        assert "currentColor" in drawing and "a &lt;b&gt; $x" in drawing
+        assert not re.search(r"#0a0b0|#010203|#000000|#ffffff|<image", drawing)
+
+
+def test_paths_are_shortened_where_they_stay_apart() -> None:
+    assert short_names(["loss.easy_ratio", "a.rate", "b.rate"]) == ["easy_ratio", "a.rate", "b.rate"]

@@ -1,0 +1,212 @@
+"""The section tune, and spaces bound to configurations: what can be searched, and what is refused before anything starts."""
+
+import random
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from losses.config import CoupledLoss, TeacherLoss
+from losses.divergence_config import Divergence, JensenShannon
+from orchestrator.config import RunConfig
+from orchestrator.config_file import ConfigError, dump_config, load_config, parse_yaml, validate
+from orchestrator.search_config import METRICS, TuneConfig, rung_steps
+from orchestrator.search_space import SEARCHABLE, WHY_NOT, bind, search_of
+from tune_spaces.registry import SPACES
+from tune_spaces.space import read_space
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+TINY = load_config("configs/tiny_cpu.yaml")
+PRETRAINED = load_config("configs/qwen_7b_to_0.5b_lora.yaml")
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_space_can_be_searched_from_every_configuration(path: Path, name: str) -> None:
+    bound = bind(load_config(path), SPACES[name])
+    generator = random.Random(5)
+    for _ in range(200):
+        bound.config_of(bound.space.draw(generator))
+
+
+@pytest.mark.parametrize("name", [name for name, space in SPACES.items() if space.size()])
+def test_every_point_of_a_grid_is_a_configuration_of_its_own(name: str) -> None:
+    bound = bind(TINY, SPACES[name])
+    assert len({bound.config_of(point).model_dump_json() for point in bound.grid()}) == len(bound.grid()) == SPACES[name].size()
+
+
+def test_a_trial_differs_from_its_search_in_the_point_alone() -> None:
+    point = {"loss.easy_ratio": 0.3, "train.optimizer.learning_rate": 1e-3}
+    trial = bind(TINY, read_space({path: [value] for path, value in point.items()})).config_of(point)
+    asked = load_config("configs/tiny_cpu.yaml", [*(f"{path}={value}" for path, value in point.items()), "scores.overlap=false"])
+    assert trial == asked
+
+
+def test_a_whole_section_is_replaced_before_its_keys() -> None:
+    whole = {"teaching": "coupled", "divergence": {"kind": "jensen_shannon"}}
+    space = read_space({"loss.divergence.teacher_weight": [0.3], "loss": [whole]})
+    (point,) = space.grid()
+    loss = bind(TINY, space).config_of(point).loss
+    assert loss == CoupledLoss(teaching="coupled", divergence=JensenShannon(teacher_weight=0.3))
+    assert point["loss"] == {"teaching": "coupled", "divergence": {"kind": "jensen_shannon"}}, "the point is not written into"
+
+
+def test_the_space_of_losses_has_every_divergence_and_every_teaching() -> None:
+    losses = [config.loss for config in map(bind(TINY, SPACES["losses"]).config_of, SPACES["losses"].grid())]
+    variants = get_args(get_args(Divergence)[0])
+    assert {loss.divergence.kind for loss in losses if loss.teaching != "hard_label"} == {variant().kind for variant in variants}
+    teachings = {get_args(variant.model_fields["teaching"].annotation)[0] for variant in get_args(TeacherLoss)}
+    assert {loss.teaching for loss in losses} == teachings | {"hard_label"}
+
+
+def test_trials_read_a_complete_store_so_that_tokens_can_be_ranked_over_it() -> None:
+    assert TINY.scores.overlap
+    trial = bind(TINY, read_space({"loss.scope": ["batch", "dataset"]})).config_of({"loss.scope": "dataset"})
+    assert trial.loss.scope == "dataset" and not trial.scores.overlap  # type: ignore[union-attr]
+
+
+def test_a_space_of_whole_numbers_and_adapters() -> None:
+    space = read_space(
+        {"train.batch_rows": {"low": 8, "high": 32, "integer": True}, "student.lora": [None, {"rank": 4}], "seed": [0, 1],
+         "scores.top_k": {"low": 8, "high": 64, "step": 8}}
+    )  # fmt: skip
+    draws = [bind(PRETRAINED, space).config_of(space.draw(random.Random(seed))) for seed in range(20)]
+    assert {draw.student.lora and draw.student.lora.rank for draw in draws} == {None, 4}
+    assert {draw.seed for draw in draws} == {0, 1}
+    assert all(draw.scores.top_k % 8 == 0 for draw in draws)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"loss.easy_ration": [0.3]}, r"loss\.easy_ration: there is no such key; did you mean easy_ratio\?"),
+        ({"train.optimiser.learning_rate": [1]}, r"train\.optimiser: there is no such key; did you mean optimizer\?"),
+        ({"train.learning_rate": [1]}, r"there is no such key; there is train\.optimizer\.learning_rate"),
+        ({"bogus.x": [1]}, r"bogus: there is no such key; there are compare, data, evaluate"),
+        ({"loss.easy_ratio": {"low": 0.5, "high": 1.5}},
+         r"tune\.space, with loss\.easy_ratio=1\.5: .*\n  loss\.easy_ratio: Input should be less than or equal to 1; got 1\.5"),
+        ({"loss.easy_ratio": [0.3, "many"]}, r"with loss\.easy_ratio='many': .*\n.* should be a valid number"),
+        ({"train.batch_rows": {"low": 8, "high": 64}},
+         r"valid integer.*got 36\.3.*\n  \(a range of whole numbers .* integer: true"),
+        ({"loss.scope": ["batch", "microbatch"], "loss.easy_ratio": [0.5, 0.3]},
+         r"with loss\.scope='microbatch', loss\.easy_ratio=0\.3: .*\n  loss: scope microbatch splits at the median"),
+        ({"loss.divergence.teacher_weight": [0.3]}, r"teacher_weight: does not go with forward_kl"),
+        ({"student.lora.rank": [4, 8]}, r"student\.lora is None here and has no keys to search; give it as a mapping first"),
+        ({"loss": [{"teaching": "coupled", "divergence": "jensen_shannon"}], "loss.divergence.teacher_weight": [0.1]},
+         r"loss\.divergence is 'jensen_shannon' here and has no keys to search; give it as a mapping first"),
+        ({"scores.top_k": [32, 128]}, r"up to 128: the store that all trials share holds 64; .* or search up to 64"),
+        ({"scores.top_k": {"low": 8, "high": 72, "step": 8}}, r"cannot vary scores\.top_k up to 72"),
+        ({"seed": [0, 1]}, r"cannot vary seed: it draws and fits models of this run as well, and all trials share them"),
+        ({"teacher.engine.dtype": ["float32"]},
+         r"cannot vary teacher\.engine\.dtype: it changes the scores, and a search shares"),
+        ({"student.model.layers": [1, 2]},
+         r"cannot vary student\.model\.layers: all trials begin with the same student; student\.lora"),
+        ({"scores": [{"top_k": 3}]}, r"cannot vary scores: .*; scores\.top_k alone can vary"),
+        ({"trainer": [1]}, r"trainer: there is no such key; did you mean train\?"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_searched_is_refused_before_anything_starts(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bind(TINY, read_space(space))
+
+
+def test_every_section_can_be_searched_or_has_a_reason_why_not() -> None:
+    assert {path.split(".")[0] for path in SEARCHABLE} | WHY_NOT.keys() == RunConfig.model_fields.keys()
+    for section in WHY_NOT:
+        with pytest.raises(ConfigError, match=rf"tune\.space cannot vary {section}: .* What can vary is loss, train, "):
+            bind(TINY, read_space({section: [1]}))
+
+
+def test_a_branch_that_the_configuration_refuses_is_found() -> None:
+    with pytest.raises(ConfigError, match=r"with train\.epochs=0: .*\n  train\.epochs: .* greater than 0"):
+        bind(TINY, read_space({"branches": {"good": {"train.epochs": [1]}, "bad": {"train.epochs": [0]}}}))
+
+
+def test_combinations_too_many_to_try_all_are_sampled() -> None:
+    keys = ("learning_rate", "warmup_ratio", "weight_decay", "clip_norm")
+    many = {f"train.optimizer.{key}": {"low": 0.1, "high": 0.9} for key in keys}
+    clash = {"loss.scope": ["batch", "microbatch"], "loss.split": ["uncertainty", "random"]}
+    with pytest.raises(ConfigError, match="the authors' rule and has no split 'random'"):
+        bind(TINY, read_space({"loss.easy_ratio": [0.5], **many, **clash, "train.epochs": [1, 2, 3]}))
+
+
+def tuned(*overrides: str) -> RunConfig:
+    return load_config("configs/tiny_cpu.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tune.space=atkdd"], r"tune\.space: no space is called 'atkdd'; did you mean atkd\? There are atkd, atkd_full, losses"),
+        (["tune.space={loss.easy_ratio: []}"], r"tune\.space: loss\.easy_ratio: the list is empty"),
+        (["tune.space=3"], r"tune\.space: name a space, or map paths to values, .*; got 3"),
+        (["tune.metric=heldout_los"], r"tune\.metric: no trial reports 'heldout_los'; did you mean heldout_loss\? There are"),
+        (["tune.metric=zzz"], r"tune\.metric: no trial reports 'zzz'; there are heldout_loss, kl_to_teacher, top1_agreement"),
+        (["tune.search=grid", "tune.trials=3"], r"tune: search grid tries every point, and trials is 3: set trials to null"),
+        (["tune.rungs=1"], r"tune: scheduler asha stops trials between rungs, and rungs is 1: set rungs to 2 or more, or"),
+        (["tune.concurrent=many"], r"tune\.concurrent: 'many' is no number of trials; 1 or auto would do"),
+        (["tune.concurrent=0"], r"tune\.concurrent: 0 is no number of trials"),
+        (["tune.search=bayes"], r"tune\.search: Input should be 'grid', 'random' or 'tpe'; got 'bayes'"),
+        (["tune.trails=3"], r"tune\.trails: there is no such key; did you mean trials\?"),
+    ],
+)
+def test_a_wrong_section_tune_is_named_with_what_would_do(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tuned(*overrides)
+
+
+def test_a_space_of_ones_own_survives_being_written_and_read() -> None:
+    own = "tune.space={loss.easy_ratio: {low: 0.1, high: 0.9}, branches: {a: {seed: [1]}}}"
+    config = tuned(own, "tune.metric=top1_agreement")
+    assert validate(parse_yaml(dump_config(config), "x")) == config
+    assert config.tune.searched.alternatives().keys() == {"a"} and config.tune.direction == "max"
+
+
+def test_every_metric_is_one_that_evaluation_measures() -> None:
+    from actors.evaluator import Metrics
+
+    assert METRICS.keys() <= {field.name for field in fields(Metrics)}
+
+
+def test_rungs_are_spread_evenly_over_the_steps_of_a_trial() -> None:
+    assert rung_steps(10, 4) == (2, 5, 7, 10)
+    assert rung_steps(3, 1) == (3,)
+    with pytest.raises(ValueError, match=r"tune\.rungs is 4, but a trial has 3 optimizer steps, .*: tune\.rungs=3 would do, or"):
+        rung_steps(3, 4)
+
+
+def test_the_number_of_draws_is_twelve_unless_said_or_there_are_fewer() -> None:
+    assert [TuneConfig(**said).draws for said in ({}, {"trials": 5}, {"space": "smoke"}, {"space": "optim"})] == [12, 5, 2, 12]
+
+
+def test_a_search_is_checked_against_the_rest_of_the_configuration() -> None:
+    assert search_of(tuned("tune.space=smoke", "tune.search=grid")).grid() == [{"loss.easy_ratio": 0.3}, {"loss.easy_ratio": 0.7}]
+    with pytest.raises(ConfigError, match=r"tune\.space: a grid needs points, and train\.optimizer\.learning_rate is a range"):
+        search_of(tuned("tune.space=optim", "tune.search=grid"))
+    with pytest.raises(ConfigError, match=r"tune\.trials is 3, and tune\.space has 2 points; tune\.trials=2 would do"):
+        search_of(tuned("tune.space=smoke", "tune.trials=3"))
+    with pytest.raises(ConfigError, match=r"grid tries every point, and tune\.space has 1,000,000; tune\.search=random would do"):
+        search_of(tuned("tune.space={train.batch_rows: {low: 1, high: 1000000, integer: true}}", "tune.search=grid"))
+    with pytest.raises(ConfigError, match=r"trains in one process, and workers\.count is 2: tune\.trials_in=ray_train would do"):
+        search_of(tuned("tune.trials_in=reused_process", "workers.count=2"))
+
+
+def test_the_spaces_of_the_documentation_can_be_searched() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", Path("docs/search.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        search_of(validate({**TINY.model_dump(mode="json"), **yaml.safe_load(block)}))
+
+
+def test_the_documentation_names_every_space() -> None:
+    assert all(f"| `{name}`" in Path("docs/search.md").read_text() for name in SPACES)
+
+
+def test_binding_a_space_imports_nothing_heavy() -> None:
+    code = "import orchestrator.search_space, sys; assert not {'torch', 'ray', 'numpy', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,80 @@
+"""One trial: the training of its point, and that nothing of another trial reaches it."""
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors.config import WorkersConfig
+from orchestrator.config import RunConfig
+from orchestrator.early_stopping import StoppingRule
+from orchestrator.judge import Assignment, Judge
+from orchestrator.ledger import Ledger
+from orchestrator.points import ListedPoints
+from orchestrator.trial_runs import DIED, TrialQueue, progress_line
+from orchestrator.tune_driver import trial_resources
+from orchestrator.tuning import plan_of
+from tests.orchestrator.trial_world import RATE, ground_of, measures_of, scored_run, trial_plan
+
+POINTS = [
+    {RATE: 3e-3, "student.lora": {"rank": 2, "dropout": 0.2}},
+    {RATE: 1e-2, "loss": {"teaching": "coupled", "divergence": "reverse_kl"}},
+    {RATE: 3e-3, "loss": {"teaching": "atkd", "split": "random"}},
+]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return scored_run(tmp_path_factory.mktemp("trials"))
+
+
+@pytest.mark.ray
+def test_a_trial_measures_the_same_whatever_its_process_did_before(local_ray: None, config: RunConfig, tmp_path: Path) -> None:
+    """Bit for bit: adapters and random splits are drawn anew, and nothing of the trial before is left."""
+    first = measures_of(config, tmp_path / "a", [Assignment(number, point, 5) for number, point in enumerate(POINTS)])
+    other = measures_of(config, tmp_path / "b", [Assignment(number, point, 5) for number, point in enumerate(reversed(POINTS))])
+    assert first == list(reversed(other))
+    assert len({str(measures) for measures in first}) == len(POINTS)
+    seeds = measures_of(config, tmp_path / "c", [Assignment(number, POINTS[2], seed) for number, seed in enumerate((5, 6))])
+    assert seeds[0] == first[2] != seeds[1]
+
+
+def test_the_task_of_a_trial_is_that_of_its_point(config: RunConfig, tmp_path: Path) -> None:
+    plan = trial_plan(config, tmp_path)
+    task = plan.task(Assignment(12, {RATE: 1e-4, "scores.top_k": 4, "train.epochs": 2}, seed=9))
+    assert task.train.optimizer.learning_rate == 1e-4 and task.top_k == 4 and task.seed == 9 and task.output is None
+    assert task.name == "trial_0012" and task.metrics == str(tmp_path / "trials" / "0012")
+    assert task.exams is not None
+    assert task.exams.steps == (2, 5, 8), "rungs of its own length"
+    assert task.exams.top_k == config.scores.top_k, "all trials are measured alike"
+
+
+def test_a_trial_too_short_for_its_rungs_says_so(config: RunConfig, tmp_path: Path) -> None:
+    plan = trial_plan(config, tmp_path)
+    with pytest.raises(ValueError, match=r"tune.rungs is 3, but a trial has 2 optimizer steps.*tune.rungs=2 would do"):
+        plan.task(Assignment(0, {"train.epochs": 0.5}, seed=0))
+
+
+@pytest.mark.ray
+def test_interrupted_trials_begin_first_and_a_point_may_set_the_seed(
+    local_ray: None, config: RunConfig, tmp_path: Path
+) -> None:
+    plan = plan_of(config, ground_of(config))
+    Ledger(tmp_path / "ledger.jsonl").begin_search(plan)
+    judge = ray.remote(Judge).options(num_cpus=0).remote(tmp_path / "ledger.jsonl", plan, StoppingRule("none", "min"))
+    waiting = [Assignment(1, {RATE: 3e-3}, seed=8)]
+    queue = TrialQueue(judge, ListedPoints([{RATE: 1e-3}, {"seed": 4}]), waiting, first=3, seed=2)
+    assert [queue.begin_next() for _ in range(4)] == [1, 3, 4, None]
+    queue.over(1, died=True)
+    search = ray.get(judge.search.remote())
+    assert [(trial.number, trial.begun.seed) for trial in search.trials] == [(1, 8), (3, 2), (4, 4)]
+    assert search.error(search.trials[0]) == DIED
+    assert progress_line(search, at_once=2).startswith("1/1 trials done (1 failed), 2 running, 00:00:00 left")
+    ray.kill(judge)
+
+
+def test_a_trial_holds_what_it_needs_and_leaves_the_cpus_to_the_workers_of_ray_train() -> None:
+    workers = WorkersConfig(count=2, cpus=1.5, gpus=1, resources={"student_node": 1}, labels={"role": "student"})
+    alone, beside = trial_resources(workers, in_process=True), trial_resources(workers, in_process=False)
+    assert alone.bundles == [{"CPU": 1.5, "GPU": 1, "student_node": 1}]
+    assert not beside.required_resources.get("CPU") and not beside.required_resources.get("GPU")

@@ -1,0 +1,222 @@
+"""Searches end to end on a real Ray: trials that end, fail, die and are killed with their driver; what is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.util import placement_group_table
+
+from actors.config import WorkersConfig
+from actors.metrics_log import read_metrics
+from orchestrator.config import RunConfig
+from orchestrator.config_file import load_config
+from orchestrator.ledger import read_ledger
+from orchestrator.tune_driver import most_at_once
+from orchestrator.tuning import tune
+from tests.orchestrator.trial_world import RATE, config_in, scored_run, search
+
+DRIVER = """
+import sys, tempfile
+import ray
+from pathlib import Path
+from tests.orchestrator.trial_world import RATE, config_in, search
+folder, ray_folder, trials = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+         object_store_memory=100 << 20, _temp_dir=ray_folder)
+rates = [1e-3 * (1 + trial) for trial in range(trials)]
+config = config_in(folder, tune={"space": {RATE: rates}, "search": "random", "trials": trials})
+search(config, folder / "search", at_once=1)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuning")
+    scored_run(folder)
+    return folder
+
+
+def searching(world: Path, rates: list[float], **tune: Any) -> RunConfig:
+    return config_in(world, tune={"space": {RATE: rates}, **tune})
+
+
+def settled(condition: Callable[[], bool]) -> bool:
+    """Whether something holds within ten seconds: Ray gives back in its own time."""
+    until = time.monotonic() + 10
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.1)
+    return condition()
+
+
+def nothing_is_held() -> bool:
+    held = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    return not held and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_twenty_trials_on_two_slots_all_end_and_nothing_is_left(local_ray: None, world: Path, tmp_path: Path) -> None:
+    """Among them one that diverges, and one whose process is killed at its work."""
+    assert settled(nothing_is_held)
+    rates = [1e12, *(1e-3 * (20 - trial) for trial in range(1, 20))]  # the best first, so that ASHA has whom to stop
+    config = searching(world, rates, scheduler="asha")
+    killer = threading.Thread(target=kill_the_process_of_a_trial, args=(tmp_path,))
+    killer.start()
+    found = search(config, tmp_path)
+    killer.join()
+
+    count = Counter(found.status(trial) for trial in found.trials)
+    assert count["failed"] == 2 and count["stopped"] > 3 and sum(count.values()) == 20 and not count["unfinished"]
+    errors = [found.error(trial) for trial in found.with_status("failed")]
+    assert any("diverged" in error or "TrainingDiverged" in error for error in errors if error), errors
+    assert any("the process of the trial ended before it could say why" in error for error in errors if error), errors
+    assert Counter(line["event"] for line in lines_of(tmp_path))["ended"] == 20
+    for trial in found.with_status("completed"):
+        assert [rung.step for rung in trial.rungs] == [4, 8, 12] and trial.ended and trial.ended.student_tokens > 0
+    for trial in found.with_status("stopped"):
+        steps = read_metrics(tmp_path / "trials" / f"{trial.number:04d}" / f"trial_{trial.number:04d}.jsonl")
+        assert steps[-1]["step"] == trial.step == trial.rungs[-1].step < 12
+        assert [rung.decision for rung in trial.rungs][-1] == "stop"
+    assert settled(nothing_is_held)
+    assert not (tmp_path / "ray_tune").exists()
+
+
+def kill_the_process_of_a_trial(folder: Path) -> None:
+    """Kill the process of a trial that is at work once a few have ended; only ones of this session's own Ray are looked at."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        time.sleep(0.02)
+        if (folder / "ledger.jsonl").exists() and (folder / "ledger.jsonl").read_bytes().count(b'"ended"') >= 4:
+            found = read_ledger(folder / "ledger.jsonl")
+            if any(trial.rungs for trial in found.with_status("unfinished")):
+                mine = psutil.Process().children(recursive=True)
+                at_work = [one for one in mine if "ImplicitFunc" in " ".join(one.cmdline())]
+                os.kill(max(at_work, key=lambda one: one.cpu_times().user).pid, signal.SIGKILL)
+                return
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_command_searches_goes_on_and_ends_in_a_configuration_that_run_accepts(local_ray: None, tmp_path: Path) -> None:
+    said: list[str] = []
+    config = scored_run(tmp_path, tune={"space": {RATE: [1e-3, 5e-3]}, "concurrent": 1})
+    folder = tune(config, said.append)
+    found = read_ledger(folder / "ledger.jsonl")
+    assert [found.status(trial) for trial in found.trials] == ["completed", "completed"]
+    assert len({pid_of(folder, trial) for trial in (0, 1)}) == 1, "a process is kept for the next trial"
+    print("seconds of trials in one process:", [trial.seconds for trial in found.trials])
+    best = load_config(str(folder / "best.yaml"))
+    assert best.train.optimizer.learning_rate == 5e-3
+    assert {path.name for path in folder.iterdir()} >= {"report.html", "trials.csv", "trials.parquet", "cost.json", "best.yaml"}
+    assert json.loads((folder / "cost.json").read_text())["teacher_tokens_scored"] == 200
+    assert "tune: 2 trials of 12 steps, 1 at a time" in said
+
+    again: list[str] = []
+    tune(config, again.append)
+    assert "tune: goes on with 2 trials done and 0 to begin anew" in again
+    assert Counter(line["event"] for line in lines_of(folder))["ended"] == 2
+    other = config.model_copy(update={"tune": config.tune.model_copy(update={"space": {RATE: [1e-3, 6e-3]}})})
+    with pytest.raises(ValueError, match="this is the ledger of another search"):
+        tune(other, again.append)
+
+
+def pid_of(folder: Path, trial: int) -> str:
+    """The process in which a trial was trained, which TensorBoard has in the name of its file."""
+    (events,) = folder.glob(f"trials/{trial:04d}/tensorboard/*/events.*")
+    return events.name.split(".")[-2]
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """A folder with a short path for the drivers' own Ray."""
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_where_it_stood(world: Path, tmp_path: Path, ray_folder: str) -> None:
+    """Killed with SIGKILL; each trial ends once, with its number, point and seed."""
+    (tmp_path / "runs").symlink_to(world / "runs")
+    for name in ("teacher", "student"):
+        (tmp_path / name).symlink_to(world / name)
+    ledger = tmp_path / "search" / "ledger.jsonl"
+    kill_when(driver(tmp_path, ray_folder, 8), lambda: ledger.exists() and ledger.read_bytes().count(b'"ended"') >= 3)
+    before = read_ledger(ledger)
+    over = {trial.number: trial for trial in before.trials if trial.ended}
+    assert 3 <= len(over) < 8
+    process = driver(tmp_path, ray_folder, 8)
+    assert process.wait(120) == 0
+    after = read_ledger(ledger)
+    assert [trial.number for trial in after.with_status("completed")] == list(range(8)), "all, and no other"
+    assert all(after.trials[number] == trial for number, trial in over.items()), "what was done was not done again"
+    for trial in before.trials:
+        assert after.trials[trial.number].begun.point == trial.begun.point
+        assert after.trials[trial.number].begun.seed == trial.begun.seed
+    assert len({str(trial.begun.point) for trial in after.trials}) == 8
+    assert Counter(line["event"] for line in lines_of(tmp_path / "search"))["ended"] == 8
+
+
+def driver(folder: Path, ray_folder: str, trials: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder), ray_folder, str(trials)], cwd=Path(__file__).parents[2],
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def kill_when(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    """Kill a driver once something holds; what it started ends by itself, or is ended here."""
+    until = time.monotonic() + 120
+    while not condition() and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.02)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for one in psutil.wait_procs(started, timeout=10)[1]:
+        one.kill()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_trials_in_ray_train_are_stopped_by_the_judge_and_leave_nothing(local_ray: None, world: Path, tmp_path: Path) -> None:
+    """The second is worse than a bar of one in two; its workers want every CPU there is. The first was interrupted before."""
+    stale = tmp_path / "trials" / "0000" / "checkpoints" / "trial_0000" / "checkpoint_manager_snapshot.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")  # Ray Train would take up from what it names
+    config = config_in(
+        world, workers={"cpus": 4}, train={"checkpoint_every_steps": 3},
+        tune={"space": {RATE: [5e-3, 1e-6]}, "scheduler": "asha", "reduction": 2, "trials_in": "ray_train"},
+    )  # fmt: skip
+    found = search(config, tmp_path)
+    assert [(found.status(trial), trial.step) for trial in found.trials] == [("completed", 12), ("stopped", 4)], [
+        found.error(trial) for trial in found.trials
+    ]
+    assert settled(nothing_is_held)
+    assert not list(tmp_path.glob("trials/*/checkpoints")), "no trial's checkpoints are kept"
+
+
+@pytest.mark.ray
+def test_trials_that_find_no_room_are_refused_with_what_would_do(local_ray: None) -> None:
+    assert settled(nothing_is_held)
+    assert most_at_once(WorkersConfig(cpus=1)) == 4
+    assert most_at_once(WorkersConfig(count=2, cpus=1)) == 2
+    with pytest.raises(ValueError, match=r"a trial needs 1 worker of \S+ .*, and there is room for 0 now: lower workers"):
+        most_at_once(WorkersConfig(gpus=1))
+    with pytest.raises(ValueError, match=r"a trial needs 2 workers of 1 CPU and 3 student_node, and there is room for 0"):
+        most_at_once(WorkersConfig(count=2, resources={"student_node": 3}))

@@ -1,0 +1,135 @@
+"""A run that is scored already, small enough that a trial of it takes a fraction of a second, and searches of it."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.examples import ExampleFile, write_examples
+from actors.sampler import steps_in
+from actors.score_store import ScoreStore
+from orchestrator.config import RunConfig
+from orchestrator.config_file import validate
+from orchestrator.early_stopping import StoppingRule
+from orchestrator.judge import Assignment, Judge
+from orchestrator.ledger import Ledger, Search
+from orchestrator.models import Models
+from orchestrator.run_dir import RunDir
+from orchestrator.scoring_stage import ScoringStage
+from orchestrator.search_config import rung_steps
+from orchestrator.search_space import BoundSpace, search_of
+from orchestrator.tokenizers import load_tokenizer
+from orchestrator.trial_runs import Ground, TrialQueue, assignments_to_repeat, begin_ledger, run_search
+from orchestrator.trials import TrialPlan
+from orchestrator.tuning import plan_of, source_of
+from tests.worlds import VOCAB, random_examples, scores_from_logits, tiny_llama
+
+TRAIN_ROWS, HELDOUT_ROWS, TOP_K = 32, 7, 8
+RATE = "train.optimizer.learning_rate"
+TUNE: dict[str, Any] = {
+    "space": {RATE: [3e-3]}, "search": "grid", "rungs": 3, "scheduler": "none", "trials_in": "reused_process",
+}  # fmt: skip
+
+
+def config_in(folder: Path, **sections: Any) -> RunConfig:
+    """The configuration of the run in a folder; ``sections`` are laid over it. A trial has 12 steps."""
+    tree: dict[str, Any] = {
+        "name": "small", "output": str(folder / "runs"),
+        "data": {"heldout_rows": HELDOUT_ROWS},
+        "teacher": {
+            "model": {"kind": "pretrained", "name": str(folder / "teacher")},
+            "engine": {"kind": "transformers", "dtype": "float32"},
+        },
+        "scores": {"top_k": TOP_K, "rows_per_shard": 8},
+        "student": {"model": {"kind": "pretrained", "name": str(folder / "student")}},
+        "train": {"epochs": 3, "batch_rows": 8, "micro_batch_rows": 8, "optimizer": {"learning_rate": 3e-3}},
+        "evaluate": {"batch_rows": 3, "generate_rows": 0},
+        "tune": TUNE,
+    }  # fmt: skip
+    for section, said in sections.items():
+        tree[section] = {**tree.get(section, {}), **said} if isinstance(said, Mapping) else said
+    return validate(tree)
+
+
+def scored_run(folder: Path, **sections: Any) -> RunConfig:
+    """Make a run whose scores stand, so that a search begins with its trials; return its configuration."""
+    for seed, name in enumerate(("teacher", "student"), start=1):
+        if not (folder / name).exists():
+            tiny_llama(folder / name, seed=seed)
+    config = config_in(folder, **sections)
+    with RunDir.open(config, say=lambda line: None) as books:
+        (books.path / "data").mkdir()
+        write_examples(books.path / "data" / "train.arrow", random_examples(TRAIN_ROWS, seed=3))
+        write_examples(books.path / "data" / "heldout.arrow", random_examples(HELDOUT_ROWS, seed=4))
+        models = Models(config, books.path)
+        load_tokenizer(str(folder / "teacher"), None, False).save_pretrained(models.tokenizer_folder)
+        books.finish("prepare", {"counts": {}, "source_sha256": None, "seconds": 0.0})
+        stage = ScoringStage(config, books, models)
+        assert stage.training_store is not None
+        fill(stage.training_store, ExampleFile(books.path / "data" / "train.arrow"), seed=5)
+        fill(stage.heldout_store, ExampleFile(books.path / "data" / "heldout.arrow"), seed=6)
+        facts = {"tokens": 100, "seconds": 1.0}
+        books.finish("score", {"train": facts, "heldout": facts, "seconds": 2.0})
+    return config
+
+
+def fill(store: ScoreStore, examples: ExampleFile, seed: int) -> None:
+    """Write all shards, with what a random teacher says of the rows."""
+    generator = np.random.default_rng(seed)
+    for shard in store.missing_shards():
+        mine = [examples[position] for position in store.positions(shard)]
+        logits = [3 * generator.normal(size=(len(example.token_ids), VOCAB)) for example in mine]
+        store.write_shard(shard, mine, [scores_from_logits(*both, TOP_K) for both in zip(mine, logits, strict=True)])
+
+
+def ground_of(config: RunConfig) -> Ground:
+    """What the trials of a scored run stand on."""
+    stores = json.loads((config.run_dir / "scores.json").read_text())
+    steps = steps_in(TRAIN_ROWS, config.train.batch_rows, config.train.epochs)
+    return Ground(config.run_dir, Path(stores["train"]), Path(stores["heldout"]), steps)
+
+
+def search(config: RunConfig, folder: Path, at_once: int = 2) -> Search:
+    """Run the search of the section ``tune``, or go on with it, as the command does once the scores stand."""
+    bound, ground, tune = search_of(config), ground_of(config), config.tune
+    plan = plan_of(config, ground)
+    found = begin_ledger(folder, plan, say=lambda line: None)
+
+    def queue_of(judge: Any) -> TrialQueue:
+        return TrialQueue(judge, source_of(bound, found), assignments_to_repeat(found), len(found.trials), config.seed)
+
+    rule = StoppingRule(tune.scheduler, tune.direction, tune.reduction)
+    return run_search(
+        bound, ground, folder, plan, rule, lambda line: None, queue_of, in_process=tune.trials_in == "reused_process",
+        concurrent=at_once,
+    )  # fmt: skip
+
+
+def trial_plan(config: RunConfig, folder: Path, judge: Any = None) -> TrialPlan:
+    """What the trials of a search in ``folder`` are told, if they train in the process that is asked."""
+    ground, bound = ground_of(config), BoundSpace(config, config.tune.searched)
+    stores = (ground.training_store, ground.heldout_store)
+    return TrialPlan(bound, ground.run_folder, folder / "trials", *stores, config.tune.rungs, in_process=True, judge=judge)
+
+
+def measures_of(config: RunConfig, folder: Path, assignments: list[Assignment]) -> list[list[dict[str, Any]]]:
+    """Train trials one after the other in this process; return what was measured of each, rung after rung."""
+    from actors.student import distil
+    from actors.train_checkpoints import NoCheckpoints
+
+    shutil.rmtree(folder, ignore_errors=True)
+    plan = plan_of(config, ground_of(config))
+    Ledger(folder / "ledger.jsonl").begin_search(plan)
+    judge = ray.remote(Judge).options(num_cpus=0).remote(folder / "ledger.jsonl", plan, StoppingRule("none", "min"))
+    for assignment in assignments:
+        ray.get(judge.begin.remote(assignment))
+        distil(trial_plan(config, folder, judge).task(assignment), NoCheckpoints())
+        ray.get(judge.ended.remote(assignment.trial, 12, 0))
+    found: Search = ray.get(judge.search.remote())
+    ray.kill(judge)
+    assert all(rung.step == step for trial in found.trials for rung, step in zip(trial.rungs, rung_steps(12, 3), strict=True))
+    return [[dict(rung.metrics) for rung in trial.rungs] for trial in found.trials]
