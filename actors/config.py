@@ -224,6 +224,10 @@ class ScoresConfig(Section):
     rows_per_shard: int = Field(default=256, ge=1)
     """Rows of one shard: the unit of work, of waiting and of resuming."""
 
+    compare_rows: int = Field(default=4, ge=0)
+    """Rows whose scores are held against the teacher's plain forward pass in float32 each time it starts, before the first
+    shard; 0 goes without. Costs a second load of the teacher, on its own device, or on the CPU where it is on many."""
+
     root: str | None = None
     """Folder under which stores are kept by their identity, shared between runs; ``scores`` beside the runs unless said."""
 

@@ -80,3 +80,10 @@ class ExampleFile:
     def hash(self) -> str:
         """Name of these examples in this order."""
         return examples_hash(self.keys)
+
+
+def spread_over_lengths(examples: ExampleFile, count: int) -> list[Example]:
+    """Return ``count`` of the rows, or all where there are fewer: the shortest, the longest, and some between."""
+    order = np.argsort(examples.lengths, kind="stable")
+    places = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))
+    return [examples[int(order[place])] for place in places]

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,18 @@ from ray.util import placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.comparison import Comparison
 from actors.placement import read_nodes, replica_need, require_room, reserve
-from actors.teacher import CALLS_AT_ONCE, EngineDied, EngineFactory, TeacherReplica, TeacherSpec, engine_environment
+from actors.records import Example
+from actors.teacher import (
+    CALLS_AT_ONCE,
+    EngineDied,
+    EngineFactory,
+    EngineStarted,
+    TeacherReplica,
+    TeacherSpec,
+    engine_environment,
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +70,17 @@ class Replicas:
         spec: what each replica's engine is built from; its number of replicas is settled, not ``auto``.
         engine_factory: builds the engine inside the replica; picklable.
         start_timeout_seconds: how long replicas may wait for room and load, until their engines are there.
+        probe: rows whose scores the first replica holds against the teacher's plain forward pass when it starts.
     """
 
-    def __init__(self, spec: TeacherSpec, engine_factory: EngineFactory, start_timeout_seconds: float) -> None:
+    def __init__(
+        self, spec: TeacherSpec, engine_factory: EngineFactory, start_timeout_seconds: float, probe: Sequence[Example] = ()
+    ) -> None:
         assert isinstance(spec.engine.replicas, int), "auto is settled where it is known what else the run holds"
         self.spec = spec
         self.vocab_size = 0  # V, once an engine is there
+        self.comparison: Comparison | str | None = None  # of the probe, or why there is none
+        self._probe = probe
         self._need = replica_need(spec.engine)
         self._count = spec.engine.replicas
         self._engine_factory = engine_factory
@@ -107,7 +122,7 @@ class Replicas:
             TeacherFailed: with the engine's own error; or if it is not started again and was ``needed``, or none is left.
         """
         try:
-            self.vocab_size = ray.get(replica.starting)
+            started: EngineStarted = ray.get(replica.starting)
         except RayTaskError as error:
             if not isinstance(error.cause, EngineDied):
                 message = f"the teacher could not start: {type(error.cause).__name__}: {error.cause}"
@@ -117,6 +132,8 @@ class Replicas:
             self.replace(replica, f"{type(error).__name__}: {error}", needed=needed)
         else:
             replica.starting, replica.since = None, time.monotonic()
+            self.vocab_size = started.vocab_size
+            self.comparison = self.comparison or started.comparison
 
     def check_starts(self, needed: bool = False) -> None:
         """Give up replicas whose engines do not come; raises as ``replace``."""
@@ -188,7 +205,8 @@ class Replicas:
             except BaseException:
                 remove_placement_group(room)
                 raise
-            self._replicas.append(Replica(number, room, actor, actor.start.remote(), time.monotonic(), deaths))
+            probe = self._probe if number == 0 and self.comparison is None else ()
+            self._replicas.append(Replica(number, room, actor, actor.start.remote(probe), time.monotonic(), deaths))
 
     def _no_engine(self, replica: Replica, seconds: float) -> str:
         if placement_group_table(replica.room)["state"] == "CREATED":

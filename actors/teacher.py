@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from actors.comparison import Comparison, compare
 from actors.config import EngineConfig
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores, check_scores, tail_logmass
@@ -36,6 +37,16 @@ class TeacherSpec:
     """K: tokens other than the target that are kept for each target."""
     longest_row: int
     """Tokens of the longest row that will be scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStarted:
+    """What a replica tells the driver once its engine is there."""
+
+    vocab_size: int
+    """V, the width of the teacher's logits."""
+    comparison: Comparison | str | None = None
+    """Scores of the probe held against a plain forward pass; in words why they could not be; none where no probe was given."""
 
 
 class TeacherEngine(Protocol):
@@ -154,9 +165,12 @@ class TeacherReplica:
         self._examples: dict[Path, ExampleFile] = {}
         self._stores: dict[Path, ScoreStore] = {}
 
-    def start(self) -> int:
-        """Build the engine; return V. Apart from the constructor, so that its error arrives as it was raised."""
-        return self._engine_thread.submit(self._build).result()
+    def start(self, probe: Sequence[Example] = ()) -> EngineStarted:
+        """Build the engine, and hold what it serves for the probe's rows against the teacher's plain forward pass.
+
+        Apart from the constructor, so that its error arrives as it was raised.
+        """
+        return self._engine_thread.submit(self._build, probe).result()
 
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
         """Return the scores of a few rows."""
@@ -196,7 +210,20 @@ class TeacherReplica:
             self._engine_thread.submit(self._engine.close).result()
             self._engine = None
 
-    def _build(self) -> int:
+    def _build(self, probe: Sequence[Example]) -> EngineStarted:
+        if not probe:
+            return EngineStarted(self._build_engine())
+        from actors.forward_pass import compare_row, references  # here, so that only a replica that compares waits for them
+
+        on_gpu = self._spec.engine.gpu and self._spec.engine.tensor_parallel == 1
+        expected = references(self._spec.model, probe, "cuda" if on_gpu else "cpu")  # first: an engine takes all memory there is
+        vocab_size = self._build_engine()
+        if isinstance(expected, str):
+            return EngineStarted(vocab_size, expected)
+        rows = [compare_row(reference, served) for reference, served in zip(expected, self._scores(probe), strict=True)]
+        return EngineStarted(vocab_size, compare(rows))
+
+    def _build_engine(self) -> int:
         self._engine = self._engine_factory(self._spec)
         require_top_k(self._spec.top_k, self._engine.vocab_size)
         return self._engine.vocab_size

@@ -5,7 +5,7 @@ counts. Replicas belong to the driver and die with it.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,9 @@ from types import TracebackType
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors.comparison import Comparison
 from actors.leases import LEASE_SECONDS
+from actors.records import Example
 from actors.replicas import POLL_SECONDS, Replica, Replicas, TeacherFailed
 from actors.score_router import RouterLimits
 from actors.score_service import ScoreService, serve
@@ -35,6 +37,7 @@ class TeacherPool:
         start_timeout_seconds: how long replicas may wait for room and load, until their engines are there.
         shard_timeout_seconds: a replica that works longer than this on one shard counts as dead.
         lease_seconds: another job that was silent for so long is taken for dead, and its shards are scored here.
+        probe: rows whose scores are held against the teacher's plain forward pass before the pool is entered.
     """
 
     def __init__(
@@ -45,11 +48,12 @@ class TeacherPool:
         start_timeout_seconds: float = 600.0,
         shard_timeout_seconds: float = 3600.0,
         lease_seconds: float = LEASE_SECONDS,
+        probe: Sequence[Example] = (),
     ) -> None:
         self.spec = spec
         self._shard_timeout_seconds = shard_timeout_seconds
         self._lease_seconds = lease_seconds
-        self._replicas = Replicas(spec, engine_factory, start_timeout_seconds)
+        self._replicas = Replicas(spec, engine_factory, start_timeout_seconds, probe)
 
     def __enter__(self) -> "TeacherPool":
         self._replicas.start()
@@ -57,6 +61,11 @@ class TeacherPool:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def comparison(self) -> Comparison | str | None:
+        """What came of the probe: numbers, or in words why there are none; nothing without a probe."""
+        return self._replicas.comparison
 
     def score_missing(
         self, examples_path: Path, store: ScoreStore, on_wait: Callable[[int], None] = lambda shards: None

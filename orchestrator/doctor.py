@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import ray
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from actors.diagnosis import Measurements, measure
-from actors.examples import ExampleFile, write_examples
+from actors.examples import ExampleFile, spread_over_lengths, write_examples
 from actors.records import Example
 from actors.replicas import TeacherFailed
 from actors.score_store import ScoreStore
@@ -87,13 +86,6 @@ def _examine_fitted(config: RunConfig, books: RunDir, models: Models, engine_fac
     if isinstance(found, Finding):
         return [tokens, found]
     return [tokens, *judge_scores(found, TOLERANCES[spec.engine.dtype], teacher_vocab, student_vocab)]
-
-
-def spread_over_lengths(examples: ExampleFile, count: int) -> list[Example]:
-    """Return ``count`` of the rows, or all where there are fewer: the shortest, the longest, and some between."""
-    order = np.argsort(examples.lengths, kind="stable")
-    places = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))
-    return [examples[int(order[place])] for place in places]
 
 
 def largest_id(examples: ExampleFile) -> int:

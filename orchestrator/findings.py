@@ -10,6 +10,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from actors.comparison import Comparison
 from actors.config import DType
 from actors.diagnosis import Measurements
 from orchestrator.tokenizers import require_same_tokens
@@ -174,7 +175,7 @@ def judge_batch(found: Measurements, tolerance: Tolerance) -> Finding:
     return Finding("batch", "FAILED", numbers, advice)
 
 
-def judge_raw(found: Measurements) -> Finding:
+def judge_raw(found: Comparison) -> Finding:
     """Judge whether the scores are the log-softmax of the logits: mass one, and no temperature."""
     numbers = f"mass off by at most {found.mass_error:.1e}, slope {found.slope:.4f} (correlation {found.correlation:.4f})"
     if not found.mass_error <= MASS_TOLERANCE:
@@ -193,11 +194,12 @@ def judge_raw(found: Measurements) -> Finding:
     return Finding("raw", "unclear", numbers, "the scores do not follow the teacher's own, so no temperature can be told")
 
 
-def judge_served(found: Measurements, tolerance: Tolerance) -> Finding:
+def judge_served(found: Comparison, tolerance: Tolerance) -> Finding:
     """Judge whether the engine serves what the teacher's plain forward pass in float32 gives."""
     numbers = (
         f"targets differ from a plain forward pass by at most {found.largest_target_error:.1e} nats (may {tolerance.largest:g}), "
-        f"mean {found.mean_target_error:.1e} (may {tolerance.mean:g}), top-K agree to {100 * found.topk_agreement:.1f} %"
+        f"furthest in row {found.furthest_row}, mean {found.mean_target_error:.1e} (may {tolerance.mean:g}), "
+        f"top-K agree to {100 * found.topk_agreement:.1f} %"
     )
     near = found.largest_target_error <= tolerance.largest and found.mean_target_error <= tolerance.mean
     if near and found.topk_agreement >= tolerance.agreement:
@@ -205,7 +207,7 @@ def judge_served(found: Measurements, tolerance: Tolerance) -> Finding:
     return Finding("served", "FAILED", numbers, _why_unlike(found, tolerance, near))
 
 
-def _why_unlike(found: Measurements, tolerance: Tolerance, near: bool) -> str:
+def _why_unlike(found: Comparison, tolerance: Tolerance, near: bool) -> str:
     if near:
         return "targets are right, but not the tokens named beside them: set teacher.engine.kind=transformers"
     for where, error in (("before", found.error_one_earlier), ("after", found.error_one_later)):

@@ -11,13 +11,18 @@ from typing import Literal
 
 from transformers import AutoConfig
 
+from actors.comparison import Comparison
 from actors.config import needs_teacher
-from actors.examples import ExampleFile, write_atomically
+from actors.examples import ExampleFile, spread_over_lengths, write_atomically
+from actors.forward_pass import beginning
 from actors.placement import Cluster, read_cluster
+from actors.records import Example
+from actors.replicas import TeacherFailed
 from actors.score_store import ScoreStore
-from actors.teacher import TeacherSpec
+from actors.teacher import EngineFactory, TeacherSpec, build_engine
 from actors.teacher_pool import TeacherPool
 from orchestrator.config import RunConfig
+from orchestrator.findings import TOLERANCES, judge_raw, judge_served
 from orchestrator.models import Models
 from orchestrator.resources import settle_replicas
 from orchestrator.run_dir import Facts, RunDir
@@ -41,8 +46,11 @@ DIFFERENCES_SHOWN = 3
 class ScoringStage:
     """The score stores of one run, and the teacher that fills them. Made once the teacher is ready."""
 
-    def __init__(self, config: RunConfig, books: RunDir, models: Models) -> None:
+    def __init__(
+        self, config: RunConfig, books: RunDir, models: Models, engine_factory: EngineFactory = build_engine
+    ) -> None:
         self.config, self.books = config, books
+        self._engine_factory = engine_factory
         self._teacher = pin_revision(models.ready("teacher"))
         self._vocab_size = _vocab_size(self._teacher.name, self._teacher.revision, self._teacher.trust_remote_code)
         self._tokenizer_hash = tokenizer_hash(models.tokenizer())
@@ -102,9 +110,10 @@ class ScoringStage:
                 store.verify()
                 self.books.say(f"score: {split} found complete in {store.path}")
             return facts
-        spec = self._spec(stores, cluster)
-        self._pool = TeacherPool(spec)  # named before it is entered, so that it can be closed while engines start
+        # named before it is entered, so that it can be closed while engines start
+        self._pool = TeacherPool(self._spec(stores, cluster), engine_factory=self._engine_factory, probe=self._probe())
         with _telling_followers([store for _, store in stores]), self._pool as pool:
+            self._require_right(pool)
             for split, store in stores:
                 self._explain_new(split, store)
                 progress = self._progress_of(split)
@@ -116,6 +125,25 @@ class ScoringStage:
                     "teacher's mass"
                 )
         return facts
+
+    def _probe(self) -> list[Example]:
+        """The beginnings of a few rows, the shortest to the longest."""
+        examples = ExampleFile(self._examples_path("heldout"))
+        return [beginning(row) for row in spread_over_lengths(examples, self.config.scores.compare_rows)]
+
+    def _require_right(self, pool: TeacherPool) -> None:
+        """Refuse a teacher that serves other scores than its plain forward pass gives."""
+        found = pool.comparison
+        if not isinstance(found, Comparison):
+            why = found or "scores.compare_rows is 0"
+            self.books.say(f"score: served scores are not held against a plain forward pass: {why}")
+            return
+        served = judge_served(found, TOLERANCES[self.config.teacher.engine.dtype])
+        self.books.event("compared", **asdict(found))
+        for finding in (judge_raw(found), served):
+            if finding.state == "FAILED":
+                raise TeacherFailed(f"the scores would not be the teacher's own. {finding.line()}")
+        self.books.say(f"score: {found.targets} {served.numbers}")
 
     def _explain_new(self, split: Split, store: ScoreStore) -> None:
         """Where the same rows were scored before, say why those scores do not serve."""

@@ -29,3 +29,10 @@ def local_ray() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let a drill that fails run once more: it kills processes of a cluster at their work, on a machine that may stand still."""
+    for item in items:
+        if item.get_closest_marker("ray") and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.flaky(reruns=1))

@@ -15,7 +15,15 @@ from actors.config import EngineConfig
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, check_scores, example_key
 from actors.score_store import ScoreStore
-from actors.teacher import TeacherReplica, TeacherSpec, build_engine, engine_environment, require_top_k, scores_from_candidates
+from actors.teacher import (
+    EngineStarted,
+    TeacherReplica,
+    TeacherSpec,
+    build_engine,
+    engine_environment,
+    require_top_k,
+    scores_from_candidates,
+)
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
 from actors.transformers_engine import TransformersEngine
@@ -207,7 +215,7 @@ def vllm_replica(local_ray: None, model_folder: Path) -> Iterator[Any]:
         .options(num_cpus=1, runtime_env={"env_vars": engine_environment(engine)})
         .remote(TeacherSpec(engine, ModelSource(str(model_folder)), TOP_K, LONGEST))
     )
-    assert ray.get(actor.start.remote(), timeout=300) == VOCAB
+    assert ray.get(actor.start.remote(), timeout=300) == EngineStarted(VOCAB)
     yield actor
     ray.get(actor.close.remote(), timeout=60)
     ray.kill(actor)
@@ -256,7 +264,7 @@ def test_rows_of_prompts_read_in_pieces_are_those_of_whole_prompts(local_ray: No
         .options(num_cpus=1, runtime_env={"env_vars": engine_environment(engine)})
         .remote(TeacherSpec(engine, ModelSource(str(model_folder)), TOP_K, 37))
     )
-    assert ray.get(actor.start.remote(), timeout=300) == VOCAB
+    assert ray.get(actor.start.remote(), timeout=300) == EngineStarted(VOCAB)
     found = ray.get(actor.score.remote(rows), timeout=300)
     ray.kill(actor)
     assert_agree(found, build_engine(spec(model_folder)).score(rows))

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,20 @@ from transformers import AutoModelForCausalLM
 from actors.config import DType
 from actors.diagnosis import Measurements, measure
 from actors.examples import ExampleFile, write_examples
-from actors.records import Example, TeacherScores, example_key
+from actors.records import Example, example_key
 from actors.replicas import TeacherFailed
 from actors.score_store import ScoreStore
-from actors.teacher import EngineFactory, TeacherEngine, TeacherReplica, TeacherSpec, build_engine, scores_from_candidates
+from actors.teacher import EngineFactory, TeacherReplica, TeacherSpec, build_engine
 from actors.training_task import ModelSource
-from actors.transformers_engine import TransformersEngine
 from orchestrator.cli import main
 from orchestrator.config import RunConfig
 from orchestrator.config_file import load_config
 from orchestrator.doctor import examine, largest_id, measure_served, spread_over_lengths
 from orchestrator.findings import TOLERANCES, Finding, judge_scores
 from tests.fakes import FakeTeacher, fake_spec
+from tests.faulty_engines import TOP_K, CrowdedEngine, RepeatingEngine, Serves, ShiftedEngine, SwappingEngine
 from tests.worlds import LONGEST, VOCAB, random_examples, tiny_llama, word_tokenizer
 
-TOP_K = 8
 CHECKS = ["scores", "batch", "raw", "served", "loss", "teacher"]
 
 
@@ -89,59 +87,6 @@ def the_failed(findings: list[Finding]) -> Finding:
     """Return the one finding that failed."""
     (failed,) = [finding for finding in findings if finding.state == "FAILED"]
     return failed
-
-
-# ---- engines with a fault, each built through the seam of the pool
-
-
-@dataclass(frozen=True)
-class Serves:
-    """Serves another model than it was asked for."""
-
-    model: Path
-
-    def __call__(self, spec: TeacherSpec) -> TeacherEngine:
-        return build_engine(replace(spec, model=ModelSource(str(self.model))))
-
-
-class ShiftedEngine(TransformersEngine):
-    """Reads each target's distribution one position too late."""
-
-    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
-        return [self._score_shifted(example) for example in examples]
-
-    @torch.inference_mode()
-    def _score_shifted(self, example: Example) -> TeacherScores:
-        logits = self._model(torch.from_numpy(example.token_ids[None].astype(np.int64))).logits[0]
-        logprobs = logits[example.target_positions].log_softmax(dim=1)
-        gold = logprobs.gather(1, torch.from_numpy(example.targets.astype(np.int64))[:, None])[:, 0]
-        top = logprobs.topk(TOP_K + 1, dim=1)
-        return scores_from_candidates(example, gold.numpy(), top.indices.numpy(), top.values.numpy())
-
-
-class SwappingEngine(TransformersEngine):
-    """Gives the right top-K tokens the probabilities of each other."""
-
-    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
-        return [replace(scores, topk_ids=scores.topk_ids[:, ::-1].copy()) for scores in super().score(examples)]
-
-
-class RepeatingEngine(TransformersEngine):
-    """Names the likeliest token twice."""
-
-    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
-        found = super().score(examples)
-        for scores in found:
-            scores.topk_ids[:, 1] = scores.topk_ids[:, 0]
-        return found
-
-
-class CrowdedEngine(TransformersEngine):
-    """Lets a row's scores depend on how many rows stand beside it."""
-
-    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
-        found = super().score(examples)
-        return found if len(found) == 1 else [replace(one, target_logprob=one.target_logprob - 0.05) for one in found]
 
 
 # ---- measuring and judging, without Ray

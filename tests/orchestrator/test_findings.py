@@ -12,7 +12,7 @@ from orchestrator.findings import TOLERANCES, Finding, judge_scores, judge_token
 from tests.worlds import VOCAB, word_tokenizer
 
 SOUND = Measurements(
-    targets=100, largest_target_error=1e-5, mean_target_error=1e-6, error_one_earlier=2.0, error_one_later=2.0,
+    targets=100, largest_target_error=1e-5, furthest_row=7, mean_target_error=1e-6, error_one_earlier=2.0, error_one_later=2.0,
     topk_agreement=1.0, mass_error=1e-5, slope=1.0, correlation=1.0, self_divergence=1e-6, self_refusal="", batch_error=1e-6,
     likeliest_spread=2.0, lowest_row_entropy=0.5, highest_row_entropy=1.5, teacher_loss=1.0, largest_topk_id=VOCAB - 1,
 )  # fmt: skip

@@ -1,10 +1,19 @@
-"""Teacher and student side by side: whose error is heard."""
+"""The scoring stage: what a run looks at before its first shard; whose error is heard where teacher and student run at once."""
 
+import json
 import threading
+from pathlib import Path
 
 import pytest
 
+from actors.replicas import TeacherFailed
+from actors.teacher import EngineFactory, build_engine
+from orchestrator.models import Models
+from orchestrator.run_dir import RunDir
 from orchestrator.scoring_stage import ScoringStage
+from tests.faulty_engines import Serves, ShiftedEngine
+from tests.orchestrator.trial_world import unscored_run
+from tests.worlds import tiny_llama
 
 
 class Pool:
@@ -56,3 +65,55 @@ def test_an_error_of_the_students_own_ends_the_teachers_work() -> None:
     with pytest.raises(RuntimeError, match="the student diverged"), stage.in_background():
         raise RuntimeError("the student diverged")
     assert not stage.finished and stage._pool.closed.is_set()  # type: ignore[union-attr]
+
+
+# ---- before the first shard
+
+
+def score(
+    folder: Path, engine_factory: EngineFactory = build_engine, **scores: int
+) -> tuple[list[str], list[dict[str, object]]]:
+    """Score a run; return what it said, and its events."""
+    config = unscored_run(folder, scores={"top_k": 8, "rows_per_shard": 8, **scores})
+    said: list[str] = []
+    with RunDir.open(config, say=said.append) as books:
+        stage = ScoringStage(config, books, Models(config, books.path), engine_factory)
+        stage.run()
+        events = [json.loads(line) for line in (books.path / "events.jsonl").read_text().splitlines()]
+    return said, events
+
+
+@pytest.mark.ray
+def test_served_scores_are_held_against_a_forward_pass_and_the_run_says_how_near_they_are(
+    local_ray: None, tmp_path: Path
+) -> None:
+    said, events = score(tmp_path)
+    (line,) = [line for line in said if "differ from a plain forward pass by at most" in line]
+    (compared,) = [event for event in events if event["event"] == "compared"]
+    assert f"{compared['targets']} targets differ" in line
+    assert 0 < compared["largest_target_error"] < 1e-4 and compared["topk_agreement"] > 0.99  # type: ignore[operator]
+
+
+@pytest.mark.ray
+def test_a_run_that_wants_no_comparison_says_that_there_is_none(local_ray: None, tmp_path: Path) -> None:
+    said, events = score(tmp_path, compare_rows=0)
+    assert any(line.endswith("scores are not held against a plain forward pass: scores.compare_rows is 0") for line in said)
+    assert not [event for event in events if event["event"] == "compared"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("shifted", r"FAILED served: .* nats \(may 0.001\), furthest in row \d+, .* one position after the right one"),
+        ("another", r"FAILED served: .* serves another model than teacher.model"),
+    ],
+)
+def test_a_run_stops_before_the_first_shard_of_a_teacher_that_serves_other_scores(
+    local_ray: None, tmp_path: Path, fault: str, message: str
+) -> None:
+    another = Serves(tiny_llama(tmp_path / "another", seed=9))
+    with pytest.raises(TeacherFailed, match=rf"the scores would not be the teacher's own\. {message}"):
+        score(tmp_path, {"shifted": ShiftedEngine, "another": another}[fault])
+    stores = list((tmp_path / "runs" / "scores").iterdir())
+    assert len(stores) == 2 and not [path for store in stores for path in store.glob("*.arrow*")]

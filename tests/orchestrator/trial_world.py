@@ -57,6 +57,19 @@ def config_in(folder: Path, **sections: Any) -> RunConfig:
 
 def scored_run(folder: Path, **sections: Any) -> RunConfig:
     """Make a run whose scores stand, so that a search begins with its trials; return its configuration."""
+    config = unscored_run(folder, **sections)
+    with RunDir.open(config, say=lambda line: None) as books:
+        stage = ScoringStage(config, books, Models(config, books.path))
+        assert stage.training_store is not None
+        fill(stage.training_store, ExampleFile(books.path / "data" / "train.arrow"), seed=5)
+        fill(stage.heldout_store, ExampleFile(books.path / "data" / "heldout.arrow"), seed=6)
+        facts = {"tokens": 100, "seconds": 1.0}
+        books.finish("score", {"train": facts, "heldout": facts, "seconds": 2.0})
+    return config
+
+
+def unscored_run(folder: Path, **sections: Any) -> RunConfig:
+    """Make a run whose rows and models stand; return its configuration."""
     for seed, name in enumerate(("teacher", "student"), start=1):
         if not (folder / name).exists():
             tiny_llama(folder / name, seed=seed)
@@ -65,15 +78,8 @@ def scored_run(folder: Path, **sections: Any) -> RunConfig:
         (books.path / "data").mkdir()
         write_examples(books.path / "data" / "train.arrow", random_examples(TRAIN_ROWS, seed=3))
         write_examples(books.path / "data" / "heldout.arrow", random_examples(HELDOUT_ROWS, seed=4))
-        models = Models(config, books.path)
-        load_tokenizer(str(folder / "teacher"), None, False).save_pretrained(models.tokenizer_folder)
+        load_tokenizer(str(folder / "teacher"), None, False).save_pretrained(Models(config, books.path).tokenizer_folder)
         books.finish("prepare", {"counts": {}, "source_sha256": None, "seconds": 0.0})
-        stage = ScoringStage(config, books, models)
-        assert stage.training_store is not None
-        fill(stage.training_store, ExampleFile(books.path / "data" / "train.arrow"), seed=5)
-        fill(stage.heldout_store, ExampleFile(books.path / "data" / "heldout.arrow"), seed=6)
-        facts = {"tokens": 100, "seconds": 1.0}
-        books.finish("score", {"train": facts, "heldout": facts, "seconds": 2.0})
     return config
 
 

@@ -1,0 +1,117 @@
+"""Served scores held against the teacher's own plain forward pass: the numbers. Nothing is judged here.
+
+N targets, K top-k. Logarithms are natural.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.records import TeacherScores
+
+LOWEST_COMPARED = -24.0  # nats; stored log-probabilities are exact down to here
+EARLIER, RIGHT, LATER = range(3)  # which of the model's predictions a score is held against: one before, its own, one after
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Numbers about served scores, over all targets of the rows. Reference: the teacher in float32, one row at a time."""
+
+    targets: int
+    """Targets the numbers are over."""
+
+    largest_target_error: float
+    """Nats, between the log-probability served for a target and the reference's."""
+
+    furthest_row: int
+    """The row, by its place in the dataset, that has this target."""
+
+    mean_target_error: float
+    """Nats, the error averaged over targets."""
+
+    error_one_earlier: float
+    """Mean error in nats if scores are held against the prediction one position before; NaN where no target has one."""
+
+    error_one_later: float
+    """The same for one position after."""
+
+    topk_agreement: float
+    """Share of the served top-K tokens that are among the reference's top-K, the target aside on both sides."""
+
+    mass_error: float
+    """Largest distance from one of the mass that target, top-K and tail hold together."""
+
+    slope: float
+    """Of served against reference log-probabilities of the same tokens; 1/T where logits were divided by T."""
+
+    correlation: float
+    """Of the same pairs. Both are taken within each target's distribution, so that no normaliser matters."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRow:
+    """A row's served scores beside what the reference says of the same tokens."""
+
+    row: int
+    """Its place in the dataset."""
+    served: TeacherScores
+    """What was served."""
+    target_logprob: np.ndarray
+    """float64 [3, N], the reference's."""
+    topk_logprobs: np.ndarray
+    """float64 [N, K], of the served top-K tokens."""
+    agreement: np.ndarray
+    """bool [N, K], which served top-K tokens are among the reference's."""
+
+
+def compare(rows: Sequence[ComparedRow]) -> Comparison:
+    """Return the numbers over all rows."""
+    errors = [np.abs(row.target_logprob - row.served.target_logprob) for row in rows]  # [3, N] each
+    error = np.concatenate(errors, axis=1)
+    slope, correlation = _slope(rows)
+    return Comparison(
+        targets=error.shape[1],
+        largest_target_error=float(error[RIGHT].max()),
+        furthest_row=rows[int(np.argmax([one[RIGHT].max() for one in errors]))].row,
+        mean_target_error=float(error[RIGHT].mean()),
+        error_one_earlier=_mean_of_known(error[EARLIER]),
+        error_one_later=_mean_of_known(error[LATER]),
+        topk_agreement=float(np.concatenate([row.agreement for row in rows]).mean()),
+        mass_error=max(float(np.abs(np.exp(classes(row.served)).sum(axis=1) - 1).max()) for row in rows),
+        slope=slope,
+        correlation=correlation,
+    )
+
+
+def named_logprobs(scores: TeacherScores) -> np.ndarray:
+    """Return float64 [N, K+1], the target's log-probability first."""
+    return np.concatenate([scores.target_logprob[:, None], scores.topk_logprobs], axis=1).astype(np.float64)
+
+
+def classes(scores: TeacherScores) -> np.ndarray:
+    """Return float64 [N, K+2], log-probabilities of target, top-K and tail."""
+    return np.concatenate([named_logprobs(scores), scores.tail_logmass[:, None].astype(np.float64)], axis=1)
+
+
+def _mean_of_known(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _slope(rows: Sequence[ComparedRow]) -> tuple[float, float]:
+    """Return slope and correlation of served against reference log-probabilities, each target's own means taken off."""
+    ours = np.concatenate([named_logprobs(row.served) for row in rows])  # [N, K+1]
+    theirs = np.concatenate([np.concatenate([row.target_logprob[RIGHT][:, None], row.topk_logprobs], axis=1) for row in rows])
+    compared = ours > LOWEST_COMPARED
+    counts = np.maximum(compared.sum(axis=1, keepdims=True), 1)
+
+    def centred(values: np.ndarray) -> np.ndarray:
+        values = np.where(compared, values, 0.0)
+        return np.where(compared, values - values.sum(axis=1, keepdims=True) / counts, 0.0)
+
+    ours, theirs = centred(ours), centred(theirs)
+    together, own, others = (ours * theirs).sum(), (ours**2).sum(), (theirs**2).sum()
+    if not own * others > 0:
+        return float("nan"), float("nan")
+    return float(together / others), float(together / np.sqrt(own * others))

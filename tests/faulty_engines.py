@@ -1,0 +1,65 @@
+"""Teachers' engines with a fault each, built through the seam of the pool."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from actors.records import Example, TeacherScores
+from actors.teacher import TeacherEngine, TeacherSpec, build_engine, scores_from_candidates
+from actors.training_task import ModelSource
+from actors.transformers_engine import TransformersEngine
+
+TOP_K = 8
+
+
+@dataclass(frozen=True)
+class Serves:
+    """Serves another model than it was asked for."""
+
+    model: Path
+
+    def __call__(self, spec: TeacherSpec) -> TeacherEngine:
+        return build_engine(replace(spec, model=ModelSource(str(self.model))))
+
+
+class ShiftedEngine(TransformersEngine):
+    """Reads each target's distribution one position too late."""
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        return [self._score_shifted(example) for example in examples]
+
+    @torch.inference_mode()
+    def _score_shifted(self, example: Example) -> TeacherScores:
+        logits = self._model(torch.from_numpy(example.token_ids[None].astype(np.int64))).logits[0]
+        logprobs = logits[example.target_positions].log_softmax(dim=1)
+        gold = logprobs.gather(1, torch.from_numpy(example.targets.astype(np.int64))[:, None])[:, 0]
+        top = logprobs.topk(TOP_K + 1, dim=1)
+        return scores_from_candidates(example, gold.numpy(), top.indices.numpy(), top.values.numpy())
+
+
+class SwappingEngine(TransformersEngine):
+    """Gives the right top-K tokens the probabilities of each other."""
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        return [replace(scores, topk_ids=scores.topk_ids[:, ::-1].copy()) for scores in super().score(examples)]
+
+
+class RepeatingEngine(TransformersEngine):
+    """Names the likeliest token twice."""
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        found = super().score(examples)
+        for scores in found:
+            scores.topk_ids[:, 1] = scores.topk_ids[:, 0]
+        return found
+
+
+class CrowdedEngine(TransformersEngine):
+    """Lets a row's scores depend on how many rows stand beside it."""
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        found = super().score(examples)
+        return found if len(found) == 1 else [replace(one, target_logprob=one.target_logprob - 0.05) for one in found]
