@@ -62,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return doctor(config, say)
         if options.command in TRIALS:
             from orchestrator.comparing import compare
+            from orchestrator.teachers import compare_teachers
             from orchestrator.tuning import tune
 
-            (tune if options.command == "tune" else compare)(config, say)
+            comparing = compare_teachers if config.compare.teachers else compare
+            (tune if options.command == "tune" else comparing)(config, say)
             return 0
         until, _ = COMMANDS[options.command]
         run(config, until, say)

@@ -1,12 +1,16 @@
 """What the user may say about a comparison: the section ``compare``. Imports neither torch nor Ray."""
 
 import difflib
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from losses.section import Section
 from orchestrator.search_config import METRICS, Direction, require_count, require_metric
+
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+OF_THE_TEACHER = ("kl_to_teacher", "top1_agreement")
 
 ARMS: dict[str, dict[str, Any]] = {
     "cross_entropy": {"teaching": "hard_label"},
@@ -25,7 +29,7 @@ helps."""
 class CompareConfig(Section):
     """The same student on the same scores, taught in several ways, with several seeds each."""
 
-    name: str = Field(default="compare", min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="compare", min_length=1, max_length=80, pattern=f"^{FOLDER_NAME}$")
     """Name of the comparison, and of its folder in the run's; another one of the same run needs another."""
 
     arms: tuple[str, ...] = tuple(ARMS)
@@ -40,6 +44,10 @@ class CompareConfig(Section):
     learning_rates: tuple[float, ...] = ()
     """Tried for each arm with the first seed before the comparison, which then takes each arm's best: losses differ in the
     size of their gradients. Empty: ``train.optimizer.learning_rate`` for all."""
+
+    teachers: dict[str, dict[str, Any]] = {}
+    """Teachers by name, each with what it changes in the section ``teacher``: the whole comparison is made under each, and ends
+    in what the teacher's size does to each arm. Empty: under the one teacher that the section has."""
 
     rungs: int = Field(default=4, ge=1)
     """How often a training is measured, evenly over its steps; the last time at its end."""
@@ -75,6 +83,16 @@ class CompareConfig(Section):
                 raise ValueError(f"learning rate {rate:g} stands twice; once would do")
         return rates
 
+    @field_validator("teachers")
+    @classmethod
+    def _teachers_are_several(cls, teachers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for teacher in teachers:
+            if not re.fullmatch(FOLDER_NAME, teacher):
+                raise ValueError(f"{teacher!r} cannot be a folder's name; letters, digits, dots and hyphens would do")
+        if len(teachers) == 1:
+            raise ValueError(f"{next(iter(teachers))} stands alone; two would do, or none for the one of the section teacher")
+        return teachers
+
     @field_validator("metric")
     @classmethod
     def _metric_is_measured(cls, metric: str) -> str:
@@ -91,6 +109,15 @@ class CompareConfig(Section):
             raise ValueError(f"baseline {self.baseline} is none of the arms {', '.join(self.arms)}; {self.arms[0]} would do")
         if len(self.arms) < 2:
             raise ValueError(f"arms holds {', '.join(self.arms)} alone; a comparison needs two")
+        return self
+
+    @model_validator(mode="after")
+    def _metric_is_of_the_student(self) -> "CompareConfig":
+        if self.teachers and self.metric in OF_THE_TEACHER:
+            raise ValueError(
+                f"metric {self.metric} is measured against each teacher itself and cannot be compared between teachers; "
+                "heldout_loss would do"
+            )
         return self
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import ray
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from actors.diagnosis import Measurements, measure
 from actors.examples import ExampleFile, spread_over_lengths, write_examples
@@ -21,7 +21,7 @@ from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
 from orchestrator.config import RunConfig
 from orchestrator.findings import TOLERANCES, Finding, judge_pair, judge_refused, judge_scores, judge_tokens
-from orchestrator.models import ROLES, Models
+from orchestrator.models import ROLES, Models, vocab_size_of
 from orchestrator.pipeline import life
 from orchestrator.resources import ray_for
 from orchestrator.run_dir import RunDir
@@ -96,12 +96,6 @@ def largest_id(examples: ExampleFile) -> int:
 def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
     """Return the tokenizer that stands beside a model."""
     return load_tokenizer(source.name, source.revision, source.trust_remote_code)
-
-
-def vocab_size_of(source: ModelSource) -> int:
-    """Return V, the width of a model's logits, as its configuration has it."""
-    config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
-    return int(config.get_text_config().vocab_size)
 
 
 def measure_served(

@@ -87,6 +87,10 @@ class Models:
         """Rows of the output head: those of a pretrained teacher, whose padded ids may stand among the scores."""
         if self.config.teacher.model.kind == "scratch":
             return len(tokenizer)
-        teacher = self.begun("teacher")
-        config = AutoConfig.from_pretrained(teacher.name, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
-        return max(len(tokenizer), config.get_text_config().vocab_size)
+        return max(len(tokenizer), vocab_size_of(self.begun("teacher")))
+
+
+def vocab_size_of(source: ModelSource) -> int:
+    """Return V, the width of a model's logits, as its configuration has it."""
+    config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    return int(config.get_text_config().vocab_size)

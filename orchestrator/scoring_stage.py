@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoConfig
-
 from actors.comparison import Comparison
 from actors.config import needs_teacher
 from actors.examples import ExampleFile, spread_over_lengths, write_atomically
@@ -23,7 +21,7 @@ from actors.teacher import EngineFactory, TeacherSpec, build_engine
 from actors.teacher_pool import TeacherPool
 from orchestrator.config import RunConfig
 from orchestrator.findings import TOLERANCES, judge_raw, judge_served
-from orchestrator.models import Models
+from orchestrator.models import Models, vocab_size_of
 from orchestrator.resources import settle_replicas
 from orchestrator.run_dir import Facts, RunDir
 from orchestrator.scoring import (
@@ -52,7 +50,7 @@ class ScoringStage:
         self.config, self.books = config, books
         self._engine_factory = engine_factory
         self._teacher = pin_revision(models.ready("teacher"))
-        self._vocab_size = _vocab_size(self._teacher.name, self._teacher.revision, self._teacher.trust_remote_code)
+        self._vocab_size = vocab_size_of(self._teacher)
         self._tokenizer_hash = tokenizer_hash(models.tokenizer())
         self.heldout_store = self._open("heldout")
         self.training_store = self._open("train") if needs_teacher(config.loss) else None
@@ -217,8 +215,3 @@ class ProgressLine:
         if time.monotonic() - self._said > PROGRESS_SECONDS:
             self._said = time.monotonic()
             self._books.say(f"score: {self._split} {line}")
-
-
-def _vocab_size(name: str, revision: str | None, trust_remote_code: bool) -> int:
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    return int(config.get_text_config().vocab_size)

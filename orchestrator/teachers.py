@@ -1,0 +1,130 @@
+"""``compare`` under several teachers: the same student and rows, every arm and seed under each, and what size does to it."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from actors.examples import ExampleFile
+from actors.forward_pass import count_weights
+from actors.score_store import ScoreStore
+from orchestrator.comparing import compare
+from orchestrator.config import RunConfig
+from orchestrator.config_file import ConfigError, validate
+from orchestrator.ledger import read_ledger
+from orchestrator.models import Models, vocab_size_of
+from orchestrator.pipeline import run
+from orchestrator.run_dir import RunDir
+from orchestrator.scoring import score_root
+from orchestrator.teachers_report import TaughtBy, write_teachers_report
+
+
+def compare_teachers(config: RunConfig, say: Callable[[str], None] = print) -> Path:
+    """Make the comparison under each teacher in a run of its own, going on where an earlier one stopped; return the folder.
+
+    Raises:
+        ConfigError: naming the teacher whose changes the configuration refuses.
+        ValueError: if the teachers do not read the same rows or would not teach the same student; and as ``compare``.
+    """
+    by_teacher = configs_by_teacher(config)
+    folder = config.run_dir / config.compare.name
+    with RunDir.open(config, say):
+        first, *others = by_teacher
+        for teacher, its_config in by_teacher.items():
+            run(its_config, "prepare", _told_of(teacher, say))
+            require_same_ground(by_teacher[first], its_config, first, teacher)
+        for teacher, its_config in by_teacher.items():
+            if teacher != first and its_config.student.fit is not None:
+                share_fitted_student(by_teacher[first], its_config, first)
+            compare(its_config, _told_of(teacher, say))
+        taught = [taught_by(teacher, its_config) for teacher, its_config in by_teacher.items()]
+        say(f"report: {write_teachers_report(config.name, taught, folder)}")
+    return folder
+
+
+def configs_by_teacher(config: RunConfig) -> dict[str, RunConfig]:
+    """Return, for each teacher, the configuration of its run: all stores stand where the run's own would.
+
+    Raises:
+        ConfigError: naming the teacher whose changes the configuration refuses.
+    """
+    found = {}
+    for teacher, changes in config.compare.teachers.items():
+        tree = config.model_dump(mode="json")
+        tree["teacher"] = laid_over(tree["teacher"], changes)
+        tree["compare"] |= {"teachers": {}, "name": "compare"}
+        tree["scores"]["root"] = str(score_root(config))
+        try:
+            found[teacher] = validate(tree | {"name": teacher, "output": str(config.run_dir / config.compare.name)})
+        except ConfigError as error:
+            raise ConfigError(f"compare.teachers.{teacher}: {error}") from None
+    return found
+
+
+def laid_over(base: Any, changes: Any) -> Any:
+    """Return a tree with changes laid over it, key by key; a section that says its ``kind`` stands for itself."""
+    if not isinstance(base, Mapping) or not isinstance(changes, Mapping) or "kind" in changes:
+        return changes
+    return {**base, **{key: laid_over(base.get(key), value) for key, value in changes.items()}}
+
+
+def require_same_ground(first: RunConfig, other: RunConfig, first_name: str, name: str) -> None:
+    """Refuse teachers under whom rows or student would be others.
+
+    Raises:
+        ValueError: naming both teachers, what differs and what would do.
+    """
+    if rows_of(first) != rows_of(other):
+        raise ValueError(
+            f"compare.teachers: {first_name} and {name} cut the rows into other tokens, and a loss a token cannot be compared; "
+            "teachers of one family, with one tokenizer, would do"
+        )
+    begun = [Models(one, one.run_dir).begun("student") for one in (first, other)]
+    widths = [vocab_size_of(source) for source in begun]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"compare.teachers: the student made from scratch knows {widths[0]} tokens under {first_name} and {widths[1]} under "
+            f"{name}, as its teacher does; a pretrained student, or teachers of one vocab_size, would do"
+        )
+
+
+def rows_of(config: RunConfig) -> list[str]:
+    """Return what names the rows of a run, tokens and masks included."""
+    return [ExampleFile(config.run_dir / "data" / f"{split}.arrow").hash for split in ("train", "heldout")]
+
+
+def share_fitted_student(first: RunConfig, other: RunConfig, first_name: str) -> None:
+    """Give a run the student that was fitted under the first teacher: it is the same, and need not be fitted again."""
+    theirs, ours = (Models(one, one.run_dir).fitted_folder("student") for one in (first, other))
+    with RunDir.open(other, say=lambda line: None) as books:
+        if books.result("fit_student") is not None:
+            return
+        copying = ours.with_name(f"{ours.name}.tmp")
+        for folder in (copying, ours):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(theirs, copying)
+        copying.rename(ours)
+        books.finish("fit_student", {"copied_from": first_name, "seconds": 0.0})
+
+
+def taught_by(teacher: str, config: RunConfig) -> TaughtBy:
+    """Return what came of the comparison under one teacher."""
+    source = Models(config, config.run_dir).ready("teacher")
+    shape = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    search = read_ledger(config.run_dir / config.compare.name / "ledger.jsonl")
+    return TaughtBy(teacher, count_weights(shape, source.trust_remote_code), heldout_loss(config), search)
+
+
+def heldout_loss(config: RunConfig) -> float:
+    """Return the teacher's own loss on the held-out rows, in nats per target, as it scored them."""
+    store = ScoreStore(Path(json.loads((config.run_dir / "scores.json").read_text())["heldout"]))
+    targets = [len(store.uncertainty_at(position)) for position in range(store.rows)]
+    losses = [store.teacher_loss_at(position) * count for position, count in enumerate(targets)]
+    return sum(losses) / sum(targets)
+
+
+def _told_of(teacher: str, say: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda line: say(f"{teacher}: {line}")
