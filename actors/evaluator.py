@@ -26,6 +26,7 @@ from actors.examples import ExampleFile
 from actors.score_store import ScoreStore
 from actors.student_head import vocab_size_of
 from actors.tally import HeldoutRows, Tally, batches_by_length
+from actors.token_view import TokenView, view_tokens
 from actors.training_task import ModelSource
 
 
@@ -70,6 +71,8 @@ class Evaluation:
 
     metrics: Metrics
     answers: tuple[Answer, ...]
+    views: tuple[TokenView, ...] = ()
+    """A few rows token by token, the same for every model."""
 
 
 def evaluate_model(
@@ -93,7 +96,8 @@ def evaluate_model(
     """
     examples, store = ExampleFile(Path(examples_path)), ScoreStore(Path(store_path))
     require_scores_of(store, examples)
-    texts = read_heldout_texts(Path(texts_path), examples.rows)[: evaluate.generate_rows]
+    all_texts = read_heldout_texts(Path(texts_path), examples.rows)
+    texts = all_texts[: evaluate.generate_rows]
     comparison = AnswerComparison(evaluate.answer_pattern)
     comparison.require_answers(texts)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=model.trust_remote_code)
@@ -116,7 +120,7 @@ def evaluate_model(
         seconds=time.perf_counter() - started,
         tokens_per_second=int(examples.lengths.sum()) / (predicted - started),
     )
-    return Evaluation(metrics, tuple(answers))
+    return Evaluation(metrics, tuple(answers), view_rows(network, tokenizer, examples, store, all_texts, top_k))
 
 
 def require_scores_of(store: ScoreStore, examples: ExampleFile) -> None:
@@ -149,6 +153,19 @@ def predict_rows(
         tally.add_logits(target_logits(model, batch), batch)
     tally.require_finite(name)
     return tally
+
+
+@torch.inference_mode()
+def view_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: ExampleFile, store: ScoreStore,
+    texts: list[HeldoutText], top_k: int,
+) -> tuple[TokenView, ...]:  # fmt: skip
+    """Return a few of the rows token by token, for the report; see ``view_tokens``."""
+
+    def logits_of(batch: MicroBatch) -> Tensor:
+        return target_logits(model, batch.to(model.device)).cpu()
+
+    return view_tokens(logits_of, HeldoutRows(examples, store, top_k, vocab_size_of(model)), tokenizer, examples, store, texts)
 
 
 def target_logits(model: PreTrainedModel, batch: MicroBatch) -> Tensor:

@@ -83,7 +83,6 @@ class ScoreStore:
         self.path = path
         try:
             self.identity: dict[str, Any] = manifest["identity"]
-            self.identity_hash: str = manifest["identity_hash"]
             self.rows: int = manifest["rows"]
             self.rows_per_shard: int = manifest["rows_per_shard"]
             self.top_k: int = self.identity["top_k"]
@@ -91,8 +90,8 @@ class ScoreStore:
             self.vocab_size: int = self.identity["vocab_size"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{manifest_path} is damaged: {type(error).__name__}: {error}; {remedy}") from error
-        if identity_hash(self.identity) != self.identity_hash:
-            raise ValueError(f"manifest.json of {path} was changed: its identity does not give its hash")
+        if manifest.pop("sha256", None) != identity_hash(manifest):
+            raise ValueError(f"manifest.json of {path} was changed: its fields do not give its checksum; {remedy}")
         self._shards: dict[int, ShardView] = {}
 
     @classmethod
@@ -107,11 +106,11 @@ class ScoreStore:
             manifest = {
                 "format": FORMAT,
                 "identity": dict(identity),
-                "identity_hash": identity_hash(identity),
                 "rows": rows,
                 "rows_per_shard": rows_per_shard,
             }
-            write_atomically(path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
+            sealed = {**manifest, "sha256": identity_hash(manifest)}
+            write_atomically(path / "manifest.json", json.dumps(sealed, indent=1, sort_keys=True).encode())
         store = cls(path)
         store.require(identity)
         return store

@@ -56,7 +56,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> None:
     schedule = make_schedule(optimizer, task.train.optimizer, total_steps)
 
     first = Progress(0, SamplerState(task.seed), LossState.first(task.loss))
-    done = checkpoints.load(student, optimizer, schedule) or first
+    done = checkpoints.load(student, optimizer, schedule, worker) or first
     batches = global_batches(len(examples), task.train.batch_rows, done.sampler, task.train.first_epoch == "store_order")
     goes_on = True
     with closing(MetricsLog.on_first_worker(worker, Path(task.metrics), task.name, first_step=done.step + 1)) as log:

@@ -10,14 +10,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from actors.checkpoint import Progress, load_checkpoint, save_checkpoint
+from actors.checkpoint_seal import damage, seal, set_aside
 from actors.workers import Worker
 
 
 class Checkpoints(Protocol):
     """Keeps the latest state of a run."""
 
-    def load(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> Progress | None:
-        """Put the latest checkpoint into the three and return where it stands; None if there is none."""
+    def load(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, worker: Worker) -> Progress | None:
+        """Put the latest whole checkpoint into the three and return where it stands; None if there is none."""
         ...
 
     def save(
@@ -28,15 +29,29 @@ class Checkpoints(Protocol):
 
 
 class RayTrainCheckpoints:
-    """Kept by Ray Train, which starts the workers again from the latest."""
+    """Kept by Ray Train, which starts the workers again from the latest. One that is damaged gives way to the one before."""
 
-    def load(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> Progress | None:
-        """Put the latest checkpoint into the three and return where it stands; None if there is none."""
+    def load(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, worker: Worker) -> Progress | None:
+        """Put the latest whole checkpoint into the three and return where it stands; None if there is none."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
-        with checkpoint.as_directory() as folder:
-            return load_checkpoint(Path(folder), student, optimizer, schedule)
+        latest = Path(checkpoint.path)
+        before = [path for path in latest.parent.glob("checkpoint_*") if path.is_dir() and path.name < latest.name]
+        for folder in (latest, *sorted(before, reverse=True)):
+            if self._is_whole(folder, worker):
+                return load_checkpoint(folder, student, optimizer, schedule)
+        return None
+
+    @staticmethod
+    def _is_whole(folder: Path, worker: Worker) -> bool:
+        """Look at a checkpoint together, and set it aside if any worker finds its part damaged."""
+        why = damage(folder, worker.rank, worker.world_size)
+        if worker.any(bool(why)):
+            if why:
+                set_aside(folder, why)
+            return False
+        return True
 
     def save(
         self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, progress: Progress, worker: Worker
@@ -44,13 +59,14 @@ class RayTrainCheckpoints:
         """Keep a checkpoint; all workers call it together."""
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(Path(folder), student, optimizer, schedule, progress, worker.rank)
+            seal(Path(folder), worker.rank, worker.world_size)
             ray.train.report({"step": progress.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 class NoCheckpoints:
     """For trials that take minutes: one that is interrupted begins anew."""
 
-    def load(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> Progress | None:
+    def load(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, worker: Worker) -> Progress | None:
         """Find none."""
         return None
 

@@ -39,6 +39,14 @@ class Worker:
         torch.distributed.broadcast(answer, src=0)
         return bool(answer)
 
+    def any(self, told: bool) -> bool:
+        """Return whether any worker was told so; all workers call it together."""
+        if self.world_size == 1:
+            return told
+        answer = torch.tensor([told], dtype=torch.uint8, device=self.device)
+        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
+        return bool(answer)
+
     def sum_over_workers(self, sums: LossSums) -> LossSums:
         """Return the sums of all workers together."""
         if self.world_size == 1:

@@ -47,6 +47,9 @@ class LossSums:
     hard_diversity: Tensor
     """Sum of DKD over hard tokens."""
 
+    easy_loss: Tensor
+    """The part of the loss that easy tokens make."""
+
     cross_entropy: Tensor
     """Sum of the cross entropy to the data's tokens, in nats, unweighted."""
 
@@ -73,7 +76,10 @@ class LossSums:
         return LossSums(*(value.detach() for value in self.tensors()))
 
     def means(self, loss: LossConfig) -> dict[str, float]:
-        """Return what this loss has to report: each term's mean in nats over the tokens it speaks of (0 where there are none)."""
+        """Return what this loss has to report: each term's mean in nats over the tokens it speaks of (0 where there are none).
+
+        ``easy_loss`` is a part of the loss, not a mean.
+        """
         targets, easy = max(float(self.targets), 1.0), float(self.easy)
         hard = max(float(self.targets) - easy, 1.0)
         found = {"cross_entropy": float(self.cross_entropy) / targets, "targets": float(self.targets)}
@@ -88,6 +94,7 @@ class LossSums:
             found["easy_diversity"] = float(self.easy_diversity) / max(easy, 1.0)
             found["hard_target"] = float(self.hard_target) / hard
             found["hard_diversity"] = float(self.hard_diversity) / hard
+            found["easy_loss"] = float(self.easy_loss)
         return found
 
 
@@ -182,24 +189,25 @@ def weighted_sums(
     total = weights.divergence.to(dtype) * terms.whole + weights.cross_entropy.to(dtype) * cross_entropy
     if terms.target is not None and terms.diversity is not None:
         total = total + weights.target.to(dtype) * terms.target + weights.diversity.to(dtype) * terms.diversity
-    return summed(total.sum(), terms, cross_entropy.detach(), weights.easy)
+    return summed(total, terms, cross_entropy.detach(), weights.easy)
 
 
-def summed(loss: Tensor, terms: Terms, cross_entropy: Tensor, easy: Tensor) -> LossSums:
-    """Put a loss together with the sums of its terms [N], of all tokens and of each group."""
+def summed(losses: Tensor, terms: Terms, cross_entropy: Tensor, easy: Tensor) -> LossSums:
+    """Sum the tokens' weighted losses [N] and their terms [N], of all tokens and of each group."""
     whole = terms.whole.detach()
     nothing = torch.zeros_like(whole)
     target = nothing if terms.target is None else terms.target.detach()
     diversity = nothing if terms.diversity is None else terms.diversity.detach()
     is_easy = easy.to(whole.dtype)
     return LossSums(
-        loss=loss,
+        loss=losses.sum(),
         divergence=whole.sum(),
         target_term=target.sum(),
         diversity_term=diversity.sum(),
         easy_diversity=(diversity * is_easy).sum(),
         hard_target=(target * (1 - is_easy)).sum(),
         hard_diversity=(diversity * (1 - is_easy)).sum(),
+        easy_loss=(losses.detach() * is_easy).sum(),
         cross_entropy=cross_entropy.sum(),
         targets=torch.full_like(whole.sum(), len(easy)),
         easy=is_easy.sum(),

@@ -3,8 +3,7 @@
 from markupsafe import Markup
 
 from orchestrator.ledger import Search
-from orchestrator.report_parts import Answer, Column, Grid, Part
-from orchestrator.reporting import Chart
+from orchestrator.report_parts import Answer, Chart, Column, Grid, Part
 from orchestrator.search_findings import difference_curves, mean_curves, values_of_arms
 from orchestrator.search_plots import Trace, arms_chart, differences_chart, trace_chart
 from orchestrator.search_table import SHOWS, label_of, metrics_of, written_metric

@@ -26,7 +26,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"no configuration file at {file}; {_nearby_configs(file)}")
-    tree = parse_yaml(file.read_text(), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); save it as UTF-8") from None
+    tree = parse_yaml(text, str(file))
     for override in overrides:
         apply_override(tree, override)
     return validate(tree)
@@ -36,7 +40,9 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     """Return the mapping that a YAML text holds; ``origin`` names it in errors."""
     try:
         tree = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ConfigError(f"{origin} is not YAML that can be read: it is nested too deeply, or holds itself") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError for numbers of thousands of digits, and dates that are none
         raise ConfigError(f"{origin} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -52,7 +58,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form section.key=value, such as loss.easy_ratio=0.3")
     try:
         value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {override!r}: the value {text!r} is not YAML; quote it if it is a text") from None
     *sections, name = key.split(".")
     for section in sections:

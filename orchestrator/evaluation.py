@@ -1,7 +1,7 @@
 """The evaluation stage: teacher, student before and student after, each measured by one Ray task, and their table."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from actors.config import EvaluateConfig
 from actors.evaluator import Evaluation, Metrics, evaluate_model
 from actors.examples import write_atomically
 from actors.score_store import ScoreStore
+from actors.token_view import TokenView
 from actors.training_task import ModelSource
 from orchestrator.config import RunConfig
 from orchestrator.models import Models
@@ -59,14 +60,23 @@ def evaluate_remote(
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Write metrics and answers as JSON, in one rename."""
+    """Write metrics, answers and token views as JSON, in one rename."""
     write_atomically(path, json.dumps(asdict(evaluation), indent=1, ensure_ascii=False).encode())
 
 
 def read_evaluation(path: Path) -> Evaluation:
     """Return what ``write_evaluation`` wrote."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return Evaluation(Metrics(**content["metrics"]), tuple(Answer(**answer) for answer in content["answers"]))
+    return Evaluation(
+        Metrics(**content["metrics"]), tuple(Answer(**answer) for answer in content["answers"]),
+        tuple(read_view(view) for view in content.get("views", ())),
+    )  # fmt: skip
+
+
+def read_view(content: Mapping[str, Any]) -> TokenView:
+    """Return a token view from the JSON it was written as."""
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    return TokenView(**fields)
 
 
 def comparison_table(teacher: Evaluation, before: Evaluation, after: Evaluation) -> ComparisonTable:

@@ -3,19 +3,19 @@
 import errno
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import transformers
 from ray.exceptions import RayTaskError
 
 from actors.replicas import TeacherFailed
+from orchestrator import sigterm
 from orchestrator.config import RunConfig
+from orchestrator.private_values import without_private_values
 from orchestrator.training import TrainingFailed
 
 PLANNED = (TeacherFailed, TrainingFailed)
@@ -35,12 +35,13 @@ class Verdict:
     """A few words for the terminal."""
 
 
+TERMINATED = Verdict(128 + signal.SIGTERM, f"terminated; {AGAIN}")
+
+
 def judge(error: BaseException) -> Verdict:
     """Say what an exception means to the user; what lies at its root decides."""
     if isinstance(error, KeyboardInterrupt):
         return Verdict(130, f"interrupted; {AGAIN}")
-    if isinstance(error, SystemExit):
-        return Verdict(128 + signal.SIGTERM, f"terminated; {AGAIN}")
     full = [one for one in roots(error) if isinstance(one, OSError) and one.errno in DISK_FULL]
     if full:
         return Verdict(1, f"the disk is full ({full[0]}): make room; {AGAIN}, nothing written is lost")
@@ -72,22 +73,15 @@ def guarded(config: RunConfig, work: Callable[[Callable[[str], None]], int]) -> 
         print(f"[{time.monotonic() - started:6.1f} s] {line}", flush=True)
 
     transformers.utils.logging.disable_progress_bar()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # as Ray does once it runs: what is held is given back on the way out
+    sigterm.listen()
     try:
         return work(say)
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and error.code != signal.SIGTERM:
-            raise
-        verdict = judge(error)
-        print(f"error: {verdict.message}", file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        verdict = TERMINATED if sigterm.received() else judge(error)
+        print(f"error: {without_private_values(verdict.message)}", file=sys.stderr)
         if (log := write_traceback(config.run_dir, error)) is not None and verdict.exit_code == 1:
             print(f"the whole story stands in {log}", file=sys.stderr)
         return verdict.exit_code
-
-
-def _exit_on_sigterm(number: int, frame: FrameType | None) -> None:
-    sys.exit(number)
 
 
 def write_traceback(folder: Path, error: BaseException) -> Path | None:
@@ -95,7 +89,7 @@ def write_traceback(folder: Path, error: BaseException) -> Path | None:
     path = folder / "error.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(traceback.format_exception(error)))
+        path.write_text(without_private_values("".join(traceback.format_exception(error))))
     except OSError:
         return None
     return path

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.ledger_lines import AnyLine, Begun, Decision, Ended, Ending, Line, Measured, Rung, SearchPlan, line_of, text_of
+from orchestrator.private_values import without_private_values
 
 Status = Literal["completed", "stopped", "failed", "unfinished"]
 
@@ -235,5 +236,5 @@ def _as_written(plan: SearchPlan) -> SearchPlan:
 
 
 def _encodable(error: str | None) -> str | None:
-    """Return the text of an error without halves of characters, which names of files bring along and UTF-8 cannot hold."""
-    return None if error is None else error.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Return the text of an error without secrets, and without halves of characters, which names of files bring along."""
+    return None if error is None else without_private_values(error.encode("utf-8", "backslashreplace").decode("utf-8"))

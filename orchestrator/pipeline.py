@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from orchestrator.config import RunConfig
+from orchestrator.environment import note_cluster, note_process
 from orchestrator.evaluation import evaluate
 from orchestrator.export import export
 from orchestrator.models import ROLES, Models
@@ -31,11 +32,13 @@ def run(config: RunConfig, until: str = "report", say: Callable[[str], None] = p
 
 def life(config: RunConfig, books: RunDir, overlap: bool) -> Iterator[str]:
     """Do stage after stage; yield the name of each once its result stands."""
+    note_process(books)
     models = Models(config, books.path)
     require_same_source(config, books.stage("prepare", partial(prepare, config, books, models)))
     yield "prepare"
 
     with nullcontext() if books.result("evaluate") else ray_for(config):
+        note_cluster(books)
         for role in ROLES:
             if models.side(role).fit is not None:
                 books.stage(f"fit_{role}", partial(fit, role, config, books, models))

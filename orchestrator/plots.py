@@ -59,7 +59,10 @@ class Curve:
     y: Sequence[float]
 
 
-def line_chart(name: str, curves: Sequence[Curve], x_label: str, y_label: str, smooth: bool = False) -> str:
+def line_chart(
+    name: str, curves: Sequence[Curve], x_label: str, y_label: str, smooth: bool = False,
+    y_limits: tuple[float, float] | None = None,
+) -> str:  # fmt: skip
     """Return an SVG of curves over a common axis.
 
     Args:
@@ -68,6 +71,7 @@ def line_chart(name: str, curves: Sequence[Curve], x_label: str, y_label: str, s
         x_label: name of the x axis.
         y_label: name of the y axis, with its unit.
         smooth: draw values faintly, and over them their moving average over a fortieth of the curve.
+        y_limits: ends of the y axis; those of the values unless said.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure, axes = _empty_figure()
@@ -79,6 +83,8 @@ def line_chart(name: str, curves: Sequence[Curve], x_label: str, y_label: str, s
                 x, y = x[window - 1 :], np.convolve(y, np.full(window, 1 / window), mode="valid")
             axes.plot(*_thinned(x, y), color=colour, label=curve.label, marker="o" if len(x) == 1 else None, markersize=3)
         axes.set(xlabel=x_label, ylabel=y_label)
+        if y_limits is not None:
+            axes.set_ylim(*y_limits)
         if len(curves) > 1:
             axes.legend()
         return svg_of(figure, name)
@@ -99,7 +105,9 @@ def histogram_chart(
         # Most tokens of a good teacher fall into the first bar: on a linear scale the others could not be seen.
         axes.set(xlabel=x_label, ylabel=f"{y_label}, log scale", xlim=(edges[0], edges[-1]), yscale="log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.margins(y=0.14)
+        drawn = shares[shares > 0]
+        if len(drawn):
+            axes.set_ylim(drawn.min() / 1.6, drawn.max() * 1.6)
         if border is not None:
             axes.axvline(border, color=INK, linewidth=1, linestyle=(0, (4, 3)))
             for label, side, points in zip(border_labels, ("right", "left"), (-4, 4), strict=True):

@@ -1,8 +1,25 @@
-"""What the page of a search is put together from: an answer, and parts of tables and charts."""
+"""What pages are put together from: charts, tables, and for a search an answer; and how they are written."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from orchestrator.reporting import Chart
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from actors.examples import write_atomically
+from orchestrator.private_values import without_private_values
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A picture with its heading and a sentence below it."""
+
+    heading: str
+    svg: Markup
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +58,21 @@ class Answer:
     notes: tuple[str, ...] = ()
     overrides: str = ""
     """Overrides of the best trial, as the command line takes them."""
+
+
+def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
+    """Write a page from a template of the folder ``pages``; every text in it is escaped, and no secret of this process stays."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "pages"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template(template).render(content)
+    write_atomically(path, without_private_values(page).encode())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file, one a line, none if there is no file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]

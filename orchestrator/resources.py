@@ -22,6 +22,7 @@ from actors.placement import (
     worker_need,
     workers_beside,
 )
+from orchestrator import sigterm
 from orchestrator.config import RunConfig
 from orchestrator.scoring import score_root
 from orchestrator.shared_folder import require_shared
@@ -58,7 +59,9 @@ def demand(config: RunConfig) -> Demand:
 
 @contextmanager
 def ray_for(config: RunConfig) -> Iterator[None]:
-    """Use the cluster that ``RAY_ADDRESS`` names, the Ray this process is connected to, or a private local one.
+    """Use the Ray this process is connected to, the cluster that ``RAY_ADDRESS`` names, or, where it names none, a private one.
+
+    A private Ray is made for this process and ends with it; another that runs on the machine is left alone.
 
     Raises:
         ValueError: naming what the run wants, what there is and what would do, before anything is started on it; or a
@@ -69,17 +72,18 @@ def ray_for(config: RunConfig) -> Iterator[None]:
     if begun_here:
         for name, value in TRAIN_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level="WARNING")
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(needed.cpus)),
-                include_dashboard=False,
-                object_store_memory=STORE_BYTES,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
+        with sigterm.listening_on():
+            if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+                ray.init(log_to_driver=False, logging_level="WARNING")
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, math.ceil(needed.cpus)),
+                    include_dashboard=False,
+                    object_store_memory=STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                )
     try:
         require_places(config, read_nodes())
         require_shared([config.run_dir, score_root(config)])

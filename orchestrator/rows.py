@@ -130,6 +130,10 @@ def _parse_json(content: bytes, path: Path, line: int) -> Any:
         hint = f"; {ONE_A_LINE}" if path.suffix == ".json" and error.msg == "Extra data" else ""
         where = f"{path}:{line + error.lineno - 1}"
         raise ValueError(f"{where}: malformed JSON at column {error.colno}: {error.msg}{hint}") from error
+    except RecursionError:
+        raise ValueError(f"{path}:{line}: lists and objects are nested too deeply to be rows") from None
+    except ValueError as error:  # numbers of thousands of digits
+        raise ValueError(f"{path}:{line}: {error}") from None
 
 
 def _require_object(value: Any, where: str) -> Row:

@@ -19,6 +19,7 @@ import yaml
 from actors.examples import write_atomically
 from orchestrator.config import RunConfig
 from orchestrator.config_file import config_difference, dump_config
+from orchestrator.private_values import without_secrets_within
 
 Facts = dict[str, Any]
 """What a stage leaves for later ones: plain JSON."""
@@ -93,9 +94,10 @@ class RunDir:
         return json.loads(path.read_text()) if path.exists() else None
 
     def event(self, name: str, **fields: Any) -> None:
-        """Append a line to the event log."""
+        """Append a line to the event log; it holds no secrets."""
+        line = {"time": time.time(), "event": name, **without_secrets_within(fields)}
         with open(self.path / "events.jsonl", "a") as file:
-            file.write(json.dumps({"time": time.time(), "event": name, **fields}) + "\n")
+            file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         """Let another process take the folder."""

@@ -1,7 +1,7 @@
 """The report of a search or a comparison: one page that needs nothing but itself, and that a person can decide by.
 
-It is made from ``ledger.jsonl`` and, where it is there, ``cost.json``. Only what was measured on the held-out rows is shown:
-teachings have training losses of different scales.
+It is made from ``ledger.jsonl`` and, where they are there, ``cost.json`` and the configuration and events of the run above it.
+Only what was measured on the held-out rows is shown: teachings have training losses of different scales.
 """
 
 import json
@@ -10,13 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from actors.examples import write_atomically
 from orchestrator import __version__
 from orchestrator.compare_report import compare_answer, compare_parts
 from orchestrator.ledger import Search, Trial, read_ledger
-from orchestrator.report_parts import Answer, Column, Grid, Part
+from orchestrator.report_about import about_run
+from orchestrator.report_parts import Answer, Column, Grid, Part, write_page
 from orchestrator.search_findings import numeric_axes
 from orchestrator.search_table import axes_of, label_of, metrics_of, ranked, written_metric, written_setting
 from orchestrator.tune_report import tune_answer, tune_parts
@@ -45,13 +43,8 @@ def write_search_report(folder: Path) -> Path:
     Raises:
         ValueError: if the ledger or ``cost.json`` is missing or damaged; the message names the file.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "pages"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     content = search_content(read_ledger(folder / LEDGER), read_cost(folder / COST))
-    page = environment.get_template("search.html.j2").render(content)
-    write_atomically(folder / REPORT, page.encode())
+    write_page(folder / REPORT, "search.html.j2", {**content, "about": about_run(folder.parent)})
     return folder / REPORT
 
 

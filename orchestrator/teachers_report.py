@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
@@ -19,8 +18,8 @@ from orchestrator import __version__
 from orchestrator.compare_report import written_difference, written_interval, written_p, written_summary
 from orchestrator.ledger import Search
 from orchestrator.plots import SERIES, svg_of
-from orchestrator.report_parts import Answer, Column, Grid, Part
-from orchestrator.reporting import Chart
+from orchestrator.report_about import about_run
+from orchestrator.report_parts import Answer, Chart, Column, Grid, Part, write_page
 from orchestrator.search_findings import values_of_arms
 from orchestrator.search_plots import chart
 from orchestrator.search_report import REPORT, described
@@ -53,12 +52,7 @@ def write_teachers_report(name: str, taught: Sequence[TaughtBy], folder: Path) -
         buffer = pa.BufferOutputStream()
         write(teachers_table(taught), buffer)
         write_atomically(folder / file, buffer.getvalue().to_pybytes())
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "pages"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    page = environment.get_template("search.html.j2").render(teachers_content(name, taught))
-    write_atomically(folder / REPORT, page.encode())
+    write_page(folder / REPORT, "search.html.j2", {**teachers_content(name, taught), "about": about_run(folder.parent)})
     return folder / REPORT
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from actors.checkpoint_seal import damaged_checkpoints
 from actors.config import TrainConfig, WorkersConfig
 from actors.metrics_log import read_metrics
 from actors.placement import worker_need
@@ -41,7 +42,7 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
         scaling_config=scaling_of(workers),
         run_config=_run_config(task.train, task.name, checkpoints),
     )
-    with _progress_lines(task, say), _keyboard_interrupt():
+    with _telling_damage(task, checkpoints / task.name, say), _progress_lines(task, say), _keyboard_interrupt():
         try:
             error = trainer.fit().return_value
         except WorkerGroupError as failure:
@@ -91,6 +92,17 @@ def _run_config(train: TrainConfig, name: str, checkpoints: Path) -> RunConfig:
 
 
 @contextmanager
+def _telling_damage(task: TrainingTask, folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Say afterwards which checkpoints the workers passed over."""
+    before = len(damaged_checkpoints(folder))
+    try:
+        yield
+    finally:
+        for line in damaged_checkpoints(folder)[before:]:
+            say(f"{task.name}: a checkpoint was damaged and passed over, the steps since the one before were done again. {line}")
+
+
+@contextmanager
 def _keyboard_interrupt() -> Iterator[None]:
     """Let Ctrl-C be a KeyboardInterrupt: Ray Train's own handler ends the process with exit code 0, and stays installed."""
     if threading.current_thread() is not threading.main_thread():
@@ -99,9 +111,7 @@ def _keyboard_interrupt() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit as stop:
-        if stop.code == signal.SIGTERM:
-            raise
+    except SystemExit:
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -8,8 +8,7 @@ import yaml
 from markupsafe import Markup
 
 from orchestrator.ledger import Search, Trial
-from orchestrator.report_parts import Answer, Column, Grid, Part
-from orchestrator.reporting import Chart
+from orchestrator.report_parts import Answer, Chart, Column, Grid, Part
 from orchestrator.search_findings import (
     Snapshot,
     at_the_end,

@@ -1,6 +1,7 @@
 """Whole runs from the command line: real vLLM, real Ray Train, tiny models."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.identity import identity_hash
 from actors.metrics_log import read_metrics
 from actors.score_store import ScoreStore
 
@@ -25,6 +27,11 @@ TINY = [
     "evaluate.generate_rows=8", "evaluate.max_new_tokens=8", "evaluate.cpus=1",
 ]  # fmt: skip
 
+SECRETS = {
+    "HF_TOKEN": "hf_NotARealTokenOfAnyone", "RAY_AUTH_TOKEN": "not-a-token-of-any-cluster", "WANDB_API_KEY": "40aa7f3b55c8d6e1",
+}  # fmt: skip
+"""What stands in many users' environments, and must stay there."""
+
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
@@ -33,7 +40,8 @@ def command(output: Path, *overrides: str) -> list[str]:
 
 
 def finish(output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(output, *overrides), capture_output=True, text=True, timeout=600)
+    surroundings = {**os.environ, **SECRETS}
+    return subprocess.run(command(output, *overrides), capture_output=True, text=True, timeout=600, env=surroundings)
 
 
 def begun(output: Path, metrics: Path, steps: int, *overrides: str) -> subprocess.Popen[str]:
@@ -68,6 +76,16 @@ def test_a_run_goes_from_rows_to_a_report_and_says_so(undisturbed: subprocess.Co
     assert (run / "report.html").stat().st_size > 20_000
 
 
+def test_no_file_of_a_run_holds_a_secret_of_its_environment(
+    undisturbed: subprocess.CompletedProcess[str], output: Path
+) -> None:
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert {"report.html", "events.jsonl", "config.yaml", "train.jsonl", "README.md"} <= {path.name for path in files}
+    for secret in SECRETS.values():
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
+        assert secret not in undisturbed.stdout + undisturbed.stderr
+
+
 def test_the_student_learned_and_the_teacher_agrees_with_itself(
     undisturbed: subprocess.CompletedProcess[str], output: Path
 ) -> None:
@@ -87,7 +105,7 @@ def test_the_exported_student_is_an_ordinary_folder(undisturbed: subprocess.Comp
     assert (folder / "model.safetensors").exists()
     card = (folder / "README.md").read_text()
     identity = json.loads((output / "undisturbed" / "scores.json").read_text())["train"]
-    assert ScoreStore(Path(identity)).identity_hash in card and "held-out loss" in card
+    assert identity_hash(ScoreStore(Path(identity)).identity) in card and "held-out loss" in card
 
 
 def test_the_same_command_again_does_nothing_twice(undisturbed: subprocess.CompletedProcess[str], output: Path) -> None:

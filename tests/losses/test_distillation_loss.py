@@ -145,19 +145,20 @@ def test_sums_for_reports_are_of_each_group_and_carry_no_gradient() -> None:
     assert sums.easy_diversity.item() == pytest.approx(sum(d for _, d, is_easy in terms if is_easy))
     assert sums.hard_target.item() == pytest.approx(sum(t for t, _, is_easy in terms if not is_easy))
     assert sums.hard_diversity.item() == pytest.approx(sum(d for _, d, is_easy in terms if not is_easy))
+    assert sums.easy_loss.item() == pytest.approx(0.2 * sum(d for _, d, is_easy in terms if is_easy) / 3), "easy_weight 0.2"
     assert [field.name for field in fields(sums) if getattr(sums, field.name).requires_grad] == ["loss"]
 
 
 def test_means_are_over_the_tokens_each_term_speaks_of() -> None:
     values = dict(
         loss=1.0, divergence=20.0, target_term=8.0, diversity_term=12.0, easy_diversity=2.0, hard_target=3.0, hard_diversity=9.0,
-        cross_entropy=4.0, targets=4.0, easy=1.0,
+        easy_loss=0.125, cross_entropy=4.0, targets=4.0, easy=1.0,
     )  # fmt: skip
     sums = LossSums(**{name: torch.tensor(value) for name, value in values.items()})
     atkd, jensen = AtkdLoss(teaching="atkd"), loss_of("coupled", divergence="jensen_shannon")
     assert sums.means(atkd) == {
         "cross_entropy": 1.0, "targets": 4.0, "divergence": 5.0, "target_term": 2.0, "diversity_term": 3.0,
-        "easy_share": 0.25, "easy_diversity": 2.0, "hard_target": 1.0, "hard_diversity": 3.0,
+        "easy_share": 0.25, "easy_diversity": 2.0, "hard_target": 1.0, "hard_diversity": 3.0, "easy_loss": 0.125,
     }  # fmt: skip
     assert sums.means(loss_of("coupled")).keys() == {"cross_entropy", "targets", "divergence", "target_term", "diversity_term"}
     assert sums.means(jensen) == {"cross_entropy": 1.0, "targets": 4.0, "divergence": 5.0}, "it has no two terms"

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from ray.exceptions import RayTaskError
 
 from actors.identity import StoreMismatch
 from actors.replicas import TeacherFailed
+from orchestrator import sigterm
 from orchestrator.config_file import load_config
 from orchestrator.failure import Verdict, guarded, judge, write_traceback
 from orchestrator.training import TrainingFailed
@@ -29,7 +31,6 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/store/shard-00001.arro
     ("error", "exit_code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from where it stopped"),
-        (SystemExit(15), 143, "terminated; the same command goes on from where it stopped"),
         (ValueError("loss.easy_ratio 3"), 2, "loss.easy_ratio 3"),
         (StoreMismatch("other scores"), 2, "other scores"),
         (RayTaskError("score", "trace", ValueError("row 7 is wrong")), 2, "row 7 is wrong"),
@@ -84,3 +85,57 @@ def test_sigterm_ends_a_command_in_order(tmp_path: Path, capsys: pytest.CaptureF
         signal.signal(signal.SIGTERM, before)
     assert given_back == [True]
     assert "error: terminated; the same command goes on from where it stopped" in capsys.readouterr().err
+
+
+def test_sigterm_does_what_ctrl_c_would_and_is_told_from_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, before = load_config("configs/tiny_cpu.yaml", [f"output={tmp_path}"]), (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in before]
+    called = []
+
+    def as_ray_train_does(number: int, frame: object) -> None:
+        called.append(number)
+        sys.exit(0)
+
+    def terminated(say: Callable[[str], None]) -> int:
+        signal.signal(signal.SIGINT, as_ray_train_does)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except SystemExit:
+            raise TrainingFailed("train: its workers are gone") from None
+        return 0
+
+    def failed(say: Callable[[str], None]) -> int:
+        raise TrainingFailed("train: worker 0 failed")
+
+    try:
+        assert guarded(config, terminated) == 143
+        assert guarded(config, failed) == 1  # another command of this process has not been terminated
+    finally:
+        for number, handler in zip(before, handlers, strict=True):
+            signal.signal(number, handler)
+    assert called == [signal.SIGINT]
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "error: terminated; the same command goes on from where it stopped", "error: train: worker 0 failed",
+    ]  # fmt: skip
+
+
+def test_our_handling_of_sigterm_outlives_whoever_sets_another() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with sigterm.listening_on():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # nobody asked for ours
+        with pytest.raises(SystemExit), sigterm.listening_on():
+            sys.exit(3)
+        sigterm.listen()
+        ours = signal.getsignal(signal.SIGTERM)
+        with sigterm.listening_on():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) is ours and not sigterm.received()
+        with pytest.raises(KeyboardInterrupt), sigterm.listening_on():
+            sys.exit(signal.SIGTERM)  # by Ray's handler, while Ray starts
+        assert signal.getsignal(signal.SIGTERM) is ours and sigterm.received()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -7,147 +7,57 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from actors.answers import Answer
-from actors.evaluator import Evaluation, Metrics
-from actors.records import Example, TeacherScores, example_key, tail_logmass
-from actors.score_store import ScoreStore
-from orchestrator.config_file import dump_config, validate
-from orchestrator.evaluation import comparison_table, write_evaluation
 from orchestrator.plots import INK, MOST_POINTS, SERIES, Curve, histogram_chart, line_chart
-from orchestrator.reporting import (
-    StageTime,
-    curve_of,
-    read_json_lines,
-    sampled_uncertainties,
-    spread_over_tasks,
-    stage_times,
-    uncertainty_histogram,
-    write_report,
-)
-from orchestrator.table import write_table
+from orchestrator.report_charts import curve_of, sampled_uncertainties, shares_charts, uncertainty_histogram
+from orchestrator.report_parts import read_json_lines
+from orchestrator.reporting import StageTime, finding, spread_over_tasks, stage_times, write_report
+from orchestrator.table import TableRow
+from tests.orchestrator.pages import EVIL, TARGET_PROBABILITIES, Page, bare_run, require_closed, whole_run, write_store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-EVIL = "<script>document.title='broken'</script> & \"more\""
-TARGET_PROBABILITIES = (0.99, 0.92, 0.5, 0.2, 0.02, 0.97, 0.6)
-
-
-def bare_run(folder: Path) -> Path:
-    shape = {"kind": "scratch", "hidden_size": 64, "layers": 2, "heads": 2}
-    config = validate(
-        {
-            "name": "my-run", "tokenizer": {"vocab_size": 300}, "teacher": {"model": shape, "fit": {"train": {}}},
-            "student": {"model": shape},
-            "data": {"format": {"kind": "instruction", "prompt": "{{ q }} </pre><script>x()</script>"}},
-        }
-    )  # fmt: skip
-    folder.mkdir()
-    (folder / "config.yaml").write_text(dump_config(config))
-    return folder
-
-
-def whole_run(folder: Path) -> Path:
-    run = bare_run(folder)
-    (run / "metrics").mkdir()
-    for name in ("fit_teacher", "train"):
-        steps = [{"step": i, "loss": 4 / i, "learning_rate": 1e-3 / i, "hard_target": 1 / i, "tokens": 9} for i in range(1, 90)]
-        (run / "metrics" / f"{name}.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    events = [
-        {"time": 1.7e9, "event": "stage_started", "stage": "train"},
-        {"time": 1.7e9, "event": "stage_started", "stage": "train"},
-        {"time": 1.7e9 + 75, "event": "stage_finished", "stage": "train", "seconds": 75.0, "tokens_per_second": 1234.5},
-    ]
-    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"time": 1.7e9, "ev')
-    store = write_store(run / "store")
-    (run / "scores.json").write_text(json.dumps({"train": str(store.path)}))
-    (run / "evaluation").mkdir()
-    evaluations = []
-    for name, generated in (("teacher", "right"), ("student_before", EVIL), ("student_after", "")):
-        right = generated == "right"
-        answers = tuple(Answer(row, f"task{row % 2}", f"ask {EVIL}", "right", generated, right, None) for row in range(6))
-        evaluations.append(Evaluation(Metrics(0.5, 0.25, 0.75, 0.1, 1.0, None, 1000, 7, 1.0, 2.0), answers))
-        write_evaluation(run / "evaluation" / f"{name}.json", evaluations[-1])
-    write_table(run, comparison_table(*evaluations))
-    return run
-
-
-def write_store(path: Path) -> ScoreStore:
-    """One row a target, two shards, of a vocabulary of three."""
-    examples, scores = [], []
-    for row, probability in enumerate(TARGET_PROBABILITIES):
-        ids, mask = np.array([1, 0], dtype=np.int32), np.array([False, True])
-        key = example_key(ids, mask)
-        target, others = np.log([[probability], [(1 - probability) * 0.6]]).astype(np.float32)
-        examples.append(Example(ids, mask, key, row))
-        tail = tail_logmass(target, others[:, None])
-        scores.append(TeacherScores(key, target, np.array([[2]], dtype=np.int32), others[:, None], tail))
-    store = ScoreStore.open_or_create(path, {"top_k": 1, "vocab_size": 3}, len(examples), rows_per_shard=4)
-    for shard in range(2):
-        here = store.positions(shard)
-        store.write_shard(shard, [examples[i] for i in here], [scores[i] for i in here])
-    return store
-
-
-class Page(HTMLParser):
-    """Collects what a page refers to, its elements, and its text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.references: list[str] = []
-        self.elements: list[str] = []
-        self.ids: list[str] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        for name, value in attrs:
-            if name in ("src", "href", "xlink:href", "data", "action", "poster", "srcset"):
-                self.references.append(value or "")
-            if name == "id":
-                self.ids.append(value or "")
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_the_page_shows_the_whole_run(tmp_path: Path) -> None:
     path = write_report(whole_run(tmp_path / "run"))
     assert path == tmp_path / "run" / "report.html"
     page = Page(path.read_text())
-    assert page.elements.count("svg") == 6  # loss and rate of two trainings, terms, uncertainty
-    assert page.elements.count("figure") == 6
+    assert page.elements.count("svg") == 8  # loss and rate of two trainings, terms, shares, uncertainty and its places
+    assert page.elements.count("figure") == 8
     for words in (
         "my-run", "teacher 2 layers of width 64", "held-out loss (nats per target)", "Loss, fitting the teacher",
-        "Learning rate, distillation", "Terms of the loss", "Uncertainty of the teacher", "7 training targets; median 0.4",
-        "task1 (3)", "begun 2 times", "1 min 15 s", "1,234", "(nothing)", "easy_ratio: 0.5",
+        "Learning rate, distillation", "Terms of the loss", "Easy and hard", "Uncertainty of the teacher",
+        "7 training targets; median 0.4", "Where the teacher is uncertain", "Texts, token by token", "task1 (3)", "begun 2 times",
+        "1 min 15 s", "1,234", "(nothing)", "easy_ratio: 0.5", "Held-out loss: 0.5000 before, 0.5000 after, as before",
+        "Exact match of 6 answers: ",
+        "0123456789ab, files changed since", "2 × 16 CPUs, 1 GPUs (H100); 1 node, 4 CPUs", "A Processor, 2 CPUs, 8 GiB",
+        "finished train", "3.11.9", "atkd run a.yaml",
     ):  # fmt: skip
         assert words in page.text, words
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    content = write_report(whole_run(tmp_path / "run")).read_text()
-    page = Page(content)
-    assert all(reference.startswith("#") for reference in page.references)
-    assert {reference[1:] for reference in page.references} <= set(page.ids)
-    assert len(set(page.ids)) == len(page.ids), "no two drawings share an id"
-    assert not {"script", "link", "iframe", "img", "object", "embed"} & set(page.elements)
-    addresses = set(re.findall(r"https?://[^\"'<\s)]+", content))
-    assert addresses == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, "names of namespaces, never fetched"
-    assert not re.search(r"url\((?!#)|@import", content)
+    require_closed(write_report(whole_run(tmp_path / "run")).read_text())
 
 
 def test_texts_stay_texts(tmp_path: Path) -> None:
-    content = write_report(whole_run(tmp_path / "run")).read_text()
+    run = whole_run(tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("name: my-run", f"name: {json.dumps(EVIL)}"))
+    content = write_report(run).read_text()
+    require_closed(content)
     assert "<script" not in content
-    assert "&lt;script&gt;document.title=" in content
-    assert content.count("</pre>") == 1
-    assert EVIL in Page(content).text
+    page = Page(content)
+    assert page.text.count("</pre><script>x()") == 1, "a template in the configuration"
+    assert page.text.count(f"ask {EVIL}") == 6 + 1, "six prompts and one text"
+    assert page.text.count(f"ask {EVIL} well") == 1, "pieces of tokens are the text again"
+    assert f"Linux {EVIL}" in page.text and f"'x={EVIL}'" in page.text, "environment and command"
+    assert page.text.lstrip().startswith(f"{EVIL} · report"), "the title, though it has the name of the run"
+    assert [title for title in page.having("span", "title") if f"‘{EVIL.replace(' ', '␣')}’" in title]
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
@@ -229,19 +139,80 @@ def test_a_long_curve_is_thinned() -> None:
     assert len(drawing) < 60 * MOST_POINTS
 
 
+def test_shares_are_of_tokens_and_of_the_loss() -> None:
+    first, last = {"loss": 4.0, "easy_share": 0.5, "easy_loss": 1.0}, {"loss": 0.0, "easy_share": 0.25, "easy_loss": 0.0}
+    steps = [{"step": 1, **first}, {"step": 2, **last}]
+    (chart,) = shares_charts(steps)
+    assert "easy tokens, of all tokens" in chart.svg and "easy tokens' loss, of the loss" in chart.svg
+    (older,) = shares_charts([{"step": 1, "loss": 4.0, "easy_share": 0.5}])
+    assert "of the loss" not in older.svg, "a run of an older version has no such number"
+    assert shares_charts([{"step": 1, "loss": 4.0}]) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "less_is_better", "words"),
+    [
+        ("heldout_loss", (0.4, 0.8, 0.5), True, "It: 0.8000 before, 0.5000 after, 75 % of the way to the teacher's 0.4000."),
+        ("heldout_loss", (0.4, 0.8, 0.9), True, "It: 0.8000 before, 0.9000 after, worse than before; the teacher has 0.4000."),
+        ("heldout_loss", (0.9, 0.8, 0.7), True, "It: 0.8000 before, 0.7000 after; the teacher has 0.9000."),
+        ("kl_to_teacher", (0.0, 0.8, 0.2), True, "It: 0.8000 before, 0.2000 after, 75 % less."),
+        ("kl_to_teacher", (0.0, 0.2, 0.8), True, "It: 0.2000 before, 0.8000 after, worse than before."),
+        ("exact_match", (0.5, 0.0, 0.25), False, "It: 0.0000 before, 0.2500 after, 50 % of the way to the teacher's 0.5000."),
+        ("exact_match", (0.5, 0.1, 0.1), False, "It: 0.1000 before, 0.1000 after, as before; the teacher has 0.5000."),
+    ],
+)  # fmt: skip
+def test_a_finding_says_how_far_the_student_came(
+    metric: str, values: tuple[float, ...], less_is_better: bool, words: str
+) -> None:
+    assert finding(TableRow(metric, metric, "nats", values), "It", less_is_better) == words
+
+
+PROBE = """<script>
+const token = document.querySelectorAll('.token')[0], seen = {}, style = element => getComputedStyle(element);
+for (const input of document.querySelectorAll('.reading input')) {
+  input.click();
+  const lists = [...document.querySelectorAll('.highlights')].filter(list => style(list).display !== 'none');
+  seen[input.value] = [style(token).backgroundColor, lists.map(list => list.className.split('of-')[1])];
+}
+const found = {seen, ink: style(token).color, paper: style(document.body).backgroundColor,
+  width: document.documentElement.scrollWidth, window: window.innerWidth};
+document.body.insertAdjacentHTML('beforeend', '<pre id="found"></pre>');
+document.getElementById('found').textContent = 'FOUND' + JSON.stringify(found) + 'END';
+</script>"""
+"""Clicks through a copy of the page and writes down what the browser makes of it."""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_browser_draws_the_page(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_draws_the_page(tmp_path: Path, dark: bool) -> None:
     path = write_report(whole_run(tmp_path / "run"))
+    path.write_text(path.read_text().replace("</body>", PROBE + "</body>"))
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-extensions",
         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--v=0",
+        "--window-size=500,900", f"--blink-settings=preferredColorScheme={int(not dark)}",
         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     page = Page(done.stdout)
-    assert page.elements.count("svg") == 6 and page.elements.count("path") > 20
-    assert page.text.count("<script>document.title") == 12, "six prompts and six answers"
+    assert page.elements.count("svg") == 8 and page.elements.count("path") > 20
+    assert page.text.count(f"ask {EVIL}") == 7, "six prompts and a text"
     assert "my-run · report" in page.text, "the title is the one that was written"
     assert "CONSOLE" not in done.stderr, "the page has no complaint"
+
+    found = json.loads(page.text.rsplit("FOUND", 1)[1].split("END")[0])
+    paper, ink = (channels(found[name])[0] for name in ("paper", "ink"))
+    assert (sum(paper) < 3 * 64) == dark and (sum(ink) > 3 * 192) == dark
+    assert found["width"] <= found["window"], "nothing hangs out of a narrow window"
+    assert {key: lists for key, (_, lists) in found["seen"].items()} == {key: [key] for key in ("uncertainty", "before", "after")}
+    opacities = {key: channels(colour)[1] for key, (colour, _) in found["seen"].items()}
+    most = opacities["before"]  # its shade is 1.00
+    assert opacities == pytest.approx({"uncertainty": 0.9 * most, "before": most, "after": 0.1 * most}, abs=0.01) and most > 0.5
+
+
+def channels(colour: str) -> tuple[list[float], float]:
+    """Red, green and blue from 0 to 255, and opacity, of a colour as browsers write it."""
+    numbers = [float(number) for number in re.findall(r"[\d.]+", colour)]
+    return numbers[:3], numbers[3] if len(numbers) > 3 else 1.0

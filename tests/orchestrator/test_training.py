@@ -1,75 +1,29 @@
 """Real Ray Train: the same training however it is cut, killed or taken up again."""
 
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.config import LoraAdapter, OptimizerConfig, TrainConfig, WorkersConfig
+from actors.config import LoraAdapter, OptimizerConfig
 from actors.metrics_log import read_metrics
-from actors.training_task import ModelSource, TrainingTask
-from losses.config import AtkdLoss, HardLabelLoss
-from losses.weighing_config import DistantTokens
-from orchestrator.training import TrainingFailed, progress_line, summarize, train_model
-from tests.worlds import scored_world, tiny_llama
-
-TRAIN = TrainConfig(
-    epochs=2, batch_rows=8, micro_batch_rows=8, optimizer=OptimizerConfig(learning_rate=3e-3), checkpoint_every_steps=3
+from losses.config import HardLabelLoss
+from orchestrator.training import TrainingFailed, progress_line, summarize
+from tests.orchestrator.training_world import (
+    ROWS,
+    TRAIN,
+    assert_same,
+    give_back,
+    kill_train_workers,
+    losses_of,
+    task_in,
+    trained,
+    when,
+    withhold_shard,
 )
-LOSS = AtkdLoss(teaching="atkd", tokens=DistantTokens(fraction=0.9, step_size=0.1, tolerance=0.01, momentum=0.0))
-"""Remembers: the share of tokens it teaches follows the loss, so a run that is taken up again must know it."""
-ROWS = 30  # the last batch of an epoch holds 6 rows, which do not go round four workers
-
-
-def task_in(folder: Path, world: Path, **changes: Any) -> TrainingTask:
-    path, store = scored_world(world, ROWS)
-    model = tiny_llama(world / "model", seed=1) if not (world / "model").exists() else world / "model"
-    task = TrainingTask(
-        name="train", model=ModelSource(str(model)), tokenizer=str(model), lora=None, loss=LOSS, train=TRAIN,
-        examples=str(path), store=str(store.path), top_k=8, wait_seconds=20.0, seed=5, threads=1,
-        metrics=str(folder / "metrics"), output=str(folder / "student"),
-    )  # fmt: skip
-    return replace(task, **changes)
-
-
-def trained(task: TrainingTask, folder: Path, workers: int = 1) -> dict[str, torch.Tensor]:
-    """Train and return the finished weights."""
-    train_model(task, WorkersConfig(count=workers, cpus=1), folder / "checkpoints", say=lambda line: None)
-    weights: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(task.output).state_dict()
-    return weights
-
-
-def losses_of(folder: Path) -> list[float]:
-    return [step["loss"] for step in read_metrics(folder / "metrics" / "train.jsonl")]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("world")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(local_ray: None, world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """One worker, one forward pass a step, never interrupted."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return folder, trained(task_in(folder, world), folder)
-
-
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(
-            ours[name], theirs[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
+from tests.worlds import scored_world
 
 
 @pytest.mark.ray
@@ -88,9 +42,9 @@ def test_a_student_learns_and_its_steps_are_logged(undisturbed: tuple[Path, dict
 @pytest.mark.ray
 @pytest.mark.parametrize(("workers", "micro_batch_rows"), [(1, 2), (2, 2), (4, 2)])
 def test_workers_and_accumulation_do_not_change_the_trajectory(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], world: Path, tmp_path: Path, workers: int, micro_batch_rows: int
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, workers: int, micro_batch_rows: int
 ) -> None:
-    task = task_in(tmp_path, world, train=TRAIN.model_copy(update={"micro_batch_rows": micro_batch_rows}))
+    task = task_in(tmp_path, training_world, train=TRAIN.model_copy(update={"micro_batch_rows": micro_batch_rows}))
     weights = trained(task, tmp_path, workers)
     assert losses_of(tmp_path) == pytest.approx(losses_of(undisturbed[0]), abs=1e-4)
     assert_same(weights, undisturbed[1], tolerance=1e-4)
@@ -98,9 +52,9 @@ def test_workers_and_accumulation_do_not_change_the_trajectory(
 
 @pytest.mark.ray
 def test_sharded_workers_give_the_same_trajectory(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], world: Path, tmp_path: Path
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
 ) -> None:
-    task = task_in(tmp_path, world, train=TRAIN.model_copy(update={"sharding": "fsdp", "micro_batch_rows": 2}))
+    task = task_in(tmp_path, training_world, train=TRAIN.model_copy(update={"sharding": "fsdp", "micro_batch_rows": 2}))
     weights = trained(task, tmp_path, workers=2)
     assert losses_of(tmp_path) == pytest.approx(losses_of(undisturbed[0]), abs=1e-4)
     assert_same(weights, undisturbed[1], tolerance=1e-4)
@@ -108,10 +62,10 @@ def test_sharded_workers_give_the_same_trajectory(
 
 @pytest.mark.ray
 def test_a_worker_killed_at_a_step_ends_with_the_weights_of_a_run_that_was_not(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], world: Path, tmp_path: Path
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
 ) -> None:
-    task = task_in(tmp_path, world)
-    _, store = scored_world(world, ROWS)
+    task = task_in(tmp_path, training_world)
+    _, store = scored_world(training_world, ROWS)
     withheld = withhold_shard(store.path, 3)  # the worker stops before step 4, after the checkpoint of step 3
     killer = when(lambda: len(losses_of(tmp_path)) == 3, lambda: (kill_train_workers(), give_back(store.path, withheld)))
     weights = trained(task, tmp_path)
@@ -122,10 +76,10 @@ def test_a_worker_killed_at_a_step_ends_with_the_weights_of_a_run_that_was_not(
 
 @pytest.mark.ray
 def test_training_waits_for_shards_that_are_still_being_scored(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], world: Path, tmp_path: Path
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
 ) -> None:
-    task = task_in(tmp_path, world)
-    _, store = scored_world(world, ROWS)
+    task = task_in(tmp_path, training_world)
+    _, store = scored_world(training_world, ROWS)
     withheld = withhold_shard(store.path, 2)
     scorer = when(lambda: len(losses_of(tmp_path)) == 2, lambda: (time.sleep(1), give_back(store.path, withheld)))
     weights = trained(task, tmp_path)
@@ -135,26 +89,26 @@ def test_training_waits_for_shards_that_are_still_being_scored(
 
 
 @pytest.mark.ray
-def test_training_stops_with_the_teachers_own_error(local_ray: None, world: Path, tmp_path: Path) -> None:
+def test_training_stops_with_the_teachers_own_error(local_ray: None, training_world: Path, tmp_path: Path) -> None:
     _, store = scored_world(tmp_path / "world", ROWS)
     store.discard_shard(1)
     store.declare_failed("the teacher forgot everything")
-    task = task_in(tmp_path, world, store=str(store.path))
+    task = task_in(tmp_path, training_world, store=str(store.path))
     with pytest.raises(TrainingFailed, match="ScoringFailed: the teacher forgot everything"):
         trained(task, tmp_path)
     assert len(losses_of(tmp_path)) == 1
 
 
 @pytest.mark.ray
-def test_a_diverged_run_stops_and_names_the_step(local_ray: None, world: Path, tmp_path: Path) -> None:
+def test_a_diverged_run_stops_and_names_the_step(local_ray: None, training_world: Path, tmp_path: Path) -> None:
     hot = TRAIN.model_copy(update={"optimizer": OptimizerConfig(learning_rate=1e30, clip_norm=None, warmup_ratio=0.0)})
     with pytest.raises(TrainingFailed, match=r"TrainingDiverged: train: step \d has loss .* a learning rate below 1e\+30"):
-        trained(task_in(tmp_path, world, train=hot), tmp_path)
+        trained(task_in(tmp_path, training_world, train=hot), tmp_path)
 
 
 @pytest.mark.ray
-def test_adapters_are_merged_and_fitting_needs_no_store(local_ray: None, world: Path, tmp_path: Path) -> None:
-    task = task_in(tmp_path, world, lora=LoraAdapter(rank=2), loss=HardLabelLoss(teaching="hard_label"), store=None)
+def test_adapters_are_merged_and_fitting_needs_no_store(local_ray: None, training_world: Path, tmp_path: Path) -> None:
+    task = task_in(tmp_path, training_world, lora=LoraAdapter(rank=2), loss=HardLabelLoss(teaching="hard_label"), store=None)
     weights = trained(task, tmp_path)
     begun = AutoModelForCausalLM.from_pretrained(task.model.name).state_dict()
     assert weights.keys() == begun.keys()
@@ -176,38 +130,3 @@ def test_a_progress_line_says_how_far_and_how_long() -> None:
     line = progress_line([{**step, "step": 1}, step])
     assert line == "step 2/10, loss 0.5000, 50 tokens/s, waited 8 s for scores, 00:04:00 left"
     assert summarize([{**step, "step": 1}, step])["tokens_per_second"] == pytest.approx(200 / 52, abs=0.1)
-
-
-def withhold_shard(store: Path, shard: int) -> str:
-    """Hide a shard from readers; return what is needed to give it back."""
-    info = store / f"shard-{shard:05d}.json"
-    text = info.read_text()
-    info.unlink()
-    return f"{info.name}\n{text}"
-
-
-def give_back(store: Path, withheld: str) -> None:
-    name, text = withheld.split("\n", 1)
-    (store / name).write_text(text)
-
-
-def when(condition: Callable[[], bool], action: Callable[[], Any]) -> threading.Thread:
-    """Do something once a condition holds, beside the test."""
-
-    def watch() -> None:
-        deadline = time.monotonic() + 120
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        action()
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    return thread
-
-
-def kill_train_workers() -> None:
-    """Kill the training workers that this test session's own Ray started."""
-    workers = [one for one in psutil.Process().children(recursive=True) if "TrainWorker" in " ".join(one.cmdline())]
-    assert workers
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGKILL)

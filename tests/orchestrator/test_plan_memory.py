@@ -1,0 +1,133 @@
+"""The bytes that a plan says, held against tensors, files and the profiler."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from actors.config import EngineConfig, LoraAdapter, OptimizerConfig, ScoresConfig, TrainConfig, WorkersConfig
+from actors.optimization import make_optimizer
+from benchmarks.plan import predicted_student, run_student
+from benchmarks.plan_cases import SMALL, Student, cut, model, write_world
+from orchestrator.plan_memory import (
+    cache_bytes,
+    chunk_bytes,
+    replica_memory,
+    scoring_bytes,
+    store_bytes,
+    training_memory,
+    weights_bytes,
+)
+from orchestrator.plan_shapes import Passes, shape_of
+from tests.worlds import VOCAB, random_examples, scored_world
+
+SETTINGS = LlamaConfig(
+    vocab_size=300, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    tie_word_embeddings=True,
+)  # fmt: skip
+PASS = Passes(rows=4, tokens=20, targets=30, accumulates=True, padding=1.0)
+
+
+def bytes_of(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_weights_gradients_and_moments_are_those_of_real_tensors() -> None:
+    llama = LlamaForCausalLM(SETTINGS).train()
+    optimizer = make_optimizer(llama, OptimizerConfig())
+    llama(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss.backward()
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    gradients = [weight.grad for weight in llama.parameters() if weight.grad is not None]
+    found = training_memory(shape_of(llama), PASS, TrainConfig(), WorkersConfig(), saved=1 << 24, recomputed=0, chunk=1 << 20)
+    assert found.moment == "the loss"
+    assert found.parts["weights"] == bytes_of(list(llama.parameters()))
+    assert found.parts["optimizer"] == bytes_of(moments)
+    assert found.parts["gradients"] == bytes_of(gradients) + bytes_of([llama.lm_head.weight])
+    assert found.total == sum(found.parts.values())
+
+
+def test_workers_keep_copies_or_share_out() -> None:
+    shape = shape_of(LlamaForCausalLM(SETTINGS))
+    alone, many = WorkersConfig(), WorkersConfig(count=4)
+
+    def memory(workers: WorkersConfig, **train: object) -> dict[str, int]:
+        return dict(training_memory(shape, PASS, TrainConfig.model_validate(train), workers, 1 << 24, 0, 1 << 20).parts)
+
+    one, replicated, sharded = memory(alone), memory(many), memory(many, sharding="fsdp")
+    assert replicated == one | {"copies for exchange": 4 * shape.weights}
+    assert sharded["optimizer"] == one["optimizer"] // 4
+    outside = shape.weights - 4 * shape.layer_weights
+    assert sharded["weights"] == 4 * (shape.weights // 4 + outside + 2 * shape.layer_weights)
+    assert memory(alone, sharding="fsdp") == one
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        Student("plain", SMALL, 800, (14, 44), cut(16, 8)),
+        Student("wide head", model(32, 1, 2), 8000, (8, 24), cut(8, 8)),
+        Student("low", SMALL, 800, (20, 40), cut(8, 8, precision="bfloat16")),
+        Student("adapters", SMALL, 800, (60, 90), cut(8, 4, gradient_checkpointing=True), lora=LoraAdapter()),
+    ],
+    ids=lambda student: student.name,
+)
+def test_a_students_tensors_are_predicted_within_15_percent(student: Student, tmp_path: Path) -> None:
+    measured = run_student(student, tmp_path, profiled=True)
+    examples, _ = write_world(tmp_path / "again", student.vocab_size, student.lengths)
+    assert predicted_student(student, examples) == pytest.approx(measured, rel=0.15)
+
+
+def test_a_chunk_is_a_blocks_copy_larger_on_a_cpu_and_twice_as_large_on_a_gpu() -> None:
+    shape = shape_of(LlamaForCausalLM(SETTINGS.__class__(**{**SETTINGS.to_dict(), "vocab_size": 1 << 15})))
+    assert chunk_bytes(shape, 1000, "float32", gpu=False) == 4 * (192 + 32) * (1 << 15)
+    assert chunk_bytes(shape, 1000, "float32", gpu=True) == 8 * 1000 * (1 << 15)
+    assert chunk_bytes(shape, 10, "float32", gpu=True) == 8 * 10 * (1 << 15)
+
+
+@pytest.mark.parametrize(("vocab_size", "top_mass"), [(VOCAB, None), (70_000, None), (VOCAB, 0.5)])
+def test_store_bytes_are_those_of_files(vocab_size: int, top_mass: float | None, tmp_path: Path) -> None:
+    if vocab_size == VOCAB:
+        _, store = scored_world(tmp_path, rows=200, top_k=16, rows_per_shard=64, top_mass=top_mass)
+        lengths = [int(example.loss_mask.sum()) for example in random_examples(200, seed=0)]
+        top_k, rows_per_shard = 16, 64
+    else:
+        examples, store = write_world(tmp_path, vocab_size, (20, 60))
+        lengths = [len(examples[row].targets) for row in range(len(examples))]
+        top_k, rows_per_shard = 64, len(examples)
+    written = sum(path.stat().st_size for path in store.path.glob("*.arrow"))
+    scores = ScoresConfig(top_k=top_k, rows_per_shard=rows_per_shard, top_mass=top_mass)
+    said = store_bytes(scores, vocab_size, len(lengths), sum(lengths))
+    if top_mass is None:
+        assert said == pytest.approx(written, rel=0.05)
+    else:
+        assert written < said, "what the mass leaves out is not known before"
+
+
+def test_a_replica_on_gpus_takes_vllms_share_and_scores_beside_it() -> None:
+    shape = shape_of(LlamaForCausalLM(SETTINGS))
+    engine = EngineConfig(gpu=True, tensor_parallel=2, gpu_memory_utilization=0.75)
+    assert weights_bytes(shape, engine) == 2 * shape.weights // 2
+    assert cache_bytes(shape, engine, longest=99) == 2 * 4 * (2 * 2 * 8) * 100 // 2, (
+        "keys and values of two heads of eight numbers"
+    )
+    assert scoring_bytes(shape, engine, 99, 50) == 1024 * 300 * (2 + 4 + 4)
+    parts = replica_memory(shape, engine, 99, 50, device_bytes=1 << 30).parts
+    assert parts["weights"] + parts["key-value cache"] + parts["activations"] == 0.75 * (1 << 30)
+
+
+def test_the_transformers_engine_holds_logits_of_a_pass() -> None:
+    shape = shape_of(LlamaForCausalLM(SETTINGS))
+    engine = EngineConfig(kind="transformers", dtype="float32", rows_per_call=8)
+    assert scoring_bytes(shape, engine, longest=100, targets_of_longest=60) == 300 * (8 * 100 * 4 + 60 * (4 + 4))
+    assert "key-value cache" not in replica_memory(shape, engine, 100, 60).parts
+    assert np.isclose(replica_memory(shape, engine, 100, 60).parts["weights"], 4 * shape.weights)
+
+
+def test_vllm_on_a_cpu_keeps_its_cache_and_the_head_three_times() -> None:
+    shape = shape_of(LlamaForCausalLM(SETTINGS))
+    parts = replica_memory(shape, EngineConfig(dtype="float32", kv_cache_mib=3), 100, 60).parts
+    assert (parts["key-value cache"], parts["copies of the head"]) == (3 << 20, 2 * 4 * 300 * 32)
+    assert parts["scoring"] == 128 * 300 * (4 + 4)

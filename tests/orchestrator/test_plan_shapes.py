@@ -1,0 +1,142 @@
+"""What a plan reads off configuration and data, held against models and rows that are really there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from actors.adapters import add_adapters
+from actors.config import LoraAdapter, TrainConfig
+from actors.examples import ExampleFile
+from actors.student_model import load_model
+from actors.training_task import ModelSource
+from orchestrator.models import Models
+from orchestrator.plan_activations import saved_bytes
+from orchestrator.plan_shapes import Passes, Workload, adapted, meta_model, passes_of, read_workload, shape_of, workload_of
+from orchestrator.run_dir import RunDir
+from orchestrator.stages import prepare
+from tests.orchestrator.test_config import changed
+
+SMALL = ("data.source={kind: builtin, rows: 300}", "data.heldout_rows=40", "tokenizer.vocab_size=400", "data.max_tokens=80")
+
+
+def rows(*lengths: int) -> Workload:
+    sizes = np.array(lengths)
+    return Workload(sizes, sizes // 2, 0, 0, int(sizes.max()), 96, "made up")
+
+
+def test_rows_are_those_a_run_prepares_and_are_read_from_its_folder_once_it_did(tmp_path: Path) -> None:
+    config = changed(*SMALL, f"output={tmp_path}", "name=planned")
+    before = read_workload(config)
+    assert not config.run_dir.exists(), "a plan leaves nothing behind"
+    with RunDir.open(config, lambda line: None) as books:
+        facts = books.stage("prepare", lambda: prepare(config, books, Models(config, books.path)))
+    counts = facts["counts"]
+    after = read_workload(config)
+    for work in (before, after):
+        assert (work.rows, work.train_tokens, work.train_targets) == (
+            counts["train_rows"], counts["train_tokens"], counts["train_targets"],
+        )  # fmt: skip
+        assert (work.heldout_targets, work.longest, work.vocab_size) == (counts["heldout_targets"], counts["longest"], 400)
+    assert (before.source, after.source) == ("the data, read for this plan", "the rows that this run has prepared")
+    other = read_workload(changed(*SMALL, f"output={tmp_path}", "name=planned", "data.max_rows=200"))
+    assert other.source == "the data, read for this plan" and other.rows == 160
+    models = Models(config, config.run_dir)
+    for role in ("teacher", "student"):
+        real = load_model(ModelSource(models.begun(role).name))
+        found = shape_of(meta_model(config, role, after))
+        assert found.weights == sum(weight.numel() for weight in real.parameters())
+        assert found == shape_of(real)
+    assert len(ExampleFile(config.run_dir / "data" / "train.arrow")) == after.rows
+
+
+def test_adapters_are_counted_as_they_are_made() -> None:
+    config = changed(*SMALL)
+    lora = LoraAdapter(rank=3)
+    found = shape_of(adapted(meta_model(config, "student", rows(20)), lora))
+    plain = shape_of(meta_model(config, "student", rows(20)))
+    shape = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    real = add_adapters(LlamaForCausalLM(shape), lora)
+    learning = sum(weight.numel() for weight in real.parameters() if weight.requires_grad)
+    assert (found.trained, found.weights, found.trains_head) == (learning, plain.weights + learning, False)
+
+
+def test_passes_are_those_of_the_loop() -> None:
+    work = rows(10, 4, 30, 7, 22, 9)
+    train = TrainConfig(epochs=1, batch_rows=4, micro_batch_rows=2)
+    # steps of rows (10, 4, 30, 7) and (22, 9), longest first, two rows a pass: 30 10 | 7 4 and 22 9
+    assert passes_of(work, train, 1, seed=0) == Passes(2, 30, 20, True, (60 + 14 + 44) / 82)
+    # of two workers the first takes 30 7 and 22
+    assert passes_of(work, train, 2, seed=0) == Passes(2, 30, 18, False, (60 + 22) / 59)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_activations_are_those_that_a_real_model_keeps(bfloat16: bool) -> None:
+    shape = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    real = LlamaForCausalLM(shape).train()
+    with torch.device("meta"):
+        shapes = LlamaForCausalLM(shape).train()
+    weights = {weight.untyped_storage().data_ptr() for weight in real.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    mask = torch.ones(3, 40, dtype=torch.long)
+    mask[0, 30:] = 0
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=bfloat16):
+        outputs = real.model(input_ids=torch.zeros(3, 40, dtype=torch.long), attention_mask=mask, use_cache=False)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    assert outputs.last_hidden_state.shape == (3, 40, 64)
+    assert saved_bytes(shapes, 3, 40, bfloat16) == pytest.approx(measured, rel=0.05)
+    shapes.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert saved_bytes(shapes, 3, 40, bfloat16) < measured / 3
+
+
+def test_what_the_user_says_of_rows_comes_to_that_in_all() -> None:
+    work = workload_of(changed(*SMALL), rows=1000, row_tokens=31.4, row_targets=12.7)
+    assert (work.rows, work.train_tokens, work.train_targets) == (1000, 31_400, 12_700)
+    assert (work.longest, work.heldout_tokens) == (80, 1256)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ((0, 30, 10), "--rows 0 is no number of training rows; 1 is the least"),
+        ((5, 90, 10), r"--row-tokens 90 must lie between 2 and data.max_tokens 80.*; data.max_tokens=90 would keep them"),
+        ((5, 30, 30), r"--row-targets 30 must be at least 1 and below --row-tokens 30.*; 15 would do"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(said: tuple[int, float, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        workload_of(changed(*SMALL), *said)
+
+
+def test_what_is_on_the_hub_is_not_fetched_for_a_plan(tmp_path: Path) -> None:
+    config = changed("data.source={kind: hub, name: someone/data}", f"output={tmp_path}")
+    with pytest.raises(ValueError, match=r"someone/data' is on the hub .*; say --rows, --row-tokens and --row-targets"):
+        read_workload(config)
+    teacher = changed("tokenizer=null", "teacher.model={kind: pretrained, name: someone/model}", "teacher.fit=null")
+    with pytest.raises(ValueError, match=r"teacher.model.name 'someone/model': its config.json.*teacher.model.name=/a/folder"):
+        meta_model(teacher, "teacher", rows(20))
+
+
+def test_a_pretrained_model_needs_its_config_alone(tmp_path: Path) -> None:
+    settings = LlamaConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
+    (tmp_path / "config.json").write_text(json.dumps(settings.to_dict()))
+    config = changed("tokenizer=null", f"teacher.model={{kind: pretrained, name: {tmp_path}}}", "teacher.fit=null")
+    teacher, student = (shape_of(meta_model(config, role, rows(20))) for role in ("teacher", "student"))
+    assert (teacher.vocab_size, teacher.layers, teacher.kv_size, teacher.tied) == (500, 2, 32, False)
+    assert student.vocab_size == 500, "a student from scratch has the teacher's vocabulary"

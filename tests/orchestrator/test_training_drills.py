@@ -1,0 +1,153 @@
+"""Real Ray Train while something breaks: a checkpoint, the disk, a worker, the controller. The weights end the same."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from actors.checkpoint_seal import damaged_checkpoints
+from actors.config import WorkersConfig
+from actors.training_task import TrainingTask
+from orchestrator.training import TrainingFailed, train_model
+from tests.orchestrator.training_world import (
+    ROWS,
+    TRAIN,
+    assert_same,
+    give_back,
+    kill_train_workers,
+    losses_of,
+    task_in,
+    weights_of,
+    when,
+    withhold_shard,
+)
+from tests.worlds import scored_world
+
+
+def task_with_checkpoints(folder: Path, training_world: Path) -> TrainingTask:
+    """The same training with a checkpoint after every step, of which two are kept."""
+    return task_in(folder, training_world, train=TRAIN.model_copy(update={"checkpoint_every_steps": 1, "keep_checkpoints": 2}))
+
+
+def withhold(training_world: Path) -> tuple[Path, str]:
+    """Let the worker stop before step 4, with the checkpoints of steps 2 and 3; return store and shard, to give it back."""
+    _, store = scored_world(training_world, ROWS)
+    return store.path, withhold_shard(store.path, 3)
+
+
+def train(task: TrainingTask, folder: Path) -> list[str]:
+    """Train and return what was said."""
+    said: list[str] = []
+    train_model(task, WorkersConfig(count=1, cpus=1), folder / "checkpoints", said.append)
+    return said
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
+) -> None:
+    task = task_with_checkpoints(tmp_path, training_world)
+    store, withheld = withhold(training_world)
+
+    def harm() -> None:
+        latest = max((tmp_path / "checkpoints" / "train").glob("checkpoint_*/__0_0.distcp"))
+        content = bytearray(latest.read_bytes())
+        content[len(content) // 2] ^= 1
+        latest.write_bytes(content)
+        kill_train_workers()
+        give_back(store, withheld)
+
+    killer = when(lambda: stands_before_step_4(tmp_path), harm)
+    said = train(task, tmp_path)
+    killer.join()
+    (line,) = [line for line in said if "damaged" in line]
+    assert "a checkpoint was damaged and passed over" in line and "__0_0.distcp is not as it was written" in line
+    assert len(damaged_checkpoints(tmp_path / "checkpoints" / "train")) == 1
+    assert losses_of(tmp_path) == losses_of(undisturbed[0])
+    assert_same(weights_of(task), undisturbed[1], tolerance=0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_checkpoint_ends_the_training_with_a_word_and_the_next_goes_on(
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
+) -> None:
+    task = task_with_checkpoints(tmp_path, training_world)
+    store, withheld = withhold(training_world)
+    fills = when(
+        lambda: stands_before_step_4(tmp_path),
+        lambda: (forbid_large_files(), give_back(store, withheld)),
+    )
+    with pytest.raises(TrainingFailed, match=r"worker 0 failed more often than train.max_failures 0; .*File too large"):
+        train(replace(task, train=task.train.model_copy(update={"max_failures": 0})), tmp_path)
+    fills.join()
+    train(task, tmp_path)
+    assert losses_of(tmp_path) == losses_of(undisturbed[0])
+    assert_same(weights_of(task), undisturbed[1], tolerance=0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_replaced(
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "5")
+    task = task_with_checkpoints(tmp_path, training_world)
+    store, withheld = withhold(training_world)
+    hangs = when(
+        lambda: stands_before_step_4(tmp_path),
+        lambda: ([worker.suspend() for worker in processes("TrainWorker")], give_back(store, withheld)),
+    )
+    train(task, tmp_path)
+    hangs.join()
+    assert losses_of(tmp_path) == losses_of(undisturbed[0])
+    assert_same(weights_of(task), undisturbed[1], tolerance=0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_controller_that_is_killed_ends_the_training_with_a_word_and_the_next_goes_on(
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
+) -> None:
+    task = task_with_checkpoints(tmp_path, training_world)
+    store, withheld = withhold(training_world)
+    killer = when(
+        lambda: stands_before_step_4(tmp_path),
+        lambda: [os.kill(one.pid, signal.SIGKILL) for one in processes("TrainController")],
+    )
+    with pytest.raises(Exception, match="TrainController|died") as failure:
+        train(task, tmp_path)
+    print("RAISED", type(failure.value), str(failure.value)[:600])
+    killer.join()
+    give_back(store, withheld)
+    train(task, tmp_path)
+    assert losses_of(tmp_path) == losses_of(undisturbed[0])
+    assert_same(weights_of(task), undisturbed[1], tolerance=0)
+
+
+def stands_before_step_4(folder: Path) -> bool:
+    """Whether Ray Train has taken up the checkpoint of step 3: it deletes that of step 1 then."""
+    checkpoints = [path.parent for path in (folder / "checkpoints" / "train").glob("checkpoint_*/seal-0.json")]
+    try:
+        return sorted(json.loads((one / "progress.json").read_text())["step"] for one in checkpoints) == [2, 3]
+    except OSError:  # deleted meanwhile
+        return False
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """The processes of Ray Train that this test session's own Ray started."""
+    found = [one for one in psutil.Process().children(recursive=True) if name in " ".join(one.cmdline())]
+    assert found, f"no process is called {name}"
+    return found
+
+
+def forbid_large_files() -> None:
+    """Let the training worker write no file beyond 10,000 bytes, which a checkpoint has and the lines of its steps have not."""
+    for worker in processes("TrainWorker"):
+        worker.rlimit(psutil.RLIMIT_FSIZE, (10_000, worker.rlimit(psutil.RLIMIT_FSIZE)[1]))

@@ -1,0 +1,99 @@
+"""A training of eight steps on a real Ray Train, and ways to stop and kill it."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.config import OptimizerConfig, TrainConfig, WorkersConfig
+from actors.metrics_log import read_metrics
+from actors.training_task import ModelSource, TrainingTask
+from losses.config import AtkdLoss
+from losses.weighing_config import DistantTokens
+from orchestrator.training import train_model
+from tests.worlds import scored_world, tiny_llama
+
+TRAIN = TrainConfig(
+    epochs=2, batch_rows=8, micro_batch_rows=8, optimizer=OptimizerConfig(learning_rate=3e-3), checkpoint_every_steps=3
+)
+LOSS = AtkdLoss(teaching="atkd", tokens=DistantTokens(fraction=0.9, step_size=0.1, tolerance=0.01, momentum=0.0))
+"""Remembers: the share of tokens it teaches follows the loss, so a run that is taken up again must know it."""
+ROWS = 30  # the last batch of an epoch holds 6 rows, which do not go round four workers
+
+
+def task_in(folder: Path, world: Path, **changes: Any) -> TrainingTask:
+    path, store = scored_world(world, ROWS)
+    model = tiny_llama(world / "model", seed=1) if not (world / "model").exists() else world / "model"
+    task = TrainingTask(
+        name="train", model=ModelSource(str(model)), tokenizer=str(model), lora=None, loss=LOSS, train=TRAIN,
+        examples=str(path), store=str(store.path), top_k=8, wait_seconds=120.0, seed=5, threads=1,
+        metrics=str(folder / "metrics"), output=str(folder / "student"),
+    )  # fmt: skip
+    return replace(task, **changes)
+
+
+def trained(task: TrainingTask, folder: Path, workers: int = 1) -> dict[str, torch.Tensor]:
+    """Train and return the finished weights."""
+    train_model(task, WorkersConfig(count=workers, cpus=1), folder / "checkpoints", say=lambda line: None)
+    return weights_of(task)
+
+
+def weights_of(task: TrainingTask) -> dict[str, torch.Tensor]:
+    """Return the weights of the finished model."""
+    weights: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(task.output).state_dict()
+    return weights
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [step["loss"] for step in read_metrics(folder / "metrics" / "train.jsonl")]
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name], theirs[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def withhold_shard(store: Path, shard: int) -> str:
+    """Hide a shard from readers; return what is needed to give it back."""
+    info = store / f"shard-{shard:05d}.json"
+    text = info.read_text()
+    info.unlink()
+    return f"{info.name}\n{text}"
+
+
+def give_back(store: Path, withheld: str) -> None:
+    name, text = withheld.split("\n", 1)
+    (store / name).write_text(text)
+
+
+def when(condition: Callable[[], bool], action: Callable[[], Any]) -> threading.Thread:
+    """Do something once a condition holds, beside the test."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        action()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def kill_train_workers() -> None:
+    """Kill the training workers that this test session's own Ray started."""
+    workers = [one for one in psutil.Process().children(recursive=True) if "TrainWorker" in " ".join(one.cmdline())]
+    assert workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGKILL)
