@@ -37,9 +37,17 @@ class Progress:
 def save_checkpoint(
     folder: Path, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, progress: Progress, rank: int
 ) -> None:
-    """Write this worker's part of a checkpoint; all workers call it together, each with a folder of its own node."""
+    """Write this worker's part of a checkpoint; all workers call it together, each with a folder of its own node.
+
+    Raises:
+        OSError: if the disk does not take it, on this worker or another.
+    """
     weights, optimizer_state = get_state_dict(student, optimizer, options=ONLY_TRAINED)
-    dcp.save({"student": weights, "optimizer": optimizer_state}, storage_writer=dcp.FileSystemWriter(folder))
+    try:
+        dcp.save({"student": weights, "optimizer": optimizer_state}, storage_writer=dcp.FileSystemWriter(folder))
+    except dcp.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None  # the other wraps it in the tracebacks of all workers
     if rank == 0:
         plain = {
             "step": progress.step, "sampler": progress.sampler.to_dict(), "schedule": schedule.state_dict(),

@@ -29,7 +29,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); save it as UTF-8") from None
+        byte = error.object[error.start]
+        raise ConfigError(f"{file}: byte {error.start}, {byte:#04x}, is no UTF-8; save the file as UTF-8") from None
     tree = parse_yaml(text, str(file))
     for override in overrides:
         apply_override(tree, override)

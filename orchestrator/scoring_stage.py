@@ -83,9 +83,9 @@ class ScoringStage:
         thread.start()
         try:
             yield
-        except BaseException:
-            # A student whose teacher failed fails with it; the teacher is then about to say why.
-            thread.join(GRACE_SECONDS)
+        except BaseException as error:
+            if isinstance(error, Exception):  # a student whose teacher failed fails with it; the teacher is then about to say why
+                thread.join(GRACE_SECONDS)
             if failure:
                 raise failure[0] from None
             if self._pool is not None:

@@ -245,6 +245,7 @@ def test_the_command_ends_with_the_verdict(tmp_path: Path, capsys: pytest.Captur
     assert "--gpus 8 needs --gpu-memory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_probe_measures_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
     monkeypatch.setattr(plan_probe, "SCORING_SECONDS", 0.1)

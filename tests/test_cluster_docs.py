@@ -1,0 +1,81 @@
+"""The page on clusters: its table of variables is the code's, its YAML and its shell parse, its selectors are keys of ours."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from actors.config import EngineConfig, WorkersConfig
+from orchestrator import run_dir
+from orchestrator.resources import TRAIN_ENVIRONMENT
+from tests.test_docs import OURS, commands_of
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "cluster.md").read_text()
+ROOMS = ("orchestrator", "actors", "losses", "tune_spaces")
+NO_VARIABLES = {"CAUSAL_LM", "STRICT_PACK"}  # words of peft's and Ray's that look like names of variables
+
+
+def blocks(language: str) -> list[str]:
+    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def table_under(words: str) -> dict[str, str]:
+    """The rows of the table after some words: what is in backticks first, and the second cell."""
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", PAGE.split(words)[1].split("\n\n")[1], re.MULTILINE)
+    return {name: meaning for names, meaning in rows for name in re.findall(r"`(\w+)`", names)}
+
+
+OURS_TO_SAY = table_under("What the code reads or sets.")
+
+
+def variables_in_the_code() -> set[str]:
+    """Every string of the code that is the name of a variable and nothing more."""
+    trees = [ast.parse(path.read_text()) for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    strings = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    return {one for one in strings if isinstance(one, str) and re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", one)} - NO_VARIABLES
+
+
+def test_the_table_of_variables_is_that_of_the_code() -> None:
+    assert set(OURS_TO_SAY) == variables_in_the_code()
+    said = {name: how.split()[2] for name, how in OURS_TO_SAY.items() if how.endswith("unless set")}
+    assert said == TRAIN_ENVIRONMENT
+    assert {name for name, how in OURS_TO_SAY.items() if how == "read"} == {"RAY_ADDRESS", run_dir.SUBMITTED_JOB}
+
+
+def test_variables_of_others_are_none_of_ours() -> None:
+    theirs = table_under("What Ray and Hugging Face read")
+    assert {"RAY_AUTH_MODE", "RAY_JOB_STOP_WAIT_TIME_S", "HF_HOME"} <= set(theirs)
+    assert not set(theirs) & set(OURS_TO_SAY)
+
+
+def test_the_manifests_are_yaml_and_offer_what_the_commands_select() -> None:
+    parsed = [yaml.safe_load(block) for block in blocks("yaml")]
+    keys, cluster, job = parsed
+    EngineConfig.model_validate(keys["teacher"]["engine"])
+    workers = WorkersConfig.model_validate(keys["workers"])
+    groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
+    assert groups["teachers"]["labels"] == keys["teacher"]["engine"]["labels"]
+    assert groups["students"]["labels"] == workers.labels
+    offered = yaml.safe_load(yaml.safe_load(groups["students"]["rayStartParams"]["resources"]))
+    assert offered.keys() == workers.resources.keys()
+    assert all(group["template"]["spec"]["containers"] for group in [cluster["spec"]["headGroupSpec"], *groups.values()])
+    assert isinstance(yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"], str)
+    command = OURS.search(job["spec"]["entrypoint"])
+    assert command is not None and command[1].split()[0] == "run" and (ROOT / command[1].split()[1]).exists()
+    assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
+
+
+@pytest.mark.parametrize("script", blocks("bash"), ids=lambda script: script.splitlines()[0])
+def test_the_shell_parses(script: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+
+
+def test_each_command_that_can_be_a_job_is_shown_as_one() -> None:
+    shown = {command[0] for command in commands_of(PAGE)}
+    assert {"run", "tune", "compare", "score"} <= shown
