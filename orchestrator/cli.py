@@ -22,6 +22,7 @@ TRIALS = {
 }
 """Commands that train many students on one scoring."""
 
+PLAN_HELP = "say what a run will take and whether a cluster has it, before anything starts: memory, bytes, hours, bottleneck"
 DOCTOR_HELP = "prove on a few rows that the teacher's scores would be right, before it scores them all"
 
 
@@ -36,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in TRIALS.items():
         _add_config_arguments(commands.add_parser(name, help=text, description=text))
     _add_config_arguments(commands.add_parser("doctor", help=DOCTOR_HELP, description=DOCTOR_HELP))
+    plan = commands.add_parser("plan", help=PLAN_HELP, description=PLAN_HELP)
+    _add_config_arguments(plan)
+    _add_plan_arguments(plan)
     _add_config_arguments(commands.add_parser("config", help="print the whole configuration, defaults included"))
     return parser
 
@@ -60,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work(say: Callable[[str], None]) -> int:
         if options.command == "doctor":
             return doctor(config, say)
+        if options.command == "plan":
+            from orchestrator.plan import Asked
+            from orchestrator.planning import plan
+
+            return plan(config, Asked(**{field: getattr(options, field) for field in Asked.__dataclass_fields__}), say)
         if options.command in TRIALS:
             from orchestrator.comparing import compare
             from orchestrator.teachers import compare_teachers
@@ -78,3 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, such as configs/tiny_cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as loss.easy_ratio=0.3")
+
+
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, metavar="N", help="plan for a cluster of N GPUs, not for the machines that are there")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="GiB of each GPU")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of each node, with --gpus; 8 unless said")
+    parser.add_argument("--gpu-tflops", type=float, default=312.0, metavar="T", help="16-bit TFLOP/s of a GPU; 312 unless said")
+    parser.add_argument("--rows", type=int, metavar="N", help="training rows, where the data is not to be read")
+    parser.add_argument("--row-tokens", type=float, metavar="T", help="tokens of a row on average, with --rows")
+    parser.add_argument("--row-targets", type=float, metavar="N", help="targets of a row on average, with --rows")
+    parser.add_argument("--probe", action="store_true", help="measure one replica and one worker for a minute")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object and nothing else")

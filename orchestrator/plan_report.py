@@ -57,6 +57,7 @@ def as_plain(made: Plan) -> dict[str, Any]:
         "saturation": saturation(made),
         "sweep": sweep(made),
         "assumptions": list(made.assumptions),
+        "remarks": list(made.remarks),
     }  # fmt: skip
 
 
@@ -75,7 +76,8 @@ def print_plan(made: Plan, console: Console | None = None) -> None:
     ]:
         console.print(line, highlight=False)
     console.print(_sweep_table(made, console))
-    for line in [*saturation_lines(made), "", *(f"assumed: {line}" for line in made.assumptions), *verdict_lines(made)]:
+    assumed = [f"assumed: {line}" for line in made.assumptions]
+    for line in [*saturation_lines(made), "", *assumed, *made.remarks, *verdict_lines(made)]:
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -193,6 +193,12 @@ def test_labels_are_not_asked_of_a_cluster_of_numbers() -> None:
     assert made(config, gpus=12, gpu_memory=80.0).fits
 
 
+def test_gpus_that_stay_idle_are_spoken_of() -> None:
+    idle = made(pair("workers.gpus=0"), gpus=12, gpu_memory=80.0)
+    assert idle.remarks == ("the student takes no GPU in this configuration; workers.gpus=1 would give it one",)
+    assert made(pair(), gpus=12, gpu_memory=80.0).remarks == ()
+
+
 def test_hours_are_arithmetic_over_the_rates() -> None:
     plan = made(pair("train.epochs=3", "tune.trials=5"), gpus=12, gpu_memory=80.0)
     tokens = 20_000 * 300

@@ -1,0 +1,230 @@
+"""A plan: what a run will take, before anything starts, and whether a cluster has it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from orchestrator.config import RunConfig
+from orchestrator.plan_cluster import Place, given_place, judged_config, live_place, problems, settled_replicas
+from orchestrator.plan_jobs import Estimator, trainings
+from orchestrator.plan_memory import Memory
+from orchestrator.plan_nearest import Nearest, nearest_plan
+from orchestrator.plan_probe import probe
+from orchestrator.plan_shapes import Workload, read_workload, workload_of
+from orchestrator.plan_sweep import (
+    REPLICAS,
+    STUDENTS,
+    Pace,
+    Pipeline,
+    pace,
+    pipeline_of,
+    replicas_that_feed,
+    workers_that_are_fed,
+)
+from orchestrator.plan_time import Rates, assumptions, scoring_rate, training_rate
+from orchestrator.resources import demand
+
+Say = Callable[[str], None]
+SHOWN_STUDENTS, SHOWN_REPLICAS = (1, 4, 16, 64, 256, 1024), (1, 4, 16, 64, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user says beside the configuration."""
+
+    gpus: int | None = None
+    """GPUs of a cluster given as numbers; None for the machines that are there."""
+    gpu_memory: float | None = None
+    """GiB of each."""
+    gpus_per_node: int = 8
+    """GPUs of each node."""
+    gpu_tflops: float = 312.0
+    """Operations a second of each in 16 bits, in 10^12."""
+    rows: int | None = None
+    """Training rows, where the data is not read."""
+    row_tokens: float | None = None
+    """Tokens of a row, on average."""
+    row_targets: float | None = None
+    """Targets of a row, on average."""
+    probe: bool = False
+    """Measure speeds instead of assuming them."""
+    as_json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a plan says; bytes and seconds."""
+
+    fits: bool
+    """Whether the cluster holds the run."""
+    problems: tuple[str, ...]
+    """Why not."""
+    nearest: Nearest | None
+    """The nearest plan that fits, where this one does not."""
+    place: Place
+    """The cluster."""
+    work: Workload
+    """The rows."""
+    estimator: Estimator
+    """Shapes, and the memory of each job."""
+    memory: dict[str, Memory]
+    """For each job what one device or process of it takes."""
+    store: dict[str, int]
+    """Bytes of the stores."""
+    rates: Rates
+    """Of one replica and one worker."""
+    fit_seconds: dict[str, float]
+    """Of fitting teacher and student."""
+    pipeline: Pipeline
+    """Rows, shards and steps, for the sweep."""
+    pace: Pace
+    """Scoring and training."""
+    nearest_pace: Pace | None
+    """The same of the nearest plan."""
+    feeding: int
+    """Replicas with which the workers hardly wait."""
+    trials: int
+    """Trials of the search that the configuration has."""
+    assumptions: tuple[str, ...]
+    """What it rests on."""
+    remarks: tuple[str, ...]
+    """What the user may have meant otherwise."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, without starting processes and evaluating."""
+        return sum(self.fit_seconds.values()) + self.pace.seconds
+
+    @property
+    def search_seconds(self) -> float:
+        """Of a search: fits and scoring once, and all trials to the end, one after the other."""
+        training = self.pace.epoch_seconds * self.pipeline.epochs
+        return sum(self.fit_seconds.values()) + self.pace.scoring_seconds + self.trials * training
+
+
+def make_plan(config: RunConfig, asked: Asked, say: Say) -> Plan:
+    """Return the plan of a run.
+
+    Raises:
+        ValueError: naming what is missing or cannot be.
+    """
+    place = _place(asked, config)
+    config = judged_config(config, place)
+    work = _work(config, asked)
+    estimator = Estimator(config, work)
+    gpu_flops = asked.gpu_tflops * 1e12
+    assumed = assumed_rates(config, estimator, gpu_flops)
+    rates = probe(config, estimator, assumed, say) if asked.probe else assumed
+    found = problems(config, place, estimator)
+    nearest = nearest_plan(config, place, estimator) if found else None
+    pipe = pipeline_of(work, config.scores, config.train, config.loss, rates)
+    shards = max(1, len(pipe.shard_tokens))
+    memory = {"scoring": estimator.replica(config, place.gpu_bytes or None)} | {
+        job.name: estimator.training(job) for job in trainings(config)
+    }
+    return Plan(
+        fits=not found,
+        problems=tuple(found),
+        nearest=nearest,
+        place=place,
+        work=work,
+        estimator=estimator,
+        memory=memory,
+        store=estimator.store(config),
+        rates=rates,
+        fit_seconds=_fit_seconds(config, estimator, gpu_flops, rates.training / assumed.training),
+        pipeline=pipe,
+        pace=pace(pipe, settled_replicas(config, place, shards), config.workers.count),
+        nearest_pace=_nearest_pace(nearest, place, estimator, rates, assumed, gpu_flops),
+        feeding=replicas_that_feed(pipe, config.workers.count),
+        trials=config.tune.draws,
+        assumptions=() if asked.probe else assumptions(gpu_flops),
+        remarks=_remarks(config, place),
+    )
+
+
+def _remarks(config: RunConfig, place: Place) -> tuple[str, ...]:
+    """Say it where a cluster has GPUs and one of the two sides takes none."""
+    if not place.gpus:
+        return ()
+    sides = (
+        ("the teacher", config.teacher.engine.gpu, "teacher.engine.gpu=true"),
+        ("the student", config.workers.gpus > 0, "workers.gpus=1"),
+    )
+    return tuple(f"{side} takes no GPU in this configuration; {key} would give it one" for side, takes, key in sides if not takes)
+
+
+def assumed_rates(config: RunConfig, estimator: Estimator, gpu_flops: float) -> Rates:
+    """Return the rates of one replica and one worker by arithmetic."""
+    job = trainings(config)[-1]
+    return Rates(
+        scoring_rate(estimator.shapes["teacher"], estimator.work, config.teacher.engine, gpu_flops),
+        training_rate(
+            estimator.shape(job), estimator.work, job.train, job.workers, estimator.passes(job).padding, gpu_flops
+        ),
+        "assumed: operations over an assumed share of the devices' speed; --probe measures",
+    )  # fmt: skip
+
+
+def _place(asked: Asked, config: RunConfig) -> Place:
+    if asked.gpu_tflops <= 0:
+        raise ValueError(f"--gpu-tflops {asked.gpu_tflops:g} computes nothing; 312 is an A100's in 16 bits")
+    if asked.gpus is None:
+        return live_place(asked.gpu_memory, demand(config).cpus)
+    if asked.probe:
+        raise ValueError("--probe measures the machines that are there, and --gpus speaks of others; leave one out")
+    if asked.gpu_memory is None:
+        raise ValueError(f"--gpus {asked.gpus} needs --gpu-memory, the GiB of each; 80 for an A100 or H100")
+    return given_place(asked.gpus, asked.gpu_memory, asked.gpus_per_node)
+
+
+def _work(config: RunConfig, asked: Asked) -> Workload:
+    if asked.rows is None and asked.row_tokens is None and asked.row_targets is None:
+        return read_workload(config)
+    if asked.rows is None or asked.row_tokens is None or asked.row_targets is None:
+        raise ValueError("--rows, --row-tokens and --row-targets go together; say all three, or none to have the data read")
+    return workload_of(config, asked.rows, asked.row_tokens, asked.row_targets)
+
+
+def _fit_seconds(config: RunConfig, estimator: Estimator, gpu_flops: float, measured_over_assumed: float) -> dict[str, float]:
+    """Return the seconds of each fit; where the student was measured, faster or slower by as much as it was."""
+    seconds: dict[str, float] = {}
+    for job in trainings(config)[:-1]:
+        rate = training_rate(
+            estimator.shape(job), estimator.work, job.train, job.workers, estimator.passes(job).padding, gpu_flops
+        )  # fmt: skip
+        seconds[job.name] = estimator.work.train_tokens * job.train.epochs / (rate * job.workers.count * measured_over_assumed)
+    return seconds
+
+
+def _nearest_pace(
+    nearest: Nearest | None, place: Place, estimator: Estimator, rates: Rates, assumed: Rates, gpu_flops: float
+) -> Pace | None:
+    """Return the pace of the nearest plan, at rates that follow the measured ones as the assumed ones do."""
+    if nearest is None or nearest.config is None:
+        return None
+    config = nearest.config
+    other = assumed_rates(config, estimator, gpu_flops)
+    scaled = replace(
+        rates,
+        scoring=rates.scoring * other.scoring / assumed.scoring,
+        training=rates.training * other.training / assumed.training,
+    )
+    pipe = pipeline_of(estimator.work, config.scores, config.train, config.loss, scaled)
+    return pace(pipe, settled_replicas(config, place, max(1, len(pipe.shard_tokens))), config.workers.count)
+
+
+def sweep(made: Plan) -> list[dict[str, Any]]:
+    """Return the simulated sweep: for each number of workers and replicas the seconds, and who is waited for."""
+    return [asdict(one) | {"bottleneck": one.bottleneck} for one in (
+        pace(made.pipeline, replicas, workers) for workers in STUDENTS for replicas in REPLICAS
+    )]  # fmt: skip
+
+
+def saturation(made: Plan) -> dict[str, dict[int, int]]:
+    """Return where each side saturates: replicas that feed so many workers, and workers that so many replicas feed."""
+    return {
+        "replicas_for_workers": {workers: replicas_that_feed(made.pipeline, workers) for workers in STUDENTS},
+        "workers_for_replicas": {replicas: workers_that_are_fed(made.pipeline, replicas) for replicas in REPLICAS},
+    }

@@ -1,0 +1,103 @@
+"""What a configuration asks of devices: the memory of each of its jobs, from shapes alone. One is made for each plan."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from actors.config import LoraAdapter, TrainConfig, WorkersConfig
+from orchestrator.config import RunConfig
+from orchestrator.models import ROLES, Role
+from orchestrator.plan_activations import saved_bytes
+from orchestrator.plan_memory import Memory, chunk_bytes, replica_memory, store_bytes, training_memory
+from orchestrator.plan_shapes import ModelShape, Passes, Workload, adapted, meta_model, passes_of, shape_of
+
+Training = Literal["fit_teacher", "fit_student", "train"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One training of a run."""
+
+    name: Training
+    """Name of its stage."""
+    role: Role
+    """Whose weights learn."""
+    train: TrainConfig
+    """How much, how large."""
+    workers: WorkersConfig
+    """Who does it."""
+    section: str
+    """Where the configuration speaks of its training: ``train``, ``teacher.fit.train``."""
+    lora: LoraAdapter | None = None
+    """Adapters, if only they learn."""
+
+
+def trainings(config: RunConfig) -> list[Job]:
+    """Return the trainings of a run, in their order."""
+    jobs = []
+    if config.teacher.fit:
+        jobs.append(Job("fit_teacher", "teacher", config.teacher.fit.train, config.teacher.fit.workers, "teacher.fit.train"))
+    if config.student.fit:
+        jobs.append(Job("fit_student", "student", config.student.fit.train, config.student.fit.workers, "student.fit.train"))
+    return [*jobs, Job("train", "student", config.train, config.workers, "train", config.student.lora)]
+
+
+class Estimator:
+    """Memory of the jobs of one configuration and its variants, which share models and rows; what is traced is remembered.
+
+    Args:
+        config: names the models; variants differ in how they are trained and served.
+        work: the rows.
+    """
+
+    def __init__(self, config: RunConfig, work: Workload) -> None:
+        self.work = work
+        self._config = config
+        self.shapes: dict[Role, ModelShape] = {role: shape_of(meta_model(config, role, work)) for role in ROLES}
+        self._saved: dict[tuple[object, ...], int] = {}
+        self._passes: dict[tuple[TrainConfig, int], Passes] = {}
+
+    def passes(self, job: Job) -> Passes:
+        """Return the forward passes of a training."""
+        key = (job.train, job.workers.count)
+        if key not in self._passes:
+            self._passes[key] = passes_of(self.work, job.train, job.workers.count, self._config.seed)
+        return self._passes[key]
+
+    def shape(self, job: Job) -> ModelShape:
+        """Return the shape of what learns, adapters included."""
+        if job.lora is None:
+            return self.shapes[job.role]
+        return shape_of(adapted(meta_model(self._config, job.role, self.work), job.lora))
+
+    def training(self, job: Job) -> Memory:
+        """Return what each worker of a training takes."""
+        passes, train = self.passes(job), job.train
+        kept = self._traced(job, passes, train.gradient_checkpointing)
+        shape = self.shape(job)
+        anew = self._traced(job, passes, checkpointing=False) // shape.layers if train.gradient_checkpointing else 0
+        chunk = chunk_bytes(shape, passes.targets, train.precision, gpu=job.workers.gpus > 0)
+        return training_memory(shape, passes, train, job.workers, kept, anew, chunk)
+
+    def replica(self, config: RunConfig, device_bytes: float | None = None) -> Memory:
+        """Return what a replica of the teacher takes on each of its devices."""
+        work = self.work
+        most = int(work.targets.max()) * work.longest // int(work.lengths.max())
+        return replica_memory(self.shapes["teacher"], config.teacher.engine, work.longest, most, device_bytes)
+
+    def store(self, config: RunConfig) -> dict[str, int]:
+        """Return the bytes of the stores of training and held-out rows."""
+        work, vocab_size = self.work, self.shapes["teacher"].vocab_size
+        train = store_bytes(config.scores, vocab_size, work.rows, work.train_targets)
+        heldout = store_bytes(config.scores, vocab_size, config.data.heldout_rows, work.heldout_targets)
+        return {"train": train, "heldout": heldout}
+
+    def _traced(self, job: Job, passes: Passes, checkpointing: bool) -> int:
+        key = (job.role, job.lora, passes.rows, passes.tokens, job.train.precision, checkpointing)
+        if key not in self._saved:
+            model = adapted(meta_model(self._config, job.role, self.work), job.lora)
+            if checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                if job.lora is not None:
+                    model.enable_input_require_grads()
+            self._saved[key] = saved_bytes(model, passes.rows, passes.tokens, job.train.precision == "bfloat16")
+        return self._saved[key]

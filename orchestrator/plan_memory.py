@@ -1,0 +1,179 @@
+"""Bytes: of a training worker at its worst moment, of a replica of the teacher, and of the store.
+
+Tensors alone are counted; what a process holds besides, and what an allocator cannot use, stands in ``plan_cluster``.
+N targets, n targets of a chunk, V vocabulary, H hidden size, K top-k.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from actors.config import EngineConfig, ScoresConfig, TrainConfig, WorkersConfig
+from actors.transformers_engine import MAX_LOGITS
+from losses.chunked import CACHED_NUMBERS, CHUNK_TARGETS, CHUNK_TARGETS_ELSEWHERE
+from orchestrator.plan_shapes import ModelShape, Passes
+
+FLOAT = 4
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+VLLM_ROWS = {"cpu": 128, "cuda": 1024}
+"""Targets whose logits exist at once in a vLLM replica (``actors/vllm_engine.py``)."""
+VLLM_TOKENS_A_STEP = 8192
+"""Tokens vLLM takes in one step, or one row where that is longer."""
+SHARD_HEADER_BYTES = 2_240
+"""Of a shard: schema, footer and padding of the Arrow file."""
+KEY_BYTES = 32 + 4
+"""Of a row in each shard: its key, and where the key begins."""
+OFFSET_BYTES = 4
+"""Of a row in each column that has a list a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one device, by what they are for, at the moment when they are most."""
+
+    parts: Mapping[str, int]
+    """Bytes by purpose."""
+    moment: str
+    """When that is."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.parts.values())
+
+
+def training_memory(
+    shape: ModelShape, passes: Passes, train: TrainConfig, workers: WorkersConfig, saved: int, recomputed: int, chunk: int
+) -> Memory:
+    """Return what one worker's tensors take at the worst moment of any step but the first.
+
+    Weights, gradients and AdamW's two moments are float32. Activations are what the decoder keeps for its backward pass,
+    and what flows through one block of it. The loss holds the gradient of the head and one chunk of logits. DDP keeps the
+    gradients once more, in its buckets; FSDP shares weights, gradients and moments out over the workers, and gathers the
+    embeddings and two blocks at a time.
+
+    Args:
+        shape: the model, adapters included.
+        passes: the largest forward pass.
+        train: precision, sharding.
+        workers: how many there are, and whether on GPUs.
+        saved: bytes the decoder keeps for its backward pass (``saved_bytes``).
+        recomputed: bytes that gradient checkpointing makes anew for one block; 0 without it.
+        chunk: bytes of one chunk of logits (``chunk_bytes``).
+    """
+    shards = workers.count if train.sharding == "fsdp" else 1
+    gathered = shape.weights - (shape.layers - 2) * shape.layer_weights if shards > 1 else 0
+    trained = FLOAT * shape.trained // shards
+    before = trained if passes.accumulates else 0  # gradients of the step's passes before this one
+    head = FLOAT * shape.head_weights if shape.trains_head else 0
+    tokens = passes.rows * passes.tokens
+    states = FLOAT * 2 * passes.targets * shape.hidden_size
+    flowing = FLOAT * tokens * shape.hidden_size + SIZES[train.precision] * tokens * shape.intermediate_size
+    anew = max(0, recomputed - FLOAT * tokens * shape.hidden_size)  # a block's input is among what was saved
+    largest = FLOAT * max(shape.head_weights if head else 0, shape.hidden_size * shape.intermediate_size) // shards
+    stepping = trained if workers.gpus else min(2 * largest, 2 * trained)  # AdamW: all weights at once, or one after the other
+    always = {
+        "weights": FLOAT * (shape.weights // shards + gathered),
+        "optimizer": 2 * trained,
+        "copies for exchange": trained if train.sharding == "replicate" and workers.count > 1 else 0,
+    }
+    of_moment = {
+        "the loss": {"gradients": before + head, "activations": saved + states, "loss": chunk},
+        "the backward pass of a block": {"gradients": before + head, "activations": saved + anew + flowing},
+        "the end of the backward pass": {  # the head's gradient waits for the embeddings', where they are one matrix
+            "gradients": trained + (head if shape.tied else 0) + (head if before else 0), "activations": flowing,
+        },
+        "the optimizer's step": {"gradients": trained, "optimizer": always["optimizer"] + stepping},
+    }  # fmt: skip
+    moments = {name: always | parts for name, parts in of_moment.items()}
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory({name: count for name, count in moments[moment].items() if count}, moment)
+
+
+def chunk_bytes(shape: ModelShape, targets: int, precision: str, gpu: bool) -> int:
+    """Return what ``losses/chunked.py`` holds for one chunk of logits [n, V], the gradients of head and states aside.
+
+    The logits in the pass's type, and of the block whose loss is computed at once one more copy in float32; under autocast
+    the block's logits in float32 too, the head in 16 bits, and a chunk's product for the head's gradient.
+    """
+    device = "cuda" if gpu else "cpu"
+    logits = min(targets, CHUNK_TARGETS.get(device, CHUNK_TARGETS_ELSEWHERE)) * shape.vocab_size
+    block = logits if gpu else min(logits, max(1, CACHED_NUMBERS // shape.vocab_size) * shape.vocab_size)
+    if precision == "float32":
+        return FLOAT * (logits + block)
+    return 2 * logits + 2 * FLOAT * block + 2 * shape.head_weights * (2 if shape.trains_head else 1)
+
+
+def weights_bytes(shape: ModelShape, engine: EngineConfig) -> int:
+    """Return the bytes of the teacher's weights on one device of a replica."""
+    return SIZES[engine.dtype] * shape.weights // engine.tensor_parallel
+
+
+def scoring_bytes(shape: ModelShape, engine: EngineConfig, longest: int, targets_of_longest: int) -> int:
+    """Return the peak of scoring itself, which vLLM's own profile of the memory leaves out.
+
+    vLLM: one chunk of logits [n, V] in the model's type, in float32, and once more for the normalizer. transformers: the
+    logits of all positions of a pass, and of one row's targets in float32 and as log-probabilities.
+    """
+    size, device = SIZES[engine.dtype], "cuda" if engine.gpu else "cpu"
+    in_float = 0 if engine.dtype == "float32" else FLOAT
+    if engine.kind == "vllm":
+        return VLLM_ROWS[device] * shape.vocab_size * (size + in_float + FLOAT)
+    logits = rows_of_a_pass(shape, engine, longest) * longest * shape.vocab_size
+    return size * logits + (size + in_float + FLOAT) * targets_of_longest * shape.vocab_size
+
+
+def forward_bytes(shape: ModelShape, engine: EngineConfig, longest: int) -> int:
+    """Return what a forward pass of the teacher holds on its way besides logits: of each token three states, three inner ones."""
+    if engine.kind == "transformers":
+        tokens = rows_of_a_pass(shape, engine, longest) * longest
+    else:
+        tokens = max(VLLM_TOKENS_A_STEP, longest + 1)
+        tokens = tokens if engine.gpu else min(tokens, engine.rows_per_call * longest)
+    inner = SIZES[engine.dtype] * 3 * shape.intermediate_size // engine.tensor_parallel
+    return tokens * (FLOAT * 3 * shape.hidden_size + inner)  # norms are computed in float32
+
+
+def rows_of_a_pass(shape: ModelShape, engine: EngineConfig, longest: int) -> int:
+    """Return how many of the longest rows the transformers engine takes in one pass."""
+    return min(engine.rows_per_call, max(1, MAX_LOGITS // (longest * shape.vocab_size)))
+
+
+def cache_bytes(shape: ModelShape, engine: EngineConfig, longest: int) -> int:
+    """Return the least key-value cache with which vLLM can read the longest row; transformers scores without one."""
+    if engine.kind == "transformers":
+        return 0
+    return SIZES[engine.dtype] * shape.layers * shape.kv_size * (longest + 1) // engine.tensor_parallel
+
+
+def replica_memory(
+    shape: ModelShape, engine: EngineConfig, longest: int, targets_of_longest: int, device_bytes: float | None = None
+) -> Memory:
+    """Return what a replica takes on each of its devices.
+
+    On a GPU vLLM takes ``gpu_memory_utilization`` of the device whatever the teacher needs, the rest of that share for its
+    cache. On a CPU the cache is ``kv_cache_mib``, and embeddings and output head stay beside copies laid out for products
+    (vLLM 0.32, ``dispatch_cpu_unquantized_gemm``), two of them even where both are one matrix.
+    """
+    weights, passing = weights_bytes(shape, engine), forward_bytes(shape, engine, longest)
+    cache = cache_bytes(shape, engine, longest)
+    copies = 0
+    if engine.kind == "vllm" and not engine.gpu:
+        cache, copies = engine.kv_cache_mib << 20, 2 * SIZES[engine.dtype] * shape.head_weights
+    elif engine.kind == "vllm" and device_bytes is not None:
+        cache = max(cache, int(engine.gpu_memory_utilization * device_bytes) - weights - passing)
+    parts = {
+        "weights": weights,
+        "copies of the head": copies, "key-value cache": cache, "activations": passing,
+        "scoring": scoring_bytes(shape, engine, longest, targets_of_longest),
+    }  # fmt: skip
+    return Memory({name: count for name, count in parts.items() if count}, "scoring")
+
+
+def store_bytes(scores: ScoresConfig, vocab_size: int, rows: int, targets: int) -> int:
+    """Return the bytes of a store's shards, as ``actors/score_encoding.py`` writes them; with ``top_mass`` the most it can be."""
+    ids = 2 if vocab_size <= 1 << 16 else 3
+    ragged = scores.top_mass is not None
+    a_target = scores.top_k * (2 + ids) + 3 * FLOAT + (2 if ragged else 0)
+    columns = 5 + (1 if ids == 3 else 0) + (1 if ragged else 0)
+    shards = -(-rows // scores.rows_per_shard)
+    return targets * a_target + rows * (KEY_BYTES + columns * OFFSET_BYTES) + shards * SHARD_HEADER_BYTES

@@ -1,0 +1,178 @@
+"""The measurement of a minute behind ``plan --probe``: a replica scores some rows, and a worker learns from them.
+
+Rows are as long as the run's, of random tokens; models made from scratch have random weights. Neither changes how long it takes.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from actors.collate import Collator
+from actors.config import TrainConfig, needs_teacher
+from actors.examples import ExampleFile, write_examples
+from actors.optimization import clip_gradients, make_optimizer
+from actors.records import Example, example_key
+from actors.sampler import SamplerState, global_batches
+from actors.score_store import ScoreStore
+from actors.student import accumulate_gradients
+from actors.student_head import vocab_size_of
+from actors.student_model import StudentWithLoss, distribute, prepare_model, save_model, scratch_model
+from actors.teacher import EngineFactory, TeacherSpec, build_engine
+from actors.teacher_pool import TeacherPool
+from actors.training_task import ModelSource
+from actors.workers import Worker
+from losses.loss_state import LossState
+from orchestrator.config import RunConfig
+from orchestrator.models import Models, Role
+from orchestrator.plan_jobs import Estimator
+from orchestrator.plan_shapes import Workload, plain_tokenizer, scratch_vocab_size
+from orchestrator.plan_time import Rates
+from orchestrator.resources import ray_for
+
+SCORING_SECONDS = 12.0
+"""How long scoring should take, at the assumed speed."""
+TRAINING_SECONDS = 10.0
+"""How long steps are timed."""
+FEWEST_ROWS, MOST_ROWS = 32, 2048
+SHARDS = 8
+"""The first is not timed: what starts and compiles does so there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Student:
+    """What the timed worker is told."""
+
+    model: ModelSource
+    config: RunConfig
+    train: TrainConfig
+    examples: str
+    store: str | None
+    seconds: float
+
+
+def probe(
+    config: RunConfig,
+    estimator: Estimator,
+    assumed: Rates,
+    say: Callable[[str], None],
+    engine_factory: EngineFactory = build_engine,
+) -> Rates:
+    """Measure one replica and one worker on what the configuration gives them, in the run's Ray.
+
+    A worker takes its share of a batch; the exchange of gradients with others is not measured.
+
+    Raises:
+        TeacherFailed: if the teacher cannot be served.
+        ValueError: if the cluster cannot hold a replica or a worker.
+    """
+    work = estimator.work
+    rows = int(np.clip(SCORING_SECONDS * assumed.scoring * work.rows / work.train_tokens, FEWEST_ROWS, MOST_ROWS))
+    vocab_sizes = [shape.vocab_size for shape in estimator.shapes.values()]
+    examples = random_rows(work, rows, min(vocab_sizes))
+    output = Path(config.output).expanduser().resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=output, ignore_cleanup_errors=True) as name, ray_for(config):
+        folder = Path(name)
+        write_examples(folder / "rows.arrow", examples)
+        say(f"probe: one replica scores {rows} rows, {sum(len(example.token_ids) for example in examples):,} tokens")
+        scoring = measure_scoring(config, estimator, folder, engine_factory)
+        say(f"probe: {scoring:,.0f} tokens/s; one worker learns from them")
+        training = measure_training(config, work, folder)
+        say(f"probe: {training:,.0f} tokens/s")
+    return Rates(scoring, training, "measured now on one replica and one worker")
+
+
+def random_rows(work: Workload, rows: int, vocab_size: int) -> list[Example]:
+    """Return rows of random tokens, as long as those of the run, with as many targets at their ends."""
+    generator = np.random.default_rng(0)
+    places = np.linspace(0, work.rows - 1, rows).round().astype(int)
+    examples = []
+    for row, place in enumerate(places):
+        token_ids = generator.integers(0, vocab_size, work.lengths[place]).astype(np.int32)
+        loss_mask = np.arange(len(token_ids)) >= len(token_ids) - min(work.targets[place], len(token_ids) - 1)
+        examples.append(Example(token_ids, loss_mask, example_key(token_ids, loss_mask), row))
+    return examples
+
+
+def measure_scoring(config: RunConfig, estimator: Estimator, folder: Path, engine_factory: EngineFactory) -> float:
+    """Return the tokens a second of one replica; it writes its scores into ``folder``, as a run would."""
+    examples = ExampleFile(folder / "rows.arrow")
+    spec = TeacherSpec(
+        engine=config.teacher.engine.model_copy(update={"replicas": 1}),
+        model=_model(config, "teacher", estimator.work, folder),
+        top_k=config.scores.top_k,
+        longest_row=int(examples.lengths.max()),
+    )
+    vocab_size = estimator.shapes["teacher"].vocab_size
+    with TeacherPool(spec, engine_factory=engine_factory) as pool:
+        identity = {"top_k": config.scores.top_k, "top_mass": config.scores.top_mass, "vocab_size": vocab_size}
+        store = ScoreStore.open_or_create(folder / "store", identity, len(examples), -(-len(examples) // SHARDS))
+        times, tokens = [], []
+        for result in pool.score_missing(folder / "rows.arrow", store):
+            times.append(time.monotonic())
+            tokens.append(result.tokens)
+    return sum(tokens[1:]) / (times[-1] - times[0])
+
+
+def measure_training(config: RunConfig, work: Workload, folder: Path) -> float:
+    """Return the tokens a second of one worker with its share of a batch, in a process of its own; needs Ray."""
+    share = -(-config.train.batch_rows // config.workers.count)
+    train = config.train.model_copy(update={"batch_rows": share, "sharding": "replicate"})
+    store = str(folder / "store") if needs_teacher(config.loss) else None
+    source, rows = _model(config, "student", work, folder), str(folder / "rows.arrow")
+    student = _Student(source, config, train, rows, store, TRAINING_SECONDS)
+    task = ray.remote(time_steps).options(
+        name="plan",
+        num_cpus=config.workers.cpus,
+        num_gpus=config.workers.gpus,
+        resources=dict(config.workers.resources),
+        label_selector=dict(config.workers.labels),
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(config.workers.cpus)))}},
+    )
+    return float(ray.get(task.remote(student)))
+
+
+def time_steps(student: _Student) -> float:
+    """Return the tokens a second of optimizer steps, the first left out."""
+    config, train = student.config, student.train
+    worker = Worker.here(int(max(1, config.workers.cpus)))
+    model = prepare_model(student.model, config.student.lora, train)
+    examples = ExampleFile(Path(student.examples))
+    store = ScoreStore(Path(student.store)) if student.store else None
+    collator = Collator(examples, store, config.loss, config.scores.top_k, config.seed, vocab_size_of(model))
+    module = distribute(StudentWithLoss(model, config.loss), train, worker)
+    optimizer = make_optimizer(module, train.optimizer)
+    batches = global_batches(len(examples), train.batch_rows, SamplerState(config.seed), store_order_first=True)
+    tokens, step, started = 0, 0, 0.0
+    while step < 3 or time.perf_counter() - started < student.seconds:
+        if step == 1:
+            started = time.perf_counter()
+        batch, step = next(batches), step + 1
+        accumulate_gradients(module, collator, batch, step, LossState.first(config.loss), worker, train)
+        clip_gradients(module, train.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += int(examples.lengths[batch.positions].sum()) if step > 1 else 0
+    if worker.device.type == "cuda":
+        torch.cuda.synchronize()
+    return tokens / (time.perf_counter() - started)
+
+
+def _model(config: RunConfig, role: Role, work: Workload, folder: Path) -> ModelSource:
+    """Return a pretrained model, or one of random weights, written now."""
+    models = Models(config, folder)
+    source, shape = models.begun(role), models.side(role).model
+    if shape.kind == "scratch":
+        longest = config.data.max_tokens + config.evaluate.max_new_tokens
+        Path(source.name).parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = plain_tokenizer()
+        save_model(
+            scratch_model(shape, tokenizer, scratch_vocab_size(config, work), longest, seed=0), tokenizer, Path(source.name)
+        )
+    return source

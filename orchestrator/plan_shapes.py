@@ -1,0 +1,285 @@
+"""What configuration and model shapes say before anything starts: weights, sizes, and how many rows of how many tokens.
+
+B rows of a forward pass, T tokens of a row, N targets, V vocabulary, H hidden size.
+"""
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from actors.adapters import add_adapters
+from actors.config import LoraAdapter, ScratchModel, TrainConfig
+from actors.examples import ExampleFile
+from actors.sampler import SamplerState, global_batches, micro_batches, steps_in
+from actors.student_model import decoder_layers, plain_model, scratch_model
+from orchestrator.config import RunConfig
+from orchestrator.dataset import prepare_data
+from orchestrator.models import Models, Role
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What memory and time depend on of one model."""
+
+    weights: int
+    """Weights in all; those that are tied count once."""
+    trained: int
+    """Weights that learn: all, or the adapters'."""
+    vocab_size: int
+    """V."""
+    hidden_size: int
+    """H."""
+    intermediate_size: int
+    """Width of the feed-forward layers."""
+    layers: int
+    """Decoder blocks."""
+    layer_weights: int
+    """Weights of the largest block."""
+    heads: int
+    """Attention heads."""
+    kv_size: int
+    """Numbers that one token leaves in the key-value cache of one block."""
+    tied: bool
+    """Whether input and output embeddings are one matrix."""
+    trains_head: bool
+    """Whether the output head learns."""
+
+    @property
+    def head_weights(self) -> int:
+        """V * H."""
+        return self.vocab_size * self.hidden_size
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The rows of a run."""
+
+    lengths: np.ndarray
+    """int64 [rows], tokens of each training row, in the order in which they are scored."""
+    targets: np.ndarray
+    """int64 [rows], targets of each."""
+    heldout_tokens: int
+    """Tokens of the held-out rows."""
+    heldout_targets: int
+    """Targets of the held-out rows."""
+    longest: int
+    """Tokens of the longest row of all."""
+    vocab_size: int | None
+    """Tokens of the run's tokenizer; None where no tokenizer was looked at."""
+    source: str
+    """Where these numbers come from, in words."""
+
+    @property
+    def rows(self) -> int:
+        """Training rows."""
+        return len(self.lengths)
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training rows."""
+        return int(self.lengths.sum())
+
+    @property
+    def train_targets(self) -> int:
+        """Targets of the training rows."""
+        return int(self.targets.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The forward passes of one training, as one worker meets them."""
+
+    rows: int
+    """B of the largest pass."""
+    tokens: int
+    """T of the largest pass, padding included."""
+    targets: int
+    """Most targets of one pass."""
+    accumulates: bool
+    """Whether a step has several passes."""
+    padding: float
+    """Tokens that are computed for each token that is there; at least 1."""
+
+
+def read_workload(config: RunConfig) -> Workload:
+    """Return the rows of a run: those its folder holds, or else the data itself, read now.
+
+    Raises:
+        ValueError: if the data is on the hub, where reading it is no matter of seconds, and nothing is known of it yet.
+    """
+    if _was_prepared(config):
+        return _counted(config.run_dir, "the rows that this run has prepared")
+    if config.data.source.kind == "hub":
+        raise ValueError(
+            f"data.source.name {config.data.source.name!r} is on the hub and this run has not prepared it, so its rows are not "
+            "known; say --rows, --row-tokens and --row-targets, or run the command prepare first"
+        )
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        models = Models(config, Path(folder))
+        prepare_data(config.data, models.tokenizer_for, Path(folder) / "data")
+        return _counted(Path(folder), "the data, read for this plan")
+
+
+def workload_of(config: RunConfig, rows: int, row_tokens: float, row_targets: float) -> Workload:
+    """Return rows of which the user says how many there are, and how long they are on average.
+
+    Raises:
+        ValueError: if a row has more tokens than ``data.max_tokens``, or not more tokens than targets.
+    """
+    if rows < 1:
+        raise ValueError(f"--rows {rows} is no number of training rows; 1 is the least")
+    if not 2 <= row_tokens <= config.data.max_tokens:
+        raise ValueError(
+            f"--row-tokens {row_tokens:g} must lie between 2 and data.max_tokens {config.data.max_tokens}, since longer rows "
+            f"are dropped or cut; data.max_tokens={math.ceil(row_tokens)} would keep them"
+        )
+    if not 1 <= row_targets < row_tokens:
+        raise ValueError(
+            f"--row-targets {row_targets:g} must be at least 1 and below --row-tokens {row_tokens:g}: nothing predicts the "
+            f"first token; {max(1.0, row_tokens / 2):g} would do"
+        )
+    heldout = config.data.heldout_rows
+    return Workload(
+        lengths=_spread(rows, row_tokens),
+        targets=_spread(rows, row_targets),
+        heldout_tokens=round(heldout * row_tokens),
+        heldout_targets=round(heldout * row_targets),
+        longest=config.data.max_tokens,
+        vocab_size=None,
+        source="what you said of the rows; the longest as long as data.max_tokens allows",
+    )
+
+
+def _spread(rows: int, mean: float) -> np.ndarray:
+    """Return int64 [rows] whose mean is as near to ``mean`` as whole numbers allow."""
+    edges: np.ndarray = np.round(np.arange(rows + 1) * mean).astype(np.int64)
+    return np.diff(edges)
+
+
+def _was_prepared(config: RunConfig) -> bool:
+    """Whether the run's folder holds the rows of this very data."""
+    folder = config.run_dir
+    if not (folder / "stages" / "prepare.json").is_file() or not (folder / "config.yaml").is_file():
+        return False
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    now = config.model_dump(mode="json")
+    return all(settings.get(section) == now[section] for section in ("data", "tokenizer"))
+
+
+def _counted(folder: Path, source: str) -> Workload:
+    train, heldout = (ExampleFile(folder / "data" / f"{split}.arrow") for split in ("train", "heldout"))
+    targets = [np.array([int(file[row].loss_mask.sum()) for row in range(len(file))]) for file in (train, heldout)]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    return Workload(
+        lengths=train.lengths,
+        targets=targets[0],
+        heldout_tokens=int(heldout.lengths.sum()),
+        heldout_targets=int(targets[1].sum()),
+        longest=max(int(train.lengths.max()), int(heldout.lengths.max())),
+        vocab_size=len(tokenizer),
+        source=source,
+    )
+
+
+def passes_of(work: Workload, train: TrainConfig, workers: int, seed: int) -> Passes:
+    """Return the forward passes of a training, cut as the student's loop cuts them, for the worker with the longest rows."""
+    batches = global_batches(work.rows, train.batch_rows, SamplerState(seed), train.first_epoch == "store_order")
+    largest, most_targets, computed, most_passes = (1, 1), 1, 0, 1
+    steps = steps_in(work.rows, train.batch_rows, train.epochs)
+    there = 0
+    for _ in range(steps):
+        positions = next(batches).positions
+        mine = [positions[rows] for rows in micro_batches(work.lengths[positions], 0, workers, train.micro_batch_rows) if rows]
+        for rows in mine:
+            width = int(work.lengths[rows].max())
+            computed, there = computed + len(rows) * width, there + int(work.lengths[rows].sum())
+            largest = max(largest, (len(rows), width), key=lambda one: one[0] * one[1])
+            most_targets = max(most_targets, int(work.targets[rows].sum()))
+        most_passes = max(most_passes, len(mine))
+    stretch = work.longest / int(work.lengths.max())  # above 1 where the user named a mean, and the longest may be longer
+    return Passes(
+        largest[0], math.ceil(largest[1] * stretch), math.ceil(most_targets * stretch), most_passes > 1, computed / there
+    )
+
+
+def meta_model(config: RunConfig, role: Role, work: Workload) -> PreTrainedModel:
+    """Return the model of a role on torch's meta device: every shape, no number.
+
+    Raises:
+        ValueError: if the configuration of a pretrained model is neither here nor can be fetched.
+    """
+    model = config.teacher.model if role == "teacher" else config.student.model
+    with torch.device("meta"):
+        if model.kind == "scratch":
+            return _scratch(model, config, work)
+        source = Models(config, config.run_dir).begun(role)
+        settings = _settings(role, source.name, source.revision, source.trust_remote_code)
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=source.trust_remote_code)
+
+
+def _scratch(model: ScratchModel, config: RunConfig, work: Workload) -> PreTrainedModel:
+    longest = config.data.max_tokens + config.evaluate.max_new_tokens
+    return scratch_model(model, plain_tokenizer(), scratch_vocab_size(config, work), longest, seed=0)
+
+
+def scratch_vocab_size(config: RunConfig, work: Workload) -> int:
+    """Return V of the models that are made from scratch."""
+    if config.tokenizer is not None:
+        return work.vocab_size or config.tokenizer.vocab_size
+    teacher = Models(config, config.run_dir).begun("teacher")
+    settings = _settings("teacher", teacher.name, teacher.revision, teacher.trust_remote_code)
+    return max(work.vocab_size or 0, int(settings.get_text_config().vocab_size))
+
+
+def plain_tokenizer() -> PreTrainedTokenizerBase:
+    """Return a tokenizer of two tokens, for models of which only shapes and speed matter."""
+    words = tokenizer_models.WordLevel({"a": 0, "b": 1}, unk_token="b")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="a", pad_token="a", unk_token="b")
+
+
+def _settings(role: Role, name: str, revision: str | None, trust_remote_code: bool) -> AutoConfig:
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{role}.model.name {name!r}: its config.json, from which the plan takes all shapes, is neither in the local cache "
+            f"nor could it be fetched ({str(error).splitlines()[0]}); a machine with network would do, or a folder with that "
+            f"file: {role}.model.name=/a/folder"
+        ) from error
+
+
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """Read the shape off a model, wherever it is."""
+    plain = plain_model(model)
+    settings, head = plain.config.get_text_config(), plain.get_output_embeddings()
+    heads = settings.num_attention_heads
+    head_size = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    return ModelShape(
+        weights=sum(weight.numel() for weight in model.parameters()),
+        trained=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        vocab_size=len(head.weight),
+        hidden_size=head.weight.shape[1],
+        intermediate_size=getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size,
+        layers=len(decoder_layers(model)),
+        layer_weights=max(sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(model)),
+        heads=heads,
+        kv_size=2 * (getattr(settings, "num_key_value_heads", None) or heads) * head_size,
+        tied=head.weight is plain.get_input_embeddings().weight,
+        trains_head=head.weight.requires_grad,
+    )
+
+
+def adapted(model: PreTrainedModel, lora: LoraAdapter | None) -> PreTrainedModel:
+    """Return a model on the meta device with its adapters, if it is to have any, ready to learn."""
+    if lora is not None:
+        with torch.device("meta"):
+            model = add_adapters(model, lora)
+    return model.train()
