@@ -1,15 +1,17 @@
-"""What a training run did, step by step: a line of JSON each, and TensorBoard beside it."""
+"""What a training run did, step by step: a line of JSON each, and beside it whatever else shows it."""
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
 from actors.examples import ExampleFile
+from actors.live_metrics import StudentMetrics
 from actors.sampler import GlobalBatch
+from actors.training_task import TrainingTask
 from actors.workers import Worker
 from losses.config import LossConfig
 from losses.distillation import LossSums
@@ -26,6 +28,34 @@ class StepLog(Protocol):
 
 
 class MetricsLog:
+    """Hands each step to whoever keeps or shows it."""
+
+    def __init__(self, logs: Sequence[StepLog]) -> None:
+        self._logs = logs
+
+    @staticmethod
+    def on_first_worker(worker: Worker, task: TrainingTask, first_step: int) -> StepLog:
+        """Return all logs of a task on rank 0, and one that records nothing elsewhere: sums are those of all workers already."""
+        if worker.rank != 0:
+            return NoLog()
+        folder = Path(task.metrics)
+        logs: list[StepLog] = [JsonLines(folder, task.name, first_step), StudentMetrics(task.run, task.name)]
+        if task.tracking.tensorboard:
+            logs.append(Board(folder, task.name, first_step))
+        return MetricsLog(logs + _trackers(task, folder))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record one step."""
+        for log in self._logs:
+            log.write(step, values)
+
+    def close(self) -> None:
+        """Flush all."""
+        for log in self._logs:
+            log.close()
+
+
+class JsonLines:
     """Appends a line a step; a resumed run first drops the lines of the steps it will repeat."""
 
     def __init__(self, folder: Path, name: str, first_step: int) -> None:
@@ -36,23 +66,30 @@ class MetricsLog:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  # closed in close()
-        self._board = SummaryWriter(str(folder / "tensorboard" / name), purge_step=first_step)
-
-    @staticmethod
-    def on_first_worker(worker: Worker, folder: Path, name: str, first_step: int) -> StepLog:
-        """Return the log on rank 0, and one that records nothing elsewhere: sums are those of all workers already."""
-        return MetricsLog(folder, name, first_step) if worker.rank == 0 else NoLog()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record one step."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush."""
         self._file.close()
-        self._board.close()
+
+
+class Board:
+    """TensorBoard; it too drops the steps that a resumed run will repeat."""
+
+    def __init__(self, folder: Path, name: str, first_step: int) -> None:
+        self._writer = SummaryWriter(str(folder / "tensorboard" / name), purge_step=first_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record one step."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush."""
+        self._writer.close()
 
 
 class NoLog:
@@ -63,6 +100,21 @@ class NoLog:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def _trackers(task: TrainingTask, folder: Path) -> list[StepLog]:
+    """Open the services that the task names; their packages are extras, imported only here."""
+    about = {"loss": task.loss.model_dump_json(), "train": task.train.model_dump_json(), "seed": task.seed, "top_k": task.top_k}
+    logs: list[StepLog] = []
+    if task.tracking.wandb is not None:
+        from actors.wandb_log import WandbLog
+
+        logs.append(WandbLog(task.tracking.wandb, folder, task.run, task.name, about))
+    if task.tracking.mlflow is not None:
+        from actors.mlflow_log import MlflowLog
+
+        logs.append(MlflowLog(task.tracking.mlflow, folder, task.run, task.name, about))
+    return logs
 
 
 def step_metrics(

@@ -59,7 +59,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> None:
     done = checkpoints.load(student, optimizer, schedule, worker) or first
     batches = global_batches(len(examples), task.train.batch_rows, done.sampler, task.train.first_epoch == "store_order")
     goes_on = True
-    with closing(MetricsLog.on_first_worker(worker, Path(task.metrics), task.name, first_step=done.step + 1)) as log:
+    with closing(MetricsLog.on_first_worker(worker, task, first_step=done.step + 1)) as log:
         while goes_on and done.step < total_steps:
             started, step, batch = time.perf_counter(), done.step + 1, next(batches)
             waited_seconds = collator.wait_for(batch, task.wait_seconds)

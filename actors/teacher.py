@@ -16,7 +16,7 @@ import numpy as np
 from actors.comparison import Comparison, compare
 from actors.config import EngineConfig
 from actors.examples import ExampleFile
-from actors.records import Example, TeacherScores, check_scores, tail_logmass
+from actors.records import Example, TeacherScores, check_scores, tail_logmass, uncertainty
 from actors.score_store import ScoreStore, ShardInfo
 from actors.score_watch import ScoreRange
 from actors.training_task import ModelSource
@@ -147,6 +147,8 @@ class ShardResult:
     """Tokens of the shard's rows, prompts included."""
     seconds: float
     """From reading the rows to the rename of the shard."""
+    mean_uncertainty: float
+    """UNC, averaged over the shard's targets."""
 
 
 class TeacherReplica:
@@ -201,8 +203,11 @@ class TeacherReplica:
         start = time.perf_counter()
         examples, store = self._open(examples_path, store_path)
         rows = [examples[position] for position in store.positions(shard)]
-        info = store.write_shard(shard, rows, self.score(rows), known)
-        return ShardResult(info, sum(len(row.token_ids) for row in rows), time.perf_counter() - start)
+        scores = self.score(rows)
+        info = store.write_shard(shard, rows, scores, known)
+        mean_uncertainty = float(np.concatenate([uncertainty(score) for score in scores]).mean())
+        tokens = sum(len(row.token_ids) for row in rows)
+        return ShardResult(info, tokens, time.perf_counter() - start, mean_uncertainty)
 
     def close(self) -> None:
         """Give the device back."""

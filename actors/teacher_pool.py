@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.comparison import Comparison
 from actors.leases import LEASE_SECONDS
+from actors.live_metrics import TeacherMetrics
 from actors.records import Example
 from actors.replicas import POLL_SECONDS, Replica, Replicas, TeacherFailed
 from actors.score_router import RouterLimits
@@ -38,6 +39,7 @@ class TeacherPool:
         shard_timeout_seconds: a replica that works longer than this on one shard counts as dead.
         lease_seconds: another job that was silent for so long is taken for dead, and its shards are scored here.
         probe: rows whose scores are held against the teacher's plain forward pass before the pool is entered.
+        live: where the work is shown while it goes on.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class TeacherPool:
         shard_timeout_seconds: float = 3600.0,
         lease_seconds: float = LEASE_SECONDS,
         probe: Sequence[Example] = (),
+        live: TeacherMetrics | None = None,
     ) -> None:
         self.spec = spec
+        self._live = live or TeacherMetrics("unnamed")
         self._shard_timeout_seconds = shard_timeout_seconds
         self._lease_seconds = lease_seconds
         self._replicas = Replicas(spec, engine_factory, start_timeout_seconds, probe)
@@ -86,13 +90,17 @@ class TeacherPool:
         try:
             while work.waits or any(replica.in_flight for replica in self._replicas):
                 self._hand_out(work)
-                yield from self._await(work, on_wait)
+                self._show_in_flight()
+                for result in self._await(work, on_wait):
+                    self._live.scored(result.tokens, 1 - result.info.mean_tail_mass, result.mean_uncertainty)
+                    yield result
                 work.keep_up()
         except ScoringFailed as error:
             raise TeacherFailed(f"another job that scores {store.path} gave up: {error}") from error
         finally:
             for replica in self._replicas:
                 replica.in_flight.clear()
+            self._show_in_flight()
             work.close()
         if set_aside := work.describe_set_aside():
             raise TeacherFailed(
@@ -118,6 +126,9 @@ class TeacherPool:
     def close(self) -> None:
         """Close idle engines in order, then end all replicas."""
         self._replicas.close()
+
+    def _show_in_flight(self) -> None:
+        self._live.in_flight({replica.number: len(replica.in_flight) for replica in self._replicas})
 
     def _hand_out(self, work: ScoringWork) -> None:
         """Give replicas what they may take, least in flight first, until none takes any more."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.config import LoraAdapter, TrainConfig
+from actors.tracking_config import TrackingConfig
 from losses.config import LossConfig
 
 
@@ -76,6 +77,10 @@ class TrainingTask:
     """Folder in which the finished model is written; None to keep nothing but what was measured."""
     exams: Exams | None = None
     """Examinations on the way, for trials."""
+    run: str = "unnamed"
+    """Name of the run it belongs to, for those who watch."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where its steps are shown besides the run's own files."""
 
 
 class TrainingDiverged(RuntimeError):

@@ -15,6 +15,7 @@ from actors.config import (
     WorkersConfig,
     needs_complete_store,
 )
+from actors.tracking_config import TrackingConfig
 from losses.config import AtkdLoss, LossConfig
 from losses.section import Section
 from orchestrator.compare_config import CompareConfig
@@ -198,6 +199,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     workers: WorkersConfig = WorkersConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
     tune: TuneConfig = TuneConfig()
     compare: CompareConfig = CompareConfig()
 

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from actors.examples import write_atomically
+from actors.tracking_config import require_installed
 from orchestrator.config import RunConfig
 from orchestrator.config_file import config_difference, dump_config
 from orchestrator.private_values import without_secrets_within
@@ -27,7 +28,7 @@ Facts = dict[str, Any]
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the environment of a driver that was started by ``ray job submit``."""
 
-ABOUT_TRIALS = ("tune", "compare")
+NOT_OF_THE_RUN = ("tune", "compare", "tracking")
 """Sections that may change without making it another run."""
 
 
@@ -48,7 +49,9 @@ class RunDir:
 
         Raises:
             RunDirError: if another process holds it, it was made by another configuration, or it would go with the job.
+            ValueError: if a tracker is asked for and not installed.
         """
+        require_installed(config.tracking)
         if os.environ.get(SUBMITTED_JOB) and not Path(config.output).expanduser().is_absolute():
             raise RunDirError(
                 f"output {config.output!r} is relative, and a submitted job works in Ray's copy of the working directory, which "
@@ -121,5 +124,5 @@ class RunDir:
 
 
 def _of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the sections that say which trials are made of a run, and nothing about the run itself."""
-    return {section: value for section, value in settings.items() if section not in ABOUT_TRIALS}
+    """Leave out the sections that say which trials are made of a run, or who watches it, and nothing about the run itself."""
+    return {section: value for section, value in settings.items() if section not in NOT_OF_THE_RUN}

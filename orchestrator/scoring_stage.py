@@ -13,6 +13,7 @@ from actors.comparison import Comparison
 from actors.config import needs_teacher
 from actors.examples import ExampleFile, spread_over_lengths, write_atomically
 from actors.forward_pass import beginning
+from actors.live_metrics import TeacherMetrics
 from actors.placement import Cluster, read_cluster
 from actors.records import Example
 from actors.replicas import TeacherFailed
@@ -109,12 +110,16 @@ class ScoringStage:
                 self.books.say(f"score: {split} found complete in {store.path}")
             return facts
         # named before it is entered, so that it can be closed while engines start
-        self._pool = TeacherPool(self._spec(stores, cluster), engine_factory=self._engine_factory, probe=self._probe())
+        live = TeacherMetrics(self.config.name)
+        self._pool = TeacherPool(
+            self._spec(stores, cluster), engine_factory=self._engine_factory, probe=self._probe(), live=live
+        )  # fmt: skip
         with _telling_followers([store for _, store in stores]), self._pool as pool:
             self._require_right(pool)
             for split, store in stores:
                 self._explain_new(split, store)
-                progress = self._progress_of(split)
+                live.begin(split)
+                progress = ProgressLine(split, self.books, live)
                 summary = score_split(pool, self._examples_path(split), store, progress, progress.waits)
                 facts[split] = asdict(summary)
                 self.books.say(
@@ -176,9 +181,6 @@ class ScoringStage:
     def _examples_path(self, split: Split) -> Path:
         return self.books.path / "data" / f"{split}.arrow"
 
-    def _progress_of(self, split: Split) -> "ProgressLine":
-        return ProgressLine(split, self.books)
-
 
 @contextmanager
 def _telling_followers(stores: list[ScoreStore]) -> Iterator[None]:
@@ -196,11 +198,12 @@ def _telling_followers(stores: list[ScoreStore]) -> Iterator[None]:
 class ProgressLine:
     """Says how far the scoring of a split has come, once in a while."""
 
-    def __init__(self, split: Split, books: RunDir) -> None:
-        self._split, self._books, self._said = split, books, 0.0
+    def __init__(self, split: Split, books: RunDir, live: TeacherMetrics) -> None:
+        self._split, self._books, self._live, self._said = split, books, live, 0.0
 
     def __call__(self, progress: ScoringProgress) -> None:
         """Take note of one more shard."""
+        self._live.progress(progress.shards_done, progress.shards_total, progress.tokens_per_second)
         self._books.event("shard_scored", split=self._split, **asdict(progress))
         self._say(
             f"shard {progress.shards_done}/{progress.shards_total}, {progress.tokens_per_second:,.0f} tokens/s, "

@@ -56,6 +56,8 @@ def fit(role: Role, config: RunConfig, books: RunDir, models: Models) -> Facts:
         threads=int(max(1, fitting.workers.cpus)),
         metrics=str(books.path / "metrics"),
         output=str(models.fitted_folder(role)),
+        run=config.name,
+        tracking=config.tracking,
     )
     return train_model(task, fitting.workers, books.path / "checkpoints", books.say)
 
@@ -83,4 +85,6 @@ def distillation_task(config: RunConfig, folder: Path, models: Models, store: Pa
         threads=int(max(1, config.workers.cpus)),
         metrics=str(folder / "metrics"),
         output=str(models.student_folder),
+        run=config.name,
+        tracking=config.tracking,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -51,6 +52,8 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
                 f"{task.name}: worker {rank} failed more often than train.max_failures {task.train.max_failures}; "
                 f"the last time with {type(cause).__name__}: {cause}"
             ) from cause
+        except RayActorError as failure:  # the actor that holds the workers; they end with it
+            raise TrainingFailed(f"{task.name}: Ray Train's controller died ({str(failure).splitlines()[0]})") from failure
     if error:
         raise TrainingFailed(error)
     return summarize(read_metrics(metrics))

@@ -30,7 +30,7 @@ def run(names: set[str], arguments: list[str]) -> dict[str, tuple[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         book = Path(folder) / "drills.xml"
         select = ["-k", " or ".join(sorted(names))] if "-k" not in arguments else []
-        command = [sys.executable, "-m", "pytest", "-q", f"--junit-xml={book}", *map(str, files), *select, *arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "--drills", f"--junit-xml={book}", *map(str, files), *select, *arguments]
         subprocess.run(command, cwd=ROOT, check=False)
         cases = list(ElementTree.parse(book).iter("testcase")) if book.exists() else []
     found: dict[str, tuple[str, float]] = {}

@@ -31,8 +31,18 @@ def local_ray() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let a drill that fails run once more: it kills processes of a cluster at their work, on a machine that may stand still."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--drills``, which ``make drills`` gives."""
+    parser.addoption("--drills", action="store_true", help="run the long drills as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long drills unless they are asked for, and let one that fails run once more.
+
+    Drills kill processes of a cluster at their work, on a machine that may stand still meanwhile.
+    """
     for item in items:
+        if item.get_closest_marker("drill") and not config.getoption("--drills"):
+            item.add_marker(pytest.mark.skip(reason="a long drill; make drills runs it"))
         if item.get_closest_marker("ray") and item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.flaky(reruns=1))

@@ -13,7 +13,9 @@ ROOMS = ("orchestrator", "actors", "losses", "tune_spaces")
 MAY_IMPORT = {"orchestrator": {"actors", "losses", "tune_spaces"}, "actors": {"losses"}, "losses": set(), "tune_spaces": set()}
 NEVER_IMPORTED = {"tests", "benchmarks", "scripts"}
 LOSSES_MAY_IMPORT = {"torch", "pydantic", "losses"} | sys.stdlib_module_names
-ONE_FILE_EACH = {"vllm": "actors/vllm_engine.py", "peft": "actors/adapters.py"}
+ONE_FILE_EACH = {
+    "vllm": "actors/vllm_engine.py", "peft": "actors/adapters.py", "wandb": "actors/wandb_log.py", "mlflow": "actors/mlflow_log.py",
+}  # fmt: skip
 INSTANT_MODULES = ("losses.config", "actors.config", "orchestrator.config", "orchestrator.config_file", "orchestrator.cli")
 HEAVY = {"torch", "ray", "transformers", "vllm", "numpy", "datasets", "pyarrow"}
 LONGEST_FILE_LINES = 320

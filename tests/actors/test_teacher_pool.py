@@ -53,7 +53,7 @@ def test_a_replica_writes_its_shard_and_returns_counts(
 ) -> None:
     log = tmp_path / "scored"
     replica = TeacherReplica(fake_spec(TOP_K), FakeTeacher(log=log))
-    assert replica.start() == FAKE_VOCAB
+    assert replica.start().vocab_size == FAKE_VOCAB
     result = replica.score_shard(examples_path, store.path, 5)
     assert result.info == store.shard_info(5)
     assert result.tokens == sum(len(example.token_ids) for example in examples[20:])

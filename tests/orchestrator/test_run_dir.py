@@ -56,3 +56,12 @@ def test_a_submitted_job_does_not_write_into_its_own_copy_of_the_code(monkeypatc
 def test_what_is_searched_in_a_run_may_change(tmp_path: Path) -> None:
     RunDir.open(changed(f"output={tmp_path}")).close()
     RunDir.open(changed(f"output={tmp_path}", "tune.rungs=2", "compare.seeds=5")).close()
+
+
+def test_who_watches_a_run_may_change_and_must_be_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    RunDir.open(changed(f"output={tmp_path}")).close()
+    RunDir.open(changed(f"output={tmp_path}", "tracking.tensorboard=false")).close()
+    monkeypatch.setattr("actors.tracking_config.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"tracking.wandb is set, but wandb is not installed: pip install '.\[wandb\]'"):
+        RunDir.open(changed(f"output={tmp_path}/new", "tracking.wandb.project=p"))
+    assert not (tmp_path / "new").exists()
