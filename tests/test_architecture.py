@@ -14,8 +14,11 @@ MAY_IMPORT = {"orchestrator": {"actors", "losses", "tune_spaces"}, "actors": {"l
 NEVER_IMPORTED = {"tests", "benchmarks", "scripts"}
 LOSSES_MAY_IMPORT = {"torch", "pydantic", "losses"} | sys.stdlib_module_names
 ONE_FILE_EACH = {
-    "vllm": "actors/vllm_engine.py", "peft": "actors/adapters.py", "wandb": "actors/wandb_log.py", "mlflow": "actors/mlflow_log.py",
-}  # fmt: skip
+    "vllm": "actors/vllm_engine.py",
+    "peft": "actors/adapters.py",
+    "wandb": "actors/wandb_log.py",
+    "mlflow": "actors/mlflow_log.py",
+}
 INSTANT_MODULES = ("losses.config", "actors.config", "orchestrator.config", "orchestrator.config_file", "orchestrator.cli")
 HEAVY = {"torch", "ray", "transformers", "vllm", "numpy", "datasets", "pyarrow"}
 LONGEST_FILE_LINES = 320

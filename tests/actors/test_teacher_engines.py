@@ -1,7 +1,7 @@
 """The engines against a slow float64 reading of the full logits, and against each other. V vocabulary, K top-k."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,12 +198,12 @@ class VllmProbe(TeacherReplica):
 class NarrowVllm(TeacherReplica):
     """A replica whose engine reads few tokens in a step."""
 
-    def start(self) -> int:
+    def start(self, probe: Sequence[Example] = ()) -> EngineStarted:
         """Build the engine with a smaller step."""
         from actors import vllm_engine
 
         vllm_engine.TOKENS_PER_STEP = 40
-        return super().start()
+        return super().start(probe)
 
 
 @pytest.fixture(scope="module")
