@@ -35,7 +35,7 @@ TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 
 def tries(count: int) -> settings:
     return settings(
-        max_examples=count * TIMES, derandomize=True, deadline=None, database=None,
+        max_examples=count * TIMES,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )  # fmt: skip
 

@@ -113,9 +113,12 @@ def kill_the_process_of_a_trial(folder: Path) -> None:
 
 
 def at_work(folder: Path) -> list[int]:
-    """The trials that have passed their first rung and reached no other."""
-    trials = read_ledger(folder / "ledger.jsonl").with_status("unfinished")
-    return [trial.number for trial in trials if [rung.decision for rung in trial.rungs] == ["continue"]]
+    """The trials that have begun to train and were not told to stop."""
+    return [
+        trial.number
+        for trial in read_ledger(folder / "ledger.jsonl").with_status("unfinished")
+        if not (trial.rungs and trial.rungs[-1].decision == "stop") and list(folder.glob(events_of(trial.number)))
+    ]
 
 
 @pytest.mark.ray
@@ -145,8 +148,12 @@ def test_the_command_searches_goes_on_and_ends_in_a_configuration_that_run_accep
 
 def pid_of(folder: Path, trial: int) -> int:
     """The process in which a trial was trained, which TensorBoard has in the name of its file."""
-    (events,) = folder.glob(f"trials/{trial:04d}/tensorboard/*/events.*")
+    (events,) = folder.glob(events_of(trial))
     return int(events.name.split(".")[-2])
+
+
+def events_of(trial: int) -> str:
+    return f"trials/{trial:04d}/tensorboard/*/events.*"
 
 
 @pytest.fixture
