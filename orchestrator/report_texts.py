@@ -232,5 +232,5 @@ def _quoted(piece: str) -> str:
 
 
 def _percent(share: float) -> str:
-    number = f"{100 * share:.1f}" if 0.001 <= share <= 0.999 else f"{100 * share:.2g}"
+    number = f"{100 * share:.1f}" if share >= 0.001 else f"{100 * share:.2g}"
     return f"{number}\u00a0%"
