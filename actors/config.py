@@ -143,25 +143,6 @@ class TrainConfig(Section):
     """How often the workers are started again after one died."""
 
 
-class WorkersConfig(Section):
-    """Ray Train workers and what each of them holds."""
-
-    count: int = Field(default=1, ge=1)
-    """Number of workers."""
-
-    cpus: float = Field(default=1.0, gt=0)
-    """CPUs of each worker, also its number of threads."""
-
-    gpus: int = Field(default=0, ge=0, le=1)
-    """GPUs of each worker."""
-
-    resources: CustomResources = {}
-    """Ray's custom resources of each worker, such as ``{student_node: 1}``; only nodes that offer them hold workers."""
-
-    labels: NodeLabels = {}
-    """Labels a node must have to hold workers, such as ``{role: student}``; ``!teacher`` and ``in(a, b)`` work too."""
-
-
 class EngineConfig(Section):
     """How the teacher is served for scoring."""
 

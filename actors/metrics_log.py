@@ -119,7 +119,7 @@ def _trackers(task: TrainingTask, folder: Path) -> list[StepLog]:
 
 def step_metrics(
     sums: LossSums, loss: LossConfig, examples: ExampleFile, batch: GlobalBatch, started: float, waited_seconds: float,
-    learning_rate: float, gradient_norm: float, total_steps: int,
+    learning_rate: float, gradient_norm: float, total_steps: int, workers: int,
 ) -> dict[str, float]:  # fmt: skip
     """Return what is recorded of a step; terms are means in nats over the tokens they speak of."""
     seconds = time.perf_counter() - started
@@ -135,6 +135,7 @@ def step_metrics(
         "tokens": tokens,
         "tokens_per_second": tokens / max(seconds - waited_seconds, 1e-9),
         "waited_seconds": waited_seconds,
+        "workers": workers,
     }
 
 

@@ -1,8 +1,9 @@
 """Where replicas and workers may stand: what each needs of a node, what nodes have, and how many of each fit.
 
-All is arithmetic on plain records; only ``read_nodes``, ``read_cluster`` and ``reserve`` speak to Ray.
+All is arithmetic on plain records; only ``read_nodes``, ``read_cluster``, ``settled_places`` and ``reserve`` speak to Ray.
 """
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +12,12 @@ import ray
 from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
-from actors.config import EngineConfig, EvaluateConfig, WorkersConfig
+from actors.config import EngineConfig, EvaluateConfig
+from actors.workers_config import WorkersConfig
 
 SMALLEST_AMOUNT = 1e-4
 """Ray counts resources in steps of this size."""
+SETTLE_SECONDS = 5.0
 NODES_NAMED = 6
 """Nodes that an error lists one by one."""
 OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
@@ -124,6 +127,25 @@ def read_cluster() -> Cluster:
     return Cluster(read_nodes(), ray.available_resources())
 
 
+def free_places(need: Need, cluster: Cluster) -> int:
+    """How many find room in what is free now, node by node."""
+    on_nodes = sum(need.times_in(node.free) for node in cluster.nodes if need.may_stand_on(node))
+    return min(on_nodes, need.times_in(cluster.available))
+
+
+def settled_places(need: Need, enough: int) -> int:
+    """Return how many find room once what earlier work held has been given back, which Ray does in its own time.
+
+    Waits a few seconds, unless there is room for ``enough`` before.
+    """
+    until = time.monotonic() + SETTLE_SECONDS
+    while True:
+        free = free_places(need, read_cluster())
+        if free >= enough or time.monotonic() > until:
+            return free
+        time.sleep(0.2)
+
+
 def reserve(need: Need) -> PlacementGroup:
     """Ask for room in one node, and return at once; the room is held, once there is any, until the group is removed.
 
@@ -183,9 +205,7 @@ def require_room_together(nodes: Sequence[Node], replica: Need, replicas: int, w
     )
 
 
-def workers_beside(
-    room: Sequence[tuple[Node, Mapping[str, float]]], replica: Need, worker: Need | None, most: int
-) -> list[int]:
+def workers_beside(room: Sequence[tuple[Node, Mapping[str, float]]], replica: Need, worker: Need | None, most: int) -> list[int]:
     """Say for each number of replicas, from none to ``most``, how many workers fit beside them if all stand well.
 
     Args:

@@ -18,6 +18,7 @@ from actors.collate import Collator, MicroBatch
 from actors.config import TrainConfig, needs_teacher
 from actors.examples import ExampleFile
 from actors.exams import Examiner
+from actors.growth import Growth
 from actors.metrics_log import MetricsLog, step_metrics
 from actors.optimization import clip_gradients, make_optimizer, make_schedule
 from actors.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
@@ -31,16 +32,17 @@ from actors.student_model import (
     set_gradient_sync,
 )
 from actors.train_checkpoints import Checkpoints
-from actors.training_task import TrainingDiverged, TrainingTask
+from actors.training_task import Ending, TrainingDiverged, TrainingTask
 from actors.workers import Worker
 from losses.distillation import LossSums
 from losses.loss_state import LossState
 
 
-def distil(task: TrainingTask, checkpoints: Checkpoints) -> None:
+def distil(task: TrainingTask, checkpoints: Checkpoints) -> Ending:
     """Teach the student step by step, from wherever its last checkpoint stands, and write the finished model.
 
-    The student of a trial is examined on the way, and may be told to stop.
+    The student of a trial is examined on the way, and may be told to stop. Workers whose number may grow leave at a
+    checkpoint when there is room for more of them.
     """
     worker = Worker.here(task.threads)
     examples = ExampleFile(Path(task.examples))
@@ -49,6 +51,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> None:
     model = prepare_model(task.model, task.lora, task.train)
     collator = Collator(examples, store, task.loss, task.top_k, task.seed, vocab_size_of(model))
     examiner = Examiner(task, worker, vocab_size_of(model))
+    growth = Growth(task, worker, store)
 
     student = distribute(StudentWithLoss(model, task.loss), task.train, worker)
     total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
@@ -58,9 +61,9 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> None:
     first = Progress(0, SamplerState(task.seed), LossState.first(task.loss))
     done = checkpoints.load(student, optimizer, schedule, worker) or first
     batches = global_batches(len(examples), task.train.batch_rows, done.sampler, task.train.first_epoch == "store_order")
-    goes_on = True
+    goes_on, makes_way = True, False
     with closing(MetricsLog.on_first_worker(worker, task, first_step=done.step + 1)) as log:
-        while goes_on and done.step < total_steps:
+        while goes_on and not makes_way and done.step < total_steps:
             started, step, batch = time.perf_counter(), done.step + 1, next(batches)
             waited_seconds = collator.wait_for(batch, task.wait_seconds)
             worker.seed_step(task.seed, step)
@@ -75,16 +78,19 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> None:
             schedule.step()
 
             metrics = step_metrics(
-                sums, task.loss, examples, batch, started, waited_seconds, learning_rate, gradient_norm, total_steps
-            )
+                sums, task.loss, examples, batch, started, waited_seconds, learning_rate, gradient_norm, total_steps,
+                worker.world_size,
+            )  # fmt: skip
             log.write(step, metrics | done.loss_state.numbers(task.loss))
             done = Progress(step, batch.after, done.loss_state.after(task.loss, step, total_steps, float(sums.loss)))
             goes_on = examiner.goes_on(student, step)  # before a checkpoint: what resumes from one has its exam behind it
             if goes_on and step % task.train.checkpoint_every_steps == 0 and step < total_steps:
                 checkpoints.save(student, optimizer, schedule, done, worker)
+                makes_way = growth.is_due()
 
-    if task.output is not None:
+    if task.output is not None and not makes_way:
         write_finished_model(student, task, Path(task.output), worker)
+    return Ending(made_way=makes_way)
 
 
 def accumulate_gradients(

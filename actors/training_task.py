@@ -8,6 +8,7 @@ from typing import Any
 
 from actors.config import LoraAdapter, TrainConfig
 from actors.tracking_config import TrackingConfig
+from actors.workers_config import WorkersConfig
 from losses.config import LossConfig
 
 
@@ -41,6 +42,16 @@ class Exams:
     """Rows of one forward pass."""
     judge: Any
     """Ray actor; its ``measured(trial, rung, step, measures, seconds)`` says whether the trial goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How the workers of a training left it."""
+
+    error: str | None = None
+    """Of a failure that trying again cannot mend."""
+    made_way: bool = False
+    """Whether they left at a checkpoint because there is room for more of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +92,16 @@ class TrainingTask:
     """Name of the run it belongs to, for those who watch."""
     tracking: TrackingConfig = TrackingConfig()
     """Where its steps are shown besides the run's own files."""
+    growing: WorkersConfig | None = None
+    """The workers, where they are to make way once there is room for more of them."""
 
 
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient is no finite number."""
 
 
-def train_worker(config: dict[str, TrainingTask]) -> str | None:
-    """Run one worker to the end of its task; return the error of a failure that trying again cannot mend.
+def train_worker(config: dict[str, TrainingTask]) -> Ending:
+    """Run one worker to the end of its task, or as far as it gets.
 
     Ray Train starts the workers again after whatever is raised.
     """
@@ -97,7 +110,6 @@ def train_worker(config: dict[str, TrainingTask]) -> str | None:
     from actors.train_checkpoints import RayTrainCheckpoints
 
     try:
-        distil(config["task"], RayTrainCheckpoints())
+        return distil(config["task"], RayTrainCheckpoints())
     except (ScoringFailed, TrainingDiverged, TimeoutError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        return Ending(error=f"{type(error).__name__}: {error}")

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from actors.adapters import add_adapters
 from actors.collate import Collator
-from actors.config import EngineConfig, LoraAdapter, ScoresConfig, WorkersConfig
+from actors.config import EngineConfig, LoraAdapter, ScoresConfig
 from actors.examples import ExampleFile
 from actors.optimization import clip_gradients, make_optimizer
 from actors.sampler import SamplerState, global_batches
@@ -35,6 +35,7 @@ from actors.student_model import StudentWithLoss, save_model, scratch_model
 from actors.teacher import TeacherSpec, build_engine, engine_environment
 from actors.training_task import ModelSource
 from actors.workers import Worker
+from actors.workers_config import WorkersConfig
 from benchmarks.bars import Bar, peak_bytes, print_table, report
 from benchmarks.plan_cases import STUDENTS, TEACHERS, TOP_K, Student, Teacher, made_up, model, workload_of, write_world
 from losses.loss_state import LossState

@@ -15,7 +15,7 @@ from orchestrator.resources import ray_for
 from orchestrator.run_dir import RunDir
 from orchestrator.search_config import rung_steps
 from orchestrator.search_results import show_search
-from orchestrator.search_space import BoundSpace, require_one_worker_in_one_process
+from orchestrator.search_space import BoundSpace, require_steady_workers
 from orchestrator.search_table import completed_trials
 from orchestrator.trial_runs import Ground, TrialQueue, begin_ledger, note_cost, prepare_ground, run_search
 from tune_spaces.ranges import Choice
@@ -30,7 +30,7 @@ def compare(config: RunConfig, say: Callable[[str], None] = print) -> Path:
     Raises:
         ValueError: if the budget or the devices will not do, or another comparison's ledger stands there.
     """
-    require_one_worker_in_one_process(config, "compare")
+    require_steady_workers(config, "compare")
     points = {arm: {"loss": loss_of(arm, config)} for arm in config.compare.arms}
     bound = bind_arms(config, points)
     folder = config.run_dir / config.compare.name

@@ -12,10 +12,10 @@ from actors.config import (
     ModelConfig,
     ScoresConfig,
     TrainConfig,
-    WorkersConfig,
     needs_complete_store,
 )
 from actors.tracking_config import TrackingConfig
+from actors.workers_config import WorkersConfig
 from losses.config import AtkdLoss, LossConfig
 from losses.section import Section
 from orchestrator.compare_config import CompareConfig

@@ -4,8 +4,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from actors.placement import plural
 from orchestrator.config import RunConfig
-from orchestrator.plan_cluster import Place, given_place, judged_config, live_place, problems, settled_replicas
+from orchestrator.plan_cluster import (
+    Place,
+    given_place,
+    judged_config,
+    live_place,
+    problems,
+    settled_replicas,
+    with_steady_workers,
+)
 from orchestrator.plan_jobs import Estimator, trainings
 from orchestrator.plan_memory import Memory
 from orchestrator.plan_nearest import Nearest, nearest_plan
@@ -110,7 +119,8 @@ def make_plan(config: RunConfig, asked: Asked, say: Say) -> Plan:
         ValueError: naming what is missing or cannot be.
     """
     place = _place(asked, config)
-    config = judged_config(config, place)
+    remarks = _remarks(config, place)
+    config = judged_config(with_steady_workers(config), place)
     work = _work(config, asked)
     estimator = Estimator(config, work)
     gpu_flops = asked.gpu_tflops * 1e12
@@ -140,19 +150,26 @@ def make_plan(config: RunConfig, asked: Asked, say: Say) -> Plan:
         feeding=replicas_that_feed(pipe, config.workers.count),
         trials=config.tune.draws,
         assumptions=() if asked.probe else assumptions(gpu_flops),
-        remarks=_remarks(config, place),
+        remarks=remarks,
     )
 
 
 def _remarks(config: RunConfig, place: Place) -> tuple[str, ...]:
-    """Say it where a cluster has GPUs and one of the two sides takes none."""
+    """Say for how many workers the plan is where their number may change, and which side takes none of the GPUs there are."""
+    elastic = [
+        f"{job.name}: planned with {plural(job.workers.count, 'worker')}, its min; up to {job.workers.most} train where there is "
+        "room. Where count is spoken of, min is meant"
+        for job in trainings(config)
+        if job.workers.elastic
+    ]
     if not place.gpus:
-        return ()
+        return tuple(elastic)
     sides = (
         ("the teacher", config.teacher.engine.gpu, "teacher.engine.gpu=true"),
         ("the student", config.workers.gpus > 0, "workers.gpus=1"),
     )
-    return tuple(f"{side} takes no GPU in this configuration; {key} would give it one" for side, takes, key in sides if not takes)
+    none = [f"{side} takes no GPU in this configuration; {key} would give it one" for side, takes, key in sides if not takes]
+    return tuple(elastic + none)
 
 
 def assumed_rates(config: RunConfig, estimator: Estimator, gpu_flops: float) -> Rates:

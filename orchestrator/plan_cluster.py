@@ -9,8 +9,9 @@ import psutil
 import ray
 import torch
 
-from actors.config import EngineConfig, WorkersConfig
+from actors.config import EngineConfig
 from actors.placement import Node, most_replicas, plural, replica_need, worker_need, workers_beside
+from actors.workers_config import WorkersConfig
 from orchestrator.config import FitConfig, RunConfig
 from orchestrator.plan_jobs import Estimator, trainings
 from orchestrator.plan_memory import Memory, forward_bytes, scoring_bytes, weights_bytes
@@ -97,6 +98,25 @@ def live_place(gpu_gib: float | None, cpus: float = 0.0) -> Place:
             raise ValueError("the cluster has GPUs, and this machine cannot see how large they are; --gpu-memory 80 would say it")
         gpu_bytes = gpu_gib * GIB if gpu_gib else float(torch.cuda.get_device_properties(0).total_memory)
     return Place(nodes, gpu_bytes, node_bytes, live=True)
+
+
+def with_steady_workers(config: RunConfig) -> RunConfig:
+    """Return the configuration with as many workers as are sure, where their number may change."""
+    return config.model_copy(
+        update={
+            "teacher": config.teacher.model_copy(update={"fit": _steady_fit(config.teacher.fit)}),
+            "student": config.student.model_copy(update={"fit": _steady_fit(config.student.fit)}),
+            "workers": _steady(config.workers),
+        }
+    )
+
+
+def _steady(workers: WorkersConfig) -> WorkersConfig:
+    return workers.model_copy(update={"min": None, "max": None})
+
+
+def _steady_fit(fit: FitConfig | None) -> FitConfig | None:
+    return fit and fit.model_copy(update={"workers": _steady(fit.workers)})
 
 
 def judged_config(config: RunConfig, place: Place) -> RunConfig:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from actors.config import LoraAdapter, TrainConfig, WorkersConfig
+from actors.config import LoraAdapter, TrainConfig
+from actors.workers_config import WorkersConfig
 from orchestrator.config import RunConfig
 from orchestrator.models import ROLES, Role
 from orchestrator.plan_activations import saved_bytes

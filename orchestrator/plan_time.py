@@ -5,7 +5,8 @@ V vocabulary, H hidden size.
 
 from dataclasses import dataclass
 
-from actors.config import EngineConfig, TrainConfig, WorkersConfig
+from actors.config import EngineConfig, TrainConfig
+from actors.workers_config import WorkersConfig
 from orchestrator.plan_shapes import ModelShape, Workload
 
 CPU_FLOPS = 80e9

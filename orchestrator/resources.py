@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import ray
 
-from actors.config import EngineConfig, WorkersConfig
+from actors.config import EngineConfig
 from actors.placement import (
     Cluster,
     Node,
@@ -22,6 +22,7 @@ from actors.placement import (
     worker_need,
     workers_beside,
 )
+from actors.workers_config import WorkersConfig
 from orchestrator import sigterm
 from orchestrator.config import RunConfig
 from orchestrator.scoring import score_root

@@ -28,8 +28,8 @@ Facts = dict[str, Any]
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the environment of a driver that was started by ``ray job submit``."""
 
-NOT_OF_THE_RUN = ("tune", "compare", "tracking")
-"""Sections that may change without making it another run."""
+NOT_OF_THE_RUN = ("workers", "tune", "compare", "tracking")
+"""Sections that may change without making it another run: what a step learns does not depend on who shares its rows."""
 
 
 class RunDirError(ValueError):
@@ -124,5 +124,5 @@ class RunDir:
 
 
 def _of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the sections that say which trials are made of a run, or who watches it, and nothing about the run itself."""
+    """Leave out the sections that say who does the work, which trials are made of a run, or who watches it."""
     return {section: value for section, value in settings.items() if section not in NOT_OF_THE_RUN}

@@ -87,7 +87,7 @@ def search_of(config: RunConfig) -> BoundSpace:
         ConfigError: naming the key, the value seen and one that would do.
     """
     tune = config.tune
-    require_one_worker_in_one_process(config, "tune")
+    require_steady_workers(config, "tune")
     bound, size = bind(config, tune.searched), tune.searched.size()
     if tune.search == "grid" and (size or 0) > LARGEST_GRID:
         raise ConfigError(f"tune.search grid tries every point, and tune.space has {size:,}; tune.search=random would do")
@@ -98,12 +98,17 @@ def search_of(config: RunConfig) -> BoundSpace:
     return bound
 
 
-def require_one_worker_in_one_process(config: RunConfig, section: Literal["tune", "compare"]) -> None:
-    """Refuse several workers where the section's trials train in one process.
+def require_steady_workers(config: RunConfig, section: Literal["tune", "compare"]) -> None:
+    """Refuse several workers where the section's trials train in one process, and in any trial a number that changes.
 
     Raises:
         ConfigError: with what would do.
     """
+    if config.workers.elastic:
+        raise ConfigError(
+            f"workers.max {config.workers.max}: {section} counts how many trials find room at a time, so that each has as many "
+            f"workers as the other; workers.count={config.workers.count} in the place of min and max would do"
+        )
     if getattr(config, section).trials_in == "reused_process" and config.workers.count > 1:
         raise ConfigError(
             f"{section}.trials_in reused_process trains in one process, and workers.count is {config.workers.count}: "

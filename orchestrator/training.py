@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ray.exceptions import RayActorError
@@ -12,10 +13,12 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.checkpoint_seal import damaged_checkpoints
-from actors.config import TrainConfig, WorkersConfig
 from actors.metrics_log import read_metrics
 from actors.placement import worker_need
-from actors.training_task import TrainingTask, train_worker
+from actors.score_store import ScoreStore
+from actors.training_task import Ending, TrainingTask, train_worker
+from actors.workers_config import WorkersConfig
+from orchestrator.elastic import train_in_turns
 
 PROGRESS_SECONDS = 10.0
 
@@ -36,16 +39,9 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
     metrics = Path(task.metrics) / f"{task.name}.jsonl"
     if task.output is not None and Path(task.output).exists():  # written by rename, after the last step
         return summarize(read_metrics(metrics))
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
-        scaling_config=scaling_of(workers),
-        run_config=_run_config(task.train, task.name, checkpoints),
-    )
     with _telling_damage(task, checkpoints / task.name, say), _progress_lines(task, say), _keyboard_interrupt():
         try:
-            error = trainer.fit().return_value
+            ending = _train(task, workers, checkpoints, say)
         except WorkerGroupError as failure:
             rank, cause = next(iter(failure.worker_failures.items()))
             raise TrainingFailed(
@@ -54,15 +50,50 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
             ) from cause
         except RayActorError as failure:  # the actor that holds the workers; they end with it
             raise TrainingFailed(f"{task.name}: Ray Train's controller died ({str(failure).splitlines()[0]})") from failure
-    if error:
-        raise TrainingFailed(error)
+    if ending.error:
+        raise TrainingFailed(ending.error)
     return summarize(read_metrics(metrics))
 
 
-def scaling_of(workers: WorkersConfig) -> ScalingConfig:
+def _train(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, say: Callable[[str], None]) -> Ending:
+    """Train by as many workers as are wanted, which Ray Train starts again, or by as many as there is room for."""
+    failures = task.train.max_failures
+    if not workers.elastic:
+        return _fit(task, workers, workers.count, checkpoints, FailureConfig(max_failures=failures))
+    growing = replace(task, growing=workers)
+    return train_in_turns(
+        task.name,
+        workers,
+        failures,
+        train=lambda count: _fit(growing, workers, count, checkpoints, FailureConfig(controller_failure_limit=0)),
+        scoring=lambda: task.store is not None and not ScoreStore(Path(task.store)).complete,
+        say=say,
+    )
+
+
+def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: Path, failures: FailureConfig) -> Ending:
+    """Have Ray Train train; a training of the same name and place goes on from its latest checkpoint."""
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task},
+        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+        scaling_config=scaling_of(workers, count),
+        run_config=RunConfig(
+            name=task.name,
+            storage_path=str(checkpoints),
+            failure_config=failures,
+            checkpoint_config=CheckpointConfig(num_to_keep=task.train.keep_checkpoints),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    ending: Ending = trainer.fit().return_value
+    return ending
+
+
+def scaling_of(workers: WorkersConfig, count: int) -> ScalingConfig:
     """Tell Ray Train how many workers there are, what each holds, and on which nodes they may stand."""
     return ScalingConfig(
-        num_workers=workers.count,
+        num_workers=count,
         use_gpu=workers.gpus > 0,
         resources_per_worker=dict(worker_need(workers).amounts),
         label_selector=workers.labels or None,
@@ -82,16 +113,6 @@ def summarize(steps: list[dict[str, float]]) -> dict[str, float]:
         "first_loss": steps[0]["loss"],
         "last_loss": last["loss"],
     }
-
-
-def _run_config(train: TrainConfig, name: str, checkpoints: Path) -> RunConfig:
-    return RunConfig(
-        name=name,
-        storage_path=str(checkpoints),
-        failure_config=FailureConfig(max_failures=train.max_failures),
-        checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-        logging_config=LoggingConfig(log_level="WARNING"),
-    )
 
 
 @contextmanager

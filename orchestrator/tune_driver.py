@@ -7,18 +7,15 @@ so that Ray Train frees what it holds; Ray Tune would kill them, and their place
 import logging
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ray import tune
 from ray.tune.search import Searcher
 
-from actors.config import WorkersConfig
-from actors.placement import Need, read_cluster, worker_need
+from actors.placement import read_nodes, settled_places, worker_need
+from actors.workers_config import WorkersConfig
 from orchestrator.trials import TrialPlan, run_trial
-
-SETTLE_SECONDS = 5.0
 
 
 class Trials(Protocol):
@@ -70,25 +67,13 @@ def most_at_once(workers: WorkersConfig) -> int:
         ValueError: naming what a trial needs and what there is room for, if there is room for none.
     """
     need = worker_need(workers)
-    free = _settled_workers(need)
+    free = settled_places(need, enough=sum(need.times_on(node) for node in read_nodes()))
     if free < workers.count:
         raise ValueError(
             f"a trial needs {need.many(workers.count)}, and there is room for {free} now: lower workers.cpus, workers.gpus or "
             "workers.count, or wait until other work is done"
         )
     return free // workers.count
-
-
-def _settled_workers(need: Need) -> int:
-    """Return how many workers find room once what the scoring held has been given back, which Ray does in its own time."""
-    until = time.monotonic() + SETTLE_SECONDS
-    while True:
-        cluster = read_cluster()
-        on_nodes = sum(need.times_in(node.free) for node in cluster.nodes if need.may_stand_on(node))
-        free = min(on_nodes, need.times_in(cluster.available))
-        if free >= sum(need.times_on(node) for node in cluster.nodes) or time.monotonic() > until:
-            return free
-        time.sleep(0.2)
 
 
 class _InOrder(Searcher):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from actors.config import EngineConfig, WorkersConfig
+from actors.config import EngineConfig
+from actors.workers_config import WorkersConfig
 from orchestrator import run_dir
 from orchestrator.resources import TRAIN_ENVIRONMENT
 from tests.test_docs import OURS, commands_of

@@ -5,8 +5,8 @@ import re
 import pytest
 import ray
 
-from actors.config import WorkersConfig
 from actors.placement import Cluster, Node
+from actors.workers_config import WorkersConfig
 from orchestrator.resources import Demand, demand, ray_for, require_places, settle_replicas
 from orchestrator.training import scaling_of
 from tests.orchestrator.test_config import changed
@@ -91,10 +91,10 @@ def test_as_many_replicas_as_find_room(students: int | None, shards: int, cluste
 
 def test_ray_train_is_told_what_the_arithmetic_counted() -> None:
     workers = WorkersConfig(count=3, cpus=2, gpus=1, resources={"student_node": 1}, labels={"role": "student"})
-    scaling = scaling_of(workers)
+    scaling = scaling_of(workers, workers.count)
     assert (scaling.num_workers, scaling.use_gpu, scaling.label_selector) == (3, True, {"role": "student"})
     assert scaling.resources_per_worker == {"CPU": 2, "GPU": 1, "student_node": 1}
-    assert scaling_of(WorkersConfig()).label_selector is None
+    assert scaling_of(WorkersConfig(), 1).label_selector is None
 
 
 @pytest.mark.ray

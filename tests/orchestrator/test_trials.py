@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.config import WorkersConfig
+from actors.workers_config import WorkersConfig
 from orchestrator.config import RunConfig
 from orchestrator.early_stopping import StoppingRule
 from orchestrator.judge import Assignment, Judge

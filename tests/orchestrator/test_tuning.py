@@ -16,8 +16,8 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from actors.config import WorkersConfig
 from actors.metrics_log import read_metrics
+from actors.workers_config import WorkersConfig
 from orchestrator.config import RunConfig
 from orchestrator.config_file import load_config
 from orchestrator.ledger import read_ledger

@@ -13,9 +13,10 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.config import OptimizerConfig, TrainConfig, WorkersConfig
+from actors.config import OptimizerConfig, TrainConfig
 from actors.metrics_log import read_metrics
 from actors.training_task import ModelSource, TrainingTask
+from actors.workers_config import WorkersConfig
 from losses.config import AtkdLoss
 from losses.weighing_config import DistantTokens
 from orchestrator.training import train_model

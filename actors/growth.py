@@ -1,0 +1,36 @@
+"""When the workers of a training make way for more of them; asked by the workers themselves, at a checkpoint."""
+
+import time
+
+from actors.placement import free_places, read_cluster, worker_need
+from actors.score_store import ScoreStore
+from actors.training_task import TrainingTask
+from actors.workers import Worker
+
+
+class Growth:
+    """Watches for room. While the teacher still scores there is none to take: what is free then is the teacher's.
+
+    Args:
+        task: says whether workers may become more, and how many.
+        worker: the one that asks.
+        store: what the student learns from, if it learns from a teacher.
+    """
+
+    def __init__(self, task: TrainingTask, worker: Worker, store: ScoreStore | None) -> None:
+        self._workers, self._worker, self._store = task.growing, worker, store
+        self._since = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Say whether to leave, so that more workers can begin here; all workers call it together and hear the same."""
+        if self._workers is None or self._worker.world_size >= self._workers.most:
+            return False
+        return self._worker.agree(self._worker.rank == 0 and self._sees_room())
+
+    def _sees_room(self) -> bool:
+        assert self._workers is not None
+        if time.monotonic() - self._since < self._workers.grow_seconds:
+            return False
+        if self._store is not None and not self._store.complete:
+            return False
+        return free_places(worker_need(self._workers), read_cluster()) > 0

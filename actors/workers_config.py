@@ -1,0 +1,66 @@
+"""What the user may say about training workers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from actors.placement_config import CustomResources, NodeLabels
+from losses.section import Section
+
+
+class WorkersConfig(Section):
+    """Ray Train workers and what each of them holds."""
+
+    count: int = Field(default=1, ge=1)
+    """Number of workers; where ``min`` and ``max`` stand in its place, the number that is sure: ``min``."""
+
+    min: int | None = Field(default=None, ge=1)
+    """With ``max``, in the place of ``count``: train with as many workers as there is room for, but with no fewer than this."""
+
+    max: int | None = Field(default=None, ge=1)
+    """The most workers. Which rows a step takes does not depend on how many there are."""
+
+    grow_seconds: float = Field(default=60.0, ge=0)
+    """How long workers train at least before they make way, at a checkpoint, for more of them; starting again takes a while."""
+
+    cpus: float = Field(default=1.0, gt=0)
+    """CPUs of each worker, also its number of threads."""
+
+    gpus: int = Field(default=0, ge=0, le=1)
+    """GPUs of each worker."""
+
+    resources: CustomResources = {}
+    """Ray's custom resources of each worker, such as ``{student_node: 1}``; only nodes that offer them hold workers."""
+
+    labels: NodeLabels = {}
+    """Labels a node must have to hold workers, such as ``{role: student}``; ``!teacher`` and ``in(a, b)`` work too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_is_what_is_sure(cls, said: Any) -> Any:
+        if not isinstance(said, Mapping) or said.get("min") is None:
+            return said
+        if said.get("count") not in (None, said["min"]):
+            raise ValueError(f"count {said['count']} and min {said['min']} exclude each other; leave out count, or min and max")
+        return {**said, "count": said["min"]}
+
+    @model_validator(mode="after")
+    def _range_has_two_ends(self) -> "WorkersConfig":
+        if (self.min is None) != (self.max is None):
+            known, unknown = ("min", "max") if self.max is None else ("max", "min")
+            value = self.min or self.max
+            raise ValueError(f"{known} {value} needs {unknown} beside it; {unknown} {value} would do, or count {value} alone")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}; min {self.max} would do")
+        return self
+
+    @property
+    def most(self) -> int:
+        """The most workers there may be."""
+        return self.max or self.count
+
+    @property
+    def elastic(self) -> bool:
+        """Whether their number follows the room there is."""
+        return self.max is not None

@@ -1,0 +1,185 @@
+"""Trainings whose number of workers follows the room there is: the same rows a step, the same student."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from ray.train import ControllerError, WorkerGroupError
+
+from actors.metrics_log import read_metrics
+from actors.training_task import Ending
+from actors.workers_config import WorkersConfig
+from orchestrator import elastic
+from orchestrator.config_file import ConfigError
+from orchestrator.elastic import train_in_turns
+from orchestrator.training import train_model
+from tests.orchestrator.elastic_world import LONG, LOST_AFTER
+from tests.orchestrator.test_config import changed
+from tests.orchestrator.training_world import (
+    ROWS,
+    TRAIN,
+    assert_same,
+    give_back,
+    losses_of,
+    task_in,
+    trained,
+    weights_of,
+    when,
+    withhold_shard,
+)
+from tests.worlds import scored_world
+
+ROOT = Path(__file__).parents[2]
+ONE_TO_FOUR = WorkersConfig(min=1, max=4)
+
+
+def test_a_range_of_workers_promises_its_lower_end() -> None:
+    workers = changed("workers={min: 2, max: 8}").workers
+    assert (workers.count, workers.most, workers.elastic) == (2, 8, True)
+    assert WorkersConfig.model_validate(workers.model_dump()) == workers
+    steady = changed("workers.count=3").workers
+    assert (steady.count, steady.most, steady.elastic) == (3, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("{min: 2}", "min 2 needs max beside it; max 2 would do, or count 2 alone"),
+        ("{max: 4}", "max 4 needs min beside it; min 4 would do, or count 4 alone"),
+        ("{min: 4, max: 2}", "min 4 is above max 2; min 2 would do"),
+        ("{count: 3, min: 2, max: 4}", "count 3 and min 2 exclude each other; leave out count, or min and max"),
+        ("{min: 0, max: 4}", "workers.min: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_range_that_is_none_is_refused(said: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        changed(f"workers={said}")
+
+
+class Turns:
+    """Plays Ray Train: each turn ends as it is told to, and notes with how many workers it was."""
+
+    def __init__(self, *ends: Ending | Exception) -> None:
+        self.ends, self.counts = iter(ends), list[int]()
+
+    def __call__(self, count: int) -> Ending:
+        self.counts.append(count)
+        end = next(self.ends)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+class WorkerGroupStartupTimeoutError(Exception):
+    """Called as Ray Train's own, which is not public."""
+
+
+LOST = WorkerGroupError("a worker died", {1: RuntimeError("the node is gone\nmore")})
+
+
+def turns(
+    monkeypatch: pytest.MonkeyPatch, rooms: list[int], train: Turns, *, scoring: bool = False, failures: int = 2
+) -> list[str]:
+    """Train where there is room for so many each time it is looked at; return what was said."""
+    left: Iterator[int] = iter(rooms)
+    monkeypatch.setattr(elastic, "settled_places", lambda need, enough: next(left))
+    said: list[str] = []
+    ending = train_in_turns("train", ONE_TO_FOUR, failures, train, lambda: scoring, said.append)
+    assert ending == Ending()
+    return said
+
+
+def test_the_number_follows_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = Turns(LOST, Ending(made_way=True), Ending())
+    assert turns(monkeypatch, [3, 2, 9], train) == [
+        "train: begins with 3 workers (1 to 4)",
+        "train: worker 1 failed (RuntimeError: the node is gone); all start again from their last checkpoint",
+        "train: goes on with 2 workers (1 to 4)",
+        "train: goes on with 4 workers (1 to 4)",
+    ]
+    assert train.counts == [3, 2, 4]
+
+
+def test_the_fewest_train_while_the_teacher_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = Turns(Ending())
+    assert turns(monkeypatch, [], train, scoring=True) == ["train: begins with 1 worker (1 to 4)"]
+    assert train.counts == [1]
+
+
+def test_room_for_the_fewest_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = Turns(ControllerError(WorkerGroupStartupTimeoutError("no room")), Ending())
+    assert turns(monkeypatch, [0, 0], train)[1:] == ["train: waits for room for 1 worker of 1 CPU"]
+    assert train.counts == [1, 1]
+
+
+def test_failures_are_counted_and_others_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WorkerGroupError, match="a worker died"):
+        turns(monkeypatch, [4, 3, 2], Turns(LOST, LOST), failures=1)
+    with pytest.raises(ControllerError, match="another version"):
+        turns(monkeypatch, [4], Turns(ControllerError(RuntimeError("made by another version"))))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [pytest.param("replicate", marks=pytest.mark.drill), "fsdp"])
+def test_workers_become_more_when_the_teacher_is_done_and_the_student_is_the_same(
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, sharding: str
+) -> None:
+    _, store = scored_world(training_world, ROWS)
+    train = TRAIN.model_copy(update={"checkpoint_every_steps": 1, "sharding": sharding})
+    task = task_in(tmp_path, training_world, train=train)
+    withheld = withhold_shard(store.path, 3)  # the worker stops before step 4
+    scorer = when(lambda: len(losses_of(tmp_path)) == 3, lambda: give_back(store.path, withheld))
+    said: list[str] = []
+    train_model(task, WorkersConfig(min=1, max=2, grow_seconds=0.0), tmp_path / "checkpoints", said.append)
+    scorer.join()
+    assert [line for line in said if "worker" in line] == [
+        "train: begins with 1 worker (1 to 2)", "train: goes on with 2 workers (1 to 2)",
+    ]  # fmt: skip
+    steps = read_metrics(tmp_path / "metrics" / "train.jsonl")
+    assert [step["step"] for step in steps] == list(range(1, 9))
+    counts = [step["workers"] for step in steps]
+    assert counts[:3] == [1, 1, 1], "there was room all the time, and the teacher's shard was out"
+    assert counts in ([1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 2, 2, 2, 2])
+    assert losses_of(tmp_path) == pytest.approx(losses_of(undisturbed[0]), abs=1e-4)
+    assert_same(weights_of(task), undisturbed[1], tolerance=1e-4)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.drill
+def test_training_goes_on_when_a_node_is_lost_with_a_worker_on_it(local_ray: None, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.orchestrator.elastic_world", str(tmp_path)]
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:  # AF_UNIX paths are limited to about 107 bytes
+        environment = os.environ | {"RAY_TMPDIR": short, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    said = json.loads((tmp_path / "facts.json").read_text())
+
+    alone = task_in(tmp_path / "alone", tmp_path / "world", train=LONG, name="alone")
+    weights = trained(alone, tmp_path / "alone")
+    undisturbed = read_metrics(tmp_path / "alone" / "metrics" / "alone.jsonl")
+    counts = {}
+    for kind in ("elastic", "steady"):
+        steps = read_metrics(tmp_path / kind / "metrics" / f"{kind}.jsonl")
+        assert [(step["step"], step["tokens"]) for step in steps] == [(step["step"], step["tokens"]) for step in undisturbed]
+        assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in undisturbed], abs=1e-3)
+        counts[kind] = [step["workers"] for step in steps]
+        assert_same(weights_of(task_in(tmp_path / kind, tmp_path / "world", name=kind)), weights, tolerance=1e-2)
+
+    assert set(counts["steady"]) == {2}
+    assert [line for line in said["elastic"] if " with " in line] == [
+        f"elastic: {line} (1 to 2)" for line in ("begins with 2 workers", "goes on with 1 worker", "goes on with 2 workers")
+    ]
+    assert [count for count, _ in groupby(counts["elastic"])] == [2, 1, 2]
+    assert counts["elastic"].index(1) >= LOST_AFTER - 2, "no more is repeated than since the last checkpoint"
+    (failed,) = [line for line in said["elastic"] if "failed" in line]
+    assert failed.startswith("elastic: worker ") and failed.endswith("all start again from their last checkpoint")
