@@ -15,7 +15,7 @@ from actors.workers_config import WorkersConfig
 from orchestrator.config import FitConfig, RunConfig
 from orchestrator.plan_jobs import Estimator, trainings
 from orchestrator.plan_memory import Memory, forward_bytes, scoring_bytes, weights_bytes
-from orchestrator.resources import require_places
+from orchestrator.resources import cluster_address, require_places
 
 Placed = TypeVar("Placed", EngineConfig, WorkersConfig)
 GIB = 2**30
@@ -81,7 +81,7 @@ def live_place(gpu_gib: float | None, cpus: float = 0.0) -> Place:
     Raises:
         ValueError: if its GPUs are on other machines and nobody said how large they are.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    if cluster_address():
         begun_here = not ray.is_initialized()
         if begun_here:
             ray.init(log_to_driver=False, logging_level="WARNING")

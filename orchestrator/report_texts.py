@@ -185,7 +185,7 @@ def numbers_of(index: int, view: View, by_model: Mapping[str, View]) -> str:
     for name, label in zip(MODEL_NAMES, COLUMNS, strict=True):
         if name in by_model:
             reading = by_model[name]
-            line = f"{label}: {_percent(reading['probability'][index])} here, {_favourite(reading, index)}"
+            line = f"{label}: {percent(reading['probability'][index])} here, {_favourite(reading, index)}"
             lines.append(line if name == "teacher" else f"{line}, KL {reading['divergence'][index]:.3g} nats")
     return "\n".join(lines)
 
@@ -224,13 +224,14 @@ def _piece(view: View, index: int) -> str:
 
 
 def _favourite(view: View, index: int) -> str:
-    return f"{_quoted(view['favourite'][index])} {_percent(view['favourite_probability'][index])}"
+    return f"{_quoted(view['favourite'][index])} {percent(view['favourite_probability'][index])}"
 
 
 def _quoted(piece: str) -> str:
     return f"‘{piece.translate(VISIBLE).translate(CONTROL_PICTURES)}’" if piece else "(part of a character)"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """Return a share such as ``12.3 %``, a tiny one with two digits: ``0.042 %``."""
     number = f"{100 * share:.1f}" if share >= 0.001 else f"{100 * share:.2g}"
     return f"{number}\u00a0%"

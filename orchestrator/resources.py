@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from orchestrator.scoring import score_root
 from orchestrator.shared_folder import require_shared
 
 STORE_BYTES = 256 << 20  # Ray's object store carries counts and configurations only
+
+CONNECT_SECONDS = 10.0
 
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a minute, Ray's own, is short where importing takes half of it
@@ -74,7 +77,7 @@ def ray_for(config: RunConfig) -> Iterator[None]:
         for name, value in TRAIN_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         with sigterm.listening_on():
-            if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+            if cluster_address():
                 ray.init(log_to_driver=False, logging_level="WARNING")
             else:
                 ray.init(
@@ -92,6 +95,32 @@ def ray_for(config: RunConfig) -> Iterator[None]:
     finally:
         if begun_here:
             ray.shutdown()
+
+
+def cluster_address() -> str | None:
+    """Return where ``RAY_ADDRESS`` says that a cluster is; None for a private Ray.
+
+    Raises:
+        ValueError: if it is an address of another kind, or nothing answers there; Ray itself would try for two minutes.
+    """
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address in ("", "local"):
+        return None
+    if address.startswith(("http://", "https://")):
+        raise ValueError(
+            f"RAY_ADDRESS {address} is an address for jobs: RAY_API_SERVER_ADDRESS tells it to ray job submit; here the "
+            "address of the head node, such as 10.0.0.1:6379, would do"
+        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():  # else it is a word of Ray's, such as auto
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"RAY_ADDRESS {address}: nothing answers there ({error}); auto finds a Ray that runs on this machine, and "
+                "without RAY_ADDRESS the command starts one of its own"
+            ) from error
+    return address
 
 
 def require_places(config: RunConfig, nodes: Sequence[Node]) -> None:

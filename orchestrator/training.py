@@ -1,5 +1,7 @@
 """Trains one model by Ray Train, and shows how far it is."""
 
+import json
+import shutil
 import signal
 import threading
 import time
@@ -21,6 +23,8 @@ from actors.workers_config import WorkersConfig
 from orchestrator.elastic import train_in_turns
 
 PROGRESS_SECONDS = 10.0
+COUNTED = "checkpoint_manager_snapshot.json"
+"""Ray Train's own list of the checkpoints that count."""
 
 
 class TrainingFailed(RuntimeError):
@@ -39,6 +43,7 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
     metrics = Path(task.metrics) / f"{task.name}.jsonl"
     if task.output is not None and Path(task.output).exists():  # written by rename, after the last step
         return summarize(read_metrics(metrics))
+    drop_uncounted_checkpoints(checkpoints / task.name)
     with _telling_damage(task, checkpoints / task.name, say), _progress_lines(task, say), _keyboard_interrupt():
         try:
             ending = _train(task, workers, checkpoints, say)
@@ -52,6 +57,7 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
             raise TrainingFailed(f"{task.name}: Ray Train's controller died ({str(failure).splitlines()[0]})") from failure
     if ending.error:
         raise TrainingFailed(ending.error)
+    drop_uncounted_checkpoints(checkpoints / task.name)
     return summarize(read_metrics(metrics))
 
 
@@ -88,6 +94,18 @@ def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: Pa
     )
     ending: Ending = trainer.fit().return_value
     return ending
+
+
+def drop_uncounted_checkpoints(folder: Path) -> None:
+    """Delete checkpoints that no training would take up: whoever wrote them was killed before Ray Train counted them."""
+    book = folder / COUNTED
+    try:
+        counted = json.dumps(json.loads(book.read_text())) if book.exists() else ""
+    except ValueError:
+        return  # Ray Train says what is wrong with it
+    for path in folder.glob("checkpoint_*/"):
+        if path.name not in counted:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def scaling_of(workers: WorkersConfig, count: int) -> ScalingConfig:

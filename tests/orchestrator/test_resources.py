@@ -1,13 +1,15 @@
 """What a run holds at one time, and what it is told when that is not there."""
 
 import re
+import socket
+import time
 
 import pytest
 import ray
 
 from actors.placement import Cluster, Node
 from actors.workers_config import WorkersConfig
-from orchestrator.resources import Demand, demand, ray_for, require_places, settle_replicas
+from orchestrator.resources import Demand, cluster_address, demand, ray_for, require_places, settle_replicas
 from orchestrator.training import scaling_of
 from tests.orchestrator.test_config import changed
 
@@ -95,6 +97,32 @@ def test_ray_train_is_told_what_the_arithmetic_counted() -> None:
     assert (scaling.num_workers, scaling.use_gpu, scaling.label_selector) == (3, True, {"role": "student"})
     assert scaling.resources_per_worker == {"CPU": 2, "GPU": 1, "student_node": 1}
     assert scaling_of(WorkersConfig(), 1).label_selector is None
+
+
+@pytest.mark.parametrize(("said", "means"), [(None, None), ("", None), ("local", None), ("auto", "auto")])
+def test_ray_address_names_a_cluster_or_none(monkeypatch: pytest.MonkeyPatch, said: str | None, means: str | None) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("RAY_ADDRESS", said)
+    assert cluster_address() == means
+
+
+def test_a_cluster_that_does_not_answer_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = "{}:{}".format(*server.getsockname())
+        for address in (here, f"ray://{here}"):
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            assert cluster_address() == address
+    started = time.monotonic()
+    for address, message in (
+        (here, f"RAY_ADDRESS {here}: nothing answers there .*refused.*auto finds a Ray that runs on this machine"),
+        ("10.0.0.1:99999", "RAY_ADDRESS 10.0.0.1:99999: nothing answers there"),
+        ("http://127.0.0.1:8265", "is an address for jobs: RAY_API_SERVER_ADDRESS .* such as 10.0.0.1:6379, would do"),
+    ):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ValueError, match=message):
+            cluster_address()
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.ray

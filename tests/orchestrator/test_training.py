@@ -1,5 +1,6 @@
 """Real Ray Train: the same training however it is cut, killed or taken up again."""
 
+import json
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from actors.config import LoraAdapter, OptimizerConfig
 from actors.metrics_log import read_metrics
 from losses.config import HardLabelLoss
-from orchestrator.training import TrainingFailed, progress_line, summarize
+from orchestrator.training import TrainingFailed, drop_uncounted_checkpoints, progress_line, summarize
 from tests.orchestrator.training_world import (
     ROWS,
     TRAIN,
@@ -105,6 +106,24 @@ def test_adapters_are_merged_and_fitting_needs_no_store(local_ray: None, trainin
     changed = {name for name in weights if not torch.equal(weights[name], begun[name])}
     assert changed and all("_proj" in name for name in changed)
     assert losses_of(tmp_path)[-1] < losses_of(tmp_path)[0]
+
+
+def test_checkpoints_that_a_kill_kept_from_counting_are_deleted(tmp_path: Path) -> None:
+    folders = [tmp_path / f"checkpoint_2026-11-21_19-0{minute}-00.000000" for minute in range(4)]
+    for folder in folders:
+        (folder / "deep").mkdir(parents=True)
+    book = {"checkpoint_results": [{"checkpoint_dir_name": folders[1].name}], "pending_training_results": [[0, folders[2].name]]}
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(book))
+    drop_uncounted_checkpoints(tmp_path)
+    assert sorted(tmp_path.glob("checkpoint_*/")) == folders[1:3]
+
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(book)[:-5])
+    drop_uncounted_checkpoints(tmp_path)
+    assert sorted(tmp_path.glob("checkpoint_*/")) == folders[1:3], "a list that cannot be read is no reason to delete"
+
+    (tmp_path / "checkpoint_manager_snapshot.json").unlink()
+    drop_uncounted_checkpoints(tmp_path)
+    assert not list(tmp_path.glob("checkpoint_*/")), "killed before the first one counted"
 
 
 def test_a_progress_line_says_how_far_and_how_long() -> None:

@@ -63,9 +63,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         kill_train_workers()
         give_back(store, withheld)
 
+    uncounted = tmp_path / "checkpoints" / "train" / "checkpoint_2026-01-01_00-00-00.000000"
+    uncounted.mkdir(parents=True)
     killer = when(lambda: stands_before_step_4(tmp_path), harm)
     said = train(task, tmp_path)
     killer.join()
+    assert not uncounted.exists()
     (line,) = [line for line in said if "damaged" in line]
     assert "a checkpoint was damaged and passed over" in line and "__0_0.distcp is not as it was written" in line
     assert len(damaged_checkpoints(tmp_path / "checkpoints" / "train")) == 1
