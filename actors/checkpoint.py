@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from actors.plain_checkpoint import read_tensors
 from actors.sampler import SamplerState
 from losses.loss_state import LossState
 
@@ -57,10 +58,14 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> Progress:
-    """Put a checkpoint into the student, the optimizer and the schedule, for any number of workers."""
+    """Put a checkpoint into the student, the optimizer and the schedule, for any number of workers.
+
+    Raises:
+        ValueError: if it holds anything that a checkpoint of a training does not.
+    """
     weights, optimizer_state = get_state_dict(student, optimizer, options=ONLY_TRAINED)
     state: dict[str, Any] = {"student": weights, "optimizer": optimizer_state}
-    dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
+    read_tensors(folder, state)
     set_state_dict(
         student, optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"], options=ONLY_TRAINED
     )

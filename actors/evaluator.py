@@ -11,13 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.answers import Answer, AnswerComparison, HeldoutText, read_heldout_texts
 from actors.collate import PADDING, MicroBatch
@@ -25,6 +19,7 @@ from actors.config import EvaluateConfig
 from actors.examples import ExampleFile
 from actors.score_store import ScoreStore
 from actors.student_head import vocab_size_of
+from actors.student_model import load_model
 from actors.tally import HeldoutRows, Tally, batches_by_length
 from actors.token_view import TokenView, view_tokens
 from actors.training_task import ModelSource
@@ -135,10 +130,7 @@ def load_for_evaluation(source: ModelSource, evaluate: EvaluateConfig) -> PreTra
     """Return the model on its device, ready to predict."""
     if evaluate.gpus and not torch.cuda.is_available():
         raise ValueError("evaluate.gpus is 1, but this process sees no GPU; evaluate.gpus=0 would do")
-    model = AutoModelForCausalLM.from_pretrained(
-        source.name, revision=source.revision, trust_remote_code=source.trust_remote_code,
-        dtype=getattr(torch, evaluate.precision),
-    )  # fmt: skip
+    model = load_model(source, getattr(torch, evaluate.precision))
     return model.to("cuda" if evaluate.gpus else "cpu").eval()
 
 

@@ -72,6 +72,14 @@ TEACHER = {
 }
 """What a teacher's pool shows."""
 
+SERVICE = {
+    "waiting": Shown("atkd_service_rows_waiting", "Rows asked for that no replica has taken yet"),
+    "held": Shown("atkd_service_rows_held", "Rows that replicas have in hand"),
+    "replicas": Shown("atkd_service_replicas", "Replicas in service"),
+    "scored": Shown("atkd_service_rows_scored", "Rows scored on demand", "counter"),
+}
+"""What the router of scores on demand shows."""
+
 
 class StudentMetrics:
     """Shows the steps of one training."""
@@ -94,8 +102,8 @@ class TeacherMetrics:
     """Shows the scoring of one run."""
 
     def __init__(self, run: str) -> None:
+        self.run = run
         self._board = _Board(TEACHER)
-        self._run = run
         self._stage = "score"
         self._replicas: set[int] = set()
 
@@ -120,7 +128,23 @@ class TeacherMetrics:
 
     @property
     def _tags(self) -> dict[str, str]:
-        return {"run": self._run, "stage": self._stage}
+        return {"run": self.run, "stage": self._stage}
+
+
+class ServiceMetrics:
+    """Shows the router of scores on demand."""
+
+    def __init__(self, run: str) -> None:
+        self._board = _Board(SERVICE)
+        self._tags = {"run": run, "stage": "serve"}
+
+    def show(self, waiting: int, held: int, replicas: int) -> None:
+        """Show how many rows wait and are in hand, and how many replicas there are."""
+        self._board.show({"waiting": waiting, "held": held, "replicas": replicas}, self._tags)
+
+    def scored(self, rows: int) -> None:
+        """Show that so many more rows were scored."""
+        self._board.show({"scored": rows}, self._tags)
 
 
 class _Board:

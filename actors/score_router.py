@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors.live_metrics import ServiceMetrics
 from actors.records import Example
 from actors.shard_queue import TRIES
 from actors.teacher import EngineDied
@@ -39,6 +40,8 @@ class RouterLimits:
     """V: token ids are below it."""
     answer_seconds: float
     """A replica that works longer than this on a batch counts as dead."""
+    run: str = "unnamed"
+    """Name of the run it serves, for those who watch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ class ScoreRouter:
         self._lost: asyncio.Queue[LostReplica] = asyncio.Queue()
         self._given_up: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._live = ServiceMetrics(limits.run)
         self.most_asked = 0
 
     async def score(self, examples: Sequence[Example]) -> list[ray.ObjectRef]:
@@ -127,10 +131,11 @@ class ScoreRouter:
 
     async def counts(self) -> dict[str, int]:
         """Return how many rows wait, are with replicas, and were asked for at most at one time; and how many replicas serve."""
+        return {**self._load(), "most_asked": self.most_asked}
+
+    def _load(self) -> dict[str, int]:
         held = sum(len(batch) for replica in self._replicas.values() for batch in replica.batches)
-        return {
-            "waiting": len(self._waiting), "held": held, "most_asked": self.most_asked, "replicas": len(self._replicas),
-        }  # fmt: skip
+        return {"waiting": len(self._waiting), "held": held, "replicas": len(self._replicas)}
 
     def _require_fits(self, example: Example) -> None:
         tokens, limits, where = len(example.token_ids), self._limits, _named(example)
@@ -160,6 +165,10 @@ class ScoreRouter:
 
     def _hand_out(self) -> None:
         """Give batches to replicas until none can take any more."""
+        self._hand_out_batches()
+        self._live.show(**self._load())
+
+    def _hand_out_batches(self) -> None:
         while self._waiting:
             free = [one for one in self._replicas.values() if len(one.batches) < BATCHES_AT_ONCE and not one.tries_one_alone]
             if not free:
@@ -198,6 +207,7 @@ class ScoreRouter:
             self._lose(replica, f"{type(error).__name__}: {error}")
         else:
             replica.answered = True
+            self._live.scored(len(batch))
             for asked, reference in zip(batch, scores, strict=True):
                 self._settle(asked, scores=reference)
         if batch in replica.batches:

@@ -21,10 +21,19 @@ from losses.distillation import LossSums, distillation_loss
 from losses.loss_state import LossState
 
 
-def load_model(source: ModelSource) -> PreTrainedModel:
-    """Return the model in float32 on the CPU."""
+def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return the model on the CPU; its weights come from safetensors and from nothing else.
+
+    Raises:
+        ValueError: if its folder has none.
+    """
+    source.require_safetensors()
     return AutoModelForCausalLM.from_pretrained(
-        source.name, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=torch.float32
+        source.name,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        use_safetensors=True,
+        dtype=dtype,
     )
 
 

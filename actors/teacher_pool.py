@@ -120,6 +120,7 @@ class TeacherPool:
             longest_row=self.spec.longest_row,
             vocab_size=self._replicas.vocab_size,
             answer_seconds=answer_seconds,
+            run=self._live.run,
         )
         return serve(self._replicas, limits)
 

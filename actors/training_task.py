@@ -4,6 +4,7 @@ Ray Train's controller loads this module as the workers do, so it imports nothin
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from actors.config import LoraAdapter, TrainConfig
@@ -22,6 +23,19 @@ class ModelSource:
     """Commit, tag or branch on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    def require_safetensors(self) -> None:
+        """Refuse a folder that holds weights in other formats alone: those are pickles, which can run code.
+
+        Raises:
+            ValueError: naming the folder and what would do.
+        """
+        folder = Path(self.name)
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"the model's folder {folder} holds no *.safetensors, and weights of other kinds are not read; a copy made by "
+                "transformers' save_pretrained would do"
+            )
 
 
 @dataclass(frozen=True, slots=True)

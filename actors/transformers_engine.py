@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from actors.records import Example, TeacherScores
+from actors.student_model import load_model
 from actors.teacher import TeacherSpec, require_top_k, scores_from_candidates
 
 MAX_LOGITS = 1 << 27  # of one forward pass, [B, T, V]: 512 MiB in float32
@@ -17,12 +17,7 @@ class TransformersEngine:
 
     def __init__(self, spec: TeacherSpec) -> None:
         self._device = torch.device("cuda" if spec.engine.gpu else "cpu")
-        self._model = AutoModelForCausalLM.from_pretrained(
-            spec.model.name,
-            revision=spec.model.revision,
-            trust_remote_code=spec.model.trust_remote_code,
-            dtype=getattr(torch, spec.engine.dtype),
-        )
+        self._model = load_model(spec.model, getattr(torch, spec.engine.dtype))
         self._model.eval().to(self._device)
         self._top_k = spec.top_k
         self.vocab_size: int = self._model.get_output_embeddings().weight.shape[0]

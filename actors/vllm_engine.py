@@ -66,6 +66,7 @@ class VllmEngine:
             revision=spec.model.revision,
             trust_remote_code=spec.model.trust_remote_code,
             dtype=engine.dtype,
+            load_format="safetensors",  # other weights are pickles, which can run code
             max_model_len=spec.longest_row + 1,  # vLLM always generates one token
             max_num_batched_tokens=max(TOKENS_PER_STEP, spec.longest_row + 1),
             max_num_seqs=engine.rows_per_call,

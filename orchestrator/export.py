@@ -100,7 +100,9 @@ def check_export(folder: Path, trust_remote_code: bool = False) -> None:
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds LoRA adapters, not a whole model; merge them before export")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, use_safetensors=True, dtype="auto"
+    )
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if len(tokenizer) > vocab_size:
         raise ValueError(

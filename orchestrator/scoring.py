@@ -220,9 +220,8 @@ def _teacher_identity(teacher: ModelSource) -> dict[str, Any]:
     folder = Path(teacher.name)
     if not folder.is_dir():
         return {"name": teacher.name, "revision": pin_revision(teacher).revision}
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not weights:
-        raise ValueError(f"the teacher's folder {folder} holds no weights; *.safetensors or *.bin would do")
+    teacher.require_safetensors()
+    weights = sorted(folder.glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in weights:
         with open(path, "rb") as file:

@@ -8,7 +8,7 @@ from actors.training_task import TrainingTask
 from losses.config import HardLabelLoss
 from orchestrator.config import RunConfig
 from orchestrator.dataset import prepare_data
-from orchestrator.models import Models, Role
+from orchestrator.models import ROLES, Models, Role
 from orchestrator.rows import source_hash
 from orchestrator.run_dir import Facts, RunDir
 from orchestrator.training import train_model
@@ -16,6 +16,8 @@ from orchestrator.training import train_model
 
 def prepare(config: RunConfig, books: RunDir, models: Models) -> Facts:
     """Turn rows into token ids and masks, and draw the weights of models that are made from scratch."""
+    for role in ROLES:
+        models.begun(role).require_safetensors()
     counts = prepare_data(config.data, models.tokenizer_for, books.path / "data")
     models.make_scratch_models(models.tokenizer())
     books.say(f"prepare: {counts.line()}")

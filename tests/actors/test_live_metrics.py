@@ -14,7 +14,7 @@ from ray.util.metrics import Gauge
 
 from actors import live_metrics
 from actors.config import TrainConfig
-from actors.live_metrics import STUDENT, TEACHER, StudentMetrics, TeacherMetrics
+from actors.live_metrics import SERVICE, STUDENT, TEACHER, StudentMetrics, TeacherMetrics
 from actors.metrics_log import read_metrics
 from actors.student import distil
 from actors.teacher_pool import TeacherPool
@@ -56,7 +56,7 @@ class Learner:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_real_ray_exports_what_a_student_and_a_teacher_show(local_ray: None, tmp_path: Path) -> None:
+def test_a_real_ray_exports_what_student_teacher_and_service_show(local_ray: None, tmp_path: Path) -> None:
     train = TrainConfig(epochs=1, batch_rows=8, micro_batch_rows=8)
     task = replace(task_in(tmp_path, tmp_path / "world", train=train, loss=AtkdLoss(teaching="atkd")), run="watched", output=None)
     learner = ray.remote(Learner).options(num_cpus=0.5).remote()
@@ -68,21 +68,24 @@ def test_a_real_ray_exports_what_a_student_and_a_teacher_show(local_ray: None, t
     live.begin("train")
     with TeacherPool(fake_spec(replicas=1), engine_factory=FakeTeacher(), live=live) as pool:
         results = list(pool.score_missing(path, store))
-    live.progress(3, 3, 123.5)
+        live.progress(3, 3, 123.5)
+        shown = {one.exported_name: key for table in (STUDENT, TEACHER, SERVICE) for key, one in table.items()}
+        with pool.serving() as service:
+            service.score(examples[:5])
+            found = exported("watched", lambda seen: {name for name, _, _ in seen} >= shown.keys())
+    ray.kill(learner)
 
     steps = read_metrics(tmp_path / "metrics" / "train.jsonl")
     last = steps[-1]
-    students = {shown.exported_name: key for key, shown in STUDENT.items()}
-    teachers = {shown.exported_name: key for key, shown in TEACHER.items()}
-    found = exported("watched", lambda seen: {name for name, _, _ in seen} >= {*students, *teachers})
-    ray.kill(learner)
-
-    student = {students[name]: value for name, labels, value in found if labels["stage"] == "train"}
+    student = {shown[name]: value for name, labels, value in found if labels["stage"] == "train"}
     expected = {**last, "hard_loss": last["loss"] - last["easy_loss"], "tokens": sum(step["tokens"] for step in steps)}
     expected["waited_seconds"] = sum(step["waited_seconds"] for step in steps)
     assert student == pytest.approx({key: expected[key] for key in STUDENT}, rel=1e-6, abs=1e-9)
 
-    teacher = {teachers[name]: value for name, labels, value in found if labels["stage"] == "score_train"}
+    served = {shown[name]: value for name, labels, value in found if labels["stage"] == "serve"}
+    assert served == {"waiting": 0, "held": 0, "replicas": 1, "scored": 5}
+
+    teacher = {shown[name]: value for name, labels, value in found if labels["stage"] == "score_train"}
     last_shard = store.positions(results[-1].info.shard)
     uncertainties = np.concatenate([store.uncertainty_at(row) for row in last_shard])
     tails = np.concatenate([np.exp(store.scores_at(row).tail_logmass) for row in last_shard])
@@ -94,7 +97,7 @@ def test_a_real_ray_exports_what_a_student_and_a_teacher_show(local_ray: None, t
         },
         rel=1e-5,
     )  # fmt: skip
-    assert {labels["replica"] for name, labels, _ in found if teachers.get(name) == "in_flight"} == {"0"}
+    assert {labels["replica"] for name, labels, _ in found if shown[name] == "in_flight"} == {"0"}
 
 
 class Unwanted(Gauge):
@@ -139,12 +142,12 @@ def test_a_replica_that_is_gone_holds_no_shards(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_names_say_whose_they_are_and_none_is_given_twice() -> None:
-    names = [shown.name for shown in [*STUDENT.values(), *TEACHER.values()]]
+    names = [shown.name for shown in [*STUDENT.values(), *TEACHER.values(), *SERVICE.values()]]
     assert len(names) == len(set(names))
     assert all(name.startswith("atkd_") for name in names)
 
 
 def test_the_page_has_every_metric_as_it_is_exported() -> None:
     rows = re.findall(r"^\| `(ray_\w+)` \| (\w+) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
-    shown = [*STUDENT.values(), *TEACHER.values()]
+    shown = [*STUDENT.values(), *TEACHER.values(), *SERVICE.values()]
     assert rows == [(one.exported_name, one.kind, one.description) for one in shown]

@@ -130,3 +130,13 @@ def test_scratch_models_come_from_their_seed_and_are_saved_whole(tmp_path: Path)
     assert all(torch.equal(weight, one[name]) for name, weight in loaded.state_dict().items())
     assert not (tmp_path / "saved" / "leftover").exists() and not (tmp_path / "saved.tmp").exists()
     assert loaded.config.num_key_value_heads == 1 and loaded.config.eos_token_id == 0
+
+
+def test_weights_that_are_pickles_are_not_read(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model", seed=1)
+    source = ModelSource(str(folder))
+    torch.save(load_model(source).state_dict(), folder / "pytorch_model.bin")
+    load_model(source)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"{folder} holds no \*\.safetensors, .* transformers' save_pretrained would do"):
+        load_model(source)

@@ -154,7 +154,7 @@ def test_a_hub_teacher_is_named_by_its_commit(tmp_path: Path, examples_path: Pat
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path, examples_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no weights; \*.safetensors or \*.bin would do"):
+    with pytest.raises(ValueError, match=r"holds no \*.safetensors, and weights of other kinds are not read; a copy made by"):
         identity_of(run_config(tmp_path), ModelSource(str(tmp_path)), examples_path)
 
 
