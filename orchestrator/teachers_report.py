@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 from markupsafe import Markup
-from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
 
 from actors.examples import write_atomically
 from orchestrator import __version__
@@ -174,6 +174,11 @@ def teachers_part(taught: Sequence[TaughtBy]) -> Part:
     return Part("Teachers", Grid(columns, tuple(rows)))
 
 
+def short_number(count: float) -> str:
+    """Return a number with three digits: ``158k``, ``1.17M``, ``7.62G``."""
+    return EngFormatter(sep="").format_eng(float(f"{count:.3g}"))
+
+
 def curves_chart(name: str, arms: Mapping[str, Mapping[int, Sequence[float]]], label: str) -> str:
     """Return an SVG with a curve for each arm: mean and one standard deviation over the teacher's weights, on a log scale."""
     sizes = sorted({size for curve in arms.values() for size in curve})
@@ -189,6 +194,6 @@ def curves_chart(name: str, arms: Mapping[str, Mapping[int, Sequence[float]]], l
         axes.set(xlabel="weights of the teacher", ylabel=label, xscale="log")
         axes.xaxis.set_major_locator(FixedLocator(sizes))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda weights, _: short_number(weights)))
         figure.legend(loc="outside right center")
         return svg_of(figure, name)
