@@ -22,7 +22,14 @@ from orchestrator.teachers import (
     require_same_ground,
     share_fitted_student,
 )
-from orchestrator.teachers_report import TaughtBy, changes_of, short_number, teachers_answer, teachers_table, write_teachers_report
+from orchestrator.teachers_report import (
+    TaughtBy,
+    changes_of,
+    short_number,
+    teachers_answer,
+    teachers_table,
+    write_teachers_report,
+)
 from tests.orchestrator.searches import EVIL, begin, run_trial
 from tests.worlds import random_examples, tiny_llama, word_tokenizer
 
@@ -233,6 +240,6 @@ def test_the_page_and_the_table_hold_every_teacher_smallest_first(tmp_path: Path
     assert (tmp_path / "teachers.csv").read_text().startswith('"teacher","teacher_weights","teacher_heldout_loss","rank"')
 
 
-@pytest.mark.parametrize(("count", "written"), [(158_016, "158k"), (1_168_768, "1.17M"), (7_615_616_512, "7.62G"), (999_999, "1M")])
-def test_sizes_are_written_short(count: int, written: str) -> None:
+@pytest.mark.parametrize(("count", "written"), [(158_016, "158k"), (1_168_768, "1.17M"), (7.6e9, "7.6G"), (999_999, "1M")])
+def test_sizes_are_written_short(count: float, written: str) -> None:
     assert short_number(count) == written
