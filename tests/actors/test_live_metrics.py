@@ -19,7 +19,6 @@ from actors.metrics_log import read_metrics
 from actors.student import distil
 from actors.teacher_pool import TeacherPool
 from actors.train_checkpoints import NoCheckpoints
-from actors.training_task import TrainingTask
 from losses.config import AtkdLoss
 from tests.fakes import FakeTeacher, fake_examples, fake_spec, fake_store
 from tests.orchestrator.training_world import task_in
@@ -46,21 +45,12 @@ def exported(run: str, ready: Callable[[list[Sample]], bool]) -> list[Sample]:
     return found
 
 
-class Learner:
-    """A process that trains, and stays."""
-
-    def learn(self, task: TrainingTask) -> None:
-        """Train to the end."""
-        distil(task, NoCheckpoints())
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_real_ray_exports_what_student_teacher_and_service_show(local_ray: None, tmp_path: Path) -> None:
     train = TrainConfig(epochs=1, batch_rows=8, micro_batch_rows=8)
     task = replace(task_in(tmp_path, tmp_path / "world", train=train, loss=AtkdLoss(teaching="atkd")), run="watched", output=None)
-    learner = ray.remote(Learner).options(num_cpus=0.5).remote()
-    ray.get(learner.learn.remote(task))
+    distil(task, NoCheckpoints())
 
     examples = fake_examples(12)
     path, store = fake_store(tmp_path, examples, rows_per_shard=4, top_k=5)
@@ -73,7 +63,6 @@ def test_a_real_ray_exports_what_student_teacher_and_service_show(local_ray: Non
         with pool.serving() as service:
             service.score(examples[:5])
             found = exported("watched", lambda seen: {name for name, _, _ in seen} >= shown.keys())
-    ray.kill(learner)
 
     steps = read_metrics(tmp_path / "metrics" / "train.jsonl")
     last = steps[-1]

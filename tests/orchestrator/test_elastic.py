@@ -26,6 +26,7 @@ from tests.orchestrator.test_config import changed
 from tests.orchestrator.training_world import (
     ROWS,
     TRAIN,
+    Record,
     assert_same,
     give_back,
     losses_of,
@@ -156,13 +157,17 @@ def test_workers_become_more_when_the_teacher_is_done_and_the_student_is_the_sam
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.drill
-def test_training_goes_on_when_a_node_is_lost_with_a_worker_on_it(local_ray: None, tmp_path: Path) -> None:
+def test_training_goes_on_when_a_node_is_lost_with_a_worker_on_it(
+    local_ray: None, tmp_path: Path, record_property: Record
+) -> None:
     command = [sys.executable, "-m", "tests.orchestrator.elastic_world", str(tmp_path)]
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:  # AF_UNIX paths are limited to about 107 bytes
         environment = os.environ | {"RAY_TMPDIR": short, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
-    said = json.loads((tmp_path / "facts.json").read_text())
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    said, seconds = facts["elastic"]
+    record_property("recovery_seconds", round(seconds, 1))
 
     alone = task_in(tmp_path / "alone", tmp_path / "world", train=LONG, name="alone")
     weights = trained(alone, tmp_path / "alone")
@@ -176,10 +181,10 @@ def test_training_goes_on_when_a_node_is_lost_with_a_worker_on_it(local_ray: Non
         assert_same(weights_of(task_in(tmp_path / kind, tmp_path / "world", name=kind)), weights, tolerance=1e-2)
 
     assert set(counts["steady"]) == {2}
-    assert [line for line in said["elastic"] if " with " in line] == [
+    assert [line for line in said if " with " in line] == [
         f"elastic: {line} (1 to 2)" for line in ("begins with 2 workers", "goes on with 1 worker", "goes on with 2 workers")
     ]
     assert [count for count, _ in groupby(counts["elastic"])] == [2, 1, 2]
     assert counts["elastic"].index(1) >= LOST_AFTER - 2, "no more is repeated than since the last checkpoint"
-    (failed,) = [line for line in said["elastic"] if "failed" in line]
+    (failed,) = [line for line in said if "failed" in line]
     assert failed.startswith("elastic: worker ") and failed.endswith("all start again from their last checkpoint")

@@ -15,12 +15,15 @@ from orchestrator.training import TrainingFailed, drop_uncounted_checkpoints, pr
 from tests.orchestrator.training_world import (
     ROWS,
     TRAIN,
+    Record,
     assert_same,
     give_back,
     kill_train_workers,
     losses_of,
     task_in,
+    timed,
     trained,
+    trained_here,
     when,
     withhold_shard,
 )
@@ -41,24 +44,29 @@ def test_a_student_learns_and_its_steps_are_logged(undisturbed: tuple[Path, dict
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("workers", "micro_batch_rows"), [(1, 2), (4, 2)])
+@pytest.mark.parametrize("workers", [1, 4])
 def test_workers_and_accumulation_do_not_change_the_trajectory(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, workers: int, micro_batch_rows: int
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, workers: int
 ) -> None:
-    task = task_in(tmp_path, training_world, train=TRAIN.model_copy(update={"micro_batch_rows": micro_batch_rows}))
-    weights = trained(task, tmp_path, workers)
+    task = task_in(tmp_path, training_world, train=TRAIN.model_copy(update={"micro_batch_rows": 2}))
+    weights = trained(task, tmp_path, workers) if workers > 1 else trained_here(task)
     assert losses_of(tmp_path) == pytest.approx(losses_of(undisturbed[0]), abs=1e-4)
     assert_same(weights, undisturbed[1], tolerance=1e-4)
 
 
 @pytest.mark.ray
 def test_a_worker_killed_at_a_step_ends_with_the_weights_of_a_run_that_was_not(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, record_property: Record
 ) -> None:
     task = task_in(tmp_path, training_world)
     _, store = scored_world(training_world, ROWS)
     withheld = withhold_shard(store.path, 3)  # the worker stops before step 4, after the checkpoint of step 3
-    killer = when(lambda: len(losses_of(tmp_path)) == 3, lambda: (kill_train_workers(), give_back(store.path, withheld)))
+
+    def harm() -> None:
+        kill_train_workers()
+        give_back(store.path, withheld)
+
+    killer = when(lambda: len(losses_of(tmp_path)) == 3, timed(record_property, tmp_path, harm, step=4))
     weights = trained(task, tmp_path)
     killer.join()
     assert losses_of(tmp_path) == losses_of(undisturbed[0])
@@ -73,7 +81,7 @@ def test_training_waits_for_shards_that_are_still_being_scored(
     _, store = scored_world(training_world, ROWS)
     withheld = withhold_shard(store.path, 2)
     scorer = when(lambda: len(losses_of(tmp_path)) == 2, lambda: (time.sleep(1), give_back(store.path, withheld)))
-    weights = trained(task, tmp_path)
+    weights = trained_here(task)
     scorer.join()
     assert read_metrics(tmp_path / "metrics" / "train.jsonl")[2]["waited_seconds"] > 0.5
     assert_same(weights, undisturbed[1], tolerance=0)
@@ -97,10 +105,9 @@ def test_a_diverged_run_stops_and_names_the_step(local_ray: None, training_world
         trained(task_in(tmp_path, training_world, train=hot), tmp_path)
 
 
-@pytest.mark.ray
-def test_adapters_are_merged_and_fitting_needs_no_store(local_ray: None, training_world: Path, tmp_path: Path) -> None:
+def test_adapters_are_merged_and_fitting_needs_no_store(training_world: Path, tmp_path: Path) -> None:
     task = task_in(tmp_path, training_world, lora=LoraAdapter(rank=2), loss=HardLabelLoss(teaching="hard_label"), store=None)
-    weights = trained(task, tmp_path)
+    weights = trained_here(task)
     begun = AutoModelForCausalLM.from_pretrained(task.model.name).state_dict()
     assert weights.keys() == begun.keys()
     changed = {name for name in weights if not torch.equal(weights[name], begun[name])}

@@ -17,11 +17,13 @@ from orchestrator.training import TrainingFailed, train_model
 from tests.orchestrator.training_world import (
     ROWS,
     TRAIN,
+    Record,
     assert_same,
     give_back,
     kill_train_workers,
     losses_of,
     task_in,
+    timed,
     weights_of,
     when,
     withhold_shard,
@@ -50,7 +52,7 @@ def train(task: TrainingTask, folder: Path) -> list[str]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, record_property: Record
 ) -> None:
     task = task_with_checkpoints(tmp_path, training_world)
     store, withheld = withhold(training_world)
@@ -65,7 +67,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 
     uncounted = tmp_path / "checkpoints" / "train" / "checkpoint_2026-01-01_00-00-00.000000"
     uncounted.mkdir(parents=True)
-    killer = when(lambda: stands_before_step_4(tmp_path), harm)
+    killer = when(lambda: stands_before_step_4(tmp_path), timed(record_property, tmp_path, harm, step=4))
     said = train(task, tmp_path)
     killer.join()
     assert not uncounted.exists()
@@ -100,15 +102,19 @@ def test_a_disk_that_is_full_for_a_checkpoint_ends_the_training_with_a_word_and_
 @pytest.mark.slow
 @pytest.mark.drill
 def test_a_worker_that_hangs_is_replaced(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    record_property: Record,
+) -> None:  # fmt: skip
     monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "5")
     task = task_with_checkpoints(tmp_path, training_world)
     store, withheld = withhold(training_world)
-    hangs = when(
-        lambda: stands_before_step_4(tmp_path),
-        lambda: ([worker.suspend() for worker in processes("TrainWorker")], give_back(store, withheld)),
-    )
+
+    def harm() -> None:
+        for worker in processes("TrainWorker"):
+            worker.suspend()
+        give_back(store, withheld)
+
+    hangs = when(lambda: stands_before_step_4(tmp_path), timed(record_property, tmp_path, harm, step=4))
     train(task, tmp_path)
     hangs.join()
     assert losses_of(tmp_path) == losses_of(undisturbed[0])
@@ -119,19 +125,21 @@ def test_a_worker_that_hangs_is_replaced(
 @pytest.mark.slow
 @pytest.mark.drill
 def test_a_controller_that_is_killed_ends_the_training_with_a_word_and_the_next_goes_on(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, record_property: Record
 ) -> None:
     task = task_with_checkpoints(tmp_path, training_world)
     store, withheld = withhold(training_world)
-    killer = when(
-        lambda: stands_before_step_4(tmp_path),
-        lambda: [os.kill(one.pid, signal.SIGKILL) for one in processes("TrainController")],
-    )
+
+    def harm() -> None:
+        for controller in processes("TrainController"):
+            os.kill(controller.pid, signal.SIGKILL)
+
+    killer = when(lambda: stands_before_step_4(tmp_path), timed(record_property, tmp_path, harm, step=4))
     with pytest.raises(TrainingFailed, match=r"^train: Ray Train's controller died \(The actor died unexpectedly"):
         train(task, tmp_path)
-    killer.join()
     give_back(store, withheld)
     train(task, tmp_path)
+    killer.join()
     assert losses_of(tmp_path) == losses_of(undisturbed[0])
     assert_same(weights_of(task), undisturbed[1], tolerance=0)
 

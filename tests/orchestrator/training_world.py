@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.config import OptimizerConfig, TrainConfig
 from actors.metrics_log import read_metrics
+from actors.student import distil
+from actors.train_checkpoints import NoCheckpoints
 from actors.training_task import ModelSource, TrainingTask
 from actors.workers_config import WorkersConfig
 from losses.config import AtkdLoss
@@ -27,6 +29,8 @@ TRAIN = TrainConfig(
 )
 LOSS = AtkdLoss(teaching="atkd", tokens=DistantTokens(fraction=0.9, step_size=0.1, tolerance=0.01, momentum=0.0))
 """Remembers: the share of tokens it teaches follows the loss, so a run that is taken up again must know it."""
+Record = Callable[[str, object], None]
+"""What pytest's ``record_property`` is."""
 ROWS = 30  # the last batch of an epoch holds 6 rows, which do not go round four workers
 
 
@@ -44,6 +48,12 @@ def task_in(folder: Path, world: Path, **changes: Any) -> TrainingTask:
 def trained(task: TrainingTask, folder: Path, workers: int = 1) -> dict[str, torch.Tensor]:
     """Train and return the finished weights."""
     train_model(task, WorkersConfig(count=workers, cpus=1), folder / "checkpoints", say=lambda line: None)
+    return weights_of(task)
+
+
+def trained_here(task: TrainingTask) -> dict[str, torch.Tensor]:
+    """Train by one worker in this process, without Ray Train, and return the finished weights."""
+    distil(task, NoCheckpoints())
     return weights_of(task)
 
 
@@ -90,6 +100,19 @@ def when(condition: Callable[[], bool], action: Callable[[], Any]) -> threading.
     thread = threading.Thread(target=watch)
     thread.start()
     return thread
+
+
+def timed(record: Record, folder: Path, harm: Callable[[], Any], step: int) -> Callable[[], None]:
+    """Return what does harm to a training and then notes how many seconds it took until the step was done."""
+
+    def broken() -> None:
+        began = time.monotonic()
+        harm()
+        while len(losses_of(folder)) < step and time.monotonic() < began + 400:
+            time.sleep(0.05)
+        record("recovery_seconds", round(time.monotonic() - began, 1))
+
+    return broken
 
 
 def kill_train_workers() -> None:
