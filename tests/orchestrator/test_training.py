@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.config import LoraAdapter, OptimizerConfig
 from actors.metrics_log import read_metrics
+from actors.score_store import ScoringFailed
+from actors.training_task import Ending, TrainingDiverged, train_worker
 from losses.config import HardLabelLoss
 from orchestrator.training import TrainingFailed, drop_uncounted_checkpoints, progress_line, summarize
 from tests.orchestrator.training_world import (
@@ -55,6 +57,8 @@ def test_workers_and_accumulation_do_not_change_the_trajectory(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.drill
 def test_a_worker_killed_at_a_step_ends_with_the_weights_of_a_run_that_was_not(
     undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, record_property: Record
 ) -> None:
@@ -87,15 +91,25 @@ def test_training_waits_for_shards_that_are_still_being_scored(
     assert_same(weights, undisturbed[1], tolerance=0)
 
 
-@pytest.mark.ray
-def test_training_stops_with_the_teachers_own_error(local_ray: None, training_world: Path, tmp_path: Path) -> None:
+def test_training_stops_with_the_teachers_own_error(training_world: Path, tmp_path: Path) -> None:
     _, store = scored_world(tmp_path / "world", ROWS)
     store.discard_shard(1)
     store.declare_failed("the teacher forgot everything")
     task = task_in(tmp_path, training_world, store=str(store.path))
-    with pytest.raises(TrainingFailed, match="ScoringFailed: the teacher forgot everything"):
-        trained(task, tmp_path)
+    with pytest.raises(ScoringFailed, match="the teacher forgot everything"):
+        trained_here(task)
     assert len(losses_of(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("failure", [ScoringFailed, TrainingDiverged, TimeoutError, ValueError])
+def test_failures_that_trying_again_cannot_mend_are_told_and_not_raised(
+    monkeypatch: pytest.MonkeyPatch, training_world: Path, tmp_path: Path, failure: type[Exception]
+) -> None:
+    def fails(*_: object) -> None:
+        raise failure("for a reason")
+
+    monkeypatch.setattr("actors.student.distil", fails)
+    assert train_worker({"task": task_in(tmp_path, training_world)}) == Ending(error=f"{failure.__name__}: for a reason")
 
 
 @pytest.mark.ray

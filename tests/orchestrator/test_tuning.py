@@ -165,6 +165,7 @@ def ray_folder() -> Iterator[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.drill
 def test_a_killed_driver_goes_on_where_it_stood(world: Path, tmp_path: Path, ray_folder: str) -> None:
     """Killed with SIGKILL; each trial ends once, with its number, point and seed."""
     (tmp_path / "runs").symlink_to(world / "runs")
