@@ -20,8 +20,8 @@ ROW = re.compile(r"^\| (?P<broken>[^|]+) \| [^|]+ \| (?P<tests>`test_[^|]+) \|$"
 
 
 HEADING = "## All drills, once"
-ABOUT = """What `make drills PYTEST_ARGS=--write` printed on two CPU cores. Seconds are those of the whole test, which for most
-is more starting than breaking; the last column is the time from the harm until the work went on, where a drill takes it down."""
+ABOUT = """On two CPU cores; `make drills PYTEST_ARGS=--write` makes this table anew. Seconds are those of the whole test, which for
+most is more starting than breaking; the last column is the time from the harm until the work went on, where a drill takes it down."""
 
 
 def drills(page: str) -> dict[str, list[str]]:
@@ -49,7 +49,12 @@ def run(names: set[str], arguments: list[str]) -> dict[str, Outcome]:
         select = ["-k", " or ".join(sorted(names))] if "-k" not in arguments else []
         command = [sys.executable, "-m", "pytest", "-q", "--drills", f"--junit-xml={book}", *map(str, files), *select, *arguments]
         subprocess.run(command, cwd=ROOT, check=False)
-        cases = list(ElementTree.parse(book).iter("testcase")) if book.exists() else []
+        return read_outcomes(book, names) if book.exists() else {}
+
+
+def read_outcomes(book: Path, names: set[str]) -> dict[str, Outcome]:
+    """Return what pytest's own book, ``--junit-xml``, says of tests by name."""
+    cases = ElementTree.parse(book).iter("testcase")
     found: dict[str, Outcome] = {}
     for case in cases:
         name = case.attrib["name"].split("[")[0]
