@@ -141,12 +141,13 @@ class ShardLeases:
         if seen.lease is not None and seen.lease.host == self._host and not _is_running(seen.lease.pid):
             return True
         # An mtime far ahead comes from another clock; as it says nothing, the lease must not live until then.
-        return abs(self._now_ns() - seen.mtime_ns) > self._lease_seconds * 1e9
+        return abs(filesystem_time_ns(self._folder) - seen.mtime_ns) > self._lease_seconds * 1e9
 
-    def _now_ns(self) -> int:
-        """The time on the clock that sets the leases' mtimes: on a shared filesystem the server's, not this node's."""
-        with tempfile.NamedTemporaryFile(dir=self._folder, prefix="clock-", suffix=".tmp") as file:
-            return os.fstat(file.fileno()).st_mtime_ns
+
+def filesystem_time_ns(folder: Path) -> int:
+    """Return the time on the clock that sets mtimes in a folder: on a shared filesystem the server's, not this node's."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="clock-", suffix=".tmp") as file:
+        return os.fstat(file.fileno()).st_mtime_ns
 
 
 def _look(path: Path) -> _Seen | None:

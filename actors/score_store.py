@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from actors.examples import write_atomically
 from actors.identity import Identity, StoreMismatch, identity_difference, identity_hash
+from actors.leases import filesystem_time_ns
 from actors.records import NO_TOKEN, Example, TeacherScores, check_scores, keep_mass, truncate_scores
 from actors.score_encoding import ShardView, encode_shard
 from actors.score_watch import RowMeans, ScoreRange, Spread, require_rows_differ
@@ -251,9 +252,10 @@ class ScoreStore:
 
     def remove_leftovers(self) -> None:
         """Remove what processes left that were killed while they wrote; files of the last hour may still be written."""
+        now_ns = filesystem_time_ns(self.path)
         for path in self.path.glob("*.tmp"):
             with suppress(FileNotFoundError):  # another job may be as tidy
-                if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                if now_ns - path.stat().st_mtime_ns > LEFTOVER_SECONDS * 1e9:
                     path.unlink()
 
     def verify(self) -> None:

@@ -2,6 +2,7 @@ import json
 import os
 import resource
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,15 @@ def test_a_manifest_that_is_none_is_named(store: ScoreStore, content: str, messa
     (store.path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         ScoreStore(store.path)
+
+
+def test_a_clock_that_jumps_removes_no_file_that_is_being_written(store: ScoreStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = store.path / "shard-00002.arrow.def.tmp"
+    fresh.write_bytes(b"half a shard")
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: real() + 1e6)
+    store.remove_leftovers()
+    assert fresh.exists()
 
 
 def test_what_a_killed_writer_left_is_removed_once_it_is_old(store: ScoreStore) -> None:
