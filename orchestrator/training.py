@@ -21,6 +21,7 @@ from actors.score_store import ScoreStore
 from actors.training_task import Ending, TrainingTask, train_worker
 from actors.workers_config import WorkersConfig
 from orchestrator.elastic import train_in_turns
+from orchestrator.progress import Sight, progress_lines
 
 PROGRESS_SECONDS = 10.0
 COUNTED = "checkpoint_manager_snapshot.json"
@@ -44,7 +45,11 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
     if task.output is not None and Path(task.output).exists():  # written by rename, after the last step
         return summarize(read_metrics(metrics))
     drop_uncounted_checkpoints(checkpoints / task.name)
-    with _telling_damage(task, checkpoints / task.name, say), _progress_lines(task, say), _keyboard_interrupt():
+    with (
+        _telling_damage(task, checkpoints / task.name, say),
+        progress_lines(lambda: _sight(task), PROGRESS_SECONDS, say),
+        _keyboard_interrupt(),
+    ):
         try:
             ending = _train(task, workers, checkpoints, say)
         except WorkerGroupError as failure:
@@ -159,25 +164,10 @@ def _keyboard_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-@contextmanager
-def _progress_lines(task: TrainingTask, say: Callable[[str], None]) -> Iterator[None]:
-    """Say every few seconds how far the metrics file has come."""
-    path, over = Path(task.metrics) / f"{task.name}.jsonl", threading.Event()
-
-    def watch() -> None:
-        told = 0.0
-        while not over.wait(PROGRESS_SECONDS):
-            if (steps := read_metrics(path)) and steps[-1]["step"] != told:
-                told = steps[-1]["step"]
-                say(f"{task.name}: {progress_line(steps)}")
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+def _sight(task: TrainingTask) -> Sight | None:
+    """Look how far the metrics file has come."""
+    steps = read_metrics(Path(task.metrics) / f"{task.name}.jsonl")
+    return Sight(steps[-1]["step"], f"{task.name}: {progress_line(steps)}") if steps else None
 
 
 def progress_line(steps: list[dict[str, float]]) -> str:

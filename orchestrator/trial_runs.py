@@ -1,10 +1,8 @@
 """Many trainings on one scoring: what ``tune`` and ``compare`` have in common, from the complete stores to the ledger."""
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from orchestrator.ledger import Ledger, Search, read_ledger
 from orchestrator.ledger_lines import SearchPlan
 from orchestrator.pipeline import life
 from orchestrator.points import PointSource
+from orchestrator.progress import Sight, progress_lines
 from orchestrator.run_dir import RunDir
 from orchestrator.search_space import BoundSpace
 from orchestrator.trials import TrialPlan
@@ -145,7 +144,7 @@ def run_search(
     trial_plan = TrialPlan(bound, ground.run_folder, folder / "trials", *stores, len(plan.rungs), in_process, judge)
     at_once = min(most_at_once(workers), concurrent or plan.trials)
     say(f"{plan.kind}: {plan.trials} trials of {plan.total_steps} steps, {at_once} at a time")
-    with _progress_lines(folder / "ledger.jsonl", at_once, say):
+    with progress_lines(lambda: _sight(folder / "ledger.jsonl", at_once), PROGRESS_SECONDS, say):
         run_trials(queue_of(judge), trial_plan, workers, at_once)
     ray.kill(judge)
     return read_ledger(folder / "ledger.jsonl")
@@ -173,22 +172,6 @@ def progress_line(search: Search, at_once: int) -> str:
     return ", ".join(parts)
 
 
-@contextmanager
-def _progress_lines(path: Path, at_once: int, say: Callable[[str], None]) -> Iterator[None]:
-    over = threading.Event()
-
-    def watch() -> None:
-        told = ""
-        while not over.wait(PROGRESS_SECONDS):
-            line = progress_line(read_ledger(path), at_once)
-            if line.rsplit(",", 1)[0] != told:  # the time left alone is no news
-                told = line.rsplit(",", 1)[0]
-                say(line)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+def _sight(path: Path, at_once: int) -> Sight:
+    line = progress_line(read_ledger(path), at_once)
+    return Sight(line.rsplit(",", 1)[0], line)  # the time left alone is no news
