@@ -2,10 +2,12 @@
 
 import time
 
-from actors.placement import free_places, read_cluster, worker_need
+from actors.placement import free_places, proven_places, read_cluster, worker_need
 from actors.score_store import ScoreStore
 from actors.training_task import TrainingTask
 from actors.workers import Worker
+
+PROOF_SECONDS = 2.0
 
 
 class Growth:
@@ -33,4 +35,5 @@ class Growth:
             return False
         if self._store is not None and not self._store.complete:
             return False
-        return free_places(worker_need(self._workers), read_cluster()) > 0
+        need = worker_need(self._workers)
+        return free_places(need, read_cluster()) > 0 and proven_places(need, 1, PROOF_SECONDS) == 1

@@ -1,6 +1,6 @@
 """Where replicas and workers may stand: what each needs of a node, what nodes have, and how many of each fit.
 
-All is arithmetic on plain records; only ``read_nodes``, ``read_cluster``, ``settled_places`` and ``reserve`` speak to Ray.
+All is arithmetic on plain records; only functions that read, reserve or wait speak to Ray.
 """
 
 import time
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import ray
-from ray.util import placement_group, placement_group_table
+from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
 from actors.config import EngineConfig, EvaluateConfig
@@ -144,6 +144,21 @@ def settled_places(need: Need, enough: int) -> int:
         if free >= enough or time.monotonic() > until:
             return free
         time.sleep(0.2)
+
+
+def proven_places(need: Need, most: int, seconds: float = SETTLE_SECONDS) -> int:
+    """Return how many, up to ``most``, really find room within some seconds: it is taken for a moment, and given back.
+
+    What is free by the books may not be: tasks and actors outside of groups are on no node's, and a node that was lost stays
+    there for a while.
+    """
+    groups = [reserve(need) for _ in range(most)]
+    try:
+        until = time.monotonic() + seconds
+        return sum(group.wait(max(0.1, until - time.monotonic())) for group in groups)
+    finally:
+        for group in groups:
+            remove_placement_group(group)
 
 
 def reserve(need: Need) -> PlacementGroup:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 CONTENTS = ".metadata"
 """Name of the list of contents."""
@@ -19,6 +20,8 @@ CONTENTS = ".metadata"
 KNOWN_KINDS = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),  # their names in Python 3.13
+    ("pathlib._local", "WindowsPath"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -37,11 +40,11 @@ def read_tensors(folder: Path, state: dict[str, Any]) -> None:
     """Put a checkpoint into ``state``, in place; all workers call it together.
 
     Raises:
-        ValueError: if it holds anything that a checkpoint of a training does not.
+        ValueError: if it holds anything that a checkpoint of a training does not, or its list of contents cannot be read.
     """
-    _require_known_kinds(folder)
+    reader = _ReadContents(folder, _contents(folder))
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), planner=_PlainValues())
+        dcp.load(state, storage_reader=reader, planner=_PlainValues())
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise _unknown(folder, cause) if isinstance(cause, pickle.UnpicklingError) else cause from None
@@ -54,25 +57,42 @@ class _KnownKinds(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+class _ReadContents(dcp.FileSystemReader):
+    """Takes the list of contents from whoever looked at it, and reads no other: not the one that each rank may have."""
+
+    def __init__(self, folder: Path, contents: Metadata) -> None:
+        super().__init__(folder)
+        self._contents = contents
+
+    def read_metadata(self) -> Metadata:  # torch asks for a rank's own list only where it can
+        self._contents.storage_meta = self._contents.storage_meta or StorageMeta()
+        self._contents.storage_meta.load_id = self.load_id
+        return self._contents
+
+
 class _PlainValues(dcp.DefaultLoadPlanner):
-    """Looks at each value that is no tensor before it is read."""
+    """Reads values that are no tensors as plain ones; torch gets them in bytes of our own making."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
+        ours = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), ours)
+        ours.seek(0)
+        super().load_bytes(read_item, ours)
 
 
-def _require_known_kinds(folder: Path) -> None:
+def _contents(folder: Path) -> Metadata:
     try:
         with open(folder / CONTENTS, "rb") as file:
-            _KnownKinds(file).load()
-    except pickle.UnpicklingError as error:
+            contents = _KnownKinds(file).load()
+    except Exception as error:  # a pickle that is cut or forged can end in any
         raise _unknown(folder, error) from error
+    if not isinstance(contents, Metadata):
+        raise _unknown(folder, TypeError(f"its list of contents is {type(contents).__name__}"))
+    return contents
 
 
 def _unknown(folder: Path, error: BaseException) -> ValueError:
-    lines = str(error).splitlines()
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     met = next((line for line in lines if "GLOBAL" in line), lines[0])  # torch says it in the middle of advice
     return ValueError(
         f"the checkpoint {folder} holds what no checkpoint of a training does, and is not read: {met}; delete that folder if you "

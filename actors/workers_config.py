@@ -1,9 +1,9 @@
 """What the user may say about training workers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from actors.placement_config import CustomResources, NodeLabels
 from losses.section import Section
@@ -39,11 +39,17 @@ class WorkersConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _count_is_what_is_sure(cls, said: Any) -> Any:
-        if not isinstance(said, Mapping) or said.get("min") is None:
+        if not isinstance(said, Mapping):
             return said
-        if said.get("count") not in (None, said["min"]):
-            raise ValueError(f"count {said['count']} and min {said['min']} exclude each other; leave out count, or min and max")
-        return {**said, "count": said["min"]}
+        try:
+            fewest = int(said["min"])
+        except (KeyError, TypeError, ValueError):
+            return said  # there is none, or its own field says what is wrong with it
+        if said.get("count") is not None:
+            raise ValueError(
+                f"count {said['count']} and min {said['min']} exclude each other; count null would do, or min null and max null"
+            )
+        return {**said, "count": fewest} if fewest > 0 else said
 
     @model_validator(mode="after")
     def _range_has_two_ends(self) -> "WorkersConfig":
@@ -54,6 +60,10 @@ class WorkersConfig(Section):
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {self.min} is above max {self.max}; min {self.max} would do")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_it_may_be_said(self, fields: Callable[["WorkersConfig"], dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in fields(self).items() if name != "count" or not self.elastic}
 
     @property
     def most(self) -> int:

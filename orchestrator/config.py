@@ -231,6 +231,11 @@ class RunConfig(Section):
                 "loss.scope dataset ranks tokens over the complete store, so training cannot overlap with scoring: "
                 "set scores.overlap to false"
             )
+        if self.workers.elastic and isinstance(self.loss, AtkdLoss) and self.loss.scope == "microbatch":
+            raise ValueError(
+                "loss.scope microbatch ranks the tokens of each forward pass by themselves, so the loss would change with the "
+                f"number of workers, which workers.max {self.workers.max} lets change; loss.scope batch would do"
+            )
         return self
 
     @property

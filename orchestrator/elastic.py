@@ -6,18 +6,24 @@ replicas or other jobs a training waits without end for room that those hold.
 
 from collections.abc import Callable
 
-from ray.train import ControllerError, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, TrainingFailedError
 
-from actors.placement import plural, settled_places, worker_need
+from actors.placement import plural, proven_places, worker_need
 from actors.training_task import Ending
 from actors.workers_config import WorkersConfig
+
+NO_TRY_OF_ITS_OWN = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)
+"""Ray Train starts the same number of workers again, and here that number is to be counted anew."""
+NO_ROOM, LOST_AT_START = "WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"
+"""What a controller's failure is called when workers did not find room in time, or were lost while they started; Ray has no
+public names for these."""
 
 
 def train_in_turns(
     name: str, workers: WorkersConfig, max_failures: int, train: Callable[[int], Ending], scoring: Callable[[], bool],
     say: Callable[[str], None],
 ) -> Ending:  # fmt: skip
-    """Train with as many workers as there is room for; whenever they fail or make way, settle anew and go on.
+    """Train with as many workers as there is room for; whenever they fail or make way, count anew and go on.
 
     Args:
         name: of the training, for the user.
@@ -28,29 +34,37 @@ def train_in_turns(
         say: takes a line for the user.
 
     Raises:
-        WorkerGroupError: if the workers fail once more than they may.
-        ControllerError: if Ray Train cannot start them for another reason than a lack of room, which is waited for.
+        TrainingFailedError: if the workers fail once more than they may, or Ray Train for another reason than a lack of room.
     """
     failures, before = 0, 0
     while True:
-        room = 0 if scoring() else settled_places(worker_need(workers), enough=workers.most)
-        count = min(max(room, workers.count), workers.most)
+        room = 0 if scoring() else proven_places(worker_need(workers), workers.most)
+        count = max(room, workers.count)
         if count != before:
             say(f"{name}: {'goes on' if before else 'begins'} with {plural(count, 'worker')} ({workers.count} to {workers.most})")
         before = count
         try:
             ending = train(count)
-        except WorkerGroupError as failure:
+        except TrainingFailedError as failure:
+            if _kind(failure) == NO_ROOM:
+                say(f"{name}: waits for room for {plural(count, 'worker')} of {worker_need(workers)}")
+                continue
             failures += 1
-            if failures > max_failures:
+            if failures > max_failures or _kind(failure) not in ("", LOST_AT_START):
                 raise
-            rank, cause = next(iter(failure.worker_failures.items()))
-            why = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
-            say(f"{name}: worker {rank} failed ({why}); all start again from their last checkpoint")
-        except ControllerError as failure:
-            if type(failure.controller_failure).__name__ != "WorkerGroupStartupTimeoutError":  # no public name of Ray's
-                raise
-            say(f"{name}: waits for room for {plural(count, 'worker')} of {worker_need(workers)}")
+            say(f"{name}: {_why(failure)}; all start again from their last checkpoint")
         else:
             if not ending.made_way:
                 return ending
+
+
+def _kind(failure: TrainingFailedError) -> str:
+    """Return the name of what befell the controller; empty if it were workers that failed."""
+    return type(failure.controller_failure).__name__ if isinstance(failure, ControllerError) else ""
+
+
+def _why(failure: TrainingFailedError) -> str:
+    failed = getattr(failure, "worker_failures", None) or {None: getattr(failure, "controller_failure", failure)}
+    rank, cause = next(iter(failed.items()))
+    line = (str(cause).strip().splitlines() or [""])[0]
+    return f"{'workers' if rank is None else f'worker {rank}'} failed ({type(cause).__name__}: {line})"

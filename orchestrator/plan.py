@@ -158,7 +158,7 @@ def _remarks(config: RunConfig, place: Place) -> tuple[str, ...]:
     """Say for how many workers the plan is where their number may change, and which side takes none of the GPUs there are."""
     elastic = [
         f"{job.name}: planned with {plural(job.workers.count, 'worker')}, its min; up to {job.workers.most} train where there is "
-        "room. Where count is spoken of, min is meant"
+        "room. What is said of count holds for min"
         for job in trainings(config)
         if job.workers.elastic
     ]

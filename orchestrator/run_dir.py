@@ -29,7 +29,7 @@ SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the environment of a driver that was started by ``ray job submit``."""
 
 NOT_OF_THE_RUN = ("workers", "tune", "compare", "tracking")
-"""Sections that may change without making it another run: what a step learns does not depend on who shares its rows."""
+"""Sections that may change without making it another run. The number of workers does, where the loss depends on it."""
 
 
 class RunDirError(ValueError):
@@ -125,4 +125,7 @@ class RunDir:
 
 def _of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the sections that say who does the work, which trials are made of a run, or who watches it."""
-    return {section: value for section, value in settings.items() if section not in NOT_OF_THE_RUN}
+    kept = {section: value for section, value in settings.items() if section not in NOT_OF_THE_RUN}
+    if settings["loss"].get("scope") == "microbatch":
+        kept["workers"] = {"count": settings["workers"]["count"]}
+    return kept

@@ -11,7 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from ray.exceptions import RayActorError
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.checkpoint_seal import damaged_checkpoints
@@ -20,7 +28,7 @@ from actors.placement import worker_need
 from actors.score_store import ScoreStore
 from actors.training_task import Ending, TrainingTask, train_worker
 from actors.workers_config import WorkersConfig
-from orchestrator.elastic import train_in_turns
+from orchestrator.elastic import NO_TRY_OF_ITS_OWN, train_in_turns
 from orchestrator.progress import Sight, progress_lines
 
 PROGRESS_SECONDS = 10.0
@@ -58,6 +66,8 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
                 f"{task.name}: worker {rank} failed more often than train.max_failures {task.train.max_failures}; "
                 f"the last time with {type(cause).__name__}: {cause}"
             ) from cause
+        except TrainingFailedError as failure:
+            raise TrainingFailed(f"{task.name}: Ray Train gave up ({str(failure).strip()})") from failure
         except RayActorError as failure:  # the actor that holds the workers; they end with it
             raise TrainingFailed(f"{task.name}: Ray Train's controller died ({str(failure).splitlines()[0]})") from failure
     if ending.error:
@@ -76,7 +86,7 @@ def _train(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, say: C
         task.name,
         workers,
         failures,
-        train=lambda count: _fit(growing, workers, count, checkpoints, FailureConfig(controller_failure_limit=0)),
+        train=lambda count: _fit(growing, workers, count, checkpoints, NO_TRY_OF_ITS_OWN),
         scoring=lambda: task.store is not None and not ScoreStore(Path(task.store)).complete,
         say=say,
     )

@@ -93,12 +93,14 @@ def main(arguments: list[str]) -> int:
     """Run the drills and print the table; ``--write`` puts it into the page as well."""
     write = "--write" in arguments
     arguments = [argument for argument in arguments if argument != "--write"]
+    if write and any(argument.startswith("-k") for argument in arguments):
+        raise SystemExit("--write puts the table of all drills into the page, and -k runs some; leave one out")
     page = PAGE.read_text(encoding="utf-8")
     table = drills(page)
     found = run({name for names in table.values() for name in names}, arguments)
     lines, well = table_of(table, found, some="-k" in arguments)
     print("\n" + "\n".join(lines))
-    if write:
+    if write and found:
         before = page.partition(HEADING)[0].rstrip()
         PAGE.write_text(f"{before}\n\n{HEADING}\n\n{ABOUT}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
     return int(not well)

@@ -56,7 +56,8 @@ def test_variables_of_others_are_none_of_ours() -> None:
 
 def test_the_manifests_are_yaml_and_offer_what_the_commands_select() -> None:
     parsed = [yaml.safe_load(block) for block in blocks("yaml")]
-    keys, cluster, job = parsed
+    keys, elastic, cluster, job = parsed
+    assert WorkersConfig.model_validate(elastic["workers"]).most == 8
     EngineConfig.model_validate(keys["teacher"]["engine"])
     workers = WorkersConfig.model_validate(keys["workers"])
     groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}

