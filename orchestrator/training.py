@@ -67,7 +67,7 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
                 f"the last time with {type(cause).__name__}: {cause}"
             ) from cause
         except TrainingFailedError as failure:
-            raise TrainingFailed(f"{task.name}: Ray Train gave up ({str(failure).strip()})") from failure
+            raise TrainingFailed(f"{task.name}: Ray Train gave up ({' '.join(str(failure).split())})") from failure
         except RayActorError as failure:  # the actor that holds the workers; they end with it
             raise TrainingFailed(f"{task.name}: Ray Train's controller died ({str(failure).splitlines()[0]})") from failure
     if ending.error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.train import ControllerError
 from transformers import AutoModelForCausalLM
 
 from actors.config import LoraAdapter, OptimizerConfig
@@ -127,6 +128,17 @@ def test_adapters_are_merged_and_fitting_needs_no_store(training_world: Path, tm
     changed = {name for name in weights if not torch.equal(weights[name], begun[name])}
     assert changed and all("_proj" in name for name in changed)
     assert losses_of(tmp_path)[-1] < losses_of(tmp_path)[0]
+
+
+def test_what_ray_train_gives_up_on_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, training_world: Path, tmp_path: Path
+) -> None:
+    def gives_up(*_: object) -> None:
+        raise ControllerError(RuntimeError("made by another version"))
+
+    monkeypatch.setattr("orchestrator.training._train", gives_up)
+    with pytest.raises(TrainingFailed, match=r"^train: Ray Train gave up \(.* made by another version\)$"):
+        trained(task_in(tmp_path, training_world), tmp_path)
 
 
 def test_checkpoints_that_a_kill_kept_from_counting_are_deleted(tmp_path: Path) -> None:
