@@ -12,6 +12,7 @@ import socket
 import tempfile
 import time
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -98,6 +99,12 @@ class ShardLeases:
         """Give all leases back."""
         for shard in sorted(self._held):
             self.release(shard)
+
+    def clear_away_dead(self, shards: Iterable[int]) -> None:
+        """Remove the stale leases of some shards: whoever was killed between finishing one and giving its lease back left one."""
+        for shard in shards:
+            if self._path(shard).exists():
+                self._clear_away(self._path(shard))
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"shard-{shard:05d}.lease"

@@ -86,8 +86,10 @@ class ScoringWork:
     def __init__(self, examples_path: Path, store: ScoreStore, window: int, lease_seconds: float) -> None:
         self.examples_path = examples_path
         self.store = store
-        self._queue = ShardQueue(store.missing_shards(), window)
+        missing = store.missing_shards()
+        self._queue = ShardQueue(missing, window)
         self._leases = ShardLeases(store.path, lease_seconds)
+        self._leases.clear_away_dead(sorted(set(range(store.shard_count)) - set(missing)))
         self._asked = time.monotonic()
         self.known = store.known_range()
         """Where the rows of the shards lie that were found, or scored here."""

@@ -73,6 +73,17 @@ def test_age_is_judged_by_the_clock_of_the_filesystem(tmp_path: Path, monkeypatc
     assert not theirs.take(0)
 
 
+def test_leases_that_the_dead_left_on_some_shards_are_cleared_away(tmp_path: Path) -> None:
+    ours, dead = ShardLeases(tmp_path), ShardLeases(tmp_path)
+    assert ours.take(0) and dead.take(1) and dead.take(2)
+    for shard in (1, 2):
+        set_age(lease_path(tmp_path, shard), OLD)
+    ShardLeases(tmp_path).clear_away_dead([0, 1, 5])
+    assert lease_path(tmp_path, 0).exists(), "it is held"
+    assert not lease_path(tmp_path, 1).exists()
+    assert lease_path(tmp_path, 2).exists(), "it was not asked about"
+
+
 def test_refreshing_keeps_what_is_held_alive_and_nothing_else(tmp_path: Path) -> None:
     ours, theirs = ShardLeases(tmp_path, lease_seconds=60.0), ShardLeases(tmp_path, lease_seconds=60.0)
     at_once = ShardLeases(tmp_path, lease_seconds=0.0)  # no time passes between its refreshes

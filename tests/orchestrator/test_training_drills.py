@@ -19,6 +19,7 @@ from tests.orchestrator.training_world import (
     TRAIN,
     Record,
     assert_same,
+    free_groups,
     give_back,
     kill_train_workers,
     losses_of,
@@ -140,6 +141,7 @@ def test_a_controller_that_is_killed_ends_the_training_with_a_word_and_the_next_
     give_back(store, withheld)
     train(task, tmp_path)
     killer.join()
+    free_groups()
     assert losses_of(tmp_path) == losses_of(undisturbed[0])
     assert_same(weights_of(task), undisturbed[1], tolerance=0)
 
