@@ -20,9 +20,9 @@ ROW = re.compile(r"^\| (?P<broken>[^|]+) \| [^|]+ \| (?P<tests>`test_[^|]+) \|$"
 
 
 HEADING = "## All drills, once"
-ABOUT = """On two CPU cores; `make drills PYTEST_ARGS=--write` makes this table anew. Seconds are those of the whole test,
-which for most is more starting than breaking; the last column is the time from the harm until the work went on, where a drill
-takes it down."""
+ABOUT = """On two CPU cores that did other work too; `make drills PYTEST_ARGS=--write` makes it anew. Seconds are those of the
+whole test, which for most is more starting than breaking; the last column is the time from the harm until the work went on, where
+a drill takes it down."""
 
 
 def drills(page: str) -> dict[str, list[str]]:

@@ -6,7 +6,6 @@ folder that is named to it. Nodes are processes on this machine; Ray Train and t
 
 import json
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ WORKERS: dict[str, dict[str, Any]] = {
 }
 
 
-def drill(cluster: Cluster, folder: Path, kind: str) -> tuple[list[str], float]:
-    """Train, lose the second node on the way, get another later on; return what was said, and the seconds until a new step."""
+def drill(cluster: Cluster, folder: Path, kind: str) -> list[str]:
+    """Train, lose the second node on the way, get another later on; return what was said."""
     second = add_student_node(cluster)
     said: list[str] = []
     workers = WorkersConfig(labels={"role": "student"}, **WORKERS[kind])
@@ -43,17 +42,12 @@ def drill(cluster: Cluster, folder: Path, kind: str) -> tuple[list[str], float]:
         training = other.submit(train_model, task, workers, folder / kind / "checkpoints", said.append)
         until(lambda: steps() >= LOST_AFTER or training.done(), 120)
         cluster.remove_node(second, allow_graceful=False)
-        lost_at, began = steps(), time.monotonic()
-        if kind == "steady":  # which waits for the node
-            second = add_student_node(cluster)
-        until(lambda: steps() > lost_at or training.done(), 240)
-        seconds = time.monotonic() - began
-        if kind == "elastic":
-            until(lambda: steps() >= COMES_AFTER or training.done(), 120)
-            second = add_student_node(cluster)
+        if kind == "elastic":  # a steady number waits for the node
+            until(lambda: steps() >= COMES_AFTER or training.done(), 240)
+        second = add_student_node(cluster)
         training.result()
     cluster.remove_node(second, allow_graceful=False)
-    return said, seconds
+    return said
 
 
 def add_student_node(cluster: Cluster) -> Any:

@@ -31,7 +31,6 @@ from tests.orchestrator.test_config import changed
 from tests.orchestrator.training_world import (
     ROWS,
     TRAIN,
-    Record,
     assert_same,
     give_back,
     losses_of,
@@ -232,17 +231,14 @@ def test_room_that_does_not_come_in_time_is_waited_for(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.drill
-def test_training_goes_on_when_a_node_is_lost_with_a_worker_on_it(
-    local_ray: None, tmp_path: Path, record_property: Record
-) -> None:
+def test_training_goes_on_when_a_node_is_lost_with_a_worker_on_it(local_ray: None, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.orchestrator.elastic_world", str(tmp_path)]
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:  # AF_UNIX paths are limited to about 107 bytes
         environment = os.environ | {"RAY_TMPDIR": short, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     facts = json.loads((tmp_path / "facts.json").read_text())
-    said, seconds = facts["elastic"]
-    record_property("recovery_seconds", round(seconds, 1))
+    said = facts["elastic"]
 
     alone = task_in(tmp_path / "alone", tmp_path / "world", train=LONG, name="alone")
     weights = trained(alone, tmp_path / "alone")
