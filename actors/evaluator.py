@@ -71,14 +71,14 @@ class Evaluation:
 
 
 def evaluate_model(
-    model: ModelSource, tokenizer_path: str, examples_path: str, store_path: str, texts_path: str, evaluate: EvaluateConfig,
-    top_k: int,
+    model: ModelSource, tokenizer_source: ModelSource, examples_path: str, store_path: str, texts_path: str,
+    evaluate: EvaluateConfig, top_k: int,
 ) -> Evaluation:  # fmt: skip
     """Measure one model on the held-out rows, on the GPU if ``evaluate.gpus`` says so, else on the CPU.
 
     Args:
         model: folder or hub name of a causal language model.
-        tokenizer_path: folder of its tokenizer.
+        tokenizer_source: its tokenizer.
         examples_path: the held-out rows as token ids.
         store_path: the complete store of the teacher's scores of these rows.
         texts_path: the same rows as text (JSON lines: row, task, prompt, response).
@@ -95,7 +95,9 @@ def evaluate_model(
     texts = all_texts[: evaluate.generate_rows]
     comparison = AnswerComparison(evaluate.answer_pattern)
     comparison.require_answers(texts)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_source.name, revision=tokenizer_source.revision, trust_remote_code=tokenizer_source.trust_remote_code
+    )
     network = load_for_evaluation(model, evaluate)
 
     started = time.perf_counter()

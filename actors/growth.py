@@ -3,7 +3,6 @@
 import time
 
 from actors.placement import free_places, proven_places, read_cluster, worker_need
-from actors.score_store import ScoreStore
 from actors.training_task import TrainingTask
 from actors.workers import Worker
 
@@ -16,11 +15,10 @@ class Growth:
     Args:
         task: says whether workers may become more, and how many.
         worker: the one that asks.
-        store: what the student learns from, if it learns from a teacher.
     """
 
-    def __init__(self, task: TrainingTask, worker: Worker, store: ScoreStore | None) -> None:
-        self._workers, self._worker, self._store = task.growing, worker, store
+    def __init__(self, task: TrainingTask, worker: Worker) -> None:
+        self._task, self._workers, self._worker = task, task.growing, worker
         self._since = time.monotonic()
 
     def is_due(self) -> bool:
@@ -31,9 +29,7 @@ class Growth:
 
     def _sees_room(self) -> bool:
         assert self._workers is not None
-        if time.monotonic() - self._since < self._workers.grow_seconds:
-            return False
-        if self._store is not None and not self._store.complete:
+        if time.monotonic() - self._since < self._workers.grow_seconds or self._task.beside_teacher:
             return False
         need = worker_need(self._workers)
         return free_places(need, read_cluster()) > 0 and proven_places(need, 1, PROOF_SECONDS) == 1

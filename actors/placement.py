@@ -100,7 +100,8 @@ def replica_need(engine: EngineConfig) -> Need:
 def worker_need(workers: WorkersConfig, section: str = "workers") -> Need:
     """Return what one training worker needs; ``section`` is where the configuration speaks of it."""
     amounts = _amounts(workers.cpus, workers.gpus, workers.resources)
-    return Need(section, "worker", "count", {"CPU": "cpus", "GPU": "gpus"}, amounts, workers.labels)
+    count_key = "min" if workers.elastic else "count"
+    return Need(section, "worker", count_key, {"CPU": "cpus", "GPU": "gpus"}, amounts, workers.labels)
 
 
 def evaluator_need(evaluate: EvaluateConfig) -> Need:

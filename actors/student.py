@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from actors.adapters import merge_adapters
 from actors.checkpoint import Progress, whole_weights
@@ -51,7 +50,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> Ending:
     model = prepare_model(task.model, task.lora, task.train)
     collator = Collator(examples, store, task.loss, task.top_k, task.seed, vocab_size_of(model))
     examiner = Examiner(task, worker, vocab_size_of(model))
-    growth = Growth(task, worker, store)
+    growth = Growth(task, worker)
 
     student = distribute(StudentWithLoss(model, task.loss), task.train, worker)
     total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
@@ -140,4 +139,4 @@ def write_finished_model(student: nn.Module, task: TrainingTask, folder: Path, w
         model = prepare_model(task.model, task.lora, TrainConfig())
         StudentWithLoss(model, task.loss).load_state_dict(weights)
         plain = merge_adapters(model) if task.lora else model
-        save_model(plain, AutoTokenizer.from_pretrained(task.tokenizer), folder)
+        save_model(plain, Path(task.tokenizer), folder)

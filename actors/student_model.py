@@ -58,12 +58,18 @@ def scratch_model(
     return LlamaForCausalLM(config)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder, safetensors only; a folder that is there is whole."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Path, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder, safetensors only; a folder that is there is whole.
+
+    A tokenizer that stands in a folder is copied from there, so that no code that came with it is run.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    if isinstance(tokenizer, Path):
+        shutil.copytree(tokenizer, temporary)
+    else:
+        tokenizer.save_pretrained(temporary)
     model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
     temporary.rename(folder)
 
 

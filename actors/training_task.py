@@ -108,6 +108,13 @@ class TrainingTask:
     """Where its steps are shown besides the run's own files."""
     growing: WorkersConfig | None = None
     """The workers, where they are to make way once there is room for more of them."""
+    teacher_done: str | None = None
+    """File that stands once the teacher needs its room no more; None where no teacher is at work beside the training."""
+
+    @property
+    def beside_teacher(self) -> bool:
+        """Whether a teacher is at work now, whose room is not to be taken."""
+        return self.teacher_done is not None and not Path(self.teacher_done).exists()
 
 
 class TrainingDiverged(RuntimeError):

@@ -29,7 +29,7 @@ class Worker:
 
     def seed_step(self, seed: int, step: int) -> None:
         """Make the step's random numbers a function of seed, step and rank, so that a resumed run draws the same."""
-        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + self.rank)
+        torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + self.rank) % 2**64)
 
     def agree(self, told: bool) -> bool:
         """Return what the first worker was told; all workers call it together."""

@@ -109,8 +109,8 @@ def run_all(
     if not left:
         return found
 
-    def queue_of(judge: Any) -> TrialQueue:
-        return TrialQueue(judge, ListedPoints([]), left)
+    def queue_of(judge: Any, trials: Path) -> TrialQueue:
+        return TrialQueue(judge, trials, ListedPoints([]), left)
 
     return run_search(
         bound, ground, folder, plan, StoppingRule("none", settings.direction), say, queue_of,

@@ -17,7 +17,7 @@ from actors.config import (
 from actors.tracking_config import TrackingConfig
 from actors.workers_config import WorkersConfig
 from losses.config import AtkdLoss, LossConfig
-from losses.section import Section
+from losses.section import LARGEST_SEED, Section
 from orchestrator.compare_config import CompareConfig
 from orchestrator.search_config import TuneConfig
 
@@ -129,7 +129,7 @@ class DataConfig(Section):
     max_rows: int | None = Field(default=None, ge=10)
     """Use only so many rows, drawn by ``seed`` before the held-out rows are."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Draws the held-out rows and shuffles the training rows, once."""
 
 
@@ -185,7 +185,7 @@ class RunConfig(Section):
     output: str = "runs"
     """Folder of runs; on a cluster, one that all nodes see."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Draws initial weights, dropout and the order of later epochs."""
 
     tokenizer: TokenizerConfig | None = None

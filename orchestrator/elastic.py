@@ -30,7 +30,7 @@ def train_in_turns(
         workers: what each needs, the fewest and the most.
         max_failures: how often workers may fail.
         train: trains with so many workers from the last checkpoint on, and raises when they fail.
-        scoring: whether the teacher still scores what is learned from; the fewest train then, the room beside them is its own.
+        scoring: whether the teacher still scores; the fewest train then, the room beside them is its own.
         say: takes a line for the user.
 
     Raises:

@@ -23,12 +23,11 @@ from orchestrator.table import METRICS, MODEL_NAMES, ComparisonTable, TableRow, 
 
 def evaluate(config: RunConfig, books: RunDir, models: Models, heldout_store: ScoreStore) -> Facts:
     """Measure the three models on the held-out rows and write their table; a model measured before is not measured again."""
-    student_after = ModelSource(str(models.student_folder), trust_remote_code=models.ready("student").trust_remote_code)
-    sources = dict(zip(MODEL_NAMES, (models.ready("teacher"), models.ready("student"), student_after), strict=True))
+    sources = dict(zip(MODEL_NAMES, (models.ready("teacher"), models.ready("student"), models.distilled()), strict=True))
     folder = books.path / "evaluation"
     folder.mkdir(exist_ok=True)
     running = {
-        name: evaluate_remote(source, books.path, models.tokenizer_folder, heldout_store, config.evaluate, config.scores.top_k)
+        name: evaluate_remote(source, books.path, models.tokenizer_source(), heldout_store, config.evaluate, config.scores.top_k)
         for name, source in sources.items()
         if not (folder / f"{name}.json").exists()
     }
@@ -43,7 +42,7 @@ def evaluate(config: RunConfig, books: RunDir, models: Models, heldout_store: Sc
 
 
 def evaluate_remote(
-    source: ModelSource, run_path: Path, tokenizer: Path, store: ScoreStore, settings: EvaluateConfig, top_k: int
+    source: ModelSource, run_path: Path, tokenizer: ModelSource, store: ScoreStore, settings: EvaluateConfig, top_k: int
 ) -> ray.ObjectRef:
     """Begin to measure a model in a Ray task that holds what the configuration gives the evaluator; see ``evaluate_model``."""
     threads = str(max(1, int(settings.cpus)))
@@ -55,7 +54,7 @@ def evaluate_remote(
     )
     data = run_path / "data"
     return task.remote(
-        source, str(tokenizer), str(data / "heldout.arrow"), str(store.path), str(data / "heldout_texts.jsonl"), settings, top_k
+        source, tokenizer, str(data / "heldout.arrow"), str(store.path), str(data / "heldout_texts.jsonl"), settings, top_k
     )
 
 

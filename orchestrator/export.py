@@ -26,7 +26,7 @@ def export(config: RunConfig, books: RunDir, models: Models, training_store: Sco
     folder = models.student_folder
     identity = training_store.identity if training_store is not None else None
     write_model_card(folder, config, identity, read_table(books.path))
-    check_export(folder, trust_remote_code=models.ready("student").trust_remote_code)
+    check_export(folder, trust_remote_code=models.distilled().trust_remote_code)
     return {"folder": str(folder)}
 
 

@@ -42,7 +42,12 @@ class Models:
 
     def ready(self, role: Role) -> ModelSource:
         """Return the teacher that scores, or the student as it is before distillation."""
-        return ModelSource(str(self.fitted_folder(role))) if self.side(role).fit else self.begun(role)
+        begun = self.begun(role)
+        return ModelSource(str(self.fitted_folder(role)), None, begun.trust_remote_code) if self.side(role).fit else begun
+
+    def distilled(self) -> ModelSource:
+        """Return the student as it is after distillation."""
+        return ModelSource(str(self.student_folder), None, self.begun("student").trust_remote_code)
 
     def tokenizer_for(self, training_texts: list[str]) -> PreTrainedTokenizerBase:
         """Return, and keep, the tokenizer both models speak: trained on the texts, or the teacher's own.
@@ -60,7 +65,7 @@ class Models:
     def _choose_tokenizer(self, training_texts: list[str]) -> PreTrainedTokenizerBase:
         if self.config.tokenizer is not None:
             return train_tokenizer(training_texts, self.config.tokenizer.vocab_size)
-        tokenizers = [self._own_tokenizer(role) for role in ROLES if self.side(role).model.kind == "pretrained"]
+        tokenizers = [self._own_tokenizer(role) for role in self._owners_of_tokenizers()]
         if len(tokenizers) == 2:
             require_same_tokens(*tokenizers)
         return tokenizers[0]
@@ -77,7 +82,17 @@ class Models:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the run's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.tokenizer_folder)
+        source = self.tokenizer_source()
+        return AutoTokenizer.from_pretrained(source.name, trust_remote_code=source.trust_remote_code)
+
+    def tokenizer_source(self) -> ModelSource:
+        """Return where the run's tokenizer is loaded from; code that came with it is trusted if that of its model is."""
+        owners = self._owners_of_tokenizers()
+        return ModelSource(str(self.tokenizer_folder), None, bool(owners) and self.begun(owners[0]).trust_remote_code)
+
+    def _owners_of_tokenizers(self) -> list[Role]:
+        """Return the roles whose models bring a tokenizer; the run's is the first one's."""
+        return [role for role in ROLES if self.side(role).model.kind == "pretrained"]
 
     def _own_tokenizer(self, role: Role) -> PreTrainedTokenizerBase:
         source = self.begun(role)

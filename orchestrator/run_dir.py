@@ -64,14 +64,16 @@ class RunDir:
         config_path = path / "config.yaml"
         if not config_path.exists():
             write_atomically(config_path, dump_config(config).encode())
-        elif lines := config_difference(
-            _of_the_run(config.model_dump(mode="json")), _of_the_run(yaml.safe_load(config_path.read_text()))
-        ):
+            return books
+        ours, theirs = config.model_dump(mode="json"), yaml.safe_load(config_path.read_text())
+        if lines := config_difference(_of_the_run(ours), _of_the_run(theirs)):
             books.close()
             raise RunDirError(
                 f"{path} was made by another configuration; give this run another name (name=...) or delete the folder:\n  "
                 + "\n  ".join(lines)
             )
+        if lines := config_difference(ours, theirs):
+            books.event("configuration_changed", changes=lines)
         return books
 
     def stage(self, name: str, work: Callable[[], Facts]) -> Facts:
@@ -87,13 +89,13 @@ class RunDir:
 
     def finish(self, name: str, facts: Facts) -> None:
         """Record a stage as done."""
-        write_atomically(self.path / "stages" / f"{name}.json", json.dumps(facts, indent=1).encode())
+        write_atomically(result_path(self.path, name), json.dumps(facts, indent=1).encode())
         self.event("stage_finished", stage=name, **facts)
         self.say(f"{name}: done in {facts['seconds']:.1f} s")
 
     def result(self, name: str) -> Facts | None:
         """Return what a finished stage made; None if it is not finished."""
-        path = self.path / "stages" / f"{name}.json"
+        path = result_path(self.path, name)
         return json.loads(path.read_text()) if path.exists() else None
 
     def event(self, name: str, **fields: Any) -> None:
@@ -121,6 +123,11 @@ class RunDir:
             raise RunDirError(
                 f"another process works in {self.path}; wait for it, or give this run another name (name=...)"
             ) from None
+
+
+def result_path(folder: Path, stage: str) -> Path:
+    """Return the file that stands in a run's folder once a stage is finished."""
+    return folder / "stages" / f"{stage}.json"
 
 
 def _of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from losses.section import Section
+from losses.section import LARGEST_SEED, Section
 from tune_spaces.registry import space_named
 from tune_spaces.space import Space, read_space
 
@@ -58,7 +58,7 @@ class TuneConfig(Section):
     """Where a trial trains: in a process that is kept from trial to trial, for students of one worker, or in Ray Train workers
     started anew, 10 to 20 seconds a trial."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Draws the points; what a trial itself draws follows the seed of the run."""
 
     @field_validator("space", mode="before")

@@ -10,7 +10,7 @@ from orchestrator.config import RunConfig
 from orchestrator.dataset import prepare_data
 from orchestrator.models import ROLES, Models, Role
 from orchestrator.rows import source_hash
-from orchestrator.run_dir import Facts, RunDir
+from orchestrator.run_dir import Facts, RunDir, result_path
 from orchestrator.training import train_model
 
 
@@ -89,4 +89,5 @@ def distillation_task(config: RunConfig, folder: Path, models: Models, store: Pa
         output=str(models.student_folder),
         run=config.name,
         tracking=config.tracking,
+        teacher_done=str(result_path(folder, "score")),
     )

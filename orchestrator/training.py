@@ -25,7 +25,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from actors.checkpoint_seal import damaged_checkpoints
 from actors.metrics_log import read_metrics
 from actors.placement import worker_need
-from actors.score_store import ScoreStore
 from actors.training_task import Ending, TrainingTask, train_worker
 from actors.workers_config import WorkersConfig
 from orchestrator.elastic import NO_TRY_OF_ITS_OWN, train_in_turns
@@ -87,7 +86,7 @@ def _train(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, say: C
         workers,
         failures,
         train=lambda count: _fit(growing, workers, count, checkpoints, NO_TRY_OF_ITS_OWN),
-        scoring=lambda: task.store is not None and not ScoreStore(Path(task.store)).complete,
+        scoring=lambda: task.beside_teacher,
         say=say,
     )
 

@@ -23,9 +23,9 @@ from orchestrator.ledger_lines import SearchPlan
 from orchestrator.pipeline import life
 from orchestrator.points import PointSource
 from orchestrator.progress import Sight, progress_lines
-from orchestrator.run_dir import RunDir
+from orchestrator.run_dir import RunDir, result_path
 from orchestrator.search_space import BoundSpace
-from orchestrator.trials import TrialPlan
+from orchestrator.trials import TrialPlan, spent
 from orchestrator.tune_driver import most_at_once, run_trials
 
 PROGRESS_SECONDS = 5.0
@@ -58,7 +58,7 @@ def prepare_ground(config: RunConfig, books: RunDir) -> Ground:
         if missing := ScoreStore(Path(path)).missing_shards():
             raise ValueError(
                 f"the scores of {split} at {path} lack {len(missing)} shards, though this run says that it is scored; "
-                f"delete {books.path / 'stages' / 'score.json'} and run again"
+                f"delete {result_path(books.path, 'score')} and run again"
             )
     rows = len(ExampleFile(books.path / "data" / "train.arrow"))
     total_steps = steps_in(rows, config.train.batch_rows, config.train.epochs)
@@ -84,6 +84,7 @@ class TrialQueue:
 
     Args:
         judge: handle of the judge.
+        folder: where trials leave their metrics.
         source: gives the points of new trials.
         waiting: trials that are known already, and begin before new ones.
         first: number of the first new trial.
@@ -91,9 +92,9 @@ class TrialQueue:
     """
 
     def __init__(
-        self, judge: Any, source: PointSource, waiting: Sequence[Assignment], first: int = 0, seed: int = 0
+        self, judge: Any, folder: Path, source: PointSource, waiting: Sequence[Assignment], first: int = 0, seed: int = 0
     ) -> None:
-        self._judge, self._source = judge, source
+        self._judge, self._folder, self._source = judge, folder, source
         self._waiting, self._next, self._seed = list(waiting), first, seed
         self._under_way: dict[int, Assignment] = {}
 
@@ -108,7 +109,8 @@ class TrialQueue:
 
     def over(self, trial: int, died: bool) -> None:
         """Hear that a trial is over; ``died`` if its process ended before it could say how."""
-        outcome: Outcome = ray.get(self._judge.ended.remote(trial, 0, 0, DIED))  # what was said before stands
+        steps, tokens = spent(self._folder, trial) if died else (0, 0)  # else it said so itself, and that stands
+        outcome: Outcome = ray.get(self._judge.ended.remote(trial, steps, tokens, DIED))
         self._source.tell(self._under_way.pop(trial).point, outcome)
 
     def _new(self) -> Assignment | None:
@@ -134,9 +136,12 @@ def begin_ledger(folder: Path, plan: SearchPlan, say: Callable[[str], None]) -> 
 
 def run_search(
     bound: BoundSpace, ground: Ground, folder: Path, plan: SearchPlan, rule: StoppingRule, say: Callable[[str], None],
-    queue_of: Callable[[Any], TrialQueue], *, in_process: bool, concurrent: int | None,
+    queue_of: Callable[[Any, Path], TrialQueue], *, in_process: bool, concurrent: int | None,
 ) -> Search:  # fmt: skip
-    """Run the trials to their end under a judge, saying how far they are; return what the ledger then holds."""
+    """Run the trials to their end under a judge, saying how far they are; return what the ledger then holds.
+
+    ``queue_of`` makes their queue, given the judge and the folder in which trials leave their metrics.
+    """
     workers = bound.config.workers
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # the ledger is on this node
     judge = ray.remote(Judge).options(num_cpus=0, scheduling_strategy=here).remote(folder / "ledger.jsonl", plan, rule)
@@ -145,7 +150,7 @@ def run_search(
     at_once = min(most_at_once(workers), concurrent or plan.trials)
     say(f"{plan.kind}: {plan.trials} trials of {plan.total_steps} steps, {at_once} at a time")
     with progress_lines(lambda: _sight(folder / "ledger.jsonl", at_once), PROGRESS_SECONDS, say):
-        run_trials(queue_of(judge), trial_plan, workers, at_once)
+        run_trials(queue_of(judge, trial_plan.folder), trial_plan, workers, at_once)
     ray.kill(judge)
     return read_ledger(folder / "ledger.jsonl")
 

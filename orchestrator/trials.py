@@ -65,7 +65,7 @@ class TrialPlan:
         )
         return replace(
             distillation_task(config, self.run_folder, Models(config, self.run_folder), self.training_store),
-            name=f"trial_{assignment.trial:04d}",
+            name=_name_of(assignment.trial),
             seed=assignment.seed,
             metrics=str(self.trial_folder(assignment.trial)),
             output=None,
@@ -74,7 +74,7 @@ class TrialPlan:
 
     def trial_folder(self, trial: int) -> Path:
         """Return where a trial leaves its metrics."""
-        return self.folder / f"{trial:04d}"
+        return _folder_of(self.folder, trial)
 
     def checkpoints_folder(self, trial: int) -> Path:
         """Return where Ray Train keeps the checkpoints of a trial while it runs."""
@@ -94,12 +94,24 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
         _train(plan, assignment)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
-    steps = read_metrics(plan.trial_folder(number) / f"trial_{number:04d}.jsonl")
-    last_step, tokens = int(steps[-1]["step"]) if steps else 0, int(sum(step["tokens"] for step in steps))
-    outcome: Outcome = ray.get(plan.judge.ended.remote(number, last_step, tokens, error))
+    outcome: Outcome = ray.get(plan.judge.ended.remote(number, *spent(plan.folder, number), error))
     shutil.rmtree(plan.checkpoints_folder(number), ignore_errors=True)
     _tidy_up()
     ray.tune.report({"status": outcome.status, "value": outcome.value})
+
+
+def spent(trials: Path, number: int) -> tuple[int, int]:
+    """Return how many steps a trial took, and how many tokens they taught, as its metrics in the folder of all trials say."""
+    steps = read_metrics(_folder_of(trials, number) / f"{_name_of(number)}.jsonl")
+    return int(steps[-1]["step"]) if steps else 0, int(sum(step["tokens"] for step in steps))
+
+
+def _name_of(number: int) -> str:
+    return f"trial_{number:04d}"
+
+
+def _folder_of(trials: Path, number: int) -> Path:
+    return trials / f"{number:04d}"
 
 
 def _train(plan: TrialPlan, assignment: Assignment) -> None:

@@ -41,9 +41,9 @@ def tune(config: RunConfig, say: Callable[[str], None] = print) -> Path:
         found = begin_ledger(folder, plan, say)
         note_cost(books, folder)
 
-        def queue_of(judge: Any) -> TrialQueue:
+        def queue_of(judge: Any, trials: Path) -> TrialQueue:
             return TrialQueue(
-                judge, source_of(bound, found), assignments_to_repeat(found), len(found.trials), config.seed
+                judge, trials, source_of(bound, found), assignments_to_repeat(found), len(found.trials), config.seed
             )
 
         settings = config.tune

@@ -21,8 +21,10 @@ ROW = re.compile(r"^\| (?P<broken>[^|]+) \| [^|]+ \| (?P<tests>`test_[^|]+) \|$"
 
 HEADING = "## All drills, once"
 ABOUT = """On two CPU cores that did other work too; `make drills PYTEST_ARGS=--write` makes it anew. Seconds are those of the
-whole test, which for most is more starting than breaking; the last column is the time from the harm until the work went on, where
-a drill takes it down."""
+whole test, which for most is more starting than breaking. The last column is the time until the work went on, where a drill
+takes it down: until a step, shard or trial was done that had not been done before. It begins with the harm, or, where the command
+has to be given again, with that, processes and imports included. The drill of the hanging worker has a patience of 5 s in the
+place of ten minutes, that of the hanging replica one of 3 s."""
 
 
 def drills(page: str) -> dict[str, list[str]]:

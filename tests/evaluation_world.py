@@ -40,8 +40,8 @@ class World:
         **settings: object,
     ) -> Evaluation:  # fmt: skip
         return evaluate_model(
-            ModelSource(str(self.folder / model)), str(self.folder / tokenizer), str(self.folder / "heldout.arrow"),
-            str(self.folder / (store or f"scores-{top_k}")), str(self.folder / texts),
+            ModelSource(str(self.folder / model)), ModelSource(str(self.folder / tokenizer)),
+            str(self.folder / "heldout.arrow"), str(self.folder / (store or f"scores-{top_k}")), str(self.folder / texts),
             EvaluateConfig(**{"batch_rows": 4, "generate_rows": 0, **settings}), top_k,
         )  # fmt: skip
 

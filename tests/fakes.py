@@ -18,6 +18,7 @@ from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store import ScoreStore
 from actors.teacher import EngineDied, TeacherSpec, scores_from_candidates
 from actors.training_task import ModelSource
+from tests.recovery import Record, record_recovery
 
 FAKE_VOCAB = 64
 
@@ -60,6 +61,13 @@ def fake_store(folder: Path, examples: Sequence[Example], rows_per_shard: int, t
     write_examples(folder / "train.arrow", examples)
     identity = {"examples": ExampleFile(folder / "train.arrow").hash, "top_k": top_k, "vocab_size": FAKE_VOCAB}
     return folder / "train.arrow", ScoreStore.open_or_create(folder / "store", identity, len(examples), rows_per_shard)
+
+
+def record_next_shard(record: Record, harmed: Path, store: ScoreStore) -> None:
+    """Note how long it took from some harm, which touched a file, until the next shard was written."""
+    since = harmed.stat().st_mtime
+    written = [path.stat().st_mtime for path in store.path.glob("shard-*.json")]
+    record_recovery(record, min(time for time in written if time > since) - since)
 
 
 def assert_complete(store: ScoreStore, examples: Sequence[Example]) -> None:

@@ -7,13 +7,16 @@ import pytest
 
 from orchestrator.ledger import read_ledger
 from tests.ray_heads import head, wait_until
+from tests.recovery import Record, record_until
 from tests.test_job_submission import RAYS_OWN, assert_readable, small_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.drill]
 
 
 @pytest.mark.parametrize(("trials_in", "trials"), [("reused_process", 40), ("ray_train", 4)])
-def test_a_submitted_comparison_is_stopped_and_submitted_again_and_ends(tmp_path: Path, trials_in: str, trials: int) -> None:
+def test_a_submitted_comparison_is_stopped_and_submitted_again_and_ends(
+    tmp_path: Path, trials_in: str, trials: int, record_property: Record
+) -> None:
     """As many trials as outlast the stop: one of the first kind takes a second, one of the other half a minute."""
     path = small_run(tmp_path)
     config = json.loads(path.read_text())
@@ -50,6 +53,7 @@ def test_a_submitted_comparison_is_stopped_and_submitted_again_and_ends(tmp_path
         assert 1 <= len(before) < trials
 
         second = cluster.submit("second", "compare", str(path), **variables)
+        record_until(record_property, lambda: over() > len(before) or second.poll() is not None)
         output, _ = second.communicate(timeout=400)
         assert second.returncode == 0, output
         assert cluster.job("second")["status"] == "SUCCEEDED"

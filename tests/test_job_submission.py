@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from actors.metrics_log import read_metrics
 from tests.ray_heads import ROOT, Head, head, wait_until
+from tests.recovery import Record, record_until
 from tests.worlds import VOCAB, tiny_llama, word_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -107,7 +108,9 @@ def assert_readable(lines: list[str]) -> None:
     assert len(lines) < 60
 
 
-def test_a_submitted_run_is_stopped_and_submitted_again_and_ends(guarded_head: Head, tmp_path: Path) -> None:
+def test_a_submitted_run_is_stopped_and_submitted_again_and_ends(
+    guarded_head: Head, tmp_path: Path, record_property: Record
+) -> None:
     config, run = small_run(tmp_path), tmp_path / "runs" / "small"
     with pytest.raises(urllib.error.HTTPError, match="403"):
         guarded_head.ask("/api/jobs/", token="somebody")
@@ -131,9 +134,11 @@ def test_a_submitted_run_is_stopped_and_submitted_again_and_ends(guarded_head: H
     step = read_checkpoint(kept, tmp_path / "whole.pt")
     assert 0 < step < STEPS_BETWEEN * CHECKPOINTS
     metrics = run / "metrics" / "train.jsonl"
-    done = read_metrics(metrics)[:step]
+    logged = read_metrics(metrics)
+    done = logged[:step]
 
     second = guarded_head.submit("second", "run", str(config), RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
+    record_until(record_property, lambda: len(read_metrics(metrics)) > len(logged) or second.poll() is not None)
     output, _ = second.communicate(timeout=300)
     assert second.returncode == 0, output
     assert guarded_head.job("second")["status"] == "SUCCEEDED"

@@ -42,7 +42,7 @@ class NotedTeacher:
 
     def __call__(self, spec: TeacherSpec) -> TeacherEngine:
         with open(self.folder / "engines", "a") as file:
-            file.write(json.dumps([here(), ray.get_gpu_ids()]) + "\n")
+            file.write(json.dumps([here(), ray.get_gpu_ids(), time.time()]) + "\n")
         return FakeTeacher(seconds_per_call=0.3, log=self.folder / "scored")(spec)
 
 
@@ -120,12 +120,14 @@ def drill(cluster: Cluster, folder: Path) -> dict[str, Any]:
             if scored == 3:
                 facts["missing_when_lost"] = len(store.missing_shards())
                 node = next(node for node in cluster.worker_nodes if names[node.node_id] == lost)
+                removed = time.time()
                 cluster.remove_node(node, allow_graceful=False)
         until(lambda: sorted(rooms()) == [name for name in "ab" if name != lost] * 2)
         facts["replicas_after_loss"] = rooms()
     facts["rooms_left"] = len(rooms()) + len(rooms(gpus=1))
     engines = [json.loads(line) for line in (folder / "engines").read_text().splitlines()]
-    facts["engines"] = [(names[node], len(gpus)) for node, gpus in engines]
+    facts["engines"] = [(names[node], len(gpus)) for node, gpus, _ in engines]
+    facts["recovery_seconds"] = min(built for _, _, built in engines if built > removed) - removed
     twice = [key for key, times in Counter((folder / "scored").read_text().split()).items() if times > 1]
     facts["shards_redone"] = len({example.row // ROWS_PER_SHARD for example in examples if example.key in twice})
     return facts

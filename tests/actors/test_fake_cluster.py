@@ -13,13 +13,14 @@ from actors.score_store import ScoreStore
 from actors.teacher_pool import WINDOW
 from tests.actors.fake_cluster_world import ROWS
 from tests.fakes import assert_complete, fake_examples
+from tests.recovery import Record, record_recovery
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_scoring_goes_on_elsewhere_when_a_node_is_lost(tmp_path: Path) -> None:
+def test_scoring_goes_on_elsewhere_when_a_node_is_lost(tmp_path: Path, record_property: Record) -> None:
     command = [sys.executable, "-m", "tests.actors.fake_cluster_world", str(tmp_path)]
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:  # AF_UNIX paths are limited to about 107 bytes
         environment = os.environ | {"RAY_TMPDIR": short, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -35,6 +36,7 @@ def test_scoring_goes_on_elsewhere_when_a_node_is_lost(tmp_path: Path) -> None:
     lost = facts["replicas"].count(facts["replicas"][0])
     remaining = ({"a", "b"} - {facts["replicas"][0]}).pop()
     assert facts["missing_when_lost"] > 0
+    record_recovery(record_property, facts["recovery_seconds"])  # until an engine stands in the place of the lost one
     assert "teacher replica " in done.stderr and " died: Actor" in done.stderr
     assert facts["replicas_after_loss"] == [remaining] * 2
     assert all(gpus == 4 for _, gpus in facts["engines"])

@@ -15,7 +15,8 @@ import pytest
 from actors.score_store import ScoreStore
 from actors.teacher_pool import WINDOW
 from tests.actors.scoring_driver import TOP_K
-from tests.fakes import assert_complete, fake_examples, fake_store
+from tests.fakes import assert_complete, fake_examples, fake_store, record_next_shard
+from tests.recovery import Record
 
 ROOT = Path(__file__).parents[2]
 ROWS, ROWS_PER_SHARD, REPLICAS = 64, 4, 2
@@ -36,7 +37,7 @@ def wait_for_shards(victim: subprocess.Popen[str], store: ScoreStore, count: int
     assert victim.poll() is None and store.missing_shards(), "it ended before it could be stopped"
 
 
-def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_stopped(tmp_path: Path, record_property: Record) -> None:
     examples = fake_examples(ROWS)
     _, store = fake_store(tmp_path, examples, ROWS_PER_SHARD, TOP_K)
 
@@ -46,10 +47,13 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_stopped(tmp_pat
         with suppress(psutil.NoSuchProcess):
             process.kill()
     killed.communicate()
+    harmed = tmp_path / "harmed"
+    harmed.touch()
     finished = {path.name: path.stat().st_mtime_ns for path in store.path.glob("shard-*.json")}
 
     interrupted = driver(tmp_path)
     wait_for_shards(interrupted, store, len(finished) + 2)
+    record_next_shard(record_property, harmed, store)
     interrupted.send_signal(signal.SIGINT)
     _, errors = interrupted.communicate(timeout=60)
     assert interrupted.returncode != 0 and "KeyboardInterrupt" in errors

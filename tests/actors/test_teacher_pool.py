@@ -13,7 +13,8 @@ from actors.replicas import TeacherFailed
 from actors.score_store import ScoreStore
 from actors.teacher import TeacherEngine, TeacherReplica, TeacherSpec
 from actors.teacher_pool import TeacherPool
-from tests.fakes import FAKE_VOCAB, FakeTeacher, assert_complete, fake_examples, fake_spec, fake_store
+from tests.fakes import FAKE_VOCAB, FakeTeacher, assert_complete, fake_examples, fake_spec, fake_store, record_next_shard
+from tests.recovery import Record
 
 ROWS, ROWS_PER_SHARD, TOP_K = 22, 4, 5
 
@@ -102,8 +103,9 @@ def test_each_row_is_scored_once_and_a_second_call_scores_nothing(
 @pytest.mark.ray
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_replica_that_dies_is_replaced_and_the_store_is_the_same(
-    local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example], tmp_path: Path, replicas: int
-) -> None:
+    local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example], tmp_path: Path, replicas: int,
+    record_property: Record,
+) -> None:  # fmt: skip
     died = tmp_path / "died"
     teacher = FakeTeacher(dies_on_call=3, only_once=died)
     with TeacherPool(fake_spec(TOP_K, replicas=replicas), engine_factory=teacher) as pool:
@@ -111,7 +113,7 @@ def test_a_replica_that_dies_is_replaced_and_the_store_is_the_same(
         results = list(pool.score_missing(examples_path, store))
         assert rooms_taken() == replicas
     assert rooms_taken() == 0
-    assert died.exists()
+    record_next_shard(record_property, died, store)
     yielded = [result.info.shard for result in results]
     assert len(yielded) == len(set(yielded)) >= 5  # the replica may have died between writing a shard and saying so
     assert_complete(store, examples)
@@ -119,12 +121,12 @@ def test_a_replica_that_dies_is_replaced_and_the_store_is_the_same(
 
 @pytest.mark.ray
 def test_a_replica_that_hangs_is_replaced(
-    local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example], tmp_path: Path
+    local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example], tmp_path: Path, record_property: Record
 ) -> None:
     teacher = FakeTeacher(hangs_on_call=2, only_once=tmp_path / "hung")
     with TeacherPool(fake_spec(TOP_K), engine_factory=teacher, shard_timeout_seconds=3.0) as pool:
         list(pool.score_missing(examples_path, store))
-    assert (tmp_path / "hung").exists()
+    record_next_shard(record_property, tmp_path / "hung", store)
     assert_complete(store, examples)
 
 
@@ -266,12 +268,12 @@ def test_closing_ends_a_pool_that_hangs_and_its_user_hears_of_it(local_ray: None
 
 @pytest.mark.ray
 def test_an_engine_that_died_inside_a_living_replica_is_replaced(
-    local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example], tmp_path: Path
+    local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example], tmp_path: Path, record_property: Record
 ) -> None:
     teacher = FakeTeacher(engine_dies_on_call=2, only_once=tmp_path / "died")
     with TeacherPool(fake_spec(TOP_K), engine_factory=teacher) as pool:
         list(pool.score_missing(examples_path, store))
-    assert (tmp_path / "died").exists()
+    record_next_shard(record_property, tmp_path / "died", store)
     assert_complete(store, examples)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.identity import identity_hash
 from actors.metrics_log import read_metrics
 from actors.score_store import ScoreStore
+from tests.recovery import Record, record_recovery
 
 TINY = [
     "tokenizer.vocab_size=400", "data.source.rows=160", "data.heldout_rows=16", "data.max_tokens=96", "scores.top_k=16",
@@ -137,7 +138,9 @@ def test_ctrl_c_ends_a_run_with_a_word(before_training: Path, output: Path) -> N
     assert "error: interrupted; the same command goes on from where it stopped" in errors and "Traceback" not in errors
 
 
-def test_a_run_killed_in_training_ends_with_the_weights_of_the_one_that_was_not(before_training: Path, output: Path) -> None:
+def test_a_run_killed_in_training_ends_with_the_weights_of_the_one_that_was_not(
+    before_training: Path, output: Path, record_property: Record
+) -> None:
     run = output / "undisturbed"
     metrics = run / "metrics" / "train.jsonl"
     victim = begun(output, metrics, len(read_metrics(metrics)) + 6, "name=undisturbed")
@@ -147,9 +150,13 @@ def test_a_run_killed_in_training_ends_with_the_weights_of_the_one_that_was_not(
     victim.wait()
     assert not (run / "student").exists()
 
-    again = finish(output, "name=undisturbed")
-    assert again.returncode == 0, again.stderr
-    assert "fit_teacher: done before" in again.stdout and "train: done before" not in again.stdout
+    done = len(read_metrics(metrics))
+    started = time.monotonic()
+    again = begun(output, metrics, done + 1, "name=undisturbed")
+    record_recovery(record_property, time.monotonic() - started)
+    said, errors = again.communicate(timeout=600)
+    assert again.returncode == 0, errors
+    assert "fit_teacher: done before" in said and "train: done before" not in said
     ours, theirs = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (run / "student", before_training)
     )

@@ -6,6 +6,7 @@ folder that is named to it. Nodes are processes on this machine; Ray Train and t
 
 import json
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,12 @@ WORKERS: dict[str, dict[str, Any]] = {
 }
 
 
-def drill(cluster: Cluster, folder: Path, kind: str) -> list[str]:
-    """Train, lose the second node on the way, get another later on; return what was said."""
+def drill(cluster: Cluster, folder: Path, kind: str) -> dict[str, Any]:
+    """Train, lose the second node on the way, get another later on.
+
+    Returns:
+        What was said, and the seconds from the loss, or of a steady number from the coming of the other node, to the next step.
+    """
     second = add_student_node(cluster)
     said: list[str] = []
     workers = WorkersConfig(labels={"role": "student"}, **WORKERS[kind])
@@ -42,12 +47,19 @@ def drill(cluster: Cluster, folder: Path, kind: str) -> list[str]:
         training = other.submit(train_model, task, workers, folder / kind / "checkpoints", said.append)
         until(lambda: steps() >= LOST_AFTER or training.done(), 120)
         cluster.remove_node(second, allow_graceful=False)
+        began, done = time.monotonic(), steps()
         if kind == "elastic":  # a steady number waits for the node
+            until(lambda: steps() > done or training.done(), 240)
+            recovery_seconds = time.monotonic() - began
             until(lambda: steps() >= COMES_AFTER or training.done(), 240)
         second = add_student_node(cluster)
+        if kind == "steady":
+            began = time.monotonic()
+            until(lambda: steps() > done or training.done(), 240)
+            recovery_seconds = time.monotonic() - began
         training.result()
     cluster.remove_node(second, allow_graceful=False)
-    return said
+    return {"said": said, "recovery_seconds": recovery_seconds}
 
 
 def add_student_node(cluster: Cluster) -> Any:
@@ -61,8 +73,8 @@ if __name__ == "__main__":
         add_student_node(fake)
         ray.init(fake.address, log_to_driver=False, logging_level="ERROR")
         fake.wait_for_nodes()
-        said = {kind: drill(fake, place, kind) for kind in WORKERS}
-        (place / "facts.json").write_text(json.dumps(said))
+        facts = {kind: drill(fake, place, kind) for kind in WORKERS}
+        (place / "facts.json").write_text(json.dumps(facts))
     finally:
         ray.shutdown()
         fake.shutdown()

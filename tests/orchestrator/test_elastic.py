@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from actors.workers_config import WorkersConfig
 from orchestrator import elastic
 from orchestrator.config_file import ConfigError, dump_config, load_config
 from orchestrator.elastic import train_in_turns
+from orchestrator.models import Models
 from orchestrator.run_dir import RunDir
+from orchestrator.stages import distillation_task
 from orchestrator.training import train_model
 from tests.orchestrator.elastic_world import LONG, LOST_AFTER
 from tests.orchestrator.test_config import changed
@@ -40,6 +43,7 @@ from tests.orchestrator.training_world import (
     when,
     withhold_shard,
 )
+from tests.recovery import Record, record_recovery
 from tests.worlds import scored_world
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +171,19 @@ def test_failures_are_counted_and_others_are_not_tried_again(monkeypatch: pytest
         turns(monkeypatch, [4], Turns(ControllerError(RuntimeError("made by another version"))))
 
 
+def test_the_room_is_the_teachers_until_its_last_rows_are_scored(tmp_path: Path) -> None:
+    """The held-out rows come after those that the student learns from; a loss without a teacher is examined by one too."""
+    for loss in ("{teaching: atkd}", "{teaching: hard_label}"):
+        config = changed(f"output={tmp_path}", f"loss={loss}")
+        task = distillation_task(config, tmp_path, Models(config, tmp_path), store=None)
+        assert task.beside_teacher
+    assert task.teacher_done is not None
+    Path(task.teacher_done).parent.mkdir()
+    Path(task.teacher_done).touch()
+    assert not task.beside_teacher
+    assert not replace(task, teacher_done=None).beside_teacher, "while models are fitted there is none"
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", [pytest.param("replicate", marks=pytest.mark.drill), "fsdp"])
@@ -175,9 +192,15 @@ def test_workers_become_more_when_the_teacher_is_done_and_the_student_is_the_sam
 ) -> None:
     _, store = scored_world(training_world, ROWS)
     train = TRAIN.model_copy(update={"checkpoint_every_steps": 1, "sharding": sharding})
-    task = task_in(tmp_path, training_world, train=train)
+    scored = tmp_path / "scored.json"
+    task = task_in(tmp_path, training_world, train=train, teacher_done=str(scored))
     withheld = withhold_shard(store.path, 3)  # the worker stops before step 4
-    scorer = when(lambda: len(losses_of(tmp_path)) == 3, lambda: give_back(store.path, withheld))
+
+    def teacher_is_done() -> None:
+        scored.touch()
+        give_back(store.path, withheld)
+
+    scorer = when(lambda: len(losses_of(tmp_path)) == 3, teacher_is_done)
     said: list[str] = []
     train_model(task, WorkersConfig(min=1, max=2, grow_seconds=0.0), tmp_path / "checkpoints", said.append)
     scorer.join()
@@ -187,7 +210,7 @@ def test_workers_become_more_when_the_teacher_is_done_and_the_student_is_the_sam
     steps = read_metrics(tmp_path / "metrics" / "train.jsonl")
     assert [step["step"] for step in steps] == list(range(1, 9))
     counts = [step["workers"] for step in steps]
-    assert counts[:3] == [1, 1, 1], "there was room all the time, and the teacher's shard was out"
+    assert counts[:3] == [1, 1, 1], "there was room all the time, and the teacher was at work"
     assert counts in ([1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 2, 2, 2, 2])
     assert losses_of(tmp_path) == pytest.approx(losses_of(undisturbed[0]), abs=1e-4)
     assert_same(weights_of(task), undisturbed[1], tolerance=1e-4)
@@ -231,14 +254,18 @@ def test_room_that_does_not_come_in_time_is_waited_for(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.drill
-def test_training_goes_on_when_a_node_is_lost_with_a_worker_on_it(local_ray: None, tmp_path: Path) -> None:
+def test_training_goes_on_when_a_node_is_lost_with_a_worker_on_it(
+    local_ray: None, tmp_path: Path, record_property: Record
+) -> None:
     command = [sys.executable, "-m", "tests.orchestrator.elastic_world", str(tmp_path)]
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:  # AF_UNIX paths are limited to about 107 bytes
         environment = os.environ | {"RAY_TMPDIR": short, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     facts = json.loads((tmp_path / "facts.json").read_text())
-    said = facts["elastic"]
+    said = facts["elastic"]["said"]
+    for kind in facts:
+        record_recovery(record_property, facts[kind]["recovery_seconds"])
 
     alone = task_in(tmp_path / "alone", tmp_path / "world", train=LONG, name="alone")
     weights = trained(alone, tmp_path / "alone")

@@ -1,15 +1,27 @@
 """Which model and which tokenizer a run works with."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from actors.config import EvaluateConfig
+from actors.evaluator import evaluate_model
+from actors.examples import ExampleFile
+from actors.student import distil
+from actors.student_model import load_model
+from actors.train_checkpoints import NoCheckpoints
+from orchestrator import stages
 from orchestrator.config_file import validate
-from orchestrator.models import Models
+from orchestrator.export import check_export
+from orchestrator.models import ROLES, Models
+from orchestrator.run_dir import RunDir
+from orchestrator.scoring_stage import ScoringStage
 from tests.orchestrator.test_config import SMALL
+from tests.orchestrator.trial_world import TOP_K, fill, unscored_run
 from tests.worlds import VOCAB, tiny_llama, word_tokenizer
 
 
@@ -56,3 +68,64 @@ def test_a_chat_template_of_the_configuration_goes_with_the_tokenizer(tmp_path: 
     models = models_of(tmp_path / "run", data={"format": {"kind": "chat", "template": template}}, tokenizer={"vocab_size": 300})
     models.tokenizer_for([" ".join(f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmn" for c in "opqrst")])
     assert models.tokenizer().chat_template == template
+
+
+def model_with_code(folder: Path, seed: int) -> Path:
+    """Write a model and a tokenizer whose classes stand in a file beside them."""
+    tiny_llama(folder, seed)
+    model = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    says = {
+        "config.json": {"model_type": "own", "architectures": ["OwnModel"], "auto_map": model},
+        "tokenizer_config.json": {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}},
+    }
+    for file, fields in says.items():
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | fields))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    return folder
+
+
+def test_models_whose_code_is_trusted_are_fitted_distilled_evaluated_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "train_model", lambda task, *_: distil(task, NoCheckpoints()))
+    short = {"epochs": 1, "batch_rows": 16}
+    trusted = {
+        role: {
+            "model": {
+                "kind": "pretrained", "name": str(model_with_code(tmp_path / role, seed)), "trust_remote_code": True,
+            },
+            "fit": {"train": short},
+        }
+        for seed, role in enumerate(ROLES)
+    }  # fmt: skip
+    config = unscored_run(tmp_path, **trusted, train=short)
+    with RunDir.open(config, say=lambda line: None) as books:
+        models = Models(config, books.path)
+        for role in ROLES:
+            stages.fit(role, config, books, models)
+        scoring = ScoringStage(config, books, models)
+        for split, store in (("train", scoring.training_store), ("heldout", scoring.heldout_store)):
+            assert store is not None
+            fill(store, ExampleFile(books.path / "data" / f"{split}.arrow"), seed=0)
+        stages.train(config, books, models, scoring.training_store)
+        (books.path / "data" / "heldout_texts.jsonl").write_text(
+            "".join(
+                json.dumps({"row": row, "prompt": "w5", "response": "w6"}) + "\n"
+                for row in ExampleFile(books.path / "data" / "heldout.arrow").rows
+            )
+        )
+        for source in (models.ready("teacher"), models.ready("student"), models.distilled()):
+            assert type(load_model(source)).__name__ == "OwnModel"
+            found = evaluate_model(
+                source, models.tokenizer_source(), str(books.path / "data" / "heldout.arrow"), str(scoring.heldout_store.path),
+                str(books.path / "data" / "heldout_texts.jsonl"), EvaluateConfig(generate_rows=1, max_new_tokens=2), TOP_K,
+            )  # fmt: skip
+            assert len(found.answers) == 1
+        check_export(models.student_folder, trust_remote_code=models.distilled().trust_remote_code)
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            check_export(models.student_folder)

@@ -53,6 +53,7 @@ def test_each_stage_is_looked_at_before_anything_starts() -> None:
     for change, message in (
         ("teacher.engine.replicas=5", r"^5 replicas of .* teacher\.engine\.replicas 4 would do"),
         ("workers.count=17", r"^17 workers of .* workers\.count 16 would do"),
+        ("workers={min: 17, max: 20, gpus: 1, cpus: 1}", r"^17 workers of .* workers\.min 16 would do"),
         ("teacher.fit.workers.cpus=17", r"^teacher\.fit\.workers\.cpus 17: the largest node has 16 CPUs"),
         ("student.fit={train: {}, workers: {labels: {role: none}}}", r"^student\.fit\.workers\.labels role=none: no node has it"),
         ("evaluate.cpus=17", r"^evaluate\.cpus 17: the largest node has 16 CPUs; cpus 16 would do"),

@@ -55,7 +55,14 @@ def test_a_submitted_job_does_not_write_into_its_own_copy_of_the_code(monkeypatc
 
 def test_what_is_searched_in_a_run_may_change(tmp_path: Path) -> None:
     RunDir.open(changed(f"output={tmp_path}")).close()
-    RunDir.open(changed(f"output={tmp_path}", "tune.rungs=2", "compare.seeds=5")).close()
+    RunDir.open(changed(f"output={tmp_path}")).close()
+    RunDir.open(changed(f"output={tmp_path}", "tune.rungs=2", "compare.seeds=5", "workers={min: 1, max: 2}")).close()
+    (event,) = [json.loads(line) for line in (tmp_path / "small" / "events.jsonl").read_text().splitlines()]
+    assert event["event"] == "configuration_changed"
+    assert event["changes"] == [
+        "workers.min: 1 here, None there", "workers.max: 2 here, None there", "workers.count: None here, 1 there",
+        "tune.rungs: 2 here, 4 there", "compare.seeds: 5 here, 3 there",
+    ]  # fmt: skip
 
 
 def test_who_watches_a_run_may_change_and_must_be_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

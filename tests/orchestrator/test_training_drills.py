@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 @pytest.mark.slow
 @pytest.mark.drill
 def test_a_disk_that_is_full_for_a_checkpoint_ends_the_training_with_a_word_and_the_next_goes_on(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, record_property: Record
 ) -> None:
     task = task_with_checkpoints(tmp_path, training_world)
     store, withheld = withhold(training_world)
@@ -94,7 +94,10 @@ def test_a_disk_that_is_full_for_a_checkpoint_ends_the_training_with_a_word_and_
     with pytest.raises(TrainingFailed, match=r"worker 0 failed more often than train.max_failures 0; .*File too large"):
         train(replace(task, train=task.train.model_copy(update={"max_failures": 0})), tmp_path)
     fills.join()
+    done = len(losses_of(tmp_path))
+    watch = when(lambda: True, timed(record_property, tmp_path, lambda: None, step=done + 1))
     train(task, tmp_path)
+    watch.join()
     assert losses_of(tmp_path) == losses_of(undisturbed[0])
     assert_same(weights_of(task), undisturbed[1], tolerance=0)
 

@@ -1,5 +1,6 @@
 """One trial: the training of its point, and that nothing of another trial reaches it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,15 @@ def test_interrupted_trials_begin_first_and_a_point_may_set_the_seed(
     Ledger(tmp_path / "ledger.jsonl").begin_search(plan)
     judge = ray.remote(Judge).options(num_cpus=0).remote(tmp_path / "ledger.jsonl", plan, StoppingRule("none", "min"))
     waiting = [Assignment(1, {RATE: 3e-3}, seed=8)]
-    queue = TrialQueue(judge, ListedPoints([{RATE: 1e-3}, {"seed": 4}]), waiting, first=3, seed=2)
+    queue = TrialQueue(judge, tmp_path, ListedPoints([{RATE: 1e-3}, {"seed": 4}]), waiting, first=3, seed=2)
     assert [queue.begin_next() for _ in range(4)] == [1, 3, 4, None]
+    (tmp_path / "0001").mkdir()
+    steps = [{"step": 1, "tokens": 90}, {"step": 2, "tokens": 60}]
+    (tmp_path / "0001" / "trial_0001.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps) + '{"step": 3, "to')
     queue.over(1, died=True)
     search = ray.get(judge.search.remote())
+    ended = search.trials[0].ended
+    assert ended is not None and (ended.step, ended.student_tokens) == (2, 150), "what its process had done is on the bill"
     assert [(trial.number, trial.begun.seed) for trial in search.trials] == [(1, 8), (3, 2), (4, 4)]
     assert search.error(search.trials[0]) == DIED
     assert progress_line(search, at_once=2).startswith("1/1 trials done (1 failed), 2 running, 00:00:00 left")

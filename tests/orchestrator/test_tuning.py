@@ -24,6 +24,7 @@ from orchestrator.ledger import read_ledger
 from orchestrator.tune_driver import most_at_once
 from orchestrator.tuning import tune
 from tests.orchestrator.trial_world import RATE, config_in, scored_run, search
+from tests.recovery import Record, record_until
 
 DRIVER = """
 import sys, tempfile
@@ -166,7 +167,9 @@ def ray_folder() -> Iterator[str]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.drill
-def test_a_killed_driver_goes_on_where_it_stood(world: Path, tmp_path: Path, ray_folder: str) -> None:
+def test_a_killed_driver_goes_on_where_it_stood(
+    world: Path, tmp_path: Path, ray_folder: str, record_property: Record
+) -> None:
     """Killed with SIGKILL; each trial ends once, with its number, point and seed."""
     (tmp_path / "runs").symlink_to(world / "runs")
     for name in ("teacher", "student"):
@@ -177,6 +180,7 @@ def test_a_killed_driver_goes_on_where_it_stood(world: Path, tmp_path: Path, ray
     over = {trial.number: trial for trial in before.trials if trial.ended}
     assert 3 <= len(over) < 8
     process = driver(tmp_path, ray_folder, 8)
+    record_until(record_property, lambda: ledger.read_bytes().count(b'"ended"') > len(over) or process.poll() is not None)
     assert process.wait(120) == 0
     after = read_ledger(ledger)
     assert [trial.number for trial in after.with_status("completed")] == list(range(8)), "all, and no other"

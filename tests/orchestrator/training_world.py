@@ -25,6 +25,7 @@ from actors.workers_config import WorkersConfig
 from losses.config import AtkdLoss
 from losses.weighing_config import DistantTokens
 from orchestrator.training import train_model
+from tests.recovery import Record, record_until
 from tests.worlds import scored_world, tiny_llama
 
 TRAIN = TrainConfig(
@@ -32,8 +33,6 @@ TRAIN = TrainConfig(
 )
 LOSS = AtkdLoss(teaching="atkd", tokens=DistantTokens(fraction=0.9, step_size=0.1, tolerance=0.01, momentum=0.0))
 """Remembers: the share of tokens it teaches follows the loss, so a run that is taken up again must know it."""
-Record = Callable[[str, object], None]
-"""What pytest's ``record_property`` is."""
 ROWS = 30  # the last batch of an epoch holds 6 rows, which do not go round four workers
 
 
@@ -109,11 +108,8 @@ def timed(record: Record, folder: Path, harm: Callable[[], Any], step: int) -> C
     """Return what does harm to a training and then notes how many seconds it took until the step was done."""
 
     def broken() -> None:
-        began = time.monotonic()
         harm()
-        while len(losses_of(folder)) < step and time.monotonic() < began + 400:
-            time.sleep(0.05)
-        record("recovery_seconds", round(time.monotonic() - began, 1))
+        record_until(record, lambda: len(losses_of(folder)) >= step)
 
     return broken
 

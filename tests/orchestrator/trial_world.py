@@ -22,7 +22,6 @@ from orchestrator.run_dir import RunDir
 from orchestrator.scoring_stage import ScoringStage
 from orchestrator.search_config import rung_steps
 from orchestrator.search_space import BoundSpace, search_of
-from orchestrator.tokenizers import load_tokenizer
 from orchestrator.trial_runs import Ground, TrialQueue, assignments_to_repeat, begin_ledger, run_search
 from orchestrator.trials import TrialPlan
 from orchestrator.tuning import plan_of, source_of
@@ -78,7 +77,7 @@ def unscored_run(folder: Path, **sections: Any) -> RunConfig:
         (books.path / "data").mkdir()
         write_examples(books.path / "data" / "train.arrow", random_examples(TRAIN_ROWS, seed=3))
         write_examples(books.path / "data" / "heldout.arrow", random_examples(HELDOUT_ROWS, seed=4))
-        load_tokenizer(str(folder / "teacher"), None, False).save_pretrained(Models(config, books.path).tokenizer_folder)
+        Models(config, books.path).tokenizer_for([])
         books.finish("prepare", {"counts": {}, "source_sha256": None, "seconds": 0.0})
     return config
 
@@ -105,8 +104,8 @@ def search(config: RunConfig, folder: Path, at_once: int = 2) -> Search:
     plan = plan_of(config, ground)
     found = begin_ledger(folder, plan, say=lambda line: None)
 
-    def queue_of(judge: Any) -> TrialQueue:
-        return TrialQueue(judge, source_of(bound, found), assignments_to_repeat(found), len(found.trials), config.seed)
+    def queue_of(judge: Any, trials: Path) -> TrialQueue:
+        return TrialQueue(judge, trials, source_of(bound, found), assignments_to_repeat(found), len(found.trials), config.seed)
 
     rule = StoppingRule(tune.scheduler, tune.direction, tune.reduction)
     return run_search(
