@@ -116,12 +116,27 @@ class Collator:
         self, batch: GlobalBatch, uncertainties: Sequence[torch.Tensor], rows: Sequence[int], step: int
     ) -> list[TokenWeights]:
         together = torch.cat(list(uncertainties))
-        easy = None
-        if isinstance(self.loss, AtkdLoss) and self.loss.scope == "dataset":
-            easy = torch.cat([self._easy_rows()[int(batch.positions[row])] for row in rows])
-        elif isinstance(self.loss, AtkdLoss):
-            easy = split_easy(together, self.loss, seed=self.seed + step)
+        easy = self._easy(batch, together, rows, step)
         return token_weights(together, self.loss, easy).split([len(one) for one in uncertainties])
+
+    def _easy(self, batch: GlobalBatch, together: torch.Tensor, rows: Sequence[int], step: int) -> torch.Tensor | None:
+        """Say which targets of some rows are easy, bool [N], given their uncertainties [N]; None if they are not told apart."""
+        if not isinstance(self.loss, AtkdLoss):
+            return None
+        if self.loss.scope == "dataset":
+            return torch.cat([self._easy_rows()[int(batch.positions[row])] for row in rows])
+        return split_easy(together, self.loss, seed=self.seed + step)
+
+    def easy_border(self, batch: GlobalBatch, step: int) -> dict[str, float]:
+        """Return the highest UNC of the step's easy targets, by the name it is recorded under.
+
+        Nothing where UNC does not part a step's targets in two: another split, or one for each forward pass.
+        """
+        if not isinstance(self.loss, AtkdLoss) or self.loss.split != "uncertainty" or self.loss.scope == "microbatch":
+            return {}
+        together = torch.cat([self._uncertainty(int(position)) for position in batch.positions])
+        easy = self._easy(batch, together, range(len(batch.positions)), step)
+        return {"easy_border": float(together[easy].max())} if easy is not None and easy.any() else {}
 
     def micro_batch(self, batch: GlobalBatch, rows: Sequence[int], weights: Sequence[TokenWeights]) -> MicroBatch:
         """Return the tensors of one forward pass over some rows of a step; ``weights`` are those of all its rows.

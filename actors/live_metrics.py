@@ -44,6 +44,7 @@ STUDENT = {
     "target_term": Shown("atkd_student_target_term_nats", "Target part of the divergence, mean over the step's targets"),
     "diversity_term": Shown("atkd_student_diversity_term_nats", "Diversity part of the divergence, mean over the step's targets"),
     "easy_share": Shown("atkd_student_easy_share", "Share of the step's targets that is easy"),
+    "easy_border": Shown("atkd_student_easy_border", "Highest UNC of the step's easy targets"),
     "easy_loss": Shown("atkd_student_easy_loss_nats", "Part of the loss that easy targets make"),
     "hard_loss": Shown("atkd_student_hard_loss_nats", "Part of the loss that hard targets make"),
     "easy_diversity": Shown("atkd_student_easy_diversity_nats", "Diversity part, mean over easy targets"),

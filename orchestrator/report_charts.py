@@ -93,7 +93,17 @@ def shares_charts(steps: Sequence[Mapping[str, Any]]) -> list[Chart]:
         return []
     drawing = line_chart("train-shares", shares, "step", "share of the step (%)", smooth=True, y_limits=(0, 100))
     note = "The rest is hard. Where the loss's line is low, the step learns from hard tokens; where it is high, from easy ones."
-    return [Chart("Easy and hard", Markup(drawing), note)]
+    return [Chart("Easy and hard", Markup(drawing), note), *border_charts(steps)]
+
+
+def border_charts(steps: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Return up to which uncertainty tokens were easy, step by step; nothing where uncertainty does not part them."""
+    border = curve_of(steps, "easy_border", "border")
+    if border is None:
+        return []
+    drawing = line_chart("train-border", [border], "step", "highest UNC of an easy token", smooth=True)
+    note = "It follows from the teacher's scores alone, and differs between steps as their rows do."
+    return [Chart("Border between easy and hard", Markup(drawing), note)]
 
 
 def curve_of(steps: Sequence[Mapping[str, Any]], field: str, label: str) -> Curve | None:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -122,6 +123,28 @@ def test_scope_dataset_ranks_over_the_store(tmp_path: Path) -> None:
     uncertainty = np.concatenate([collator.store.uncertainty_at(position) for position in range(10)])
     assert easy.sum() == round(0.25 * len(easy))
     assert uncertainty[easy].max() <= uncertainty[~easy].min()
+
+
+@pytest.mark.parametrize("scope", ["batch", "dataset"])
+def test_the_border_is_the_highest_uncertainty_that_is_easy(tmp_path: Path, scope: Literal["batch", "dataset"]) -> None:
+    collator, batch = collator_for(tmp_path, AtkdLoss(teaching="atkd", scope=scope, easy_ratio=0.25)), batch_of(0, 1, 2, 3)
+    assert collator.store is not None
+    ranked = batch.positions if scope == "batch" else range(10)
+    of_all = np.sort(np.concatenate([collator.store.uncertainty_at(int(position)) for position in ranked]))
+    limit = of_all[round(0.25 * len(of_all)) - 1]
+    in_step = np.concatenate([collator.store.uncertainty_at(int(position)) for position in batch.positions])
+    assert collator.easy_border(batch, step=1) == {"easy_border": pytest.approx(in_step[in_step <= limit].max())}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        AtkdLoss(teaching="atkd", scope="microbatch"), AtkdLoss(teaching="atkd", split="random"),
+        AtkdLoss(teaching="atkd", split="inverted"), AtkdLoss(teaching="atkd", easy_ratio=0), CoupledLoss(teaching="coupled"),
+    ],
+)  # fmt: skip
+def test_where_no_uncertainty_parts_the_step_there_is_no_border(tmp_path: Path, loss: LossConfig) -> None:
+    assert collator_for(tmp_path, loss).easy_border(batch_of(0, 1, 2, 3), step=1) == {}
 
 
 def test_a_random_split_differs_from_step_to_step_and_comes_again(tmp_path: Path) -> None:

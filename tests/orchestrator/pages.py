@@ -57,7 +57,7 @@ def whole_run(folder: Path, name: str = "my-run") -> Path:
     run = bare_run(folder, name)
     (run / "metrics").mkdir()
     for training in ("fit_teacher", "train"):
-        easy = {"easy_share": 0.5, "easy_loss": 1.0} if training == "train" else {}
+        easy = {"easy_share": 0.5, "easy_loss": 1.0, "easy_border": 0.125} if training == "train" else {}
         steps = [
             {"step": i, "loss": 4 / i, "learning_rate": 1e-3 / i, "hard_target": 1 / i, "tokens": 9, **easy} for i in range(1, 4)
         ]

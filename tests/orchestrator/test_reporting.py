@@ -26,12 +26,13 @@ def test_the_page_shows_the_whole_run(tmp_path: Path) -> None:
     path = write_report(whole_run(tmp_path / "run"))
     assert path == tmp_path / "run" / "report.html"
     page = Page(path.read_text())
-    assert page.elements.count("svg") == 8  # loss and rate of two trainings, terms, shares, uncertainty and its places
-    assert page.elements.count("figure") == 8
+    assert page.elements.count("svg") == 9  # loss and rate of two trainings, terms, shares, border, uncertainty and its places
+    assert page.elements.count("figure") == 9
     for words in (
         "my-run", "teacher 2 layers of width 64", "held-out loss (nats per target)", "Loss, fitting the teacher",
-        "Learning rate, distillation", "Terms of the loss", "Easy and hard", "Uncertainty of the teacher",
-        "7 training targets; median 0.4", "Where the teacher is uncertain", "Texts, token by token", "task1 (3)", "begun 2 times",
+        "Learning rate, distillation", "Terms of the loss", "Easy and hard",
+        "Border between easy and hard", "Uncertainty of the teacher", "7 training targets; median 0.4",
+        "Where the teacher is uncertain", "Texts, token by token", "task1 (3)", "begun 2 times",
         "1 min 15 s", "1,234", "(nothing)", "easy_ratio: 0.5", "Held-out loss: 0.5000 before, 0.5000 after, as before",
         "Exact match of 6 answers: ",
         "0123456789ab, files changed since", "2 × 16 CPUs, 1 GPUs (H100); 1 node, 4 CPUs", "A Processor, 2 CPUs, 8 GiB",
@@ -147,6 +148,8 @@ def test_shares_are_of_tokens_and_of_the_loss() -> None:
     (older,) = shares_charts([{"step": 1, "loss": 4.0, "easy_share": 0.5}])
     assert "of the loss" not in older.svg, "a run of an older version has no such number"
     assert shares_charts([{"step": 1, "loss": 4.0}]) == []
+    (_, border) = shares_charts([{"step": 1, "loss": 4.0, "easy_share": 0.5, "easy_border": 0.2}])
+    assert border.heading == "Border between easy and hard"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,7 @@ def test_a_browser_draws_the_page(tmp_path: Path, dark: bool) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     page = Page(done.stdout)
-    assert page.elements.count("svg") == 8 and page.elements.count("path") > 20
+    assert page.elements.count("svg") == 9 and page.elements.count("path") > 20
     assert page.text.count(f"ask {EVIL}") == 7, "six prompts and a text"
     assert "my-run · report" in page.text, "the title is the one that was written"
     assert "CONSOLE" not in done.stderr, "the page has no complaint"
