@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,16 +71,19 @@ class Replicas:
         engine_factory: builds the engine inside the replica; picklable.
         start_timeout_seconds: how long replicas may wait for room and load, until their engines are there.
         probe: rows whose scores the first replica holds against the teacher's plain forward pass when it starts.
+        on_death: hears of each replica that died: its number, and how.
     """
 
     def __init__(
-        self, spec: TeacherSpec, engine_factory: EngineFactory, start_timeout_seconds: float, probe: Sequence[Example] = ()
-    ) -> None:
+        self, spec: TeacherSpec, engine_factory: EngineFactory, start_timeout_seconds: float, probe: Sequence[Example] = (),
+        on_death: Callable[[int, str], None] = lambda number, error: None,
+    ) -> None:  # fmt: skip
         assert isinstance(spec.engine.replicas, int), "auto is settled where it is known what else the run holds"
         self.spec = spec
         self.vocab_size = 0  # V, once an engine is there
         self.comparison: Comparison | str | None = None  # of the probe, or why there is none
         self._probe = probe
+        self._on_death = on_death
         self._need = replica_need(spec.engine)
         self._count = spec.engine.replicas
         self._engine_factory = engine_factory
@@ -161,6 +164,7 @@ class Replicas:
             self._replicas.remove(replica)
         max_restarts = self.spec.engine.max_restarts
         log.warning("teacher replica %d died: %s", replica.number, error)
+        self._on_death(replica.number, error)
         replica.end()
         if replica.deaths < max_restarts:
             self._begin(replica.number, replica.deaths + 1)

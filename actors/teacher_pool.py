@@ -40,6 +40,7 @@ class TeacherPool:
         lease_seconds: another job that was silent for so long is taken for dead, and its shards are scored here.
         probe: rows whose scores are held against the teacher's plain forward pass before the pool is entered.
         live: where the work is shown while it goes on.
+        on_death: hears of each replica that died: its number, and how.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class TeacherPool:
         lease_seconds: float = LEASE_SECONDS,
         probe: Sequence[Example] = (),
         live: TeacherMetrics | None = None,
+        on_death: Callable[[int, str], None] = lambda number, error: None,
     ) -> None:
         self.spec = spec
         self._live = live or TeacherMetrics("unnamed")
         self._shard_timeout_seconds = shard_timeout_seconds
         self._lease_seconds = lease_seconds
-        self._replicas = Replicas(spec, engine_factory, start_timeout_seconds, probe)
+        self._replicas = Replicas(spec, engine_factory, start_timeout_seconds, probe, on_death)
 
     def __enter__(self) -> "TeacherPool":
         self._replicas.start()

@@ -11,7 +11,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import yaml
@@ -111,7 +113,10 @@ class RunDir:
     def __enter__(self) -> "RunDir":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is not None:
+            with suppress(OSError):  # on a full disk the error itself matters, not that it could not be written down
+                self.event("ended_by_error", error=f"{kind.__name__}: {error}")
         self.close()
 
     def _lock(self) -> None:

@@ -112,7 +112,8 @@ class ScoringStage:
         # named before it is entered, so that it can be closed while engines start
         live = TeacherMetrics(self.config.name)
         self._pool = TeacherPool(
-            self._spec(stores, cluster), engine_factory=self._engine_factory, probe=self._probe(), live=live
+            self._spec(stores, cluster), engine_factory=self._engine_factory, probe=self._probe(), live=live,
+            on_death=lambda number, error: self.books.event("replica_died", replica=number, error=error),
         )  # fmt: skip
         with _telling_followers([store for _, store in stores]), self._pool as pool:
             self._require_right(pool)

@@ -1,5 +1,6 @@
 """Teachers' engines with a fault each, built through the seam of the pool."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,28 @@ class Serves:
 
     def __call__(self, spec: TeacherSpec) -> TeacherEngine:
         return build_engine(replace(spec, model=ModelSource(str(self.model))))
+
+
+@dataclass(frozen=True)
+class DiesOnce:
+    """Ends the process of the first replica at its first rows."""
+
+    marker: Path
+
+    def __call__(self, spec: TeacherSpec) -> TeacherEngine:
+        return build_engine(spec) if self.marker.exists() else LostEngine(spec, self.marker)
+
+
+class LostEngine(TransformersEngine):
+    """Ends its process at its first rows, and leaves a file."""
+
+    def __init__(self, spec: TeacherSpec, marker: Path) -> None:
+        super().__init__(spec)
+        self._marker = marker
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        self._marker.touch()
+        os._exit(1)
 
 
 class ShiftedEngine(TransformersEngine):

@@ -28,6 +28,14 @@ def test_a_stage_that_fails_is_not_done(tmp_path: Path) -> None:
         assert books.result("prepare") is None
 
 
+def test_an_error_is_in_the_books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_NotARealTokenOfAnyone")
+    with pytest.raises(ValueError, match="no room"), RunDir.open(changed(f"output={tmp_path}")):
+        raise ValueError("no room for hf_NotARealTokenOfAnyone")
+    (event,) = [json.loads(line) for line in (tmp_path / "small" / "events.jsonl").read_text().splitlines()]
+    assert (event["event"], event["error"]) == ("ended_by_error", "ValueError: no room for (hidden)")
+
+
 def test_the_folder_of_another_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
     RunDir.open(changed(f"output={tmp_path}")).close()
     with pytest.raises(

@@ -11,7 +11,7 @@ from actors.teacher import EngineFactory, build_engine
 from orchestrator.models import Models
 from orchestrator.run_dir import RunDir
 from orchestrator.scoring_stage import ScoringStage
-from tests.faulty_engines import Serves, ShiftedEngine
+from tests.faulty_engines import DiesOnce, Serves, ShiftedEngine
 from tests.orchestrator.trial_world import unscored_run
 from tests.worlds import tiny_llama
 
@@ -99,6 +99,14 @@ def test_a_run_that_wants_no_comparison_says_that_there_is_none(local_ray: None,
     said, events = score(tmp_path, compare_rows=0)
     assert any(line.endswith("scores are not held against a plain forward pass: scores.compare_rows is 0") for line in said)
     assert not [event for event in events if event["event"] == "compared"]
+
+
+@pytest.mark.ray
+def test_a_replica_that_dies_is_in_the_books(local_ray: None, tmp_path: Path) -> None:
+    _, events = score(tmp_path, DiesOnce(tmp_path / "died"), compare_rows=0)
+    (died,) = [event for event in events if event["event"] == "replica_died"]
+    assert died["replica"] == 0 and "actor died" in str(died["error"])
+    assert events[-1]["event"] == "stage_finished"
 
 
 @pytest.mark.ray
