@@ -79,7 +79,7 @@ def guarded(config: RunConfig, work: Callable[[Callable[[str], None]], int]) -> 
     except (Exception, KeyboardInterrupt) as error:
         verdict = TERMINATED if sigterm.received() else judge(error)
         print(f"error: {without_private_values(verdict.message)}", file=sys.stderr)
-        if (log := write_traceback(config.run_dir, error)) is not None and verdict.exit_code == 1:
+        if (log := write_traceback(config.run_dir, error)) is not None:
             print(f"the whole story stands in {log}", file=sys.stderr)
         return verdict.exit_code
 

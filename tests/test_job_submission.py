@@ -125,9 +125,11 @@ def test_a_submitted_run_is_stopped_and_submitted_again_and_ends(
     output, _ = first.communicate(timeout=60)
     assert guarded_head.job("first")["status"] == "STOPPED", output
     said = guarded_head.said("first")
-    assert said[-1] == "error: terminated; the same command goes on from where it stopped"
+    assert said[-2:] == [
+        "error: terminated; the same command goes on from where it stopped", f"the whole story stands in {run / 'error.log'}"
+    ]  # fmt: skip
     assert_readable(said)
-    assert all(line.startswith("[") for line in said[:-1])
+    assert all(line.startswith("[") for line in said[:-2])
     wait_until(lambda: set(guarded_head.left()) <= RAYS_OWN, 60, "actors or placement groups are not gone")
     kept = last_checkpoint(run)
     assert kept is not None

@@ -115,8 +115,9 @@ def test_sigterm_does_what_ctrl_c_would_and_is_told_from_it(tmp_path: Path, caps
         for number, handler in zip(before, handlers, strict=True):
             signal.signal(number, handler)
     assert called == [signal.SIGINT]
-    assert capsys.readouterr().err.splitlines()[:2] == [
-        "error: terminated; the same command goes on from where it stopped", "error: train: worker 0 failed",
+    log = f"the whole story stands in {config.run_dir / 'error.log'}"
+    assert capsys.readouterr().err.splitlines() == [
+        "error: terminated; the same command goes on from where it stopped", log, "error: train: worker 0 failed", log,
     ]  # fmt: skip
 
 
