@@ -166,6 +166,35 @@ def test_a_run_killed_in_training_ends_with_the_weights_of_the_one_that_was_not(
     assert [step["step"] for step in read_metrics(metrics)] == list(range(1, 109))
 
 
+@pytest.mark.drill
+def test_a_run_killed_while_it_evaluates_measures_only_what_is_missing(
+    undisturbed: subprocess.CompletedProcess[str], output: Path
+) -> None:
+    run = output / "undisturbed"
+    table = (run / "table.json").read_text()
+    for stage in ("evaluate", "export"):
+        (run / "stages" / f"{stage}.json").unlink()
+    shutil.rmtree(run / "evaluation")
+    victim = subprocess.Popen(command(output, "name=undisturbed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list(run.glob("evaluation/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    victim.send_signal(signal.SIGSTOP)  # whatever else is measured from now on, it does not write down
+    for process in [*psutil.Process(victim.pid).children(recursive=True), victim]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    victim.wait()
+    measured = list(run.glob("evaluation/*.json"))
+    kept = {path: path.stat().st_mtime_ns for path in measured}
+    assert 1 <= len(kept) < 3
+
+    again = finish(output, "name=undisturbed")
+    assert again.returncode == 0, again.stderr
+    assert "train: done before" in again.stdout and "export: done in" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in measured} == kept
+    assert (run / "table.json").read_text() == table
+
+
 def test_another_configuration_is_refused_in_the_same_folder(undisturbed: subprocess.CompletedProcess[str], output: Path) -> None:
     other = finish(output, "name=undisturbed", "loss.easy_ratio=0.3")
     assert other.returncode == 2
