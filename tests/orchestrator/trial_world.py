@@ -22,6 +22,7 @@ from orchestrator.run_dir import RunDir
 from orchestrator.scoring_stage import ScoringStage
 from orchestrator.search_config import rung_steps
 from orchestrator.search_space import BoundSpace, search_of
+from orchestrator.tokenizers import load_tokenizer
 from orchestrator.trial_runs import Ground, TrialQueue, assignments_to_repeat, begin_ledger, run_search
 from orchestrator.trials import TrialPlan
 from orchestrator.tuning import plan_of, source_of
@@ -77,7 +78,9 @@ def unscored_run(folder: Path, **sections: Any) -> RunConfig:
         (books.path / "data").mkdir()
         write_examples(books.path / "data" / "train.arrow", random_examples(TRAIN_ROWS, seed=3))
         write_examples(books.path / "data" / "heldout.arrow", random_examples(HELDOUT_ROWS, seed=4))
-        Models(config, books.path).tokenizer_for([])
+        models = Models(config, books.path)
+        teacher = models.begun("teacher")  # the student may be one that is not there
+        load_tokenizer(teacher.name, None, teacher.trust_remote_code).save_pretrained(models.tokenizer_folder)
         books.finish("prepare", {"counts": {}, "source_sha256": None, "seconds": 0.0})
     return config
 
