@@ -6,6 +6,7 @@ stages/         a file for each finished stage, with what it made
 data/ tokenizer/ models/ scores.json metrics/ checkpoints/ evaluation/ student/ table.json report.html
 """
 
+import copy
 import fcntl
 import json
 import os
@@ -30,8 +31,23 @@ Facts = dict[str, Any]
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the environment of a driver that was started by ``ray job submit``."""
 
-NOT_OF_THE_RUN = ("workers", "tune", "compare", "tracking")
-"""Sections that may change without making it another run. The number of workers does, where the loss depends on it."""
+ENGINE_MAY_CHANGE = (
+    "replicas", "tensor_parallel", "cpus", "gpu", "resources", "labels", "rows_per_call", "gpu_memory_utilization",
+    "kv_cache_mib", "max_restarts",
+)  # fmt: skip
+TRAIN_MAY_CHANGE = (
+    "micro_batch_rows", "gradient_checkpointing", "compile", "checkpoint_every_steps", "keep_checkpoints", "max_failures"
+)  # fmt: skip
+MAY_CHANGE = (
+    "workers", "teacher.fit.workers", "student.fit.workers", "tune", "compare", "tracking",
+    *(f"teacher.engine.{key}" for key in ENGINE_MAY_CHANGE),
+    *(f"{section}.{key}" for section in ("train", "teacher.fit.train", "student.fit.train") for key in TRAIN_MAY_CHANGE),
+    "scores.overlap", "scores.wait_seconds", "scores.compare_rows", "evaluate.batch_rows", "evaluate.cpus", "evaluate.gpus",
+)  # fmt: skip
+"""Keys and sections that may change between two starts of a run: they say who does the work and in what pieces, which trials are
+made of the run, or who watches it, and not what comes out but for rounding."""
+CUT_INTO_PASSES = ("workers.count", "train.micro_batch_rows")
+"""What may not after all, where the loss depends on how a step is cut into forward passes."""
 
 
 class RunDirError(ValueError):
@@ -136,8 +152,22 @@ def result_path(folder: Path, stage: str) -> Path:
 
 
 def _of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the sections that say who does the work, which trials are made of a run, or who watches it."""
-    kept = {section: value for section, value in settings.items() if section not in NOT_OF_THE_RUN}
+    """Return a dumped configuration without what may change between two starts."""
+    kept: dict[str, Any] = copy.deepcopy(dict(settings))
+    for path in MAY_CHANGE:
+        section, name = _section_of(kept, path)
+        section.pop(name, None)
     if settings["loss"].get("scope") == "microbatch":
-        kept["workers"] = {"count": settings["workers"]["count"]}
+        for path in CUT_INTO_PASSES:
+            section, name = _section_of(settings, path)
+            kept[path] = section[name]
     return kept
+
+
+def _section_of(settings: Mapping[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """Return the section in which a dotted path ends, empty if it is not there, and the path's last name."""
+    *sections, name = path.split(".")
+    inner: Any = settings
+    for section in sections:
+        inner = inner.get(section) or {}
+    return inner, name

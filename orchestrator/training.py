@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from ray.exceptions import RayActorError
 from ray.train import (
     CheckpointConfig,
@@ -27,6 +28,7 @@ from actors.metrics_log import read_metrics
 from actors.placement import worker_need
 from actors.training_task import Ending, TrainingTask, train_worker
 from actors.workers_config import WorkersConfig
+from losses.config import AtkdLoss
 from orchestrator.elastic import NO_TRY_OF_ITS_OWN, train_in_turns
 from orchestrator.progress import Sight, progress_lines
 
@@ -61,10 +63,11 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
             ending = _train(task, workers, checkpoints, say)
         except WorkerGroupError as failure:
             rank, cause = next(iter(failure.worker_failures.items()))
+            failure.__cause__ = cause  # the worker's traceback stands in the one, what kind of error it was in the other
             raise TrainingFailed(
                 f"{task.name}: worker {rank} failed more often than train.max_failures {task.train.max_failures}; "
-                f"the last time with {type(cause).__name__}: {cause}"
-            ) from cause
+                f"the last time with {type(cause).__name__}: {cause}{_remedy(task, cause)}"
+            ) from failure
         except TrainingFailedError as failure:
             raise TrainingFailed(f"{task.name}: Ray Train gave up ({' '.join(str(failure).split())})") from failure
         except RayActorError as failure:  # the actor that holds the workers; they end with it
@@ -73,6 +76,19 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
         raise TrainingFailed(ending.error)
     drop_uncounted_checkpoints(checkpoints / task.name)
     return summarize(read_metrics(metrics))
+
+
+def _remedy(task: TrainingTask, cause: BaseException) -> str:
+    """Say what would do where a GPU's memory was too small; nothing of other errors."""
+    if not isinstance(cause, torch.OutOfMemoryError):
+        return ""
+    section = f"{task.name.removeprefix('fit_')}.fit.train" if task.name.startswith("fit_") else "train"
+    rows, by_pass = task.train.micro_batch_rows, isinstance(task.loss, AtkdLoss) and task.loss.scope == "microbatch"
+    smaller = [f"{section}.micro_batch_rows={rows // 2}"] if rows > 1 and not by_pass else []
+    again = [f"{section}.gradient_checkpointing=true"] if not task.train.gradient_checkpointing else []
+    if smaller or again:
+        return f"; the same command with {' or '.join([*smaller, *again])} goes on from the last checkpoint"
+    return f"; {section}.sharding=fsdp with more workers would do, under another name"
 
 
 def _train(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, say: Callable[[str], None]) -> Ending:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.run_dir import RunDir, RunDirError
+from orchestrator.run_dir import MAY_CHANGE, RunDir, RunDirError
 from tests.orchestrator.test_config import changed
 
 
@@ -71,6 +71,33 @@ def test_what_is_searched_in_a_run_may_change(tmp_path: Path) -> None:
         "workers.min: 1 here, None there", "workers.max: 2 here, None there", "workers.count: None here, 1 there",
         "tune.rungs: 2 here, 4 there", "compare.seeds: 5 here, 3 there",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", MAY_CHANGE)
+def test_each_key_that_may_change_is_one_of_the_configuration(path: str) -> None:
+    fit = {"train": {}}
+    settings = changed(f"teacher.fit={json.dumps(fit)}", f"student.fit={json.dumps(fit)}").model_dump(mode="json")
+    for name in path.split("."):
+        assert name in settings, path
+        settings = settings[name]
+
+
+def test_how_the_work_is_cut_may_change_and_what_comes_out_may_not(tmp_path: Path) -> None:
+    here = f"output={tmp_path}"
+    RunDir.open(changed(here)).close()
+    cut = [
+        "train.micro_batch_rows=2", "train.gradient_checkpointing=true", "train.checkpoint_every_steps=7", "scores.overlap=false",
+        "teacher.engine.replicas=3", "teacher.engine.cpus=2", "teacher.fit.train.micro_batch_rows=1", "evaluate.batch_rows=3",
+        "teacher.fit.workers.count=2", "train.max_failures=9",
+    ]  # fmt: skip
+    RunDir.open(changed(here, *cut)).close()
+    for other in ("train.batch_rows=2", "teacher.engine.dtype=float32", "train.precision=bfloat16", "scores.top_k=5"):
+        with pytest.raises(RunDirError, match=rf"\n  {other.split('=')[0]}: [^\n]*$"):
+            RunDir.open(changed(here, *cut, other))
+    passes = [here, "name=passes", "loss={teaching: atkd, scope: microbatch}"]
+    RunDir.open(changed(*passes)).close()
+    with pytest.raises(RunDirError, match=r"train\.micro_batch_rows: 2 here, 8 there"):
+        RunDir.open(changed(*passes, "train.micro_batch_rows=2"))
 
 
 def test_who_watches_a_run_may_change_and_must_be_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Real Ray Train: the same training however it is cut, killed or taken up again."""
 
 import json
+import re
 import time
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from ray.train import ControllerError
+from ray.train import ControllerError, WorkerGroupError
 from transformers import AutoModelForCausalLM
 
 from actors.config import LoraAdapter, OptimizerConfig
@@ -14,6 +17,7 @@ from actors.metrics_log import read_metrics
 from actors.score_store import ScoringFailed
 from actors.training_task import Ending, TrainingDiverged, train_worker
 from losses.config import HardLabelLoss
+from orchestrator.failure import roots
 from orchestrator.training import TrainingFailed, drop_uncounted_checkpoints, progress_line, summarize
 from tests.orchestrator.training_world import (
     ROWS,
@@ -138,6 +142,31 @@ def test_what_ray_train_gives_up_on_is_passed_on(
     monkeypatch.setattr("orchestrator.training._train", gives_up)
     with pytest.raises(TrainingFailed, match=r"^train: Ray Train gave up \(.* made by another version\)$"):
         trained(task_in(tmp_path, training_world), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "remedy"),
+    [
+        ("train", {}, "the same command with train.micro_batch_rows=4 or train.gradient_checkpointing=true goes on"),
+        ("fit_teacher", {"gradient_checkpointing": True}, "the same command with teacher.fit.train.micro_batch_rows=4 goes on"),
+        ("train", {"micro_batch_rows": 1}, "the same command with train.gradient_checkpointing=true goes on from the last checkpoint"),
+        ("train", {"micro_batch_rows": 1, "gradient_checkpointing": True}, "train.sharding=fsdp with more workers would do, under"),
+    ],
+)
+def test_a_gpu_too_small_is_told_with_what_would_do_and_the_traceback_is_kept(
+    monkeypatch: pytest.MonkeyPatch, training_world: Path, tmp_path: Path, name: str, changes: dict[str, Any], remedy: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise WorkerGroupError("worker 1: in accumulate_gradients", {1: torch.OutOfMemoryError("CUDA out of memory.")})
+
+    monkeypatch.setattr("orchestrator.training._train", fails)
+    task = task_in(tmp_path, training_world, name=name, train=TRAIN.model_copy(update=changes))
+    told = f"worker 1 failed .* the last time with OutOfMemoryError: CUDA out of memory.; {re.escape(remedy)}"
+    with pytest.raises(TrainingFailed, match=told) as failed:
+        trained(task, tmp_path)
+    story = "".join(traceback.format_exception(failed.value))
+    assert "worker 1: in accumulate_gradients" in story
+    assert [type(one).__name__ for one in roots(failed.value)] == ["TrainingFailed", "WorkerGroupError", "OutOfMemoryError"]
 
 
 def test_checkpoints_that_a_kill_kept_from_counting_are_deleted(tmp_path: Path) -> None:
