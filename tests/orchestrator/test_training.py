@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 import torch
 from ray.train import ControllerError, WorkerGroupError
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForCausalLM
 
+from actors.checkpoint import Progress, load_checkpoint, save_checkpoint
 from actors.config import LoraAdapter, OptimizerConfig
 from actors.metrics_log import read_metrics
 from actors.score_store import ScoringFailed
+from actors.student import distil
 from actors.training_task import Ending, TrainingDiverged, train_worker
+from actors.workers import Worker
 from losses.config import HardLabelLoss
 from orchestrator.failure import roots
 from orchestrator.training import TrainingFailed, drop_uncounted_checkpoints, progress_line, summarize
@@ -31,6 +37,7 @@ from tests.orchestrator.training_world import (
     timed,
     trained,
     trained_here,
+    weights_of,
     when,
     withhold_shard,
 )
@@ -144,13 +151,45 @@ def test_what_ray_train_gives_up_on_is_passed_on(
         trained(task_in(tmp_path, training_world), tmp_path)
 
 
+class KeptHere:
+    """Keeps the last checkpoint in a folder, and ends the training after one, as a GPU that is too small would."""
+
+    def __init__(self, folder: Path, ends_at: int) -> None:
+        self.folder, self.ends_at = folder, ends_at
+
+    def load(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, worker: Worker) -> Progress | None:
+        return load_checkpoint(self.folder, student, optimizer, schedule) if self.folder.exists() else None
+
+    def save(
+        self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, progress: Progress, worker: Worker
+    ) -> None:
+        self.folder.mkdir(exist_ok=True)
+        save_checkpoint(self.folder, student, optimizer, schedule, progress, worker.rank)
+        if progress.step == self.ends_at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_training_goes_on_from_its_checkpoint_with_other_passes(
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
+) -> None:
+    whole = task_in(tmp_path, training_world)
+    with pytest.raises(torch.OutOfMemoryError):
+        distil(whole, KeptHere(tmp_path / "kept", ends_at=3))
+    smaller = {"micro_batch_rows": 3, "gradient_checkpointing": True, "checkpoint_every_steps": 100}
+    task = task_in(tmp_path, training_world, train=TRAIN.model_copy(update=smaller))
+    distil(task, KeptHere(tmp_path / "kept", ends_at=-1))
+    assert losses_of(tmp_path)[:3] == losses_of(undisturbed[0])[:3]
+    assert losses_of(tmp_path) == pytest.approx(losses_of(undisturbed[0]), abs=1e-4)
+    assert_same(weights_of(task), undisturbed[1], tolerance=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "remedy"),
     [
         ("train", {}, "the same command with train.micro_batch_rows=4 or train.gradient_checkpointing=true goes on"),
         ("fit_teacher", {"gradient_checkpointing": True}, "the same command with teacher.fit.train.micro_batch_rows=4 goes on"),
-        ("train", {"micro_batch_rows": 1}, "the same command with train.gradient_checkpointing=true goes on from the last checkpoint"),
-        ("train", {"micro_batch_rows": 1, "gradient_checkpointing": True}, "train.sharding=fsdp with more workers would do, under"),
+        ("train", {"micro_batch_rows": 1}, "the same command with train.gradient_checkpointing=true goes on from the last"),
+        ("train", {"micro_batch_rows": 1, "gradient_checkpointing": True}, "train.sharding=fsdp with more workers would do"),
     ],
 )
 def test_a_gpu_too_small_is_told_with_what_would_do_and_the_traceback_is_kept(
