@@ -83,15 +83,17 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def config_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return a line for each key in which two dumped configurations differ."""
+def config_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "", sides: tuple[str, str] = ("here", "there")
+) -> list[str]:
+    """Return a line for each key in which two dumped configurations differ; ``sides`` are their names."""
     lines = []
     for key in dict.fromkeys([*ours, *theirs]):
         mine, other = ours.get(key), theirs.get(key)
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
-            lines += config_difference(mine, other, f"{prefix}{key}.")
+            lines += config_difference(mine, other, f"{prefix}{key}.", sides)
         elif mine != other:
-            lines.append(f"{prefix}{key}: {mine!r} here, {other!r} there")
+            lines.append(f"{prefix}{key}: {mine!r} {sides[0]}, {other!r} {sides[1]}")
     return lines
 
 

@@ -11,6 +11,7 @@ import yaml
 from orchestrator.environment import CLUSTER, PROCESS
 from orchestrator.private_values import without_secrets_within
 from orchestrator.report_parts import read_json_lines
+from orchestrator.run_dir import CHANGED
 
 GIB = 1 << 30
 SHORT_COMMIT = 12
@@ -41,7 +42,10 @@ class About:
     """What was asked, and what it ran on."""
 
     config: str
-    """The whole configuration as YAML, without secrets."""
+    """The whole configuration as YAML, without secrets, as the run began with it."""
+
+    changes: tuple[str, ...]
+    """What was said otherwise when the run was taken up again, a line for each time."""
 
     surroundings: tuple[Surroundings, ...]
     """Where processes differed in more than their command, one for each; the earliest first."""
@@ -54,7 +58,17 @@ def about_run(run_path: Path) -> About | None:
         return None
     config = without_secrets_within(yaml.safe_load(config_path.read_text(encoding="utf-8")))
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    return About(text, tuple(surroundings_of(read_json_lines(run_path / "events.jsonl"))))
+    events = read_json_lines(run_path / "events.jsonl")
+    return About(text, tuple(changes_of(events)), tuple(surroundings_of(events)))
+
+
+def changes_of(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return, for each start with another configuration than the first, when it was and what differed."""
+    return [
+        f"taken up again {_written_time(event['time'])} with {'; '.join(event['changes'])}"
+        for event in events
+        if event["event"] == CHANGED
+    ]
 
 
 def surroundings_of(events: Sequence[Mapping[str, Any]]) -> list[Surroundings]:
@@ -70,8 +84,8 @@ def surroundings_of(events: Sequence[Mapping[str, Any]]) -> list[Surroundings]:
     found: dict[tuple[tuple[str, str], ...], list[Command]] = {}
     for index, (process, stages, nodes) in enumerate(processes):
         if stages or index == len(processes) - 1:
-            when = datetime.fromtimestamp(process["time"]).astimezone().strftime("%Y-%m-%d %H:%M")
-            found.setdefault(facts_of(process, nodes), []).append(Command(when, process["command"], tuple(stages)))
+            command = Command(_written_time(process["time"]), process["command"], tuple(stages))
+            found.setdefault(facts_of(process, nodes), []).append(command)
     return [Surroundings(facts, tuple(commands)) for facts, commands in found.items()]
 
 
@@ -99,6 +113,10 @@ def written_nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
             kind += f", {node['gpus']:g} GPUs" + (f" ({', '.join(node['accelerators'])})" if node["accelerators"] else "")
         kinds[kind] = kinds.get(kind, 0) + 1
     return "; ".join(f"{count} × {kind}" if count > 1 else f"1 node, {kind}" for kind, count in kinds.items())
+
+
+def _written_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def _machine(process: Mapping[str, Any]) -> str | None:

@@ -25,6 +25,9 @@ from orchestrator.config import RunConfig
 from orchestrator.config_file import config_difference, dump_config
 from orchestrator.private_values import without_secrets_within
 
+CHANGED = "configuration_changed"
+"""Name of the event of a start that says something else than the first, as far as it may."""
+
 Facts = dict[str, Any]
 """What a stage leaves for later ones: plain JSON."""
 
@@ -90,8 +93,8 @@ class RunDir:
                 f"{path} was made by another configuration; give this run another name (name=...) or delete the folder:\n  "
                 + "\n  ".join(lines)
             )
-        if lines := config_difference(ours, theirs):
-            books.event("configuration_changed", changes=lines)
+        if lines := config_difference(ours, theirs, sides=("now", "at first")):
+            books.event(CHANGED, changes=lines)
         return books
 
     def stage(self, name: str, work: Callable[[], Facts]) -> Facts:

@@ -14,6 +14,7 @@ from orchestrator.run_dir import RunDir
 from orchestrator.search_report import write_search_report
 from tests.orchestrator.pages import EVIL, Page, bare_run, require_closed
 from tests.orchestrator.searches import tuned_on_a_grid
+from tests.orchestrator.test_config import changed
 
 
 def process(time: float, command: str, **changes: object) -> dict[str, object]:
@@ -51,6 +52,16 @@ def test_a_process_is_noted_and_shown(tmp_path: Path, monkeypatch: pytest.Monkey
     facts = dict(surroundings.facts)
     assert facts["atkd"] == __version__ and facts["torch"] == event["packages"]["torch"]
     assert surroundings.commands[0].command == event["command"]
+
+
+def test_what_was_said_otherwise_later_stands_below_the_configuration(tmp_path: Path) -> None:
+    RunDir.open(changed(f"output={tmp_path}")).close()
+    RunDir.open(changed(f"output={tmp_path}", "train.micro_batch_rows=2", "tune.rungs=3")).close()
+    about = about_run(tmp_path / "small")
+    assert about is not None and "micro_batch_rows: 8" in about.config
+    (change,) = about.changes
+    assert change.startswith("taken up again 20")
+    assert change.endswith(" with train.micro_batch_rows: 2 now, 8 at first; tune.rungs: 3 now, 4 at first")
 
 
 def test_a_search_shows_what_the_run_above_it_was_asked(tmp_path: Path) -> None:

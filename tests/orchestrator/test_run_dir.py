@@ -68,8 +68,8 @@ def test_what_is_searched_in_a_run_may_change(tmp_path: Path) -> None:
     (event,) = [json.loads(line) for line in (tmp_path / "small" / "events.jsonl").read_text().splitlines()]
     assert event["event"] == "configuration_changed"
     assert event["changes"] == [
-        "workers.min: 1 here, None there", "workers.max: 2 here, None there", "workers.count: None here, 1 there",
-        "tune.rungs: 2 here, 4 there", "compare.seeds: 5 here, 3 there",
+        "workers.min: 1 now, None at first", "workers.max: 2 now, None at first", "workers.count: None now, 1 at first",
+        "tune.rungs: 2 now, 4 at first", "compare.seeds: 5 now, 3 at first",
     ]  # fmt: skip
 
 
