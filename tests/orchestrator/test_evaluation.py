@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from rich.console import Console
@@ -20,7 +19,7 @@ from orchestrator.models import Models
 from orchestrator.run_dir import RunDir
 from orchestrator.table import ComparisonTable, markdown, print_table, read_table, write_table, written
 from tests.evaluation_world import World, load, make_world
-from tests.orchestrator.training_world import when
+from tests.orchestrator.training_world import processes, when
 
 
 def metrics(loss: float, exact_match: float | None = 0.5) -> Metrics:
@@ -154,18 +153,15 @@ def test_the_stage_measures_what_is_missing(local_ray: None, tmp_path: Path) -> 
 def test_an_evaluator_that_is_killed_begins_again(local_ray: None, tmp_path: Path) -> None:
     world, config, killed = make_world(tmp_path / "world"), run_config(tmp_path), list[int]()
 
-    def evaluators() -> list[psutil.Process]:
-        return [one for one in psutil.Process().children(recursive=True) if "ray::evaluate" in " ".join(one.cmdline())]
-
     def kill() -> None:
-        for evaluator in evaluators():
-            killed.append(evaluator.pid)
+        for evaluator in processes("ray::evaluate"):
             evaluator.kill()
+            killed.append(evaluator.pid)
 
     with RunDir.open(config, lambda line: None) as books:
         models = Models(config, books.path)
         store = settle(world, config, models)
-        killer = when(lambda: len(evaluators()) > 0, kill)
+        killer = when(lambda: len(processes("ray::evaluate")) > 0, kill)
         evaluate(config, books, models, store)
         killer.join()
         rows = {row.metric: row.values for row in read_table(books.path).rows}

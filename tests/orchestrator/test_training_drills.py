@@ -23,6 +23,7 @@ from tests.orchestrator.training_world import (
     give_back,
     kill_train_workers,
     losses_of,
+    processes,
     task_in,
     timed,
     weights_of,
@@ -114,7 +115,8 @@ def test_a_worker_that_hangs_is_replaced(
     store, withheld = withhold(training_world)
 
     def harm() -> None:
-        for worker in processes("TrainWorker"):
+        assert (workers := processes("TrainWorker"))
+        for worker in workers:
             worker.suspend()
         give_back(store, withheld)
 
@@ -135,7 +137,8 @@ def test_a_controller_that_is_killed_ends_the_training_with_a_word_and_the_next_
     store, withheld = withhold(training_world)
 
     def harm() -> None:
-        for controller in processes("TrainController"):
+        assert (controllers := processes("TrainController"))
+        for controller in controllers:
             os.kill(controller.pid, signal.SIGKILL)
 
     killer = when(lambda: stands_before_step_4(tmp_path), timed(record_property, tmp_path, harm, step=4))
@@ -158,14 +161,8 @@ def stands_before_step_4(folder: Path) -> bool:
         return False
 
 
-def processes(name: str) -> list[psutil.Process]:
-    """The processes of Ray Train that this test session's own Ray started."""
-    found = [one for one in psutil.Process().children(recursive=True) if name in " ".join(one.cmdline())]
-    assert found, f"no process is called {name}"
-    return found
-
-
 def forbid_large_files() -> None:
     """Let the training worker write no file beyond 10,000 bytes, which a checkpoint has and the lines of its steps have not."""
-    for worker in processes("TrainWorker"):
+    assert (workers := processes("TrainWorker"))
+    for worker in workers:
         worker.rlimit(psutil.RLIMIT_FSIZE, (10_000, worker.rlimit(psutil.RLIMIT_FSIZE)[1]))

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,19 @@ def free_groups() -> None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(number)))
 
 
+def processes(name: str) -> list[psutil.Process]:
+    """The processes of this test session's own Ray whose command has the name in it."""
+    found = []
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ended meanwhile
+            if name in " ".join(one.cmdline()):
+                found.append(one)
+    return found
+
+
 def kill_train_workers() -> None:
     """Kill the training workers that this test session's own Ray started."""
-    workers = [one for one in psutil.Process().children(recursive=True) if "TrainWorker" in " ".join(one.cmdline())]
+    workers = processes("TrainWorker")
     assert workers
     for worker in workers:
         os.kill(worker.pid, signal.SIGKILL)
