@@ -17,7 +17,7 @@ from actors.score_store import ScoreStore
 from losses.config import AtkdLoss, HardLabelLoss, LossConfig
 from losses.loss_state import LossState
 from losses.support import TeacherSupport, check_target_ids
-from losses.teaching import TokenWeights, split_easy, token_weights
+from losses.teaching import TokenWeights, easy_border, split_easy, token_weights
 from losses.weighing import sample_weights, selection_factor
 from losses.weighing_config import AllTokens, TeacherLossSamples
 
@@ -116,18 +116,14 @@ class Collator:
         self, batch: GlobalBatch, uncertainties: Sequence[torch.Tensor], rows: Sequence[int], step: int
     ) -> list[TokenWeights]:
         together = torch.cat(list(uncertainties))
-        easy = self._easy(batch, together, rows, step)
+        easy = None
+        if isinstance(self.loss, AtkdLoss) and self.loss.scope == "dataset":
+            easy = self._easy_of(batch.positions[list(rows)])
+        elif isinstance(self.loss, AtkdLoss):
+            easy = split_easy(together, self.loss, seed=self.seed + step)
         return token_weights(together, self.loss, easy).split([len(one) for one in uncertainties])
 
-    def _easy(self, batch: GlobalBatch, together: torch.Tensor, rows: Sequence[int], step: int) -> torch.Tensor | None:
-        """Say which targets of some rows are easy, bool [N], given their uncertainties [N]; None if they are not told apart."""
-        if not isinstance(self.loss, AtkdLoss):
-            return None
-        if self.loss.scope == "dataset":
-            return torch.cat([self._easy_rows()[int(batch.positions[row])] for row in rows])
-        return split_easy(together, self.loss, seed=self.seed + step)
-
-    def easy_border(self, batch: GlobalBatch, step: int) -> dict[str, float]:
+    def easy_border(self, batch: GlobalBatch) -> dict[str, float]:
         """Return the highest UNC of the step's easy targets, by the name it is recorded under.
 
         Nothing where UNC does not part a step's targets in two: another split, or one for each forward pass.
@@ -135,8 +131,12 @@ class Collator:
         if not isinstance(self.loss, AtkdLoss) or self.loss.split != "uncertainty" or self.loss.scope == "microbatch":
             return {}
         together = torch.cat([self._uncertainty(int(position)) for position in batch.positions])
-        easy = self._easy(batch, together, range(len(batch.positions)), step)
-        return {"easy_border": float(together[easy].max())} if easy is not None and easy.any() else {}
+        if self.loss.scope == "dataset":
+            easy = together[self._easy_of(batch.positions)]
+            border = float(easy.max()) if len(easy) else None
+        else:
+            border = easy_border(together, self.loss)
+        return {} if border is None else {"easy_border": border}
 
     def micro_batch(self, batch: GlobalBatch, rows: Sequence[int], weights: Sequence[TokenWeights]) -> MicroBatch:
         """Return the tensors of one forward pass over some rows of a step; ``weights`` are those of all its rows.
@@ -190,6 +190,10 @@ class Collator:
         if self.store is None:
             return torch.zeros(int(self.examples[position].loss_mask.sum()))
         return torch.from_numpy(self.store.uncertainty_at(position).copy())
+
+    def _easy_of(self, positions: np.ndarray) -> torch.Tensor:
+        """Say which targets of some rows are easy among those of the whole dataset, bool [N]."""
+        return torch.cat([self._easy_rows()[int(position)] for position in positions])
 
     def _easy_rows(self) -> list[torch.Tensor]:
         if self._easy_in_dataset is None:

@@ -80,7 +80,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> Ending:
                 sums, task.loss, examples, batch, started, waited_seconds, learning_rate, gradient_norm, total_steps,
                 worker.world_size,
             )  # fmt: skip
-            log.write(step, metrics | collator.easy_border(batch, step) | done.loss_state.numbers(task.loss))
+            log.write(step, metrics | collator.easy_border(batch) | done.loss_state.numbers(task.loss))
             done = Progress(step, batch.after, done.loss_state.after(task.loss, step, total_steps, float(sums.loss)))
             goes_on = examiner.goes_on(student, step)  # before a checkpoint: what resumes from one has its exam behind it
             if goes_on and step % task.train.checkpoint_every_steps == 0 and step < total_steps:

@@ -132,8 +132,19 @@ def split_easy(uncertainty: Tensor, loss: AtkdLoss, *, seed: int) -> Tensor:
         return below_lower_median(uncertainty)
     order = rank_tokens(uncertainty, loss, seed)
     easy = torch.zeros_like(uncertainty, dtype=torch.bool)
-    easy[order[: round(loss.easy_ratio * len(uncertainty))]] = True
+    easy[order[: easy_count(len(uncertainty), loss)]] = True
     return easy
+
+
+def easy_count(tokens: int, loss: AtkdLoss) -> int:
+    """Return how many of so many tokens are easy in scopes ``batch`` and ``dataset``."""
+    return round(loss.easy_ratio * tokens)
+
+
+def easy_border(uncertainty: Tensor, loss: AtkdLoss) -> float | None:
+    """Return the highest uncertainty [N] of the tokens that are easy by it; None if none is. Costs less than to rank them."""
+    count = easy_count(len(uncertainty), loss)
+    return float(uncertainty.kthvalue(count).values) if count else None
 
 
 def rank_tokens(uncertainty: Tensor, loss: AtkdLoss, seed: int) -> Tensor:

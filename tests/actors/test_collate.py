@@ -133,7 +133,7 @@ def test_the_border_is_the_highest_uncertainty_that_is_easy(tmp_path: Path, scop
     of_all = np.sort(np.concatenate([collator.store.uncertainty_at(int(position)) for position in ranked]))
     limit = of_all[round(0.25 * len(of_all)) - 1]
     in_step = np.concatenate([collator.store.uncertainty_at(int(position)) for position in batch.positions])
-    assert collator.easy_border(batch, step=1) == {"easy_border": pytest.approx(in_step[in_step <= limit].max())}
+    assert collator.easy_border(batch) == {"easy_border": pytest.approx(in_step[in_step <= limit].max())}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_the_border_is_the_highest_uncertainty_that_is_easy(tmp_path: Path, scop
     ],
 )  # fmt: skip
 def test_where_no_uncertainty_parts_the_step_there_is_no_border(tmp_path: Path, loss: LossConfig) -> None:
-    assert collator_for(tmp_path, loss).easy_border(batch_of(0, 1, 2, 3), step=1) == {}
+    assert collator_for(tmp_path, loss).easy_border(batch_of(0, 1, 2, 3)) == {}
 
 
 def test_a_random_split_differs_from_step_to_step_and_comes_again(tmp_path: Path) -> None:

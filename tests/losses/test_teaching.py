@@ -17,7 +17,7 @@ from losses.config import (
     TargetOnlyLoss,
 )
 from losses.divergence_config import ReverseKL
-from losses.teaching import TokenWeights, split_easy, token_weights
+from losses.teaching import TokenWeights, easy_border, split_easy, token_weights
 from tests.reference import formulas
 
 
@@ -171,3 +171,10 @@ def test_what_cannot_be_ranked_or_weighed() -> None:
         token_weights(torch.zeros(2), atkd(), easy=torch.zeros(3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"weights.diversity has the shape \[1\] and weights.easy \[2\]"):
         TokenWeights(torch.zeros(2), torch.zeros(2), torch.zeros(1), torch.zeros(2), torch.zeros(2, dtype=torch.bool))
+
+
+@given(st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), max_size=40), st.floats(0, 1))
+def test_the_border_is_the_highest_uncertainty_of_those_that_are_easy(values: list[float], easy_ratio: float) -> None:
+    uncertainty, loss = torch.tensor(values), AtkdLoss(teaching="atkd", easy_ratio=easy_ratio)
+    easy = uncertainty[split_easy(uncertainty, loss, seed=0)].tolist()
+    assert easy_border(uncertainty, loss) == max(easy, default=None)
