@@ -48,7 +48,7 @@ MAY_CHANGE = (
     "scores.overlap", "scores.wait_seconds", "scores.compare_rows", "evaluate.batch_rows", "evaluate.cpus", "evaluate.gpus",
 )  # fmt: skip
 """Keys and sections that may change between two starts of a run: they say who does the work and in what pieces, which trials are
-made of the run, or who watches it, and not what comes out but for rounding."""
+made of the run, or who watches it, and not what comes out but for rounding and the draws of dropout."""
 CUT_INTO_PASSES = ("workers.count", "train.micro_batch_rows")
 """What may not after all, where the loss depends on how a step is cut into forward passes."""
 
