@@ -1,9 +1,9 @@
 """What the user may say about a run: the whole configuration, one section a class. Imports neither torch nor Ray."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from actors.config import (
     EngineConfig,
@@ -19,118 +19,10 @@ from actors.workers_config import WorkersConfig
 from losses.config import AtkdLoss, LossConfig
 from losses.section import LARGEST_SEED, Section
 from orchestrator.compare_config import CompareConfig
+from orchestrator.data_config import DataConfig
 from orchestrator.search_config import TuneConfig
 
-TASK_KINDS = (
-    "add", "subtract", "largest", "smallest", "sort", "reverse", "count", "first", "last", "uppercase", "weekday", "opposite",
-)  # fmt: skip
-
-
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-
-
-class BuiltinSource(Section):
-    """Instruction tasks with checkable answers, made by a seeded generator."""
-
-    kind: Literal["builtin"]
-
-    rows: int = Field(default=6000, ge=10)
-    """Distinct rows to make, held-out rows included."""
-
-    tasks: tuple[str, ...] = TASK_KINDS
-    """Kinds of tasks to draw from."""
-
-    @field_validator("tasks")
-    @classmethod
-    def _known_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        for task in tasks:
-            if task not in TASK_KINDS:
-                raise ValueError(f"no task is called {task!r}; there are {', '.join(TASK_KINDS)}")
-        if not tasks:
-            raise ValueError("tasks is empty; name at least one")
-        return tasks
-
-
-class FilesSource(Section):
-    """Rows from JSON Lines, JSON (a list of objects) or Parquet files."""
-
-    kind: Literal["files"]
-
-    path: str = Field(min_length=1)
-    """A file, or a folder of such files, taken in the order of their names."""
-
-
-class HubSource(Section):
-    """Rows from a dataset of the Hugging Face hub, or of a folder that ``datasets`` can load."""
-
-    kind: Literal["hub"]
-
-    name: str = Field(min_length=1)
-    """Name of the dataset (``openai/gsm8k``) or folder."""
-
-    subset: str | None = None
-    """Name of its configuration, where it has several."""
-
-    split: str = "train"
-    """Which split to take, in the notation of ``datasets`` (``train[:1000]``)."""
-
-    revision: str | None = None
-    """Commit, tag or branch on the hub."""
-
-
-SourceConfig = Annotated[BuiltinSource | FilesSource | HubSource, Field(discriminator="kind")]
-
-
-class InstructionFormat(Section):
-    """A prompt made from the row's fields, and a response."""
-
-    kind: Literal["instruction"]
-
-    prompt: str = "{{ instruction }}{% if input %}\n{{ input }}{% endif %}\n"
-    """Jinja template over the row's fields; a field it names must be in every row."""
-
-    response: str = "response"
-    """Name of the field with the response."""
-
-
-class ChatFormat(Section):
-    """A list of messages, each with ``role`` and ``content``; the assistant's are the targets."""
-
-    kind: Literal["chat"]
-
-    messages: str = "messages"
-    """Name of the field with the messages."""
-
-    template: str | None = None
-    """Jinja chat template; the tokenizer's own unless said."""
-
-
-FormatConfig = Annotated[InstructionFormat | ChatFormat, Field(discriminator="kind")]
-
-
-class DataConfig(Section):
-    """From rows to token ids and loss masks."""
-
-    source: SourceConfig = BuiltinSource(kind="builtin")
-    """Where rows come from."""
-
-    format: FormatConfig = InstructionFormat(kind="instruction")
-    """How a row becomes a prompt and a response."""
-
-    max_tokens: int = Field(default=512, ge=4)
-    """Longest row, end-of-sequence included."""
-
-    too_long: Literal["drop", "truncate"] = "drop"
-    """What happens to longer rows; how many there were is shown either way."""
-
-    heldout_rows: int = Field(default=200, ge=1)
-    """Rows kept aside for evaluation, drawn by ``seed``."""
-
-    max_rows: int | None = Field(default=None, ge=10)
-    """Use only so many rows, drawn by ``seed`` before the held-out rows are."""
-
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Draws the held-out rows and shuffles the training rows, once."""
 
 
 class TokenizerConfig(Section):
@@ -176,6 +68,13 @@ class StudentConfig(Section):
     """Train adapters instead of all weights."""
 
 
+class ExportConfig(Section):
+    """The student's folder, as it is given to others."""
+
+    dtype: Literal["as_loaded", "float32", "bfloat16", "float16"] = "as_loaded"
+    """Type of the stored weights; ``as_loaded`` is that of the model the student began as. Evaluation loads what is stored."""
+
+
 class RunConfig(Section):
     """Everything one run depends on."""
 
@@ -199,6 +98,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     workers: WorkersConfig = WorkersConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
     tracking: TrackingConfig = TrackingConfig()
     tune: TuneConfig = TuneConfig()
     compare: CompareConfig = CompareConfig()

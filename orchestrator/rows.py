@@ -1,8 +1,12 @@
 """Reading rows: where they come from and what may be wrong with them. A row is a dictionary of named fields."""
 
+import csv
+import gzip
 import hashlib
+import io
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.builtin_tasks import make_rows
-from orchestrator.config import BuiltinSource, FilesSource, HubSource, SourceConfig
+from orchestrator.data_config import BuiltinSource, FilesSource, HubSource, SourceConfig
 
 Row = dict[str, Any]
 
 ONE_A_LINE = "rows that stand one a line belong in a .jsonl file"
+QUOTED = 'a text with a comma, a quote or a line end in it stands in quotes, and such a quote twice: "say ""yes"", please"'
+
+LONGEST_CELL = 1 << 24
+"""Characters of a cell of a CSV file; where one is longer, a quote is missing rather than the text that long."""
 
 
 def read_rows(source: SourceConfig, seed: int) -> list[Row]:
@@ -38,7 +46,7 @@ def files_of(source: FilesSource) -> list[Path]:
     """Return the file that is named, or the files of a known kind in the folder that is named, in name order."""
     path = Path(source.path).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in READERS and file.is_file())
+        files = sorted(file for file in path.iterdir() if kind_of_file(file) in READERS and file.is_file())
         if not files:
             raise ValueError(f"the folder {path} (data.source.path) holds no {_known_kinds()} file")
         return files
@@ -62,18 +70,29 @@ def source_hash(source: SourceConfig) -> str | None:
 
 def read_file(path: Path) -> list[Row]:
     """Return the rows of one file, read as its suffix says."""
-    if path.suffix not in READERS:
-        raise ValueError(f"{path}: files of the kind {path.suffix!r} cannot be read as rows; {_known_kinds()} can")
-    rows = READERS[path.suffix](path)
+    kind = kind_of_file(path)
+    if kind not in READERS:
+        raise ValueError(f"{path}: files of the kind {kind!r} cannot be read as rows; {_known_kinds()} can")
+    try:
+        rows = READERS[kind](path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: cannot be unpacked, it was cut short or is no gzip file: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"{path}: the file holds no rows")
     return rows
 
 
+def kind_of_file(path: Path) -> str:
+    """Return the suffix that says how a file is read; of a packed one it is both, such as ``.jsonl.gz``."""
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+
+
 def read_json_lines(path: Path) -> list[Row]:
     """Return one row a line; blank lines are no rows."""
     rows = []
-    with path.open("rb") as file:
+    with _unpacked(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 rows.append(_require_object(_parse_json(line.rstrip(b"\r\n"), path, number), f"{path}:{number}"))
@@ -82,13 +101,36 @@ def read_json_lines(path: Path) -> list[Row]:
 
 def read_json(path: Path) -> list[Row]:
     """Return the rows of a JSON list of objects."""
-    content = path.read_bytes()
+    with _unpacked(path) as file:
+        content = file.read()
     if not content.strip():
         return []
     values = _parse_json(content, path, line=1)
     if not isinstance(values, list):
         raise ValueError(f"{path}: holds one {_kind_of(values)} where a list of objects is expected; {ONE_A_LINE}")
     return [_require_object(value, f"{path}: item {index} of the list") for index, value in enumerate(values)]
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Return a row for each record under the header; every cell is the text that stands there, an empty one is ""."""
+    with _unpacked(path) as file:
+        text = _decode(file.read(), path, line=1)
+    if "\0" in text:
+        raise ValueError(f"{path}:{text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL; save the file as UTF-8 text")
+    records = _csv_records(text, path)
+    line, names = next(records, (1, []))
+    for name in names:
+        if not name.strip() or names.count(name) > 1:
+            fault = f"the column {name!r} stands twice" if name.strip() else f"column {names.index(name) + 1} has no name"
+            raise ValueError(f"{path}:{line}: {fault}; the first line of a CSV file names each column once: instruction,response")
+    rows = []
+    for line, cells in records:
+        if len(cells) != len(names):
+            raise ValueError(
+                f"{path}:{line}: holds {len(cells)} cells where the header names {len(names)} ({', '.join(names)}); {QUOTED}"
+            )
+        rows.append(dict(zip(names, cells, strict=True)))
+    return rows
 
 
 def read_parquet(path: Path) -> list[Row]:
@@ -99,7 +141,10 @@ def read_parquet(path: Path) -> list[Row]:
         raise ValueError(f"{path}: cannot be read as a Parquet file: {error}") from error
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {".jsonl": read_json_lines, ".json": read_json, ".parquet": read_parquet}
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet,
+    ".jsonl.gz": read_json_lines, ".json.gz": read_json, ".csv.gz": read_csv,
+}  # fmt: skip
 """The kinds of files that hold rows, by their suffix."""
 
 
@@ -109,7 +154,7 @@ def read_hub(source: HubSource) -> list[Row]:
 
     try:
         dataset = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # datasets raises what the libraries of each format and the network raise
         reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
         raise ValueError(
             f"data.source.name={source.name!r} (subset {source.subset!r}, split {source.split!r}, revision {source.revision!r}) "
@@ -119,15 +164,43 @@ def read_hub(source: HubSource) -> list[Row]:
     return rows
 
 
-def _parse_json(content: bytes, path: Path, line: int) -> Any:
-    """Parse JSON that begins in ``line`` of ``path``."""
+def _unpacked(path: Path) -> io.BufferedIOBase:
+    """Open a file, or what a .gz file holds."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _decode(content: bytes, path: Path, line: int) -> str:
+    """Return the text, without its byte-order mark, that begins in ``line`` of ``path``."""
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line += content[: error.start].count(b"\n")
         raise ValueError(f"{path}:{line}: byte {content[error.start]:#04x} is no UTF-8; save the file as UTF-8") from error
+
+
+def _csv_records(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line in which each record begins, and its cells; blank lines are no records."""
+    reader, before = csv.reader(io.StringIO(text, newline=""), strict=True), csv.field_size_limit(LONGEST_CELL)
+    try:
+        while True:
+            line = reader.line_num + 1
+            if cells := next(reader, None):
+                yield line, cells
+            elif cells is None:
+                return
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line}: the row that begins here cannot be read: {error}; {QUOTED}") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parse_json(content: bytes, path: Path, line: int) -> Any:
+    """Parse JSON that begins in ``line`` of ``path``."""
+    text = _decode(content, path, line)
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        hint = f"; {ONE_A_LINE}" if path.suffix == ".json" and error.msg == "Extra data" else ""
+        hint = f"; {ONE_A_LINE}" if READERS.get(kind_of_file(path)) is read_json and error.msg == "Extra data" else ""
         where = f"{path}:{line + error.lineno - 1}"
         raise ValueError(f"{where}: malformed JSON at column {error.colno}: {error.msg}{hint}") from error
     except RecursionError:
