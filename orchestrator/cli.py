@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from orchestrator.places import settle_home
+
 COMMANDS = {
     "run": ("report", "live the whole life of a run: prepare, fit, score, train, evaluate, export, report"),
     "prepare": ("prepare", "read the data, make tokens and masks, and show the counts"),
@@ -21,6 +23,8 @@ TRIALS = {
     "compare": "train the same student in several ways with several seeds; ends in differences and how sure they are",
 }
 """Commands that train many students on one scoring."""
+
+OTHERS = ("doctor", "plan", "config")
 
 PLAN_HELP = "say what a run will take and whether a cluster has it, before anything starts: memory, bytes, hours, bottleneck"
 DOCTOR_HELP = "prove on a few rows that the teacher's scores would be right, before it scores them all"
@@ -46,7 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 0 done, 1 failed, 2 asked for something that cannot be, 130 interrupted."""
-    options = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser()
+    _require_command(parser, words)
+    options = parser.parse_args(words)
     from orchestrator.config_file import ConfigError, dump_config, load_config
 
     try:
@@ -57,12 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "config":
         print(dump_config(config), end="")
         return 0
-    from orchestrator.doctor import doctor
-    from orchestrator.failure import guarded
-    from orchestrator.pipeline import run
+    try:
+        settle_home()
+        from orchestrator.failure import guarded
+    except (Exception, KeyboardInterrupt) as error:
+        return _not_begun(error)
 
     def work(say: Callable[[str], None]) -> int:
         if options.command == "doctor":
+            from orchestrator.doctor import doctor
+
             return doctor(config, say)
         if options.command == "plan":
             from orchestrator.plan import Asked
@@ -77,16 +88,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
             comparing = compare_teachers if config.compare.teachers else compare
             (tune if options.command == "tune" else comparing)(config, say)
             return 0
+        from orchestrator.pipeline import run
+
         until, _ = COMMANDS[options.command]
         run(config, until, say)
         return 0
 
-    return guarded(config, work)
+    return guarded(config, work, of_the_run=options.command != "plan")
+
+
+def _require_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    known = (*COMMANDS, *TRIALS, *OTHERS)
+    first = next((word for word in words if not word.startswith("-")), None)
+    if first is not None and first not in known:
+        from orchestrator.config_file import no_such_name
+
+        parser.error(f"argument COMMAND: {no_such_name(first, known)}")
+
+
+def _not_begun(error: BaseException) -> int:
+    """Say why the libraries that every command needs are not there; return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("error: interrupted before anything was begun", file=sys.stderr)
+        return 130
+    from orchestrator.error_log import write_traceback_elsewhere
+
+    print(
+        f"error: what every command needs cannot be imported ({type(error).__name__}: {error}); make setup installs the versions "
+        "that were tested",
+        file=sys.stderr,
+    )
+    if (log := write_traceback_elsewhere(error)) is not None:
+        print(f"the whole story stands in {log}", file=sys.stderr)
+    return 1
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, such as configs/tiny_cpu.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as loss.easy_ratio=0.3")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="such as loss.easy_ratio=0.3")
 
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:

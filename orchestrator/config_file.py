@@ -1,6 +1,7 @@
 """From a YAML file and dotted overrides to a RunConfig, or to an error that names the key. Imports neither torch nor Ray."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -11,6 +12,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.config import RunConfig
+
+PATHS = ("output", "root", "path", "name")
+"""Names of keys that hold a path, or may."""
 
 
 class ConfigError(ValueError):
@@ -24,17 +28,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: naming the file or key, the value seen and, where there is one, the nearest right key.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"no configuration file at {file}; {_nearby_configs(file)}")
     try:
+        if not file.is_file():
+            raise ConfigError(f"no configuration file at {file}; {_nearby_configs(file)}")
         text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ConfigError(f"{file}: byte {error.start}, {byte:#04x}, is no UTF-8; save the file as UTF-8") from None
     tree = parse_yaml(text, str(file))
     for override in overrides:
         apply_override(tree, override)
-    return validate(tree)
+    config = validate(tree)
+    _require_homes(config.model_dump())
+    return config
 
 
 def parse_yaml(text: str, origin: str) -> dict[str, Any]:
@@ -106,10 +114,44 @@ def _explain(fault: ErrorDetails, tree: Mapping[str, Any]) -> str:
         return f"{place}: is missing"
     if fault["type"] == "union_tag_not_found":
         return f"{place}: needs {fault['ctx']['discriminator']}, which says what it is; got {fault['input']!r}"
+    if fault["type"] == "union_tag_invalid":
+        key, tags = fault["ctx"]["discriminator"].strip("'"), fault["ctx"]["expected_tags"]
+        return f"{place}.{key}: {no_such_name(fault['ctx']['tag'], _quoted_names(tags))}"
+    if fault["type"] == "literal_error":
+        return f"{place}: {no_such_name(fault['input'], _quoted_names(fault['ctx']['expected']))}"
+    if fault["type"] in ("model_type", "model_attributes_type"):
+        fields = _sections_at(fault["loc"])[0].model_fields
+        first = next((name for name, field in fields.items() if field.is_required()), next(iter(fields)))
+        return f"{place}: is a section of keys, such as {place}.{first}; got {fault['input']!r}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{place}: {message}" if steps else message
     return f"{place}: {message}; got {fault['input']!r}"
+
+
+def no_such_name(wrong: Any, known: Sequence[str]) -> str:
+    """Say that a name is none of those there are, which is nearest, and which there are."""
+    close = difflib.get_close_matches(str(wrong).lower(), known, n=1, cutoff=0.5)
+    return f"there is no {wrong!r}; {f'did you mean {close[0]}? ' if close else ''}there are {', '.join(known)}"
+
+
+def _quoted_names(text: str) -> list[str]:
+    """The names in a list of pydantic's, such as ``'vllm' or 'transformers'``."""
+    return re.findall(r"'([^']*)'", text)
+
+
+def _require_homes(section: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse a path below ~ where nobody knows what that is, as for a user whom the machine does not know."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            _require_homes(value, f"{prefix}{name}.")
+        elif name in PATHS and isinstance(value, str) and value.startswith("~"):
+            try:
+                Path(value).expanduser()
+            except RuntimeError:
+                raise ConfigError(
+                    f"{prefix}{name} {value!r}: there is no such home folder; a whole path, beginning with /, would do"
+                ) from None
 
 
 def _plain_steps(location: Sequence[int | str], tree: Any, ends_in_key: bool) -> list[int | str]:

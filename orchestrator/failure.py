@@ -4,7 +4,6 @@ import errno
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,13 @@ from ray.exceptions import RayTaskError
 from actors.replicas import TeacherFailed
 from orchestrator import sigterm
 from orchestrator.config import RunConfig
+from orchestrator.error_log import is_run, write_traceback, write_traceback_elsewhere
 from orchestrator.private_values import without_private_values
+from orchestrator.resources import RayFailed
+from orchestrator.run_dir import RunDirError
 from orchestrator.training import TrainingFailed
 
-PLANNED = (TeacherFailed, TrainingFailed)
+PLANNED = (TeacherFailed, TrainingFailed, RayFailed)
 """Failures whose message says all that a user needs."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -33,6 +35,8 @@ class Verdict:
     """1 failed, 2 asked for something that cannot be, 130 interrupted, 143 terminated."""
     message: str
     """A few words for the terminal."""
+    says_all: bool = True
+    """Whether nobody needs the traceback to know what to do."""
 
 
 TERMINATED = Verdict(128 + signal.SIGTERM, f"terminated; {AGAIN}")
@@ -49,7 +53,9 @@ def judge(error: BaseException) -> Verdict:
         return judge(error.cause)
     if isinstance(error, ValueError):
         return Verdict(2, str(error))
-    return Verdict(1, str(error) if isinstance(error, PLANNED) else f"{type(error).__name__}: {error}")
+    if isinstance(error, PLANNED):
+        return Verdict(1, str(error))
+    return Verdict(1, f"{type(error).__name__}: {error}", says_all=False)
 
 
 def roots(error: BaseException) -> list[BaseException]:
@@ -62,10 +68,10 @@ def roots(error: BaseException) -> list[BaseException]:
     return found
 
 
-def guarded(config: RunConfig, work: Callable[[Callable[[str], None]], int]) -> int:
+def guarded(config: RunConfig, work: Callable[[Callable[[str], None]], int], of_the_run: bool = True) -> int:
     """Do ``work``, which is given a way to say a line; return its exit code, or that of the failure that ended it.
 
-    A failure's traceback goes into the run's folder.
+    A failure's traceback goes into the run's folder, where the run has begun and the work is ``of_the_run``.
     """
     started = time.monotonic()
 
@@ -79,17 +85,13 @@ def guarded(config: RunConfig, work: Callable[[Callable[[str], None]], int]) -> 
     except (Exception, KeyboardInterrupt) as error:
         verdict = TERMINATED if sigterm.received() else judge(error)
         print(f"error: {without_private_values(verdict.message)}", file=sys.stderr)
-        if (log := write_traceback(config.run_dir, error)) is not None:
+        if (log := _log(error, verdict, config.run_dir if of_the_run else None)) is not None:
             print(f"the whole story stands in {log}", file=sys.stderr)
         return verdict.exit_code
 
 
-def write_traceback(folder: Path, error: BaseException) -> Path | None:
-    """Keep the traceback in the run's folder; None if even that cannot be written."""
-    path = folder / "error.log"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(without_private_values("".join(traceback.format_exception(error))))
-    except OSError:
-        return None
-    return path
+def _log(error: BaseException, verdict: Verdict, run_dir: Path | None) -> Path | None:
+    """Keep the traceback where the run is, or elsewhere if it is needed; a run that another command holds is not written to."""
+    if run_dir is not None and is_run(run_dir) and not isinstance(error, RunDirError):
+        return write_traceback(run_dir, error)
+    return None if verdict.says_all else write_traceback_elsewhere(error)

@@ -4,10 +4,11 @@ import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import RayError
 
 from actors.config import EngineConfig
 from actors.placement import (
@@ -26,6 +27,7 @@ from actors.placement import (
 from actors.workers_config import WorkersConfig
 from orchestrator import sigterm
 from orchestrator.config import RunConfig
+from orchestrator.places import ray_folder
 from orchestrator.scoring import score_root
 from orchestrator.shared_folder import require_shared
 
@@ -61,6 +63,10 @@ def demand(config: RunConfig) -> Demand:
     return Demand(max(stage.cpus for stage in stages), max(stage.gpus for stage in stages))
 
 
+class RayFailed(RuntimeError):
+    """Ray can be neither started nor reached; the message says which variable would help."""
+
+
 @contextmanager
 def ray_for(config: RunConfig) -> Iterator[None]:
     """Use the Ray this process is connected to, the cluster that ``RAY_ADDRESS`` names, or, where it names none, a private one.
@@ -68,33 +74,56 @@ def ray_for(config: RunConfig) -> Iterator[None]:
     A private Ray is made for this process and ends with it; another that runs on the machine is left alone.
 
     Raises:
+        RayFailed: if Ray can be neither started nor reached.
         ValueError: naming what the run wants, what there is and what would do, before anything is started on it; or a
             folder of the run that not all nodes see.
     """
-    needed = demand(config)
-    begun_here = not ray.is_initialized()
-    if begun_here:
-        for name, value in TRAIN_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        with sigterm.listening_on():
-            if cluster_address():
-                ray.init(log_to_driver=False, logging_level="WARNING")
-            else:
-                ray.init(
-                    address="local",
-                    num_cpus=max(os.cpu_count() or 1, math.ceil(needed.cpus)),
-                    include_dashboard=False,
-                    object_store_memory=STORE_BYTES,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                )
-    try:
+    with nullcontext() if ray.is_initialized() else _ray_of_this_process(demand(config)):
         require_places(config, read_nodes())
         require_shared([config.run_dir, score_root(config)])
         yield
-    finally:
-        if begun_here:
+
+
+@contextmanager
+def _ray_of_this_process(needed: Demand) -> Iterator[None]:
+    """Connect to the cluster that ``RAY_ADDRESS`` names, or start a private Ray; let it go at the end."""
+    for name, value in TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = cluster_address()
+    with nullcontext() if address else ray_folder() as folder:
+        try:
+            with sigterm.listening_on():
+                if address:
+                    ray.init(log_to_driver=False, logging_level="WARNING")
+                else:
+                    ray.init(
+                        address="local",
+                        num_cpus=max(os.cpu_count() or 1, math.ceil(needed.cpus)),
+                        include_dashboard=False,
+                        object_store_memory=STORE_BYTES,
+                        log_to_driver=False,
+                        logging_level="ERROR",
+                        _temp_dir=folder,
+                    )
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            raise RayFailed(_why_not(address, error)) from error
+        try:
+            yield
+        finally:
             ray.shutdown()
+
+
+def _why_not(address: str | None, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if address:
+        return (
+            f"the cluster at RAY_ADDRESS {address} does not let this process in; RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH with a "
+            f"file, gives it the cluster's token. Ray says: {reason}"
+        )
+    return (
+        "Ray cannot be started on this machine; it needs a folder for its sockets (RAY_TMPDIR=/tmp would do) and one for its "
+        f"token (RAY_AUTH_TOKEN_PATH=/a/file). Ray says: {reason}"
+    )
 
 
 def cluster_address() -> str | None:

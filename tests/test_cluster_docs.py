@@ -50,7 +50,7 @@ def test_the_table_of_variables_is_that_of_the_code() -> None:
 
 def test_variables_of_others_are_none_of_ours() -> None:
     theirs = table_under("What Ray and Hugging Face read")
-    assert {"RAY_AUTH_MODE", "RAY_JOB_STOP_WAIT_TIME_S", "HF_HOME"} <= set(theirs)
+    assert {"RAY_JOB_STOP_WAIT_TIME_S", "RAY_API_SERVER_ADDRESS", "HF_TOKEN"} <= set(theirs)
     assert not set(theirs) & set(OURS_TO_SAY)
 
 

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers.pre_tokenizers import Whitespace
 
-from orchestrator.cli import COMMANDS, build_parser, main
+from orchestrator.cli import COMMANDS, OTHERS, TRIALS, build_parser, main
 from orchestrator.config_file import load_config
 from orchestrator.pipeline import STAGES
+from tests.worlds import tiny_llama, word_tokenizer
 
 
 def test_help_imports_neither_torch_nor_ray() -> None:
@@ -47,6 +49,46 @@ def test_config_prints_what_a_file_could_hold(capsys: pytest.CaptureFixture[str]
     path = tmp_path / "printed.yaml"
     path.write_text(capsys.readouterr().out)
     assert load_config(path) == load_config("configs/tiny_cpu.yaml", ["seed=7"])
+
+
+def test_overrides_may_be_left_out_and_the_usage_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (*COMMANDS, *TRIALS, *OTHERS):
+        with pytest.raises(SystemExit) as ended:
+            main([command])
+        assert ended.value.code == 2
+        assert "the following arguments are required: config\n" in capsys.readouterr().err
+
+
+def test_a_command_that_is_not_there_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["rnu", "configs/tiny_cpu.yaml"])
+    assert ended.value.code == 2
+    assert "there is no 'rnu'; did you mean run? there are run, prepare, fit," in capsys.readouterr().err
+
+
+def test_a_plan_of_what_cannot_be_leaves_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plan", "configs/tiny_cpu.yaml", f"output={tmp_path / 'runs'}", "data.source={kind: files, path: "
+        "nowhere.jsonl}"]) == 2
+    error = capsys.readouterr().err
+    assert "there is no file" in error and "Traceback" not in error and "story" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_says_what_the_models_cannot_take(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pair = []
+    for role in ("teacher", "student"):
+        tokenizer = word_tokenizer()
+        tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+        tokenizer.save_pretrained(tiny_llama(tmp_path / role, seed=1))
+        pair.append(f"{role}.model={{kind: pretrained, name: {tmp_path / role}}}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"instruction": "w5", "input": "", "response": "{" w6" * 90} {n}"}}\n' for n in range(20)))
+    asked = ["configs/tiny_cpu.yaml", f"output={tmp_path / 'runs'}", "tokenizer=null", "teacher.fit=null", "student.fit=null"]
+    asked += [*pair, f"data.source={{kind: files, path: {rows}}}", "data.heldout_rows=4", "evaluate.answer_pattern=null"]
+    assert main(["plan", *asked]) == 2
+    assert "knows 64 positions, one of which vLLM keeps" in capsys.readouterr().err
+    assert main(["prepare", *asked]) == 2
+    assert "knows 64 positions, one of which vLLM keeps" in capsys.readouterr().err
 
 
 def test_every_command_leads_to_a_stage() -> None:

@@ -70,9 +70,22 @@ def test_a_config_is_frozen() -> None:
         (["loss.teaching=atkd", "loss.easy_ration=0.3"], r"loss\.easy_ration: there is no such key; did you mean easy_ratio\?"),
         (["loss.teaching=coupled", "loss.easy_ratio=0.3"], r"loss\.easy_ratio: does not go with coupled"),
         (["loss.teaching=atkd", "loss.easy_ratio=3"], r"loss\.easy_ratio: Input should be less than or equal to 1; got 3"),
-        (["loss.teaching=atkdd"], r"loss: Input tag 'atkdd' .* 'atkd', 'coupled'"),
+        (["loss.teaching=atdk"], r"loss\.teaching: there is no 'atdk'; did you mean atkd\? there are atkd, coupled, decoupled, "),
+        (["loss.teaching=3"], r"loss\.teaching: there is no '3'; there are atkd, coupled, "),
+        (["loss={teaching: atkd, divergence: foward_kl}"], r"loss\.divergence\.kind: .* did you mean forward_kl\? there are "),
+        (["loss={teaching: atkd, tail: buckt}"], r"loss\.tail: there is no 'buckt'; did you mean bucket\? there are bucket, "),
+        (["data.source.kind=filez"], r"data\.source\.kind: there is no 'filez'; did you mean files\? there are builtin, files"),
+        (["data.format={kind: Chat}"], r"data\.format\.kind: there is no 'Chat'; did you mean chat\? there are instruction, "),
+        (["teacher.model.kind=pretraned"], r"teacher\.model\.kind: there is no 'pretraned'; did you mean pretrained\? there "),
+        (["teacher.engine.kind=vlm"], r"teacher\.engine\.kind: there is no 'vlm'; did you mean vllm\? there are vllm, trans"),
+        (["teacher.engine.kind=[1]"], r"teacher\.engine\.kind: there is no \[1\]; there are vllm, transformers$"),
+        (["teacher.engine.dtype=bf16"], r"teacher\.engine\.dtype: there is no 'bf16'; .*there are float32, bfloat16, float16$"),
+        (["tune.search=gird"], r"tune\.search: there is no 'gird'; did you mean grid\? there are grid, random, tpe$"),
+        (["data.source=hub"], r"data\.source: is a section of keys, such as data\.source\.kind; got 'hub'$"),
+        (["teacher.engine=3"], r"teacher\.engine: is a section of keys, such as teacher\.engine\.kind; got 3$"),
+        (["loss=null"], r"loss: is a section of keys, such as loss\.teaching; got None$"),
         (["train.learning_rate=1"], r"train\.learning_rate: there is no such key; there is train\.optimizer\.learning_rate"),
-        (["bogus=1"], r"bogus: there is no such key; there are compare, data, evaluate, loss"),
+        (["bogus=1"], r"bogus: there is no such key; there are compare, data, evaluate, "),
         (["data.source={kind: files}"], r"data\.source\.path: is missing"),
         (["data.source.rows=50"], r"data\.source: needs 'kind', which says what it is; got \{'rows': 50\}"),
         (["data.source={kind: builtin, tasks: [sing]}"], r"data\.source.*no task is called 'sing'; there are add,"),
@@ -135,6 +148,18 @@ def test_a_missing_file_points_to_the_nearest() -> None:
 def test_a_text_that_is_no_mapping_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_yaml(text, "x.yaml")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"aaa.* cannot be read: .*File name too long"):
+        load_config(tmp_path / ("a" * 300))
+
+
+@pytest.mark.parametrize("key", ["output", "scores.root", "scores.path", "data.source.path"])
+def test_a_path_below_a_home_that_nobody_knows_is_refused(key: str) -> None:
+    overrides = ["data.source={kind: files, path: rows.jsonl}", f"{key}=~nobody-of-that-name/runs"]
+    with pytest.raises(ConfigError, match=rf"{key} '~nobody-of-that-name/runs': there is no such home folder; a whole path"):
+        load_config("configs/tiny_cpu.yaml", overrides)
 
 
 def test_the_difference_of_two_configs_names_each_key() -> None:

@@ -15,7 +15,10 @@ from actors.identity import StoreMismatch
 from actors.replicas import TeacherFailed
 from orchestrator import sigterm
 from orchestrator.config_file import load_config
-from orchestrator.failure import Verdict, guarded, judge, write_traceback
+from orchestrator.error_log import write_traceback, write_traceback_elsewhere
+from orchestrator.failure import Verdict, guarded, judge
+from orchestrator.resources import RayFailed
+from orchestrator.run_dir import RunDirError
 from orchestrator.training import TrainingFailed
 
 
@@ -60,11 +63,47 @@ def test_the_whole_story_is_kept_where_that_is_possible(tmp_path: Path) -> None:
     try:
         raise KeyError("x")
     except KeyError as error:
-        path = write_traceback(tmp_path / "run", error)
-        assert path is not None and "KeyError: 'x'" in path.read_text()
+        path = write_traceback(tmp_path, error)
+        assert path == tmp_path / "error.log" and "KeyError: 'x'" in path.read_text()
         (tmp_path / "file").write_text("")
         assert write_traceback(tmp_path / "file", error) is None
+        elsewhere = write_traceback_elsewhere(error)
+        assert elsewhere is not None and "KeyError: 'x'" in elsewhere.read_text() and elsewhere.stat().st_mode & 0o077 == 0
+        elsewhere.unlink()
     assert isinstance(judge(KeyError("x")), Verdict)
+
+
+def raising(error: Exception) -> Callable[[Callable[[str], None]], int]:
+    def work(say: Callable[[str], None]) -> int:
+        raise error
+
+    return work
+
+
+def test_no_folder_is_made_to_keep_an_error_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("configs/tiny_cpu.yaml", [f"output={tmp_path / 'runs'}"])
+    assert guarded(config, raising(ValueError("data.source.path names nothing"))) == 2
+    assert capsys.readouterr().err == "error: data.source.path names nothing\n"
+    assert guarded(config, raising(RayFailed("Ray cannot be started"))) == 1
+    assert capsys.readouterr().err == "error: Ray cannot be started\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_error_that_says_little_is_kept_somewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("configs/tiny_cpu.yaml", [f"output={tmp_path}"])
+    assert guarded(config, raising(KeyError("x"))) == 1
+    said, kept = capsys.readouterr().err.splitlines()
+    log = Path(kept.removeprefix("the whole story stands in "))
+    assert said == "error: KeyError: 'x'" and log.suffix == ".log" and "KeyError: 'x'" in log.read_text()
+    log.unlink()
+    config.run_dir.mkdir()
+    (config.run_dir / "config.yaml").write_text("")
+    assert guarded(config, raising(KeyError("x"))) == 1
+    assert capsys.readouterr().err.endswith(f"the whole story stands in {config.run_dir / 'error.log'}\n")
+    (config.run_dir / "error.log").unlink()
+    assert guarded(config, raising(ValueError("no")), of_the_run=False) == 2  # a plan is not the run
+    assert guarded(config, raising(RunDirError("another process works there"))) == 2
+    assert not (config.run_dir / "error.log").exists()
 
 
 def test_sigterm_ends_a_command_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +147,8 @@ def test_sigterm_does_what_ctrl_c_would_and_is_told_from_it(tmp_path: Path, caps
     def failed(say: Callable[[str], None]) -> int:
         raise TrainingFailed("train: worker 0 failed")
 
+    config.run_dir.mkdir()
+    (config.run_dir / "config.yaml").write_text("")
     try:
         assert guarded(config, terminated) == 143
         assert guarded(config, failed) == 1  # another command of this process has not been terminated
