@@ -54,6 +54,12 @@ class Example:
         """int32 [N], the target tokens."""
         return self.token_ids[self.loss_mask]
 
+    @property
+    def last_prompt(self) -> np.ndarray:
+        """int32, the tokens before the last stretch of targets: what a model continues when it is asked for an answer."""
+        targets = self.target_positions
+        return self.token_ids[: targets[np.flatnonzero(np.diff(targets, prepend=-1) > 1)[-1]]]
+
 
 @dataclass(frozen=True, slots=True)
 class TeacherScores:

@@ -89,7 +89,7 @@ class Estimator:
         """Return the bytes of the stores of training and held-out rows."""
         work, vocab_size = self.work, self.shapes["teacher"].vocab_size
         train = store_bytes(config.scores, vocab_size, work.rows, work.train_targets)
-        heldout = store_bytes(config.scores, vocab_size, config.data.heldout_rows, work.heldout_targets)
+        heldout = store_bytes(config.scores, vocab_size, config.data.planned_heldout_rows, work.heldout_targets)
         return {"train": train, "heldout": heldout}
 
     def _traced(self, job: Job, passes: Passes, checkpointing: bool) -> int:

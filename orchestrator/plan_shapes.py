@@ -13,7 +13,7 @@ import torch
 import yaml
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from actors.adapters import add_adapters
 from actors.config import LoraAdapter, ScratchModel, TrainConfig
@@ -22,7 +22,8 @@ from actors.sampler import SamplerState, global_batches, micro_batches, steps_in
 from actors.student_model import decoder_layers, plain_model, scratch_model
 from orchestrator.config import RunConfig
 from orchestrator.dataset import prepare_data
-from orchestrator.models import Models, Role
+from orchestrator.model_checks import RowLimits, require_models_fit, row_limits
+from orchestrator.models import Models, Role, config_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +114,11 @@ def read_workload(config: RunConfig) -> Workload:
     """Return the rows of a run: those its folder holds, or else the data itself, read now.
 
     Raises:
-        ValueError: if the data is on the hub, where reading it is no matter of seconds, and nothing is known of it yet.
+        ValueError: if the data is on the hub, where reading it is no matter of seconds, and nothing is known of it yet; or if a
+            model cannot take the rows.
     """
     if _was_prepared(config):
+        require_models_fit(config, Models(config, config.run_dir), row_limits(config, config.run_dir / "data"))
         return _counted(config.run_dir, "the rows that this run has prepared")
     if config.data.source.kind == "hub":
         raise ValueError(
@@ -125,6 +128,7 @@ def read_workload(config: RunConfig) -> Workload:
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         models = Models(config, Path(folder))
         prepare_data(config.data, models.tokenizer_for, Path(folder) / "data")
+        require_models_fit(config, models, row_limits(config, Path(folder) / "data"))
         return _counted(Path(folder), "the data, read for this plan")
 
 
@@ -146,7 +150,8 @@ def workload_of(config: RunConfig, rows: int, row_tokens: float, row_targets: fl
             f"--row-targets {row_targets:g} must be at least 1 and below --row-tokens {row_tokens:g}: nothing predicts the "
             f"first token; {max(1.0, row_tokens / 2):g} would do"
         )
-    heldout = config.data.heldout_rows
+    require_models_fit(config, Models(config, config.run_dir), RowLimits(math.ceil(row_tokens), 0, -1))
+    heldout = config.data.planned_heldout_rows
     return Workload(
         lengths=_spread(rows, row_tokens),
         targets=_spread(rows, row_targets),
@@ -220,8 +225,8 @@ def meta_model(config: RunConfig, role: Role, work: Workload) -> PreTrainedModel
     with torch.device("meta"):
         if model.kind == "scratch":
             return _scratch(model, config, work)
-        source = Models(config, config.run_dir).begun(role)
-        settings = _settings(role, source.name, source.revision, source.trust_remote_code)
+        source = Models(config, config.run_dir).named(role)
+        settings = config_of(source, f"{role}.model.name")
         return AutoModelForCausalLM.from_config(settings, trust_remote_code=source.trust_remote_code)
 
 
@@ -234,8 +239,7 @@ def scratch_vocab_size(config: RunConfig, work: Workload) -> int:
     """Return V of the models that are made from scratch."""
     if config.tokenizer is not None:
         return work.vocab_size or config.tokenizer.vocab_size
-    teacher = Models(config, config.run_dir).begun("teacher")
-    settings = _settings("teacher", teacher.name, teacher.revision, teacher.trust_remote_code)
+    settings = config_of(Models(config, config.run_dir).named("teacher"), "teacher.model.name")
     return max(work.vocab_size or 0, int(settings.get_text_config().vocab_size))
 
 
@@ -243,17 +247,6 @@ def plain_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer of two tokens, for models of which only shapes and speed matter."""
     words = tokenizer_models.WordLevel({"a": 0, "b": 1}, unk_token="b")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="a", pad_token="a", unk_token="b")
-
-
-def _settings(role: Role, name: str, revision: str | None, trust_remote_code: bool) -> AutoConfig:
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{role}.model.name {name!r}: its config.json, from which the plan takes all shapes, is neither in the local cache "
-            f"nor could it be fetched ({str(error).splitlines()[0]}); a machine with network would do, or a folder with that "
-            f"file: {role}.model.name=/a/folder"
-        ) from error
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:

@@ -2,18 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError, TemplateSyntaxError
+from jinja2 import StrictUndefined, TemplateError, TemplateRuntimeError, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator.config import ChatFormat, FormatConfig, InstructionFormat
+from orchestrator.chat_templates import ChatTemplate
+from orchestrator.conversations import (
+    NoAnswer,
+    conversation_of,
+    fields_of,
+    require_text,
+    require_unicode,
+)
+from orchestrator.data_config import DataConfig, InstructionFormat
+from orchestrator.special_tokens import RowText, SpecialTokens
 
 NumberedRow = tuple[int, Mapping[str, Any]]
 """A row's index in its source, and its fields."""
-
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -38,181 +46,150 @@ class RenderedRow:
     task: str | None
     """Kind of task, where the row's field ``task`` names one."""
 
+    turn_ends: tuple[str, ...] = ()
+    """The special token that ends each learned turn of a conversation; empty text for a turn that none ends."""
+
+    respaced_turns: int = 0
+    """Learned turns that the chat template writes with other white space than the row."""
+
+    special_tokens: tuple[tuple[str, int], ...] = ()
+    """Special tokens that people's text held, and how often."""
+
+    ordinary_spans: tuple[tuple[int, int], ...] = ()
+    """Stretches of ``text`` in which special tokens are ordinary characters, ascending."""
+
+
+@dataclass(frozen=True)
+class RenderedRows:
+    """The rows of one split as text."""
+
+    rows: list[RenderedRow]
+    """Those that have an answer."""
+
+    without_answer: int
+    """Rows left out because they have none."""
+
+    template_asked_for_date: bool
+    """Whether the chat template has written ``data.format.date``."""
+
 
 def render_rows(
-    rows: Sequence[NumberedRow], format: FormatConfig, tokenizer: PreTrainedTokenizerBase | None = None
-) -> list[RenderedRow]:
-    """Render rows as the format says.
+    rows: Sequence[NumberedRow], data: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> RenderedRows:
+    """Render rows as ``data.format`` says.
 
     Args:
         rows: numbered rows.
-        format: instruction or chat.
-        tokenizer: needed by the chat format: its end-of-sequence token, and its chat template unless the format has one.
+        data: the format, and what happens to rows without an answer and to special tokens in people's text.
+        tokenizer: needed by formats of conversations: its special tokens, and its chat template unless the format has one.
 
     Raises:
-        ValueError: naming the row, if a field is missing, empty or of the wrong kind, or if the template cannot serve.
+        ValueError: naming the row, if a field is missing or of the wrong kind, there is no answer and rows without one are
+            refused, or the template cannot serve.
     """
-    if isinstance(format, InstructionFormat):
-        prompt_template = _compile_prompt(format.prompt)
-        rendered = [_render_instruction(number, row, format, prompt_template) for number, row in rows]
+    special = SpecialTokens(tokenizer, data.special_tokens)
+    chat: ChatTemplate | None = None
+    if isinstance(data.format, InstructionFormat):
+        render_row = partial(_render_instruction, InstructionTemplate(data.format), special)
     else:
         if tokenizer is None:
-            raise ValueError("data.format chat needs a tokenizer to render messages")
-        if format.template is None and tokenizer.chat_template is None:
-            raise ValueError(
-                "the tokenizer has no chat template and data.format.template is null: data.format.template=... names one, "
-                "or data.format.kind instruction would do"
-            )
-        rendered = [_render_chat(number, row, format, tokenizer) for number, row in rows]
-    return rendered
+            raise ValueError(f"data.format {data.format.kind} needs a tokenizer to render messages")
+        chat = ChatTemplate(data.format, tokenizer, special.strings)
+        render_row = partial(_render_conversation, chat, special)
+    rendered, without_answer = [], 0
+    for number, row in rows:
+        try:
+            rendered.append(render_row(number, row))
+        except NoAnswer as error:
+            if data.without_answer == "refuse":
+                raise ValueError(f"row {number}: {error}") from error
+            without_answer += 1
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+    return RenderedRows(rendered, without_answer, chat is not None and chat.asked_for_date)
 
 
-def texts_to_learn(rows: Sequence[NumberedRow], format: FormatConfig) -> list[str]:
+def texts_to_learn(rows: Sequence[NumberedRow], data: DataConfig) -> list[str]:
     """Return the plain text of rows, before there is a tokenizer: what a new tokenizer learns from.
 
     Raises:
         ValueError: as ``render_rows`` does.
     """
-    if isinstance(format, InstructionFormat):
-        return [rendered.text for rendered in render_rows(rows, format)]
-    return [message["content"] for number, row in rows for message in _messages_of(number, row, format)]
+    if isinstance(data.format, InstructionFormat):
+        return [rendered.text for rendered in render_rows(rows, data).rows]
+    texts = []
+    for number, row in rows:
+        try:
+            texts += [message["content"] for message in conversation_of(row, data.format).messages]
+        except ValueError as error:
+            if not (isinstance(error, NoAnswer) and data.without_answer == "drop"):
+                raise ValueError(f"row {number}: {error}") from error
+    return texts
 
 
-def _compile_prompt(prompt: str) -> Template:
-    """Compile a prompt template. A field that is null may be tested, ``{% if input %}``, but not printed."""
+class InstructionTemplate:
+    """The prompt template of instruction rows. A field that is null may be tested, ``{% if input %}``, but not printed."""
 
-    def refuse_null(value: Any) -> Any:
-        if value is None:
-            raise TemplateRuntimeError("it prints a field that is null")
-        return value
+    def __init__(self, format: InstructionFormat) -> None:
+        """Raises: ValueError if it is no Jinja template."""
+        environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_refuse_null)
+        try:
+            self._template = environment.from_string(format.prompt)
+            self.fields = meta.find_undeclared_variables(environment.parse(format.prompt)) | {format.response}
+            """The fields of a row that it reads, the response among them."""
+        except TemplateSyntaxError as error:
+            raise ValueError(f"data.format.prompt is no Jinja template: line {error.lineno}: {error.message}") from error
+        self.response = format.response
+        """Name of the field with the response."""
 
-    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=refuse_null)
-    try:
-        return environment.from_string(prompt)
-    except TemplateSyntaxError as error:
-        raise ValueError(f"data.format.prompt is no Jinja template: line {error.lineno}: {error.message}") from error
+    def prompt_of(self, row: Mapping[str, Any]) -> str:
+        """Return the prompt of a row.
 
-
-def _render_instruction(number: int, row: Mapping[str, Any], format: InstructionFormat, template: Template) -> RenderedRow:
-    try:
-        prompt = template.render(row)
-    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"row {number}: data.format.prompt cannot be filled in: {error}; {_fields_of(row)}") from error
-    if format.response not in row:
-        raise ValueError(f"row {number}: has no field {format.response!r}, which data.format.response names; {_fields_of(row)}")
-    response = _require_text(row[format.response], f"row {number}: the response (field {format.response!r})")
-    text = _require_unicode(prompt + response, f"row {number}")
-    return RenderedRow(number, text, ((len(prompt), len(text)),), prompt, response, _task_of(row))
-
-
-def _render_chat(number: int, row: Mapping[str, Any], format: ChatFormat, tokenizer: PreTrainedTokenizerBase) -> RenderedRow:
-    """Render a conversation turn by turn. What follows the last assistant's message is no target of anything: left out."""
-    messages = _messages_of(number, row, format)
-    text, prompt, response, spans = "", "", "", []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _apply_chat_template(number, messages[:turn], format, tokenizer, add_generation_prompt=True)
-        until_turn = _apply_chat_template(number, messages[: turn + 1], format, tokenizer, add_generation_prompt=False)
-        _require_prefix(text, prompt, number, f"the messages before message {turn}")
-        _require_prefix(prompt, until_turn, number, f"the prompt for message {turn}")
-        text, response = until_turn, message["content"]
-        spans.append((len(prompt), _end_of_turn(text, len(prompt), tokenizer.eos_token)))
-    return RenderedRow(number, text, tuple(spans), prompt, response, _task_of(row))
+        Raises:
+            ValueError: if the template cannot be filled in.
+        """
+        try:
+            return self._template.render(row)
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"data.format.prompt cannot be filled in: {error}; {fields_of(row)}") from error
 
 
-def _apply_chat_template(
-    number: int,
-    messages: list[dict[str, str]],
-    format: ChatFormat,
-    tokenizer: PreTrainedTokenizerBase,
-    add_generation_prompt: bool,
-) -> str:
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, chat_template=format.template, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"row {number}: the chat template refuses the messages: {error}") from error
-
-
-def _require_prefix(beginning: str, text: str, number: int, what: str) -> None:
-    """Refuse a template that writes earlier text anew: the student would be trained on prompts it never meets."""
-    if not text.startswith(beginning):
-        raise ValueError(
-            f"row {number}: the chat template renders {what} differently once more messages follow, so the targets have no fixed "
-            "place; data.format.template=... with a template that only appends would do"
-        )
-
-
-def _end_of_turn(text: str, start: int, eos_token: str | None) -> int:
-    """Return where the targets of a turn end: behind its end-of-sequence token, or at the end of its text."""
-    found = text.rfind(eos_token, start) if eos_token else -1
-    return len(text) if found < 0 else found + len(eos_token or "")
-
-
-def _messages_of(number: int, row: Mapping[str, Any], format: ChatFormat) -> list[dict[str, str]]:
-    """Return the messages of a row, role and content of each, after checking them."""
-    if format.messages not in row:
-        raise ValueError(f"row {number}: has no field {format.messages!r}, which data.format.messages names; {_fields_of(row)}")
-    messages = row[format.messages]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"row {number}: field {format.messages!r} must be a list of messages, not {_shown(messages)}")
-    checked = [_check_message(message, f"row {number}: message {turn}") for turn, message in enumerate(messages)]
-    if all(message["role"] != "assistant" for message in checked):
-        raise ValueError(f"row {number}: no message has the role 'assistant', so there is nothing to learn")
-    if checked[0]["role"] == "assistant":
-        raise ValueError(
-            f"row {number}: message 0 is the assistant's, with nothing to answer; begin with a system or user message"
-        )
-    return checked
-
-
-def _check_message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} is {_shown(message)}; a message is an object with role and content")
-    for field in ("role", "content"):
-        if field not in message:
-            raise ValueError(f"{where} has no {field!r}; {_fields_of(message)}")
-    if message["role"] not in ROLES:
-        raise ValueError(f"{where} has the role {message['role']!r}; {', '.join(ROLES)} are the roles there are")
-    if message["role"] == "assistant":
-        content = _require_text(message["content"], f"{where}: the assistant's content")
-    elif isinstance(message["content"], str):
-        content = message["content"]
-    else:
-        raise ValueError(f"{where}: the content must be text, not {_shown(message['content'])}")
-    return {"role": message["role"], "content": _require_unicode(content, where)}
-
-
-def _require_text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{what} must be text, not {_shown(value)}")
-    if not value.strip():
-        raise ValueError(f"{what} is empty: there is nothing to learn; remove the row or fill it in")
+def _refuse_null(value: Any) -> Any:
+    if value is None:
+        raise TemplateRuntimeError("it prints a field that is null")
     return value
 
 
-def _require_unicode(text: str, where: str) -> str:
-    """Refuse halves of surrogate pairs, which JSON can express and no tokenizer can encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: the character {text[error.start]!r} is half of a surrogate pair, no text") from error
-    return text
+def _render_instruction(
+    template: InstructionTemplate, special: SpecialTokens, number: int, row: Mapping[str, Any]
+) -> RenderedRow:
+    texts = RowText(special)
+    treated = {name: texts.treat(value) if name in template.fields else value for name, value in row.items()}
+    prompt = template.prompt_of(treated)
+    if template.response not in row:
+        raise ValueError(f"has no field {template.response!r}, which data.format.response names; {fields_of(row)}")
+    response = require_text(treated[template.response], f"the response (field {template.response!r})")
+    text, ordinary = texts.reveal(require_unicode(prompt + response))
+    return RenderedRow(
+        number, text, ((len(prompt), len(text)),), text[: len(prompt)], text[len(prompt) :], _task_of(row),
+        special_tokens=tuple(texts.found.items()), ordinary_spans=ordinary,
+    )  # fmt: skip
+
+
+def _render_conversation(chat: ChatTemplate, special: SpecialTokens, number: int, row: Mapping[str, Any]) -> RenderedRow:
+    texts = RowText(special)
+    treated = {name: texts.treat(value) if name == chat.format.messages else value for name, value in row.items()}
+    conversation = conversation_of(treated, chat.format)
+    rendered = chat.render(conversation)
+    text, ordinary = texts.reveal(rendered.text)
+    response, _ = texts.reveal(conversation.messages[-1]["content"])
+    return RenderedRow(
+        number, text, tuple(turn.span for turn in rendered.turns), text[: rendered.turns[-1].span[0]],
+        response or text[slice(*rendered.turns[-1].span)], _task_of(row), tuple(turn.end for turn in rendered.turns),
+        sum(turn.respaced for turn in rendered.turns), tuple(texts.found.items()), ordinary,
+    )  # fmt: skip
 
 
 def _task_of(row: Mapping[str, Any]) -> str | None:
     task = row.get("task")
     return task if isinstance(task, str) else None
-
-
-def _fields_of(row: Mapping[str, Any]) -> str:
-    return f"its fields are {', '.join(map(repr, row)) or 'none at all'}"
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

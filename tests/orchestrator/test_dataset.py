@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.records import example_key
 from orchestrator.builtin_tasks import make_rows
-from orchestrator.config import TASK_KINDS, ChatFormat, DataConfig, InstructionFormat
-from orchestrator.dataset import TokenizedRows, choose_rows, token_extents, tokenize
+from orchestrator.data_config import TASK_KINDS, ChatFormat, DataConfig, InstructionFormat
+from orchestrator.dataset import choose_rows
 from orchestrator.templates import render_rows, texts_to_learn
+from orchestrator.tokenization import TokenizedRows, token_extents, tokenize
 from orchestrator.tokenizers import train_tokenizer
 
 END = 1
@@ -24,7 +25,7 @@ PLAIN = InstructionFormat(kind="instruction", prompt="{{ prompt }}")
 @cache
 def trained() -> PreTrainedTokenizerFast:
     rows = list(enumerate(make_rows(100, TASK_KINDS, 0)))
-    return train_tokenizer(texts_to_learn(rows, InstructionFormat(kind="instruction")), 400)
+    return train_tokenizer(texts_to_learn(rows, DataConfig()), 400)
 
 
 def pieces(
@@ -46,7 +47,7 @@ def tokenize_one(
 ) -> tuple[list[str], list[str], TokenizedRows]:
     """All tokens of one instruction row, those that are targets, and the counts."""
     data = DataConfig(format=PLAIN, **settings)
-    rendered = render_rows([(5, {"prompt": prompt, "response": response})], PLAIN)
+    rendered = render_rows([(5, {"prompt": prompt, "response": response})], data).rows
     rows = tokenize(rendered, tokenizer, data)
     if not rows.examples:
         return [], [], rows
@@ -130,7 +131,7 @@ def test_a_tokenizer_without_an_end_is_refused_for_instructions() -> None:
 def test_targets_spell_the_response_and_the_end(prompt: str, response: str) -> None:
     tokenizer = trained()
     prompt = f"<|user|>{prompt}"  # so that the first token, which is never a target, holds nothing of the response
-    rendered = render_rows([(0, {"prompt": prompt, "response": response})], PLAIN)
+    rendered = render_rows([(0, {"prompt": prompt, "response": response})], DataConfig(format=PLAIN)).rows
     rows = tokenize(rendered, tokenizer, DataConfig(format=PLAIN))
     (example,) = rows.examples
     assert tokenizer.decode(example.token_ids) == f"{prompt}{response}<|end|>"
@@ -142,7 +143,7 @@ def test_targets_spell_the_response_and_the_end(prompt: str, response: str) -> N
 
 
 def test_text_of_every_script_is_masked_by_character() -> None:
-    rendered = render_rows([(0, {"prompt": "東京\n", "response": "👩‍👩‍👧 é\u0301"})], PLAIN)
+    rendered = render_rows([(0, {"prompt": "東京\n", "response": "👩‍👩‍👧 é\u0301"})], DataConfig(format=PLAIN)).rows
     (example,) = tokenize(rendered, trained(), DataConfig(format=PLAIN)).examples
     assert trained().decode(example.targets) == "👩‍👩‍👧 é\u0301<|end|>"
 
@@ -155,7 +156,7 @@ def test_a_conversation_has_the_assistants_turns_as_targets() -> None:
         {"role": "assistant", "content": "It is 4, naïvely."},
     ]
     data = DataConfig(format=ChatFormat(kind="chat"))
-    rendered = render_rows([(0, {"messages": talk})], data.format, trained())
+    rendered = render_rows([(0, {"messages": talk})], data, trained()).rows
     (example,) = tokenize(rendered, trained(), data).examples
     assert trained().decode(example.targets) == "3<|end|>It is 4, naïvely.<|end|>"
     assert trained().decode(example.token_ids) == rendered[0].text
@@ -167,7 +168,7 @@ def test_a_conversation_gets_no_special_tokens_beyond_its_template() -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     data = DataConfig(format=ChatFormat(kind="chat", template=template))
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (example,) = tokenize(render_rows([(0, {"messages": talk})], data.format, tokenizer), tokenizer, data).examples
+    (example,) = tokenize(render_rows([(0, {"messages": talk})], data, tokenizer).rows, tokenizer, data).examples
     assert tokenizer.convert_ids_to_tokens(example.token_ids.tolist()) == ["a", "b"]
 
 
@@ -181,10 +182,10 @@ def test_rows_too_long_are_dropped_or_cut_and_counted() -> None:
     tokenizer = pieces("a", "b")
     assert len(tokenize_one("aa", "b", tokenizer, max_tokens=4)[0]) == 4
     tokens, _, rows = tokenize_one("aaa", "b", tokenizer, max_tokens=4)
-    assert (tokens, rows.dropped_long, rows.truncated, rows.longest) == ([], 1, 0, 5)
+    assert (tokens, rows.dropped_long, rows.truncated, rows.longest, rows.longest_read) == ([], 1, 0, 0, 5)
     tokens, targets, rows = tokenize_one("aaa", "bb", tokenizer, max_tokens=4, too_long="truncate")
     assert (tokens, targets) == (["a", "a", "a", "b"], ["b"])
-    assert (rows.dropped_long, rows.truncated, rows.without_target, rows.longest) == (0, 1, 0, 6)
+    assert (rows.dropped_long, rows.truncated, rows.without_target, rows.longest, rows.longest_read) == (0, 1, 0, 4, 6)
 
 
 def test_a_row_cut_before_its_first_target_is_dropped_and_counted() -> None:
