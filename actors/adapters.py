@@ -47,9 +47,50 @@ def adapted_weight(module: nn.Module) -> Tensor:
     return weight
 
 
+def shared_with_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the layers with an adapter whose own weight is also another layer's, as a tied output head's is.
+
+    The adapter is that layer's alone, so its weight with the adapter in it cannot be shared any more.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and not hasattr(module, "get_delta_weight"):
+            owners.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+    adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "get_delta_weight")]
+    return [_plain_name(name) for name, module in adapted if len(owners[id(module.weight)]) > 1]
+
+
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the plain model with the adapters added into its weights."""
+    """Return the plain model with the adapters added into its weights; weights that only one owner has changed are untied."""
     from peft import PeftModel
 
     assert isinstance(model, PeftModel)
+    if shared_with_adapters(model):
+        for module in model.modules():
+            if hasattr(module, "get_delta_weight"):
+                base: Any = module.get_base_layer()
+                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        config = model.get_base_model().config
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     return model.merge_and_unload()
+
+
+def load_adapter(folder: str, base: PreTrainedModel) -> PreTrainedModel:
+    """Return a plain model with a saved adapter added into its weights.
+
+    Raises:
+        ValueError: if the adapter was not made for this model.
+    """
+    from peft import PeftModel
+
+    try:
+        return merge_adapters(PeftModel.from_pretrained(base, folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the adapter in {folder} does not fit its base model: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")

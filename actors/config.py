@@ -10,6 +10,7 @@ from losses.config import AtkdLoss, LossConfig
 from losses.section import Section
 
 DType = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
 
 
 class PretrainedModel(Section):
@@ -25,6 +26,10 @@ class PretrainedModel(Section):
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you say so."""
+
+    attention: Attention = "auto"
+    """How transformers computes attention, in training, evaluation, the float32 reference and the engine ``transformers``; vLLM
+    chooses for itself. ``auto`` is the library's own choice where that computes the model as it is defined, else ``eager``."""
 
 
 class ScratchModel(Section):

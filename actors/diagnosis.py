@@ -3,6 +3,7 @@
 Numbers only; nothing is judged here. T tokens of a row, N targets, K top-k, V vocabulary. Logarithms are natural.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact
 from actors.collate import Collator
 from actors.comparison import Comparison, classes, compare, named_logprobs
 from actors.examples import ExampleFile
 from actors.forward_pass import compare_row, forward_pass
-from actors.records import TeacherScores
+from actors.records import Example, TeacherScores
 from actors.sampler import GlobalBatch, SamplerState
+from actors.score_encoding import STEPS_PER_NAT
 from actors.score_store import ScoreStore
 from actors.student_head import vocab_size_of
 from actors.student_model import StudentWithLoss, load_model
@@ -26,8 +29,25 @@ from losses.loss_state import LossState
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionFound:
+    """How a model's attention is computed in float32, and how far that is from its definition."""
+
+    used: str
+    """The implementation of transformers."""
+
+    error: float
+    """Nats between its log-probabilities and those of eager attention."""
+
+
+@dataclass(frozen=True, slots=True)
 class Measurements(Comparison):
     """Numbers about served scores, over all targets of the rows. Reference: the teacher in float32, one row at a time."""
+
+    attention: AttentionFound
+    """Of the reference."""
+
+    eager_target_error: float | None
+    """Nats, the mean error of the targets against eager attention instead; None where the reference agrees with that."""
 
     self_divergence: float
     """Coupled forward KL of the stored scores to the teacher as its own student, through the student's loop, nats per target."""
@@ -36,7 +56,11 @@ class Measurements(Comparison):
     """Why the student's loop refused the scores; empty where it took them."""
 
     batch_error: float
-    """Largest difference in nats between a row scored alone and among the others, over target and top-K."""
+    """Largest difference in nats between a row scored alone and among the others, over target and top-K.
+
+    Stored top-K log-probabilities are rounded, so that the least difference may take them a step apart; such a step is
+    taken off.
+    """
 
     likeliest_spread: float
     """Nats between the largest and the smallest of the targets' highest log-probabilities."""
@@ -55,6 +79,12 @@ class Measurements(Comparison):
 
 
 @torch.inference_mode()
+def measure_attention(source: ModelSource, examples_path: str, device: str = "cpu") -> AttentionFound:
+    """Compare a model's attention in float32 with its definition, on a few tokens of the rows."""
+    return _attention(_loaded(source, device), source, _rows(ExampleFile(Path(examples_path))))
+
+
+@torch.inference_mode()
 def measure(teacher: ModelSource, examples_path: str, alone_path: str, together_path: str, device: str = "cpu") -> Measurements:
     """Compare stored scores of a few rows with the teacher's own forward pass in float32.
 
@@ -69,15 +99,21 @@ def measure(teacher: ModelSource, examples_path: str, alone_path: str, together_
         ValueError: naming a stored shard that is damaged.
     """
     examples, alone, together = ExampleFile(Path(examples_path)), ScoreStore(Path(alone_path)), ScoreStore(Path(together_path))
-    model = load_model(teacher).eval().requires_grad_(False).to(device)
-    positions = range(len(examples))
-    comparison = compare([compare_row(forward_pass(model, examples[at]), alone.scores_at(at)) for at in positions])
-    singly, beside = ([store.scores_at(at) for at in positions] for store in (alone, together))
+    model, rows = _loaded(teacher, device), _rows(examples)
+    singly, beside = ([store.scores_at(at) for at in range(len(rows))] for store in (alone, together))
+    comparison, attention = _compare(model, rows, singly), _attention(model, teacher, rows)
+    eager_target_error = None
+    if not attention.error <= ATTENTION_TOLERANCE:
+        model.set_attn_implementation("eager")
+        eager_target_error = _compare(model, rows, singly).mean_target_error
+        model.set_attn_implementation(attention.used)
     entropies = [float(_entropy(scores).mean()) for scores in beside]
     likeliest = np.concatenate([named_logprobs(scores).max(axis=1) for scores in beside])
     self_divergence, self_refusal = _self_divergence(model, examples, alone)
     return Measurements(
         **asdict(comparison),
+        attention=attention,
+        eager_target_error=eager_target_error,
         self_divergence=self_divergence,
         self_refusal=self_refusal,
         batch_error=max(_distance(one, other) for one, other in zip(singly, beside, strict=True)),
@@ -89,6 +125,23 @@ def measure(teacher: ModelSource, examples_path: str, alone_path: str, together_
     )
 
 
+def _loaded(source: ModelSource, device: str) -> PreTrainedModel:
+    return load_model(exact(source)).eval().requires_grad_(False).to(device)
+
+
+def _rows(examples: ExampleFile) -> list[Example]:
+    return [examples[position] for position in range(len(examples))]
+
+
+def _attention(model: PreTrainedModel, source: ModelSource, rows: Sequence[Example]) -> AttentionFound:
+    used = attention_used(model, exact(source).attention)
+    return AttentionFound(used, attention_error(model, used, rows))
+
+
+def _compare(model: PreTrainedModel, rows: Sequence[Example], served: Sequence[TeacherScores]) -> Comparison:
+    return compare([compare_row(forward_pass(model, row), scores) for row, scores in zip(rows, served, strict=True)])
+
+
 def _entropy(scores: TeacherScores) -> np.ndarray:
     """float64 [N], entropy over target, top-K and tail, in nats."""
     logprobs = classes(scores)
@@ -97,7 +150,8 @@ def _entropy(scores: TeacherScores) -> np.ndarray:
 
 def _distance(one: TeacherScores, other: TeacherScores) -> float:
     """Largest difference of log-probabilities in nats; the top-K by rank, since tokens that tie may change places."""
-    return float(np.abs(named_logprobs(one) - named_logprobs(other)).max())
+    apart = np.abs(named_logprobs(one) - named_logprobs(other))
+    return float(max(apart[:, 0].max(), apart[:, 1:].max() - 1 / STEPS_PER_NAT))
 
 
 def _self_divergence(model: PreTrainedModel, examples: ExampleFile, store: ScoreStore) -> tuple[float, str]:

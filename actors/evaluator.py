@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.answer_ends import read_answer_ends
 from actors.answers import Answer, AnswerComparison, HeldoutText, read_heldout_texts
 from actors.collate import PADDING, MicroBatch
 from actors.config import EvaluateConfig
@@ -98,15 +99,14 @@ def evaluate_model(
     tokenizer = AutoTokenizer.from_pretrained(
         tokenizer_source.name, revision=tokenizer_source.revision, trust_remote_code=tokenizer_source.trust_remote_code
     )
+    ends = read_answer_ends(Path(tokenizer_source.name), tokenizer) if texts else ()
     network = load_for_evaluation(model, evaluate)
 
     started = time.perf_counter()
     tally = predict_rows(network, examples, store, top_k, evaluate.batch_rows, model.name)
     predicted = time.perf_counter()
-    answers = [
-        comparison.compare(text, generated)
-        for text, generated in zip(texts, generate_answers(network, tokenizer, examples, texts, evaluate), strict=True)
-    ]
+    generated = generate_answers(network, tokenizer, examples, texts, evaluate, ends)
+    answers = [comparison.compare(text, answer) for text, answer in zip(texts, generated, strict=True)]
     rouge = [answer.rouge_l for answer in answers if answer.rouge_l is not None]
     metrics = Metrics(
         **tally.measures(),
@@ -175,21 +175,19 @@ def target_logits(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
 @torch.inference_mode()
 def generate_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: ExampleFile, texts: list[HeldoutText],
-    evaluate: EvaluateConfig,
+    evaluate: EvaluateConfig, ends: tuple[int, ...],
 ) -> list[str]:  # fmt: skip
-    """Return the greedy answers to the prompts of the first ``len(texts)`` rows, in their order.
+    """Return the greedy answers to the prompts of the first ``len(texts)`` rows, in their order, as far as a token of ``ends``.
 
     A prompt is all tokens of its row before the last stretch of targets: the last answer of a conversation is asked for.
     """
     if not texts:
         return []
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token, so no answer would end")
     # A model's own generation settings may sample or penalise repetition; what is not said here must not come from there.
     model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=evaluate.max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=PADDING
+        do_sample=False, max_new_tokens=evaluate.max_new_tokens, eos_token_id=list(ends), pad_token_id=PADDING
     )
-    prompts = [prompt_tokens(examples, position) for position in range(len(texts))]
+    prompts = [examples[position].last_prompt for position in range(len(texts))]
     answers = [""] * len(prompts)
     for positions in batches_by_length(np.array([len(prompt) for prompt in prompts]), evaluate.batch_rows):
         chosen = [prompts[position] for position in positions]
@@ -201,14 +199,6 @@ def generate_answers(
             attention_mask[index, width - len(prompt) :] = 1
         generated = model.generate(token_ids.to(model.device), attention_mask=attention_mask.to(model.device))
         for position, tokens in zip(positions, generated[:, width:].tolist(), strict=True):
-            ends = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
-            answers[position] = tokenizer.decode(tokens[:ends], skip_special_tokens=True)
+            length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+            answers[position] = tokenizer.decode(tokens[:length], skip_special_tokens=True)
     return answers
-
-
-def prompt_tokens(examples: ExampleFile, position: int) -> np.ndarray:
-    """int32, the tokens of a row before its last stretch of targets."""
-    example = examples[position]
-    targets = example.target_positions
-    last_start = int(np.flatnonzero(np.diff(targets, prepend=-1) > 1)[-1])
-    return example.token_ids[: targets[last_start]]

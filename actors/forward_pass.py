@@ -8,6 +8,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact
 from actors.comparison import ComparedRow
 from actors.records import Example, TeacherScores, example_key
 from actors.student_model import load_model
@@ -42,7 +43,7 @@ def references(teacher: ModelSource, examples: Sequence[Example], device: str) -
     There is none where its weights do not fit in memory, or are quantized, since those are other weights in float32.
 
     Raises:
-        ValueError: if the teacher cannot be loaded or run.
+        ValueError: if the teacher cannot be loaded or run, or its attention is not the one it is defined with.
     """
     config = AutoConfig.from_pretrained(teacher.name, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
     if getattr(config, "quantization_config", None):
@@ -55,7 +56,9 @@ def references(teacher: ModelSource, examples: Sequence[Example], device: str) -
             f"({'GPU' if device == 'cuda' else 'CPU'})"
         )
     try:
-        model = load_model(teacher).eval().requires_grad_(False).to(device)
+        model = load_model(exact(teacher)).eval().requires_grad_(False).to(device)
+        used = attention_used(model, exact(teacher).attention)
+        off = attention_error(model, used, examples)
         found = [forward_pass(model, example) for example in examples]
     except Exception as error:  # a model's own code may raise anything
         raise ValueError(
@@ -65,6 +68,11 @@ def references(teacher: ModelSource, examples: Sequence[Example], device: str) -
     del model
     if device == "cuda":
         torch.cuda.empty_cache()  # the engine asks how much is free
+    if not off <= ATTENTION_TOLERANCE:
+        raise ValueError(
+            f"with teacher.model.attention {used} transformers gives log-probabilities {off:.1e} nats off those of eager "
+            f"attention, the model's definition (may {ATTENTION_TOLERANCE:g}); teacher.model.attention eager would do"
+        )
     return found
 
 

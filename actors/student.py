@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from actors.adapters import merge_adapters
-from actors.checkpoint import Progress, whole_weights
+from actors.checkpoint import Progress
 from actors.collate import Collator, MicroBatch
 from actors.config import TrainConfig, needs_teacher
 from actors.examples import ExampleFile
 from actors.exams import Examiner
+from actors.finished_model import write_finished_model
 from actors.growth import Growth
 from actors.metrics_log import MetricsLog, step_metrics
 from actors.optimization import clip_gradients, make_optimizer, make_schedule
@@ -27,7 +27,6 @@ from actors.student_model import (
     StudentWithLoss,
     distribute,
     prepare_model,
-    save_model,
     set_gradient_sync,
 )
 from actors.train_checkpoints import Checkpoints
@@ -130,13 +129,3 @@ def require_finite(task: TrainingTask, step: int, sums: LossSums, gradient_norm:
             f"{task.name}: step {step} has loss {loss} and gradient norm {gradient_norm}; "
             f"a learning rate below {task.train.optimizer.learning_rate} or a smaller clip_norm may do"
         )
-
-
-def write_finished_model(student: nn.Module, task: TrainingTask, folder: Path, worker: Worker) -> None:
-    """Write the model as an ordinary Hugging Face folder, adapters merged."""
-    weights = whole_weights(student)
-    if worker.rank == 0:
-        model = prepare_model(task.model, task.lora, TrainConfig())
-        StudentWithLoss(model, task.loss).load_state_dict(weights)
-        plain = merge_adapters(model) if task.lora else model
-        save_model(plain, Path(task.tokenizer), folder)

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.adapters import add_adapters
+from actors.attention import attention_for
 from actors.collate import MicroBatch
 from actors.config import LoraAdapter, ScratchModel, TrainConfig
 from actors.student_head import head_makes_the_logits, output_head, plain_model
@@ -28,12 +29,14 @@ def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTr
         ValueError: if its folder has none.
     """
     source.require_safetensors()
+    config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
     return AutoModelForCausalLM.from_pretrained(
         source.name,
         revision=source.revision,
         trust_remote_code=source.trust_remote_code,
         use_safetensors=True,
         dtype=dtype,
+        attn_implementation=attention_for(config, source.attention),
     )
 
 

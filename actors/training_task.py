@@ -23,6 +23,8 @@ class ModelSource:
     """Commit, tag or branch on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    attention: str = "auto"
+    """How transformers computes its attention."""
 
     def require_safetensors(self) -> None:
         """Refuse a folder that holds weights in other formats alone: those are pickles, which can run code.
@@ -100,6 +102,8 @@ class TrainingTask:
     """Folder of metrics."""
     output: str | None
     """Folder in which the finished model is written; None to keep nothing but what was measured."""
+    dtype: str = "float32"
+    """Type of the weights of the finished model: float32, bfloat16 or float16."""
     exams: Exams | None = None
     """Examinations on the way, for trials."""
     run: str = "unnamed"

@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import ray
 from transformers import PreTrainedTokenizerBase
 
-from actors.diagnosis import Measurements, measure
+from actors.diagnosis import AttentionFound, Measurements, measure, measure_attention
 from actors.examples import ExampleFile, spread_over_lengths, write_examples
 from actors.records import Example
 from actors.replicas import TeacherFailed
@@ -20,7 +21,15 @@ from actors.teacher import EngineFactory, TeacherSpec, build_engine, engine_envi
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
 from orchestrator.config import RunConfig
-from orchestrator.findings import TOLERANCES, Finding, judge_pair, judge_refused, judge_scores, judge_tokens
+from orchestrator.findings import (
+    TOLERANCES,
+    Finding,
+    judge_attention,
+    judge_pair,
+    judge_refused,
+    judge_scores,
+    judge_tokens,
+)
 from orchestrator.models import ROLES, Models, vocab_size_of
 from orchestrator.pipeline import life
 from orchestrator.resources import ray_for
@@ -83,9 +92,11 @@ def _examine_fitted(config: RunConfig, books: RunDir, models: Models, engine_fac
     )
     with ray_for(config), tempfile.TemporaryDirectory(prefix="doctor-", dir=books.path, ignore_cleanup_errors=True) as folder:
         found = measure_served(spec, rows, Path(folder), teacher_vocab, engine_factory)
-    if isinstance(found, Finding):
-        return [tokens, found]
-    return [tokens, *judge_scores(found, TOLERANCES[spec.engine.dtype], teacher_vocab, student_vocab)]
+        if isinstance(found, Finding):
+            return [tokens, found]
+        student = measure_student(config, models.ready("student"), Path(folder))
+    of_student = judge_attention("student", student)
+    return [tokens, of_student, *judge_scores(found, TOLERANCES[spec.engine.dtype], teacher_vocab, student_vocab)]
 
 
 def largest_id(examples: ExampleFile) -> int:
@@ -106,7 +117,7 @@ def measure_served(
     The way is that of a run: actor, engine, checks, shards on disk, and back. ``folder`` must be one that every node sees.
     Return a finding where the scores do not pass the checks that every shard passes.
     """
-    path = folder / "rows.arrow"
+    path = _rows_path(folder)
     write_examples(path, rows)
     identity = {"top_k": spec.top_k, "vocab_size": vocab_size}
     stores = [
@@ -123,13 +134,27 @@ def measure_served(
                 raise
             return judge_refused(str(error.__cause__))
     gpu = spec.engine.gpu and spec.engine.tensor_parallel == 1  # what one GPU cannot hold in 16 bits, none holds in 32
-    task = ray.remote(measure).options(
-        name="doctor",
-        num_cpus=spec.engine.cpus,
-        num_gpus=int(gpu),
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": engine_environment(spec.engine)["OMP_NUM_THREADS"]}},
-    )
+    task = _task(measure, spec.engine.cpus, gpu, engine_environment(spec.engine)["OMP_NUM_THREADS"])
     measured: Measurements = ray.get(
         task.remote(spec.model, str(path), *(str(store.path) for store in stores), "cuda" if gpu else "cpu")
     )
     return measured
+
+
+def measure_student(config: RunConfig, student: ModelSource, folder: Path) -> AttentionFound:
+    """Compare the student's attention with its definition where it would be trained, on rows that ``measure_served`` left."""
+    workers = config.workers
+    gpu = workers.gpus > 0
+    task = _task(measure_attention, workers.cpus, gpu, str(max(1, int(workers.cpus))))
+    found: AttentionFound = ray.get(task.remote(student, str(_rows_path(folder)), "cuda" if gpu else "cpu"))
+    return found
+
+
+def _rows_path(folder: Path) -> Path:
+    return folder / "rows.arrow"
+
+
+def _task(measuring: Callable[..., Any], cpus: float, gpu: bool, threads: str) -> Any:
+    return ray.remote(measuring).options(
+        name="doctor", num_cpus=cpus, num_gpus=int(gpu), runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}}
+    )

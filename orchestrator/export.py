@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.answer_ends import read_answer_ends
 from actors.config import ModelConfig
 from actors.examples import write_atomically
+from actors.finished_model import ExportProof, read_proof
 from actors.identity import Identity, identity_hash
 from actors.score_store import ScoreStore
 from orchestrator.config import RunConfig
@@ -18,19 +21,58 @@ from orchestrator.models import Models
 from orchestrator.run_dir import Facts, RunDir
 from orchestrator.table import ComparisonTable, markdown, read_table
 
-CARD_SECTIONS = ("name", "seed", "data", "teacher", "student", "loss", "train", "scores")
+CARD_SECTIONS = ("name", "seed", "data", "teacher", "student", "loss", "train", "scores", "export")
 
 
 def export(config: RunConfig, books: RunDir, models: Models, training_store: ScoreStore | None) -> Facts:
-    """Write the model card into the student's folder and check that the folder loads and generates."""
+    """Write the model card into the student's folder and check that the folder loads, stops and generates as it should."""
     folder = models.student_folder
     identity = training_store.identity if training_store is not None else None
-    write_model_card(folder, config, identity, read_table(books.path))
-    check_export(folder, trust_remote_code=models.distilled().trust_remote_code)
-    return {"folder": str(folder)}
+    tokenizer = models.tokenizer()
+    ends, proof = read_answer_ends(models.tokenizer_folder, tokenizer), read_proof(export_proof_path(books.path))
+    stored = StoredStudent(models.export_dtype(), [f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends], proof)
+    write_model_card(folder, config, identity, read_table(books.path), stored)
+    remarks = check_export(folder, ends, stored.dtype, trust_remote_code=models.distilled().trust_remote_code)
+    for line in [*stored.lines(), *remarks]:
+        books.say(f"export: {line}")
+    return {"folder": str(folder), "dtype": stored.dtype, "answer_ends": list(ends)}
 
 
-def write_model_card(folder: Path, config: RunConfig, score_identity: Identity | None, table: ComparisonTable) -> None:
+def export_proof_path(run: Path) -> Path:
+    """Return the file in a run's folder that holds the proof of its student."""
+    return run / "metrics" / "train_export.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredStudent:
+    """How the student's folder holds the student."""
+
+    dtype: str
+    """Type of its weights."""
+    ends: list[str]
+    """The tokens at which its answers end, as text and id."""
+    proof: ExportProof | None
+    """How near it is to the student that was trained."""
+
+    def lines(self) -> list[str]:
+        """Return it in sentences."""
+        lines = [
+            f"weights are stored in {self.dtype}",
+            f"answers end at {' or '.join(self.ends)}, as generation_config.json says",
+        ]
+        if self.proof is not None:
+            lines.append(
+                f"on {self.proof.tokens} tokens the stored student is {self.proof.kl_of_export:.1e} nats from the trained one "
+                "(KL a token)"
+            )
+            if self.proof.untied:
+                lines.append(f"untied, since only one of two layers had an adapter: {', '.join(self.proof.untied)}")
+        return lines
+
+
+def write_model_card(
+    folder: Path, config: RunConfig, score_identity: Identity | None, table: ComparisonTable, stored: StoredStudent | None = None
+) -> None:
     """Write ``README.md``: what the model is, its numbers, the scores and the configuration it was made with.
 
     Args:
@@ -38,11 +80,14 @@ def write_model_card(folder: Path, config: RunConfig, score_identity: Identity |
         config: of the run.
         score_identity: of the store the student learned from; None if its loss needed no teacher.
         table: teacher, student before and student after.
+        stored: how the folder holds the student.
     """
-    write_atomically(folder / "README.md", model_card(config, score_identity, table).encode())
+    write_atomically(folder / "README.md", model_card(config, score_identity, table, stored).encode())
 
 
-def model_card(config: RunConfig, score_identity: Identity | None, table: ComparisonTable) -> str:
+def model_card(
+    config: RunConfig, score_identity: Identity | None, table: ComparisonTable, stored: StoredStudent | None = None
+) -> str:
     """Return the model card as Markdown with YAML front matter. The licence is left to the user, and said to be."""
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name in CARD_SECTIONS}
     return "\n".join(
@@ -64,6 +109,7 @@ def model_card(config: RunConfig, score_identity: Identity | None, table: Compar
             "Cross entropy and KL are natural logarithms; KL is from the teacher to the model, over the target, the teacher's "
             f"{config.scores.top_k} most likely others and one class for all the rest.",
             "",
+            *_stored_part(stored),
             "## Scores it learned from",
             "",
             _scores_part(score_identity),
@@ -90,12 +136,20 @@ def front_matter(config: RunConfig) -> dict[str, Any]:
     return matter
 
 
-def check_export(folder: Path, trust_remote_code: bool = False) -> None:
-    """Load the folder as an ordinary Hugging Face model and let it generate one token.
+def check_export(
+    folder: Path, ends: tuple[int, ...] | None = None, dtype: str | None = None, trust_remote_code: bool = False
+) -> list[str]:
+    """Load the folder as an ordinary Hugging Face model and let it generate one token; return what else is to be known.
+
+    Args:
+        folder: of the student.
+        ends: token ids at which its answers must end; None where any will do.
+        dtype: type that its weights must have; None where any will do.
+        trust_remote_code: whether code that came with the model may be run.
 
     Raises:
-        ValueError: if it holds adapters instead of whole weights, the tokenizer has ids that the model has not, or the
-            model's logits are not finite.
+        ValueError: if it holds adapters instead of whole weights, ends answers elsewhere, is stored in another type, or gives
+            logits that are not finite.
     """
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds LoRA adapters, not a whole model; merge them before export")
@@ -103,12 +157,12 @@ def check_export(folder: Path, trust_remote_code: bool = False) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=trust_remote_code, use_safetensors=True, dtype="auto"
     )
+    found_dtype, found_ends = str(model.dtype).removeprefix("torch."), model.generation_config.eos_token_id
+    if dtype is not None and found_dtype != dtype:
+        raise ValueError(f"the model in {folder} is stored in {found_dtype}, and {dtype} was asked for (export.dtype)")
+    if ends is not None and found_ends != list(ends):
+        raise ValueError(f"generation_config.json in {folder} ends answers at {found_ends}, evaluation did at {list(ends)}")
     vocab_size = model.get_output_embeddings().weight.shape[0]
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model predicts {vocab_size}; "
-            "save the tokenizer that it was trained with"
-        )
     prompt = torch.tensor([tokenizer("1")["input_ids"] or [0]])
     generated = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=1, return_dict_in_generate=True,
@@ -116,6 +170,12 @@ def check_export(folder: Path, trust_remote_code: bool = False) -> None:
     )  # fmt: skip
     if not generated.logits[0].isfinite().any() or generated.logits[0].isnan().any():
         raise ValueError(f"the model in {folder} gives logits that are not finite; its training diverged")
+    if len(tokenizer) <= vocab_size:
+        return []
+    return [
+        f"the tokenizer has {len(tokenizer)} tokens and the model {vocab_size}, as the models that it was made from: none of the "
+        "others stood in a row, and a prompt with one of them cannot be answered"
+    ]
 
 
 def without_places(value: Any) -> Any:
@@ -139,6 +199,12 @@ def _described(model: ModelConfig) -> str:
     if model.kind == "scratch":
         return f"`{model.layers} layers of width {model.hidden_size}, made for this run`"
     return f"`{without_places(model.name)}`" + (f" at `{model.revision}`" if model.revision else "")
+
+
+def _stored_part(stored: StoredStudent | None) -> list[str]:
+    if stored is None:
+        return []
+    return ["## How it is stored", "", *(f"- {line[0].upper()}{line[1:]}." for line in stored.lines()), ""]
 
 
 def _scores_part(identity: Identity | None) -> str:

@@ -10,9 +10,10 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from actors.attention import ATTENTION_TOLERANCE
 from actors.comparison import Comparison
 from actors.config import DType
-from actors.diagnosis import Measurements
+from actors.diagnosis import AttentionFound, Measurements
 from orchestrator.tokenizers import require_same_tokens
 
 MASS_TOLERANCE = 1e-3
@@ -21,9 +22,9 @@ FOLLOWS = 0.99  # correlation from which scores are the reference's own, perhaps
 SAME_SPREAD = 1e-4  # nats; below this the teacher says the same of every target
 
 EXPLAINED_BY = {
-    "raw": ("scores",),
-    "served": ("scores", "raw"),
-    "loss": ("scores", "raw", "served"),
+    "raw": ("attention", "scores"),
+    "served": ("attention", "scores", "raw"),
+    "loss": ("attention", "scores", "raw", "served"),
     "teacher": ("scores", "raw", "served"),
 }
 """For each check, those whose failure explains its own."""
@@ -127,6 +128,7 @@ def judge_refused(reason: str) -> Finding:
 def judge_scores(found: Measurements, tolerance: Tolerance, teacher_vocab: int, student_vocab: int) -> list[Finding]:
     """Judge what was measured, check by check; a failure that another one explains is called unclear."""
     findings = [
+        judge_attention("teacher", found.attention, _side_that_is_off(found, tolerance)),
         judge_values(found, student_vocab),
         judge_batch(found, tolerance),
         judge_raw(found),
@@ -143,6 +145,29 @@ def _explained(finding: Finding, failed: set[str]) -> Finding:
     if finding.state != "FAILED" or not causes:
         return finding
     return replace(finding, state="unclear", advice=f"follows from {causes[0]}")
+
+
+def judge_attention(role: str, found: AttentionFound, side: str = "") -> Finding:
+    """Judge whether transformers computes a model's attention as it is defined; ``side`` says more of what is off."""
+    numbers = f"the {role}'s is eager, the model's own definition"
+    if found.used != "eager":
+        numbers = f"the {role}'s is {found.used}, {found.error:.1e} nats from eager (may {ATTENTION_TOLERANCE:g})"
+    if found.error <= ATTENTION_TOLERANCE:
+        return Finding("attention", "ok", numbers)
+    advice = f"transformers' {found.used} leaves out something of this model{side}: set {role}.model.attention=eager"
+    return Finding("attention", "FAILED", numbers, advice)
+
+
+def _side_that_is_off(found: Measurements, tolerance: Tolerance) -> str:
+    """Say which of engine and reference to believe, where the reference is not what the model is defined as."""
+    if found.eager_target_error is None:
+        return ""
+    numbers = f"mean error {found.mean_target_error:.1e} nats, of eager {found.eager_target_error:.1e}"
+    if found.eager_target_error <= tolerance.mean:
+        return f", and the engine is right ({numbers})"
+    if found.mean_target_error <= tolerance.mean:
+        return f", and the engine serves the same ({numbers})"
+    return f", and the engine serves neither ({numbers})"
 
 
 def judge_values(found: Measurements, student_vocab: int) -> Finding:

@@ -1,13 +1,20 @@
 """Which model stands where in a run: as it begins, fitted, and distilled."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from actors.student_model import save_model, scratch_model
+from actors.adapters import load_adapter
+from actors.answer_ends import AnswerEnds, settle_answer_ends, write_answer_ends
+from actors.student_model import load_model, save_model, scratch_model
 from actors.training_task import ModelSource
+from orchestrator.chat_templates import with_default_args
 from orchestrator.config import RunConfig, StudentConfig, TeacherConfig
+from orchestrator.model_files import base_of_adapter, stored_dtype
 from orchestrator.tokenizers import load_tokenizer, require_same_tokens, train_tokenizer
 
 Role = Literal["teacher", "student"]
@@ -21,20 +28,64 @@ class Models:
         self.config = config
         self.tokenizer_folder = folder / "tokenizer"
         self.student_folder = folder / "student"
+        self.students_own_tokens: list[str] = []
+        """Tokens that a pretrained student's tokenizer has and the teacher's has not; known once the tokenizer is chosen."""
         self._folder = folder / "models"
 
     def side(self, role: Role) -> TeacherConfig | StudentConfig:
         """Return the section of the configuration that speaks of a role."""
         return self.config.teacher if role == "teacher" else self.config.student
 
-    def begun(self, role: Role) -> ModelSource:
-        """Return the model as it is before any training in this run."""
+    def named(self, role: Role) -> ModelSource:
+        """Return the model that the configuration names; of an adapter, the model it was made for."""
         model = self.side(role).model
         if model.kind == "scratch":
             return ModelSource(str(self._folder / f"{role}_scratch"))
         local = Path(model.name).expanduser()
         name = str(local.resolve()) if local.is_dir() else model.name
-        return ModelSource(name, model.revision, model.trust_remote_code)
+        source = ModelSource(name, model.revision, model.trust_remote_code, model.attention)
+        base = base_of_adapter(local, f"{role}.model.name")
+        return source if base is None else replace(source, name=base.name, revision=base.revision)
+
+    def begun(self, role: Role) -> ModelSource:
+        """Return the model as it is before any training in this run; of an adapter, its base with the adapter merged."""
+        folder = self._adapter(role)
+        named = self.named(role)
+        return named if folder is None else replace(named, name=str(self._folder / f"{role}_merged"), revision=None)
+
+    def merge_adapter(self, role: Role) -> str | None:
+        """Merge a role's model, if it is an adapter, with its base, unless that is done; return what was done in words.
+
+        Raises:
+            ValueError: if the base cannot be loaded, or the adapter was not made for it.
+        """
+        adapter, folder = self._adapter(role), Path(self.begun(role).name)
+        if adapter is None or folder.exists():
+            return None
+        base = self.named(role)
+        try:
+            model = load_model(base, getattr(torch, stored_dtype(base)))
+        except OSError as error:
+            raise ValueError(
+                f"{role}.model.name {adapter} is an adapter for {base.name!r}, which cannot be loaded: {error}"
+            ) from error
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        save_model(load_adapter(str(adapter), model), self._own_tokenizer(role), folder)
+        return f"{role}: the adapter {adapter} was merged into {base.name}"
+
+    def _adapter(self, role: Role) -> Path | None:
+        """Return the folder of a role's adapter; None where its model is a whole one."""
+        model = self.side(role).model
+        if model.kind == "scratch":
+            return None
+        folder = Path(model.name).expanduser()
+        return folder.resolve() if base_of_adapter(folder, f"{role}.model.name") is not None else None
+
+    def export_dtype(self) -> str:
+        """Return the type in which the student's weights are stored in the end."""
+        if self.config.export.dtype != "as_loaded":
+            return self.config.export.dtype
+        return "float32" if self.config.student.model.kind == "scratch" else stored_dtype(self.begun("student"))
 
     def fitted_folder(self, role: Role) -> Path:
         """Return the folder into which a role's model is fitted."""
@@ -43,11 +94,11 @@ class Models:
     def ready(self, role: Role) -> ModelSource:
         """Return the teacher that scores, or the student as it is before distillation."""
         begun = self.begun(role)
-        return ModelSource(str(self.fitted_folder(role)), None, begun.trust_remote_code) if self.side(role).fit else begun
+        return replace(begun, name=str(self.fitted_folder(role)), revision=None) if self.side(role).fit else begun
 
     def distilled(self) -> ModelSource:
         """Return the student as it is after distillation."""
-        return ModelSource(str(self.student_folder), None, self.begun("student").trust_remote_code)
+        return replace(self.begun("student"), name=str(self.student_folder), revision=None)
 
     def tokenizer_for(self, training_texts: list[str]) -> PreTrainedTokenizerBase:
         """Return, and keep, the tokenizer both models speak: trained on the texts, or the teacher's own.
@@ -57,8 +108,10 @@ class Models:
         """
         tokenizer = self._choose_tokenizer(training_texts)
         data_format = self.config.data.format
-        if data_format.kind == "chat" and data_format.template is not None:
-            tokenizer.chat_template = data_format.template  # the exported student speaks as it was taught
+        if data_format.kind != "instruction":  # the exported student speaks as it was taught
+            template = data_format.template or tokenizer.chat_template
+            if isinstance(template, str):  # a tokenizer may have several by name, and none is refused when rows are rendered
+                tokenizer.chat_template = with_default_args(template, data_format.template_args)
         tokenizer.save_pretrained(self.tokenizer_folder)
         return tokenizer
 
@@ -67,8 +120,14 @@ class Models:
             return train_tokenizer(training_texts, self.config.tokenizer.vocab_size)
         tokenizers = [self._own_tokenizer(role) for role in self._owners_of_tokenizers()]
         if len(tokenizers) == 2:
-            require_same_tokens(*tokenizers)
+            self.students_own_tokens = require_same_tokens(*tokenizers)
         return tokenizers[0]
+
+    def settle_answer_ends(self, tokenizer: PreTrainedTokenizerBase, turn_ends: Iterable[str]) -> AnswerEnds:
+        """Settle where answers end, and keep it beside the tokenizer; ``turn_ends`` are those of the rows, most usual first."""
+        ends = settle_answer_ends(tokenizer, turn_ends, [self.begun(role) for role in self._owners_of_tokenizers()])
+        write_answer_ends(ends, tokenizer, self.tokenizer_folder)
+        return ends
 
     def make_scratch_models(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Draw the weights of the models that are made from scratch."""
@@ -95,7 +154,10 @@ class Models:
         return [role for role in ROLES if self.side(role).model.kind == "pretrained"]
 
     def _own_tokenizer(self, role: Role) -> PreTrainedTokenizerBase:
-        source = self.begun(role)
+        """Return the tokenizer beside a role's model; an adapter may bring one of its own."""
+        source, adapter = self.named(role), self._adapter(role)
+        if adapter is not None and (adapter / "tokenizer_config.json").exists():
+            source = replace(source, name=str(adapter), revision=None)
         return load_tokenizer(source.name, source.revision, source.trust_remote_code)
 
     def _vocab_size(self, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -107,5 +169,22 @@ class Models:
 
 def vocab_size_of(source: ModelSource) -> int:
     """Return V, the width of a model's logits, as its configuration has it."""
-    config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
-    return int(config.get_text_config().vocab_size)
+    return int(config_of(source).get_text_config().vocab_size)
+
+
+def config_of(source: ModelSource, key: str = "the model") -> PreTrainedConfig:
+    """Return a model's config.json; ``key`` names the key of the configuration that names the model.
+
+    Raises:
+        ValueError: naming the model, if there is none that can be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        if "model_type" in reason:
+            reason += "; an adapter can be named by the folder that it was downloaded to"
+        raise ValueError(
+            f"{key} {source.name!r}: its config.json, which says what shape it has, is neither in the local cache nor could it "
+            f"be fetched ({reason}); a machine with network would do, or a folder with that file: {key}=/a/folder"
+        ) from error

@@ -165,8 +165,9 @@ def time_steps(student: _Student) -> float:
 
 
 def _model(config: RunConfig, role: Role, work: Workload, folder: Path) -> ModelSource:
-    """Return a pretrained model, or one of random weights, written now."""
+    """Return a pretrained model, or one of random weights, written now; an adapter is merged now."""
     models = Models(config, folder)
+    models.merge_adapter(role)
     source, shape = models.begun(role), models.side(role).model
     if shape.kind == "scratch":
         longest = config.data.max_tokens + config.evaluate.max_new_tokens

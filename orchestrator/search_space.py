@@ -28,6 +28,7 @@ WHY_NOT = {
     "student": "all trials begin with the same student; student.lora alone can vary",
     "workers": "it says where a student learns, not what",
     "evaluate": "trials are compared by what it measures",
+    "export": "trials export nothing",
     "tracking": "it says where steps are shown, not what is learnt",
     "tune": "it is the search itself",
     "compare": "it says what is compared",

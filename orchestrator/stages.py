@@ -1,13 +1,18 @@
 """The work of each stage that trains or prepares; what it makes goes into the run's folder, what it found into its books."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from actors.score_store import ScoreStore
 from actors.training_task import TrainingTask
 from losses.config import HardLabelLoss
 from orchestrator.config import RunConfig
+from orchestrator.data_config import SourceConfig
 from orchestrator.dataset import prepare_data
+from orchestrator.model_checks import require_models_fit, row_limits
 from orchestrator.models import ROLES, Models, Role
 from orchestrator.rows import source_hash
 from orchestrator.run_dir import Facts, RunDir, result_path
@@ -15,13 +20,35 @@ from orchestrator.training import train_model
 
 
 def prepare(config: RunConfig, books: RunDir, models: Models) -> Facts:
-    """Turn rows into token ids and masks, and draw the weights of models that are made from scratch."""
+    """Turn rows into token ids and masks, settle where answers end, and draw the weights of models made from scratch."""
     for role in ROLES:
-        models.begun(role).require_safetensors()
-    counts = prepare_data(config.data, models.tokenizer_for, books.path / "data")
-    models.make_scratch_models(models.tokenizer())
-    books.say(f"prepare: {counts.line()}")
-    return {"counts": asdict(counts), "source_sha256": source_hash(config.data.source)}
+        models.named(role).require_safetensors()
+    data = books.path / "data"
+    counts = prepare_data(config.data, models.tokenizer_for, data)
+    tokenizer = models.tokenizer()
+    ends = models.settle_answer_ends(tokenizer, sorted(counts.turn_ends, key=lambda end: -counts.turn_ends[end]))
+    models.make_scratch_models(tokenizer)
+    remarks = [*counts.lines(config.data), *describe_ends(ends.ids, ends.ignored, tokenizer)]
+    remarks += require_models_fit(config, models, row_limits(config, data))
+    remarks += [merged for role in ROLES if (merged := models.merge_adapter(role))]
+    for remark in remarks:
+        books.say(f"prepare: {remark}")
+    return {
+        "counts": asdict(counts), "source_sha256": source_hash(config.data.source),
+        "heldout_sha256": source_hash(config.data.heldout.source) if config.data.heldout else None,
+        "answer_ends": list(ends.ids), "remarks": remarks,
+    }  # fmt: skip
+
+
+def describe_ends(ids: Sequence[int], ignored: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return in words where answers end, and what was left out of account."""
+    lines = [f"answers end at {' or '.join(f'{tokenizer.convert_ids_to_tokens(one)} ({one})' for one in ids)}"]
+    if ignored:
+        lines.append(
+            f"a model's generation settings name {', '.join(map(str, ignored))} as ends of answers, which are no special "
+            "tokens of the tokenizer: left out"
+        )
+    return lines
 
 
 def require_same_source(config: RunConfig, prepared: Facts) -> None:
@@ -30,13 +57,17 @@ def require_same_source(config: RunConfig, prepared: Facts) -> None:
     Raises:
         ValueError: naming the files and what to do.
     """
-    now = source_hash(config.data.source)
-    if now is not None and now != prepared["source_sha256"]:
-        assert config.data.source.kind == "files"
-        raise ValueError(
-            f"data.source.path {config.data.source.path} was changed since this run read it; give the run another name "
-            "(name=...), or delete its folder to begin again"
-        )
+    sources: dict[str, SourceConfig] = {"data.source": config.data.source}
+    if config.data.heldout is not None:
+        sources["data.heldout.source"] = config.data.heldout.source
+    for key, source in sources.items():
+        now = source_hash(source)
+        if now is not None and now != prepared["source_sha256" if key == "data.source" else "heldout_sha256"]:
+            assert source.kind == "files"
+            raise ValueError(
+                f"{key}.path {source.path} was changed since this run read it; give the run another name (name=...), or delete "
+                "its folder to begin again"
+            )
 
 
 def fit(role: Role, config: RunConfig, books: RunDir, models: Models) -> Facts:
@@ -89,5 +120,6 @@ def distillation_task(config: RunConfig, folder: Path, models: Models, store: Pa
         output=str(models.student_folder),
         run=config.name,
         tracking=config.tracking,
+        dtype=models.export_dtype(),
         teacher_done=str(result_path(folder, "score")),
     )

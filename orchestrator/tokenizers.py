@@ -92,18 +92,19 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
 
 
-def require_same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Refuse a pair whose ids mean different tokens.
+def require_same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
+    """Refuse a pair whose ids mean different tokens; return the tokens that only the student has.
 
-    The token-to-id maps are compared, whatever the widths of the models' embeddings, which are often padded.
+    The token-to-id maps are compared, whatever the widths of the models' embeddings, which are often padded. Rows are cut by
+    the teacher's tokenizer, so tokens that only the student has stand in none of them.
 
     Raises:
         ValueError: with the first tokens that differ and their ids on both sides.
     """
     teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
     differing = [token for token in {**teacher_ids, **student_ids} if teacher_ids.get(token) != student_ids.get(token)]
-    if not differing:
-        return
+    if set(differing).isdisjoint(teacher_ids) and {student_ids[token] for token in differing}.isdisjoint(teacher_ids.values()):
+        return sorted(differing, key=student_ids.__getitem__)
     absent = max(len(teacher_ids), len(student_ids))
     differing.sort(key=lambda token: (min(teacher_ids.get(token, absent), student_ids.get(token, absent)), token))
     lines = [

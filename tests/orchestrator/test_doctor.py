@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,26 +11,29 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from actors.config import DType
 from actors.diagnosis import Measurements, measure
 from actors.examples import ExampleFile, write_examples
-from actors.records import Example, example_key
+from actors.records import Example, TeacherScores, example_key
 from actors.replicas import TeacherFailed
 from actors.score_store import ScoreStore
 from actors.teacher import EngineFactory, TeacherReplica, TeacherSpec, build_engine
 from actors.training_task import ModelSource
+from actors.transformers_engine import TransformersEngine
 from orchestrator.cli import main
 from orchestrator.config import RunConfig
 from orchestrator.config_file import load_config
 from orchestrator.doctor import examine, largest_id, measure_served, spread_over_lengths
 from orchestrator.findings import TOLERANCES, Finding, judge_scores
+from orchestrator.models import ROLES, Models
 from tests.fakes import FakeTeacher, fake_spec
 from tests.faulty_engines import TOP_K, CrowdedEngine, RepeatingEngine, Serves, ShiftedEngine, SwappingEngine
 from tests.worlds import LONGEST, VOCAB, random_examples, tiny_llama, word_tokenizer
 
-CHECKS = ["scores", "batch", "raw", "served", "loss", "teacher"]
+CHECKS = ["attention", "scores", "batch", "raw", "served", "loss", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(folder, rows)
 
 
-def measured(world: World, folder: Path, engine_factory: EngineFactory, spec: TeacherSpec | None = None) -> Measurements:
-    """What ``measure_served`` does, in this process."""
+def measured(
+    world: World, folder: Path, engine_factory: EngineFactory, spec: TeacherSpec | None = None, attention: str = "auto"
+) -> Measurements:
+    """What ``measure_served`` does, in this process; ``attention`` is the reference's."""
     spec = spec or world.spec()
     write_examples(folder / "rows.arrow", world.rows)
     for name, rows_per_shard in (("alone", 1), ("together", len(world.rows))):
@@ -76,7 +82,8 @@ def measured(world: World, folder: Path, engine_factory: EngineFactory, spec: Te
         replica.start()
         for shard in store.missing_shards():
             replica.score_shard(folder / "rows.arrow", store.path, shard)
-    return measure(world.spec().model, str(folder / "rows.arrow"), str(folder / "alone"), str(folder / "together"))
+    teacher = replace(world.spec().model, attention=attention)
+    return measure(teacher, str(folder / "rows.arrow"), str(folder / "alone"), str(folder / "together"))
 
 
 def judged(found: Measurements, dtype: DType = "float32", student_vocab: int = VOCAB) -> list[Finding]:
@@ -130,6 +137,36 @@ def test_a_fault_fails_its_own_check_and_no_other(
     assert unclear <= follow and (follow - unclear <= {"teacher"})
 
 
+def sharpened(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """An attention that is wrong and says nothing."""
+    return sdpa_attention_forward(module, 1.5 * query, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("served_by", "said"), [("auto", "the engine is right"), ("sharpened", "the engine serves the same")])
+def test_where_the_reference_is_off_the_engine_is_not_blamed(world: World, tmp_path: Path, served_by: str, said: str) -> None:
+    AttentionInterface.register("sharpened", sharpened)
+    spec = world.spec()
+    served = replace(spec, model=replace(spec.model, attention=served_by))
+    findings = judged(measured(world, tmp_path, build_engine, served, attention="sharpened"))
+    failed = the_failed(findings)
+    assert failed.check == "attention" and said in failed.advice and "teacher.model.attention=eager" in failed.advice
+    assert {finding.check for finding in findings if finding.state == "unclear"} <= {"raw", "served", "loss"}
+
+
+def test_the_rounding_of_stored_scores_is_not_taken_for_the_batch(world: World, tmp_path: Path) -> None:
+    """The least difference may take a stored log-probability from one step of 1/2048 nat to the next."""
+
+    class Trembling(TransformersEngine):
+        def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+            scores = super().score(examples)
+            sign = 1 if len(examples) == 1 else -1
+            half_steps = [np.floor(one.topk_logprobs * 2048) / 2048 + 0.5 / 2048 + sign * 1e-6 for one in scores]
+            return [replace(one, topk_logprobs=logprobs) for one, logprobs in zip(scores, half_steps, strict=True)]
+
+    found = measured(world, tmp_path, Trembling)
+    assert found.batch_error < 1e-5
+
+
 def test_the_rows_that_are_tried_are_of_every_length(tmp_path: Path) -> None:
     rows = random_examples(40, seed=0)
     write_examples(tmp_path / "rows.arrow", rows)
@@ -166,7 +203,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     config = {
         "name": "seen", "output": str(folder / "runs"),
         "data": {
-            "source": {"kind": "files", "path": str(folder / "rows.jsonl")}, "heldout_rows": 6,
+            "source": {"kind": "files", "path": str(folder / "rows.jsonl")}, "heldout_rows": 6, "special_tokens": "keep",
             "format": {"kind": "instruction", "prompt": "{{ instruction }} "},
         },
         "teacher": {
@@ -183,6 +220,13 @@ def config_of(arguments: list[str], *overrides: str) -> RunConfig:
     return load_config(arguments[0], overrides)
 
 
+def test_what_is_said_of_attention_goes_where_the_model_goes(arguments: list[str]) -> None:
+    config = config_of(arguments, "teacher.model.attention=eager", "student.model.attention=sdpa")
+    models = Models(config, config.run_dir)
+    assert [models.begun(role).attention for role in ROLES] == ["eager", "sdpa"]
+    assert models.ready("teacher").attention == "eager" and models.distilled().attention == "sdpa"
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_doctor_passes_a_sound_pair_and_leaves_no_scores(
@@ -190,12 +234,12 @@ def test_the_doctor_passes_a_sound_pair_and_leaves_no_scores(
 ) -> None:
     assert main(["doctor", *arguments]) == 0, capsys.readouterr()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[-7:]] == [f"ok {check}" for check in ["tokens", *CHECKS]]
+    assert [line.split(":")[0] for line in lines[-9:]] == [f"ok {check}" for check in ["tokens", "attention", *CHECKS]]
     run = config_of(arguments).run_dir
     assert [path.name for path in (run / "stages").iterdir()] == ["prepare.json"]
     assert [path.name for path in run.parent.iterdir()] == ["seen"] and not list(run.glob("doctor-*"))
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    assert [finding["state"] for finding in events[-1]["findings"]] == ["ok"] * 7
+    assert [finding["state"] for finding in events[-1]["findings"]] == ["ok"] * 9
 
 
 @pytest.mark.ray
@@ -225,7 +269,7 @@ def test_a_teacher_that_cannot_serve_is_no_finding(local_ray: None, world: World
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_the_doctor_passes_what_vllm_serves(local_ray: None, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *arguments, "name=vllm", "teacher.engine.kind=vllm"]) == 0, capsys.readouterr()
-    assert [line[:3] for line in capsys.readouterr().out.splitlines()[-7:]] == ["ok "] * 7
+    assert [line[:3] for line in capsys.readouterr().out.splitlines()[-9:]] == ["ok "] * 9
 
 
 def test_a_pair_of_other_tokens_is_a_failed_check_before_anything_is_begun(

@@ -8,10 +8,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.finished_model import ExportProof
 from actors.identity import identity_hash
 from orchestrator.config import RunConfig
 from orchestrator.config_file import validate
-from orchestrator.export import check_export, model_card, without_places, write_model_card
+from orchestrator.export import StoredStudent, check_export, model_card, without_places, write_model_card
 from orchestrator.table import ComparisonTable, metric_rows
 from tests.evaluation_world import save_model, save_tokenizer
 
@@ -102,13 +103,35 @@ def test_adapters_are_no_export(tmp_path: Path) -> None:
         check_export(folder)
 
 
-def test_a_tokenizer_that_is_too_large_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model_is_said(tmp_path: Path) -> None:
     folder = export_folder(tmp_path / "student")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["one", "more"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ValueError, match="has 31 tokens, but the model predicts 29"):
-        check_export(folder)
+    (said,) = check_export(folder)
+    assert said.startswith("the tokenizer has 31 tokens and the model 29, as the models that it was made from")
+
+
+def test_an_export_of_another_type_or_with_other_ends_is_refused(tmp_path: Path) -> None:
+    folder = export_folder(tmp_path / "student")
+    ends = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    with pytest.raises(ValueError, match=rf"generation_config\.json in .* ends answers at {ends}, evaluation did at \[1, 2\]"):
+        check_export(folder, ends=(1, 2))
+    with pytest.raises(ValueError, match=r"is stored in float32, and bfloat16 was asked for \(export\.dtype\)"):
+        check_export(folder, dtype="bfloat16")
+
+
+def test_the_card_says_how_the_student_is_stored(tmp_path: Path) -> None:
+    folder = export_folder(tmp_path / "student")
+    proof = ExportProof(64, "bfloat16", 1e-9, 2.5e-4, ("lm_head",))
+    write_model_card(folder, config(), IDENTITY, table(), StoredStudent("bfloat16", ["<|im_end|> (4)", "</s> (1)"], proof))
+    card = (folder / "README.md").read_text()
+    for line in (
+        "- Weights are stored in bfloat16.", "- Answers end at <|im_end|> (4) or </s> (1), as generation_config.json says.",
+        "- On 64 tokens the stored student is 2.5e-04 nats from the trained one (KL a token).",
+        "- Untied, since only one of two layers had an adapter: lm_head.",
+    ):  # fmt: skip
+        assert line in card
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

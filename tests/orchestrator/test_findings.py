@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 
 from actors.config import DType
-from actors.diagnosis import Measurements
-from orchestrator.findings import TOLERANCES, Finding, judge_scores, judge_tokens
+from actors.diagnosis import AttentionFound, Measurements
+from orchestrator.findings import TOLERANCES, Finding, judge_attention, judge_scores, judge_tokens
 from tests.worlds import VOCAB, word_tokenizer
 
 SOUND = Measurements(
     targets=100, largest_target_error=1e-5, furthest_row=7, mean_target_error=1e-6, error_one_earlier=2.0, error_one_later=2.0,
     topk_agreement=1.0, mass_error=1e-5, slope=1.0, correlation=1.0, self_divergence=1e-6, self_refusal="", batch_error=1e-6,
     likeliest_spread=2.0, lowest_row_entropy=0.5, highest_row_entropy=1.5, teacher_loss=1.0, largest_topk_id=VOCAB - 1,
+    attention=AttentionFound("sdpa", 1e-6), eager_target_error=None,
 )  # fmt: skip
 
 
@@ -50,6 +51,38 @@ def test_a_number_beyond_its_bound_fails_one_check(numbers: dict[str, Any], chec
     assert failed.check == check and said in failed.line() and failed.line().startswith(f"FAILED {check}: ")
 
 
+@pytest.mark.parametrize(
+    ("served", "eager", "said"),
+    [
+        (0.3, 1e-6, "and the engine is right (mean error 3.0e-01 nats, of eager 1.0e-06)"),
+        (1e-6, 0.3, "and the engine serves the same (mean error 1.0e-06 nats, of eager 3.0e-01)"),
+        (0.3, 0.4, "and the engine serves neither (mean error 3.0e-01 nats, of eager 4.0e-01)"),
+    ],
+)
+def test_the_side_whose_attention_is_off_is_named(served: float, eager: float, said: str) -> None:
+    numbers: dict[str, Any] = {
+        "mean_target_error": served,
+        "largest_target_error": 2 * served,
+        "self_divergence": served,
+        "slope": 0.9,
+    }
+    found = replace(SOUND, attention=AttentionFound("sdpa", 0.3), eager_target_error=eager, **numbers)
+    failed = the_failed(judged(found))
+    assert failed.line().startswith("FAILED attention: the teacher's is sdpa, 3.0e-01 nats from eager (may 0.001); ")
+    assert said in failed.advice and failed.advice.endswith("set teacher.model.attention=eager")
+
+
+def test_the_attention_of_a_student_is_judged_by_itself() -> None:
+    failed = judge_attention("student", AttentionFound("sdpa", math.nan))
+    assert failed.line() == (
+        "FAILED attention: the student's is sdpa, nan nats from eager (may 0.001); transformers' sdpa leaves out something of "
+        "this model: set student.model.attention=eager"
+    )
+    assert judge_attention("student", AttentionFound("eager", 0.0)).line() == (
+        "ok attention: the student's is eager, the model's own definition"
+    )
+
+
 def test_a_top_k_token_the_student_lacks_is_reported() -> None:
     failed = the_failed(judged(SOUND, student_vocab=90))
     assert failed.check == "scores"
@@ -70,7 +103,7 @@ def tokens_judged(data: int = VOCAB, teacher: int = VOCAB, student: int = VOCAB,
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [
-        ({"student": VOCAB + 1}, "FAILED tokens: teacher and student do not speak the same tokens: 1 tokens of 96"),
+        ({"student": VOCAB - 1}, "FAILED tokens: teacher and student do not speak the same tokens: 1 tokens of 96"),
         ({"data": VOCAB + 1}, "FAILED tokens: 1 tokens of 97 have other ids in the run's own tokenizer than for the teacher"),
         ({"teacher_vocab": 90}, "the teacher has no token 95, its config.json does not fit its tokenizer"),
         ({"student_vocab": 90}, "name a student.model whose vocab_size is at least 96"),

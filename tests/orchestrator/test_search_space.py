@@ -151,7 +151,7 @@ def tuned(*overrides: str) -> RunConfig:
         (["tune.rungs=1"], r"tune: scheduler asha stops trials between rungs, and rungs is 1: set rungs to 2 or more, or"),
         (["tune.concurrent=many"], r"tune\.concurrent: 'many' is no number of trials; 1 or auto would do"),
         (["tune.concurrent=0"], r"tune\.concurrent: 0 is no number of trials"),
-        (["tune.search=bayes"], r"tune\.search: Input should be 'grid', 'random' or 'tpe'; got 'bayes'"),
+        (["tune.search=bayes"], r"tune\.search: there is no 'bayes'; there are grid, random, tpe"),
         (["tune.trails=3"], r"tune\.trails: there is no such key; did you mean trials\?"),
     ],
 )

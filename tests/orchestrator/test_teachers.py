@@ -50,7 +50,7 @@ def config_of(folder: Path, teachers: dict[str, Any] | None = None, **sections: 
     return validate({
         "name": "sizes", "output": str(folder / "runs"),
         "data": {
-            "source": {"kind": "files", "path": str(folder / "rows.jsonl")}, "heldout_rows": 12,
+            "source": {"kind": "files", "path": str(folder / "rows.jsonl")}, "heldout_rows": 12, "special_tokens": "keep",
             "format": {"kind": "instruction", "prompt": "{{ instruction }} "},
         },
         "teacher": {

@@ -1,0 +1,66 @@
+"""What the doctor finds of a run beside its scores: rows, ends of answers, and the student's export."""
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+
+from actors.finished_model import ExportDiffers, ExportProof, try_export
+from orchestrator.config import RunConfig
+from orchestrator.dataset import prepare_data
+from orchestrator.findings import Finding
+from orchestrator.models import Models
+from orchestrator.run_dir import Facts
+from orchestrator.stages import describe_ends, distillation_task
+
+HASHES = ("train_hash", "heldout_hash", "tokenizer_hash")
+
+
+def check_rows(config: RunConfig, run: Path) -> Finding:
+    """Prepare the rows of a run once more, and compare token for token: scores are found again by these tokens."""
+    with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
+        counts = prepare_data(config.data, Models(config, Path(folder)).tokenizer_for, Path(folder) / "data")
+        before, now = (json.loads((path / "data" / "summary.json").read_text()) for path in (run, Path(folder)))
+    special = f"; {counts.rows_with_special_tokens} hold special tokens in people's text ({config.data.special_tokens})"
+    numbers = f"{counts.rows_read} rows, prepared twice, are the same tokens{special if counts.rows_with_special_tokens else ''}"
+    if differing := [name for name in HASHES if before[name] != now[name]]:
+        return Finding(
+            "rows", "FAILED", f"prepared twice, {', '.join(differing)} differ",
+            "source, template or tokenizer have changed since, and no scores would be found again: give the run another name "
+            "(name=...), or delete its folder",
+        )  # fmt: skip
+    return Finding("rows", "ok", numbers)
+
+
+def check_ends(models: Models, prepared: Facts) -> Finding:
+    """Judge whether answers end where models can learn that they end."""
+    tokenizer = models.tokenizer()
+    numbers = describe_ends(prepared["answer_ends"], (), tokenizer)[0]
+    turns: dict[str, int] = prepared["counts"]["turn_ends"]
+    if unended := turns.get("", 0):
+        return Finding(
+            "ends", "FAILED", f"{numbers}; {unended} of {sum(turns.values())} answers end in no special token",
+            "a model does not learn from them where to stop: set data.format.template to one that ends each turn with one",
+        )  # fmt: skip
+    return Finding("ends", "ok", numbers)
+
+
+def check_export(config: RunConfig, models: Models, run: Path) -> Finding:
+    """Write the student as a run would, adapters filled with random numbers, and compare what is read again; needs Ray."""
+    with tempfile.TemporaryDirectory(prefix="doctor-", dir=run, ignore_cleanup_errors=True) as folder:
+        task = replace(
+            distillation_task(config, run, models, None), metrics=folder, output=str(Path(folder) / "student"), teacher_done=None
+        )
+        trying = ray.remote(try_export).options(name="doctor", num_cpus=config.workers.cpus)
+        try:
+            proof: ExportProof = ray.get(trying.remote(task))
+        except ExportDiffers as error:
+            return Finding("export", "FAILED", str(error), "the run would end so after training")
+    untied = f"; {', '.join(proof.untied)} untied from the layer it shares its weight with" if proof.untied else ""
+    return Finding(
+        "export", "ok",
+        f"the student, written in {proof.dtype} and read again, is {proof.kl_of_export:.1e} nats from itself (KL a token), "
+        f"{proof.kl_of_merging:.1e} before its weights are rounded{untied}",
+    )  # fmt: skip
