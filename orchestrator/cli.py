@@ -54,18 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     _require_command(parser, words)
     options = parser.parse_args(words)
-    from orchestrator.config_file import ConfigError, dump_config, load_config
+    from orchestrator.config_file import dump_config, load_config
 
     try:
         config = load_config(options.config, options.overrides)
-    except ConfigError as error:
+        if options.command == "config":
+            print(dump_config(config), end="")
+            return 0
+        settle_home()
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.command == "config":
-        print(dump_config(config), end="")
-        return 0
     try:
-        settle_home()
         from orchestrator.failure import guarded
     except (Exception, KeyboardInterrupt) as error:
         return _not_begun(error)

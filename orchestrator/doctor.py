@@ -34,6 +34,7 @@ from orchestrator.models import ROLES, Models, vocab_size_of
 from orchestrator.pipeline import life
 from orchestrator.resources import ray_for
 from orchestrator.run_dir import RunDir
+from orchestrator.run_findings import check_ends, check_export, check_rows
 from orchestrator.scoring import pin_revision
 from orchestrator.tokenizers import load_tokenizer
 
@@ -59,7 +60,7 @@ def examine(config: RunConfig, say: Callable[[str], None] = print, engine_factor
     """
     if all(side.model.kind == "pretrained" for side in (config.teacher, config.student)):
         models = Models(config, config.run_dir)
-        teacher, student = (tokenizer_of(models.begun(role)) for role in ROLES)
+        teacher, student = (models.own_tokenizer(role) for role in ROLES)
         if differing := judge_pair(teacher, student):
             return [differing]
     with RunDir.open(config, say) as books:
@@ -81,6 +82,9 @@ def _examine_fitted(config: RunConfig, books: RunDir, models: Models, engine_fac
     )  # fmt: skip
     if tokens.state != "ok":
         return [tokens]
+    prepared = books.result("prepare")
+    assert prepared is not None, "the run was prepared before"
+    findings = [tokens, check_rows(config, books.path), check_ends(models, prepared)]
     spec = TeacherSpec(
         engine=config.teacher.engine.model_copy(update={"replicas": 1}),
         model=pin_revision(models.ready("teacher")),
@@ -93,10 +97,10 @@ def _examine_fitted(config: RunConfig, books: RunDir, models: Models, engine_fac
     with ray_for(config), tempfile.TemporaryDirectory(prefix="doctor-", dir=books.path, ignore_cleanup_errors=True) as folder:
         found = measure_served(spec, rows, Path(folder), teacher_vocab, engine_factory)
         if isinstance(found, Finding):
-            return [tokens, found]
+            return [*findings, found]
         student = measure_student(config, models.ready("student"), Path(folder))
-    of_student = judge_attention("student", student)
-    return [tokens, of_student, *judge_scores(found, TOLERANCES[spec.engine.dtype], teacher_vocab, student_vocab)]
+        findings += [check_export(config, models, books.path), judge_attention("student", student)]
+    return findings + judge_scores(found, TOLERANCES[spec.engine.dtype], teacher_vocab, student_vocab)
 
 
 def largest_id(examples: ExampleFile) -> int:

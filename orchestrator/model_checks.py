@@ -50,7 +50,7 @@ def require_models_fit(config: RunConfig, models: Models, rows: RowLimits) -> li
     Raises:
         ValueError: a line for each fault, naming the key, the value and one that would do.
     """
-    faults, remarks, rooms = [], [], []
+    faults, remarks, rooms, fewer = [], [], [], []
     for role in ROLES:
         if models.side(role).model.kind == "scratch":
             continue  # its positions and its vocabulary are made for the rows
@@ -58,8 +58,9 @@ def require_models_fit(config: RunConfig, models: Models, rows: RowLimits) -> li
         for room, fault in row_faults(config, role, settings, rows):
             faults.append(fault)
             rooms.append(room)
-        if not rooms:
-            faults += answer_faults(config, role, settings, rows)
+        for room, fault in [] if rooms else answer_faults(config, role, settings, rows):
+            faults.append(fault)
+            fewer.append(room)
         faults += vocabulary_faults(role, settings, rows)
         remarks += _unused_tokens(role, settings, models, rows)
         try:
@@ -68,6 +69,8 @@ def require_models_fit(config: RunConfig, models: Models, rows: RowLimits) -> li
             faults.append(str(error))
     if rooms:
         faults.append(f"data.max_tokens={min(rooms)} would do")
+    elif fewer:
+        faults.append(f"evaluate.{f'max_new_tokens={min(fewer)}' if min(fewer) > 0 else 'generate_rows=0'} would do")
     if faults:
         raise ValueError("the models cannot take the rows: " + "; ".join(faults))
     return remarks + adapter_remarks(config, models)
@@ -114,17 +117,16 @@ def row_faults(config: RunConfig, role: Role, settings: PreTrainedConfig, rows: 
     return faults
 
 
-def answer_faults(config: RunConfig, role: Role, settings: PreTrainedConfig, rows: RowLimits) -> list[str]:
-    """Return a line if prompt and answer of an evaluation exceed a model's window."""
+def answer_faults(config: RunConfig, role: Role, settings: PreTrainedConfig, rows: RowLimits) -> list[tuple[int, str]]:
+    """Return how long an answer may be and what is wrong in words, if prompt and answer of an evaluation exceed the window."""
     window, room = window_of(settings), config.evaluate.max_new_tokens
     if window is None or not rows.longest_prompt or rows.longest_prompt + room <= window:
         return []
-    fewer = window - rows.longest_prompt
-    return [
+    fault = (
         f"evaluation continues a prompt of {rows.longest_prompt} tokens by evaluate.max_new_tokens {room}, the {role} "
-        f"{name_of(config, role)} knows {window} positions: "
-        + (f"evaluate.max_new_tokens={fewer} would do" if fewer > 0 else "evaluate.generate_rows=0 would do")
-    ]
+        f"{name_of(config, role)} knows {window} positions"
+    )
+    return [(window - rows.longest_prompt, fault)]
 
 
 def name_of(config: RunConfig, role: Role) -> str:

@@ -70,7 +70,7 @@ class Models:
                 f"{role}.model.name {adapter} is an adapter for {base.name!r}, which cannot be loaded: {error}"
             ) from error
         folder.parent.mkdir(parents=True, exist_ok=True)
-        save_model(load_adapter(str(adapter), model), self._own_tokenizer(role), folder)
+        save_model(load_adapter(str(adapter), model), self.own_tokenizer(role), folder)
         return f"{role}: the adapter {adapter} was merged into {base.name}"
 
     def _adapter(self, role: Role) -> Path | None:
@@ -118,7 +118,7 @@ class Models:
     def _choose_tokenizer(self, training_texts: list[str]) -> PreTrainedTokenizerBase:
         if self.config.tokenizer is not None:
             return train_tokenizer(training_texts, self.config.tokenizer.vocab_size)
-        tokenizers = [self._own_tokenizer(role) for role in self._owners_of_tokenizers()]
+        tokenizers = [self.own_tokenizer(role) for role in self._owners_of_tokenizers()]
         if len(tokenizers) == 2:
             self.students_own_tokens = require_same_tokens(*tokenizers)
         return tokenizers[0]
@@ -153,7 +153,7 @@ class Models:
         """Return the roles whose models bring a tokenizer; the run's is the first one's."""
         return [role for role in ROLES if self.side(role).model.kind == "pretrained"]
 
-    def _own_tokenizer(self, role: Role) -> PreTrainedTokenizerBase:
+    def own_tokenizer(self, role: Role) -> PreTrainedTokenizerBase:
         """Return the tokenizer beside a role's model; an adapter may bring one of its own."""
         source, adapter = self.named(role), self._adapter(role)
         if adapter is not None and (adapter / "tokenizer_config.json").exists():

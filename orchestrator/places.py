@@ -45,11 +45,11 @@ def settle_home() -> None:
     Raises:
         ValueError: naming TMPDIR, if a temporary folder cannot be made either.
     """
-    instead = home_stand_ins(os.environ, home_of(os.environ), can_be_written)
-    wants_token = ray_token_wanted({**os.environ, **instead}, home_of({**os.environ, **instead}), can_be_written)
+    home = home_of(os.environ)
+    instead = home_stand_ins(os.environ, home, can_be_written)
+    wants_token = ray_token_wanted(os.environ, home, can_be_written)
     if not instead and not wants_token:
         return
-    home = home_of(os.environ)
     what = f"the home folder {home} cannot be written" if home else "this user has no home folder"
     try:
         folder = Path(tempfile.mkdtemp(prefix="atkd-home-"))
@@ -57,6 +57,8 @@ def settle_home() -> None:
         raise ValueError(f"{what}, and neither can a temporary one be made ({error}); TMPDIR=/a/folder would do") from error
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     settings = {name: str(folder / place) for name, place in instead.items()}
+    for place in settings.values():
+        Path(place).mkdir()
     if wants_token:
         settings["RAY_AUTH_TOKEN_PATH"] = str(write_token(folder / "ray_auth_token"))
     os.environ.update(settings)
@@ -87,7 +89,10 @@ def home_stand_ins(environment: Mapping[str, str], home: Path | None, writable: 
 
 
 def ray_token_wanted(environment: Mapping[str, str], home: Path | None, writable: Writable) -> bool:
-    """Whether a Ray of our own needs a token that it could not keep in the home folder; that of a cluster is the cluster's."""
+    """Whether a Ray of our own needs a token that it could not keep in the home folder; that of a cluster is the cluster's.
+
+    Without a home folder Ray keeps it in the one that is made.
+    """
     if environment.get("RAY_ADDRESS", "local") not in ("", "local"):
         return False
     if environment.get("RAY_AUTH_MODE", "token").lower() != "token":
