@@ -30,7 +30,8 @@ place of ten minutes, that of the hanging replica one of 3 s."""
 
 def drills(page: str) -> dict[str, list[str]]:
     """Return what is broken in each drill of the page, with the names of its tests."""
-    return {row["broken"].strip(): re.findall(r"`(test_\w+)`", row["tests"]) for row in ROW.finditer(NOTHING_BREAKS.sub("", page))}
+    rows = ROW.finditer(NOTHING_BREAKS.sub("", page))
+    return {row["broken"].strip(): re.findall(r"`(test_\w+)`", row["tests"]) for row in rows}
 
 
 @dataclass
