@@ -64,13 +64,14 @@ class Models:
             return None
         base = self.named(role)
         try:
-            model = load_model(base, getattr(torch, stored_dtype(base)))
+            model = load_model(base)
         except OSError as error:
             raise ValueError(
                 f"{role}.model.name {adapter} is an adapter for {base.name!r}, which cannot be loaded: {error}"
             ) from error
         folder.parent.mkdir(parents=True, exist_ok=True)
-        save_model(load_adapter(str(adapter), model), self.own_tokenizer(role), folder)
+        merged = load_adapter(str(adapter), model).to(getattr(torch, stored_dtype(base)))
+        save_model(merged, self.own_tokenizer(role), folder)
         return f"{role}: the adapter {adapter} was merged into {base.name}"
 
     def _adapter(self, role: Role) -> Path | None:

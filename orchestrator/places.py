@@ -62,7 +62,10 @@ def settle_home() -> None:
     if wants_token:
         settings["RAY_AUTH_TOKEN_PATH"] = str(write_token(folder / "ray_auth_token"))
     os.environ.update(settings)
-    print(f"note: {what}; {', '.join(settings)} are set to places in {folder}, which ends with this command", file=sys.stderr)
+    print(
+        f"note: {what}; what libraries keep there goes to {folder} and ends with this command ({', '.join(settings)})",
+        file=sys.stderr,
+    )
 
 
 def home_of(environment: Mapping[str, str]) -> Path | None:

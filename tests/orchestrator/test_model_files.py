@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from actors.adapters import load_adapter
 from actors.student_model import load_model
 from actors.training_task import ModelSource
 from orchestrator.config_file import validate
@@ -24,7 +25,7 @@ def adapter(base: Path, folder: Path, **settings: Any) -> Path:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
     torch.manual_seed(3)
     for name, weight in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or "modules_to_save" in name:
             weight.data = 0.1 * torch.randn_like(weight)
     model.save_pretrained(folder)
     return folder
@@ -37,10 +38,15 @@ def run_of(folder: Path, teacher: Path) -> Models:
     return Models(validate({"name": "small", "output": str(folder), **sides}), folder / "run")
 
 
+@pytest.mark.parametrize("settings", [
+    {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["embed_tokens"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+])  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_adapter_over_its_base_becomes_a_whole_model(tmp_path: Path, tied: bool) -> None:
+def test_an_adapter_over_its_base_becomes_a_whole_model(tmp_path: Path, tied: bool, settings: dict[str, Any]) -> None:
     base = tiny_llama(tmp_path / "base", seed=1, tied=tied)
-    folder = adapter(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    folder = adapter(base, tmp_path / "adapter", **settings)
     models = run_of(tmp_path, folder)
     assert models.tokenizer_for([]).get_vocab() == word_tokenizer().get_vocab()  # the base's: the adapter brings none
     said = models.merge_adapter("teacher")
@@ -54,6 +60,22 @@ def test_an_adapter_over_its_base_becomes_a_whole_model(tmp_path: Path, tied: bo
         expected, found = adapted(input_ids=ids).logits, load_model(models.begun("teacher")).eval()(input_ids=ids).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert models.ready("teacher") == models.begun("teacher") and models.named("teacher").name == str(base)
+
+
+def test_a_merge_that_changes_the_model_is_refused(tmp_path: Path) -> None:
+    class Uneven(LlamaForCausalLM):
+        """Its logits depend on how its weights are held."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().forward(*args, **kwargs)
+            found.logits = found.logits + any("lora_" in name for name, _ in self.named_parameters())
+            return found
+
+    base = tiny_llama(tmp_path / "base", seed=1)
+    folder = adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"cannot be merged: the merged model's logits are up to 1 from those of base and "
+        r"adapter"):
+        load_adapter(str(folder), Uneven.from_pretrained(base))
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
