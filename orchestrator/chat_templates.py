@@ -92,7 +92,7 @@ class ChatTemplate:
                 f"the chat template renders the prompt for message {turn} differently once the answer follows, so training would "
                 f"not see what generation gets; {remedy}"
             )
-        until_turn = whole if is_last else commonprefix([whole, self._apply(conversation, turn + 1, False)])
+        until_turn = whole if is_last else _shared(whole, self._apply(conversation, turn + 1, False))
         written, start = until_turn[len(prompt) :], len(prompt)
         message = conversation.messages[turn]
         content = message["content"].strip()
@@ -172,6 +172,11 @@ def _require_calls(message: Message, written: str, turn: int) -> None:
                 f"the chat template leaves out the call of {name!r} in message {turn}; data.format.template=... with a template "
                 "that writes tool_calls would do"
             )
+
+
+def _shared(whole: str, beginning: str) -> str:
+    """Return how far two texts are the same; most often one begins with the other, which is found out fast."""
+    return beginning if whole.startswith(beginning) else commonprefix([whole, beginning])
 
 
 def _squeezed(text: str) -> str:
