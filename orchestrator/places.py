@@ -134,8 +134,9 @@ def ray_folder() -> Iterator[str | None]:
     if parent is None:
         yield None
         return
+    usual = os.environ.get("TMPDIR", "/tmp")
     with tempfile.TemporaryDirectory(prefix="atkd-", dir=parent, ignore_cleanup_errors=True) as folder:
-        print(f"note: Ray's sockets do not fit into the temporary folder and go to {folder}", file=sys.stderr)
+        print(f"note: the temporary folder {usual} does not serve Ray's sockets; they go to {folder}", file=sys.stderr)
         for_vllm = "VLLM_RPC_BASE_PATH" not in os.environ  # where its engines of several processes keep sockets of their own
         if for_vllm:
             os.environ["VLLM_RPC_BASE_PATH"] = folder

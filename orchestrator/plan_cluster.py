@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import psutil
 import ray
+from ray.exceptions import RayError
 import torch
 
 from actors.config import EngineConfig
@@ -15,7 +16,7 @@ from actors.workers_config import WorkersConfig
 from orchestrator.config import FitConfig, RunConfig
 from orchestrator.plan_jobs import Estimator, trainings
 from orchestrator.plan_memory import Memory, forward_bytes, scoring_bytes, weights_bytes
-from orchestrator.resources import cluster_address, require_places
+from orchestrator.resources import RayFailed, cluster_address, require_places, why_ray_failed
 
 Placed = TypeVar("Placed", EngineConfig, WorkersConfig)
 GIB = 2**30
@@ -79,12 +80,16 @@ def live_place(gpu_gib: float | None, cpus: float = 0.0) -> Place:
     This machine has at least ``cpus``: there a run begins a Ray of its own, with as many as it holds at one time.
 
     Raises:
+        RayFailed: if the cluster does not let this process in.
         ValueError: if its GPUs are on other machines and nobody said how large they are.
     """
-    if cluster_address():
+    if address := cluster_address():
         begun_here = not ray.is_initialized()
         if begun_here:
-            ray.init(log_to_driver=False, logging_level="WARNING")
+            try:
+                ray.init(log_to_driver=False, logging_level="WARNING")
+            except (OSError, RuntimeError, ValueError, RayError) as error:
+                raise RayFailed(why_ray_failed(address, error)) from error
         nodes = [Node(node["NodeName"], node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
         if begun_here:
             ray.shutdown()

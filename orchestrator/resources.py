@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 
 from actors.config import EngineConfig
 from actors.placement import (
@@ -106,24 +106,26 @@ def _ray_of_this_process(needed: Demand) -> Iterator[None]:
                         _temp_dir=folder,
                     )
         except (OSError, RuntimeError, ValueError, RayError) as error:
-            raise RayFailed(_why_not(address, error)) from error
+            raise RayFailed(why_ray_failed(address, error)) from error
         try:
             yield
         finally:
             ray.shutdown()
 
 
-def _why_not(address: str | None, error: Exception) -> str:
+def why_ray_failed(address: str | None, error: Exception) -> str:
+    """Return a line of ours, which names the variable to change, and Ray's words after it; no address means a private Ray."""
     reason = " ".join(str(error).split())
     if address:
         return (
-            f"the cluster at RAY_ADDRESS {address} does not let this process in; RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH with a "
-            f"file, gives it the cluster's token. Ray says: {reason}"
+            f"the cluster at RAY_ADDRESS {address} does not let this process in; if it asks for a token, RAY_AUTH_MODE=token and "
+            f"RAY_AUTH_TOKEN_PATH=/a/file, or RAY_AUTH_TOKEN, give it. Ray says: {reason}"
         )
-    return (
-        "Ray cannot be started on this machine; it needs a folder for its sockets (RAY_TMPDIR=/tmp would do) and one for its "
-        f"token (RAY_AUTH_TOKEN_PATH=/a/file). Ray says: {reason}"
-    )
+    if isinstance(error, AuthenticationError):
+        return (
+            f"Ray cannot be started without a token; leave RAY_AUTH_TOKEN_PATH out, or name a file with one. Ray says: {reason}"
+        )
+    return f"Ray cannot be started on this machine; its logs are below RAY_TMPDIR, TMPDIR or /tmp. Ray says: {reason}"
 
 
 def cluster_address() -> str | None:

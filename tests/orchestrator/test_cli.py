@@ -1,5 +1,6 @@
 """The command line answers at once, and errors come before anything is started."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,9 +67,31 @@ def test_a_command_that_is_not_there_names_the_nearest(capsys: pytest.CaptureFix
     assert "there is no 'rnu'; did you mean run? there are run, prepare, fit," in capsys.readouterr().err
 
 
+def test_no_place_for_temporary_files_is_an_error_in_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", "/proc/nonexistent")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    assert main(["prepare", "configs/tiny_cpu.yaml", f"output={tmp_path}"]) == 2
+    assert "error: the home folder /proc/nonexistent cannot be written, and neither can" in capsys.readouterr().err
+
+
+def test_a_library_that_cannot_be_imported_is_named_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError('libfoo.so is not there')")
+    command = [sys.executable, "-m", "orchestrator", "plan", "configs/tiny_cpu.yaml", f"output={tmp_path}"]
+    surroundings = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
+    said, kept = done.stderr.splitlines()[-2:]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert said.startswith("error: what every command needs cannot be imported (ImportError: libfoo.so is not there); make setup")
+    assert "libfoo.so" in Path(kept.removeprefix("the whole story stands in ")).read_text()
+
+
 def test_a_plan_of_what_cannot_be_leaves_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["plan", "configs/tiny_cpu.yaml", f"output={tmp_path / 'runs'}", "data.source={kind: files, path: "
-        "nowhere.jsonl}"]) == 2
+    assert (
+        main(["plan", "configs/tiny_cpu.yaml", f"output={tmp_path / 'runs'}", "data.source={kind: files, path: nowhere.jsonl}"])
+        == 2
+    )
     error = capsys.readouterr().err
     assert "there is no file" in error and "Traceback" not in error and "story" not in error
     assert not (tmp_path / "runs").exists()

@@ -1,14 +1,19 @@
 """What a run holds at one time, and what it is told when that is not there."""
 
+import os
 import re
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from actors.placement import Cluster, Node
 from actors.workers_config import WorkersConfig
-from orchestrator.resources import Demand, cluster_address, demand, ray_for, require_places, settle_replicas
+from orchestrator.resources import Demand, cluster_address, demand, ray_for, require_places, settle_replicas, why_ray_failed
 from orchestrator.training import scaling_of
 from tests.orchestrator.test_config import changed
 
@@ -128,3 +133,31 @@ def test_a_ray_that_runs_already_is_used_and_left_running(local_ray: None) -> No
     with ray_for(changed()):
         pass
     assert ray.is_initialized()
+
+
+def test_what_ray_says_comes_after_what_to_change() -> None:
+    said = why_ray_failed("10.0.0.1:6379", ConnectionError("Failed to connect\n to it"))
+    assert said.startswith(
+        "the cluster at RAY_ADDRESS 10.0.0.1:6379 does not let this process in; if it asks for a token, RAY_AUTH_MODE"
+    )
+    assert said.endswith("Ray says: Failed to connect to it")
+    assert why_ray_failed(None, AuthenticationError("no token")).startswith(
+        "Ray cannot be started without a token; leave RAY_AUTH_"
+    )
+    assert why_ray_failed(None, RuntimeError("a node died")) == (
+        "Ray cannot be started on this machine; its logs are below RAY_TMPDIR, TMPDIR or /tmp. Ray says: a node died"
+    )
+
+
+@pytest.mark.ray
+def test_a_token_that_is_not_there_is_said_in_a_line(tmp_path: Path) -> None:
+    code = (
+        "from orchestrator.config_file import load_config\n"
+        "from orchestrator.resources import RayFailed, ray_for\n"
+        "try:\n"
+        f"    with ray_for(load_config('configs/tiny_cpu.yaml', ['output={tmp_path}'])): pass\n"
+        "except RayFailed as error: print(error)"
+    )
+    surroundings = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "gone")}
+    done = subprocess.run([sys.executable, "-c", code], env=surroundings, capture_output=True, text=True, check=True, timeout=120)
+    assert re.match(r"Ray cannot be started without a token; leave RAY_AUTH_TOKEN_PATH out, .* Ray says: .*/gone", done.stdout)
