@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import psutil
 import ray
-from ray.exceptions import RayError
 import torch
+from ray.exceptions import RayError
 
 from actors.config import EngineConfig
 from actors.placement import Node, most_replicas, plural, replica_need, worker_need, workers_beside
