@@ -18,8 +18,8 @@ from actors.answers import Answer, AnswerComparison, HeldoutText, read_heldout_t
 from actors.collate import PADDING, MicroBatch
 from actors.config import EvaluateConfig
 from actors.examples import ExampleFile
+from actors.lm_head import vocab_size_of
 from actors.score_store import ScoreStore
-from actors.student_head import vocab_size_of
 from actors.student_model import load_model
 from actors.tally import HeldoutRows, Tally, batches_by_length
 from actors.token_view import TokenView, view_tokens

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from actors.adapters import merge_adapters, shared_with_adapters
 from actors.answer_ends import stop_as_evaluated
 from actors.attention import exact
 from actors.checkpoint import whole_weights
 from actors.collate import MicroBatch
 from actors.config import TrainConfig
 from actors.examples import ExampleFile, write_atomically
+from actors.lora import merge_adapters, shared_with_adapters
 from actors.student_model import StudentWithLoss, load_model, prepare_model, save_model
 from actors.training_task import ModelSource, TrainingTask
 from actors.workers import Worker

@@ -18,11 +18,11 @@ from actors.examples import ExampleFile
 from actors.exams import Examiner
 from actors.finished_model import write_finished_model
 from actors.growth import Growth
+from actors.lm_head import vocab_size_of
 from actors.metrics_log import MetricsLog, step_metrics
 from actors.optimization import clip_gradients, make_optimizer, make_schedule
 from actors.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
 from actors.score_store import ScoreStore
-from actors.student_head import vocab_size_of
 from actors.student_model import (
     StudentWithLoss,
     distribute,

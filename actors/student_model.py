@@ -9,11 +9,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.adapters import add_adapters
 from actors.attention import attention_for
 from actors.collate import MicroBatch
 from actors.config import LoraAdapter, ScratchModel, TrainConfig
-from actors.student_head import head_makes_the_logits, output_head, plain_model
+from actors.lm_head import head_makes_the_logits, output_head, plain_model
+from actors.lora import add_adapters
 from actors.training_task import ModelSource
 from actors.workers import Worker
 from losses.chunked import chunked_distillation_loss

@@ -23,10 +23,10 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from actors.adapters import add_adapters
 from actors.collate import Collator
 from actors.config import EngineConfig, LoraAdapter, ScoresConfig
 from actors.examples import ExampleFile
+from actors.lora import add_adapters
 from actors.optimization import clip_gradients, make_optimizer
 from actors.sampler import SamplerState, global_batches
 from actors.score_store import ScoreStore

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from actors.adapters import add_adapters, shared_with_adapters
 from actors.attention import require_attention
 from actors.examples import ExampleFile
+from actors.lora import add_adapters, shared_with_adapters
 from orchestrator.config import RunConfig
 from orchestrator.models import ROLES, Models, Role, config_of
 

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from actors.adapters import add_adapters
 from actors.config import LoraAdapter, ScratchModel, TrainConfig
 from actors.examples import ExampleFile
+from actors.lora import add_adapters
 from actors.sampler import SamplerState, global_batches, micro_batches, steps_in
 from actors.student_model import decoder_layers, plain_model, scratch_model
 from orchestrator.config import RunConfig

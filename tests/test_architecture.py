@@ -15,7 +15,7 @@ NEVER_IMPORTED = {"tests", "benchmarks", "scripts"}
 LOSSES_MAY_IMPORT = {"torch", "pydantic", "losses"} | sys.stdlib_module_names
 ONE_FILE_EACH = {
     "vllm": "actors/vllm_engine.py",
-    "peft": "actors/adapters.py",
+    "peft": "actors/lora.py",
     "wandb": "actors/wandb_log.py",
     "mlflow": "actors/mlflow_log.py",
 }

@@ -20,9 +20,9 @@ from actors.comparison import Comparison
 from actors.config import EngineConfig, PretrainedModel
 from actors.examples import ExampleFile, write_examples
 from actors.forward_pass import references
+from actors.lm_head import head_makes_the_logits
 from actors.records import Example
 from actors.sampler import GlobalBatch, SamplerState
-from actors.student_head import head_makes_the_logits
 from actors.student_model import StudentWithLoss, load_model
 from actors.teacher import TeacherReplica, TeacherSpec, build_engine, engine_environment
 from actors.training_task import ModelSource

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from actors.adapters import merge_adapters, shared_with_adapters
 from actors.config import LoraAdapter, TrainConfig
 from actors.finished_model import ExportDiffers, read_proof, require_near
+from actors.lora import merge_adapters, shared_with_adapters
 from actors.student import distil
 from actors.student_model import prepare_model
 from actors.train_checkpoints import NoCheckpoints

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from actors.adapters import add_adapters, merge_adapters
 from actors.config import LoraAdapter
-from actors.student_head import head_makes_the_logits, output_head, vocab_size_of
+from actors.lm_head import head_makes_the_logits, output_head, vocab_size_of
+from actors.lora import add_adapters, merge_adapters
 from actors.student_model import load_model
 from actors.training_task import ModelSource
 from tests.worlds import VOCAB, tiny_llama

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from actors.adapters import load_adapter
+from actors.lora import load_adapter
 from actors.student_model import load_model
 from actors.training_task import ModelSource
 from orchestrator.config_file import validate

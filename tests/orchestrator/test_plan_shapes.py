@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from actors.adapters import add_adapters
 from actors.config import LoraAdapter, TrainConfig
 from actors.examples import ExampleFile
+from actors.lora import add_adapters
 from actors.student_model import load_model
 from actors.training_task import ModelSource
 from orchestrator.models import Models

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from actors.adapters import adapted_weight
+from actors.lora import adapted_weight
 from losses.head import Head
 
 PROBE_TOKENS = (0, 1, 0)
