@@ -17,8 +17,8 @@ from pathlib import Path
 
 from actors.metrics_log import read_metrics
 from benchmarks.bars import Bar, print_table, report
-from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config
+from orchestrator.config.load import load_config
+from orchestrator.config.run import RunConfig
 from orchestrator.ledger import read_ledger
 from orchestrator.tuning import tune
 

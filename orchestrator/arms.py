@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from orchestrator.compare_config import ARMS
-from orchestrator.config import RunConfig
+from orchestrator.config.compare import ARMS
+from orchestrator.config.run import RunConfig
 
 
 def loss_of(arm: str, config: RunConfig) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     _require_command(parser, words)
     options = parser.parse_args(words)
-    from orchestrator.config_file import dump_config, load_config
+    from orchestrator.config.load import dump_config, load_config
 
     try:
         config = load_config(options.config, options.overrides)
@@ -101,7 +101,7 @@ def _require_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> N
     known = (*COMMANDS, *TRIALS, *OTHERS)
     first = next((word for word in words if not word.startswith("-")), None)
     if first is not None and first not in known:
-        from orchestrator.config_file import no_such_name
+        from orchestrator.config.load import no_such_name
 
         parser.error(f"argument COMMAND: {no_such_name(first, known)}")
 

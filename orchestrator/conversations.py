@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.data_config import ChatFormat, ShareGptFormat
+from orchestrator.config.data import ChatFormat, ShareGptFormat
 
 Message = dict[str, Any]
 """A message as chat templates read it: role, content, and perhaps tool_calls, tool_call_id, name, reasoning_content."""

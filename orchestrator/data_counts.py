@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.data_config import DataConfig
+from orchestrator.config.data import DataConfig
 from orchestrator.templates import RenderedRows
 from orchestrator.tokenization import TokenizedRows
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.examples import write_atomically, write_examples
 from actors.records import examples_hash
-from orchestrator.data_config import DataConfig
+from orchestrator.config.data import DataConfig
 from orchestrator.data_counts import DataCounts, count_data
 from orchestrator.rows import Row, read_rows
 from orchestrator.templates import NumberedRow, render_rows, texts_to_learn

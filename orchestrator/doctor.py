@@ -20,7 +20,7 @@ from actors.score_store import ScoreStore
 from actors.teacher import EngineFactory, TeacherSpec, build_engine, engine_environment
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.findings import (
     TOLERANCES,
     Finding,

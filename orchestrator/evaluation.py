@@ -15,7 +15,7 @@ from actors.examples import write_atomically
 from actors.score_store import ScoreStore
 from actors.token_view import TokenView
 from actors.training_task import ModelSource
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.models import Models
 from orchestrator.run_dir import Facts, RunDir
 from orchestrator.table import METRICS, MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table

@@ -16,7 +16,7 @@ from actors.examples import write_atomically
 from actors.finished_model import ExportProof, read_proof
 from actors.identity import Identity, identity_hash
 from actors.score_store import ScoreStore
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.models import Models
 from orchestrator.run_dir import Facts, RunDir
 from orchestrator.table import ComparisonTable, markdown, read_table

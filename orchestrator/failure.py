@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 
 from actors.replicas import TeacherFailed
 from orchestrator import sigterm
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.error_log import is_run, write_traceback, write_traceback_elsewhere
 from orchestrator.private_values import without_private_values
 from orchestrator.resources import RayFailed

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from actors.attention import require_attention
 from actors.examples import ExampleFile
 from actors.lora import add_adapters, shared_with_adapters
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.models import ROLES, Models, Role, config_of
 
 WINDOW_KEYS = (

@@ -13,7 +13,7 @@ from actors.lora import load_adapter
 from actors.student_model import load_model, save_model, scratch_model
 from actors.training_task import ModelSource
 from orchestrator.chat_templates import with_default_args
-from orchestrator.config import RunConfig, StudentConfig, TeacherConfig
+from orchestrator.config.run import RunConfig, StudentConfig, TeacherConfig
 from orchestrator.model_files import base_of_adapter, stored_dtype
 from orchestrator.tokenizers import load_tokenizer, require_same_tokens, train_tokenizer
 

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.environment import note_cluster, note_process
 from orchestrator.evaluation import evaluate
 from orchestrator.export import export

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from actors.placement import plural
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.plan_cluster import (
     Place,
     given_place,

@@ -5,7 +5,7 @@ from typing import Literal
 
 from actors.config import LoraAdapter, TrainConfig
 from actors.workers_config import WorkersConfig
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.models import ROLES, Role
 from orchestrator.plan_activations import saved_bytes
 from orchestrator.plan_memory import Memory, chunk_bytes, replica_memory, store_bytes, training_memory

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from orchestrator.config import RunConfig
-from orchestrator.config_file import ConfigError, apply_override, validate
+from orchestrator.config.load import ConfigError, apply_override, validate
+from orchestrator.config.run import RunConfig
 from orchestrator.plan_cluster import (
     GIB,
     GPU_PROCESS_BYTES,

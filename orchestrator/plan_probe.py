@@ -28,7 +28,7 @@ from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
 from actors.workers import Worker
 from losses.loss_state import LossState
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.models import Models, Role
 from orchestrator.plan_jobs import Estimator
 from orchestrator.plan_shapes import Workload, plain_tokenizer, scratch_vocab_size

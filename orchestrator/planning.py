@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.plan import Asked, make_plan
 from orchestrator.plan_report import as_plain, print_plan
 

@@ -9,8 +9,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
+from orchestrator.config.tune import Direction
 from orchestrator.judge import Outcome
-from orchestrator.search_config import Direction
 from tune_spaces.ranges import label_of
 from tune_spaces.space import Point, Space
 

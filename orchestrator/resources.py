@@ -26,7 +26,7 @@ from actors.placement import (
 )
 from actors.workers_config import WorkersConfig
 from orchestrator import sigterm
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.places import ray_folder
 from orchestrator.scoring import score_root
 from orchestrator.shared_folder import require_shared

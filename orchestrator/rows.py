@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.builtin_tasks import make_rows
-from orchestrator.data_config import BuiltinSource, FilesSource, HubSource, SourceConfig
+from orchestrator.config.data import BuiltinSource, FilesSource, HubSource, SourceConfig
 
 Row = dict[str, Any]
 

@@ -21,8 +21,8 @@ import yaml
 
 from actors.examples import write_atomically
 from actors.tracking_config import require_installed
-from orchestrator.config import RunConfig
-from orchestrator.config_file import config_difference, dump_config
+from orchestrator.config.load import config_difference, dump_config
+from orchestrator.config.run import RunConfig
 from orchestrator.private_values import without_secrets_within
 
 CHANGED = "configuration_changed"

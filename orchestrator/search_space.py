@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchestrator.config import RunConfig
-from orchestrator.config_file import ConfigError, validate
+from orchestrator.config.load import ConfigError, validate
+from orchestrator.config.run import RunConfig
 from tune_spaces.ranges import Dimension
 from tune_spaces.space import Point, Space
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.examples import write_atomically
-from orchestrator.config import RunConfig
-from orchestrator.config_file import dump_config
+from orchestrator.config.load import dump_config
+from orchestrator.config.run import RunConfig
 from orchestrator.ledger import Search, Status, Trial
 from orchestrator.table import METRICS, Show, written
 

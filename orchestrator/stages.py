@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from actors.score_store import ScoreStore
 from actors.training_task import TrainingTask
 from losses.config import HardLabelLoss
-from orchestrator.config import RunConfig
-from orchestrator.data_config import SourceConfig
+from orchestrator.config.data import SourceConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.dataset import prepare_data
 from orchestrator.model_checks import require_models_fit, row_limits
 from orchestrator.models import ROLES, Models, Role

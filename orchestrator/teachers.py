@@ -12,8 +12,8 @@ from actors.examples import ExampleFile
 from actors.forward_pass import count_weights
 from actors.score_store import ScoreStore
 from orchestrator.comparing import compare
-from orchestrator.config import RunConfig
-from orchestrator.config_file import ConfigError, validate
+from orchestrator.config.load import ConfigError, validate
+from orchestrator.config.run import RunConfig
 from orchestrator.ledger import read_ledger
 from orchestrator.models import Models, vocab_size_of
 from orchestrator.pipeline import run

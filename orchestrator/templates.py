@@ -10,6 +10,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from orchestrator.chat_templates import ChatTemplate
+from orchestrator.config.data import DataConfig, InstructionFormat
 from orchestrator.conversations import (
     NoAnswer,
     conversation_of,
@@ -17,7 +18,6 @@ from orchestrator.conversations import (
     require_text,
     require_unicode,
 )
-from orchestrator.data_config import DataConfig, InstructionFormat
 from orchestrator.special_tokens import RowText, SpecialTokens
 
 NumberedRow = tuple[int, Mapping[str, Any]]

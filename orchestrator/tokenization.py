@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from actors.records import Example, example_key
-from orchestrator.data_config import DataConfig
+from orchestrator.config.data import DataConfig
 from orchestrator.special_tokens import special_strings
 from orchestrator.templates import RenderedRow
 

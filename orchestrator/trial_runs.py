@@ -15,7 +15,7 @@ from actors.examples import ExampleFile, write_atomically
 from actors.sampler import steps_in
 from actors.score_store import ScoreStore
 from losses.config import AtkdLoss
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.early_stopping import StoppingRule
 from orchestrator.judge import Assignment, Judge, Outcome
 from orchestrator.ledger import Ledger, Search, read_ledger

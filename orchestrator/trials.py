@@ -16,9 +16,9 @@ from actors.sampler import steps_in
 from actors.student import distil
 from actors.train_checkpoints import NoCheckpoints
 from actors.training_task import Exams, TrainingTask
+from orchestrator.config.tune import rung_steps
 from orchestrator.judge import Assignment, Outcome
 from orchestrator.models import Models
-from orchestrator.search_config import rung_steps
 from orchestrator.search_space import BoundSpace
 from orchestrator.stages import distillation_task
 from orchestrator.training import train_model

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from actors.examples import ExampleFile
 from actors.score_store import ScoreStore
-from orchestrator.config_file import ConfigError, apply_override, dump_config, load_config, validate
-from orchestrator.data_config import DataConfig
+from orchestrator.config.data import DataConfig
+from orchestrator.config.load import ConfigError, apply_override, dump_config, load_config, validate
 from orchestrator.dataset import prepare_data
 from orchestrator.rows import read_file
 from tests.worlds import scored_world, word_tokenizer

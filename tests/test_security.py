@@ -11,10 +11,10 @@ from transformers import AutoConfig
 
 from actors.student_model import load_model
 from actors.training_task import ModelSource
-from orchestrator.config_file import ConfigError
+from orchestrator.config.load import ConfigError
 from orchestrator.models import vocab_size_of
 from orchestrator.tokenizers import load_tokenizer
-from tests.orchestrator.test_config import changed
+from tests.orchestrator.config.test_run import changed
 from tests.worlds import tiny_llama
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from actors.examples import write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store import ScoreStore
 from actors.token_view import TokenView
-from orchestrator.config_file import dump_config, validate
+from orchestrator.config.load import dump_config, validate
 from orchestrator.evaluation import comparison_table, write_evaluation
 from orchestrator.table import write_table
 

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from orchestrator.builtin_tasks import OPPOSITES, TASKS, WORDS, answer_of, draw_row, make_rows, share_rows
-from orchestrator.data_config import TASK_KINDS
+from orchestrator.config.data import TASK_KINDS
 
 FRAMES = {
     "add": r"The sum of \d+ and \d+ is \d+\.",

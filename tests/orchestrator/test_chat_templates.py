@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from orchestrator.chat_templates import with_default_args
-from orchestrator.data_config import ChatFormat, DataConfig
+from orchestrator.config.data import ChatFormat, DataConfig
 from orchestrator.templates import RenderedRow, RenderedRows, render_rows
 
 CHATML = (

@@ -9,7 +9,7 @@ import pytest
 from tokenizers.pre_tokenizers import Whitespace
 
 from orchestrator.cli import COMMANDS, OTHERS, TRIALS, build_parser, main
-from orchestrator.config_file import load_config
+from orchestrator.config.load import load_config
 from orchestrator.pipeline import STAGES
 from tests.worlds import tiny_llama, word_tokenizer
 

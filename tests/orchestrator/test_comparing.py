@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from orchestrator.comparing import RATE, compare
-from orchestrator.config import RunConfig
-from orchestrator.config_file import ConfigError, load_config
+from orchestrator.config.load import ConfigError, load_config
+from orchestrator.config.run import RunConfig
 from orchestrator.ledger import Search, read_ledger
 from tests.orchestrator.trial_world import config_in, scored_run
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.config.data import ChatFormat, ShareGptFormat
 from orchestrator.conversations import NoAnswer, conversation_of
-from orchestrator.data_config import ChatFormat, ShareGptFormat
 
 CHAT, SHAREGPT = ChatFormat(kind="chat"), ShareGptFormat(kind="sharegpt")
 ASKED, ANSWERED = {"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "3"}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.records import example_key
 from orchestrator.builtin_tasks import make_rows
-from orchestrator.data_config import TASK_KINDS, ChatFormat, DataConfig, InstructionFormat
+from orchestrator.config.data import TASK_KINDS, ChatFormat, DataConfig, InstructionFormat
 from orchestrator.dataset import choose_rows
 from orchestrator.templates import render_rows, texts_to_learn
 from orchestrator.tokenization import TokenizedRows, token_extents, tokenize

@@ -24,8 +24,8 @@ from actors.teacher import EngineFactory, TeacherReplica, TeacherSpec, build_eng
 from actors.training_task import ModelSource
 from actors.transformers_engine import TransformersEngine
 from orchestrator.cli import main
-from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config
+from orchestrator.config.load import load_config
+from orchestrator.config.run import RunConfig
 from orchestrator.doctor import examine, largest_id, measure_served, spread_over_lengths
 from orchestrator.findings import TOLERANCES, Finding, judge_scores
 from orchestrator.models import ROLES, Models

@@ -23,14 +23,14 @@ from actors.placement import proven_places, reserve, worker_need
 from actors.training_task import Ending
 from actors.workers_config import WorkersConfig
 from orchestrator import elastic
-from orchestrator.config_file import ConfigError, dump_config, load_config
+from orchestrator.config.load import ConfigError, dump_config, load_config
 from orchestrator.elastic import train_in_turns
 from orchestrator.models import Models
 from orchestrator.run_dir import RunDir
 from orchestrator.stages import distillation_task
 from orchestrator.training import train_model
+from tests.orchestrator.config.test_run import changed
 from tests.orchestrator.elastic_world import LONG, LOST_AFTER
-from tests.orchestrator.test_config import changed
 from tests.orchestrator.training_world import (
     ROWS,
     TRAIN,

@@ -12,8 +12,8 @@ from rich.console import Console
 from actors.answers import Answer
 from actors.evaluator import Evaluation, Metrics
 from actors.score_store import ScoreStore
-from orchestrator.config import RunConfig
-from orchestrator.config_file import validate
+from orchestrator.config.load import validate
+from orchestrator.config.run import RunConfig
 from orchestrator.evaluation import comparison_table, evaluate, exact_match_by_task, read_evaluation, write_evaluation
 from orchestrator.models import Models
 from orchestrator.run_dir import RunDir

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.finished_model import ExportProof
 from actors.identity import identity_hash
-from orchestrator.config import RunConfig
-from orchestrator.config_file import validate
+from orchestrator.config.load import validate
+from orchestrator.config.run import RunConfig
 from orchestrator.export import StoredStudent, check_export, model_card, without_places, write_model_card
 from orchestrator.table import ComparisonTable, metric_rows
 from tests.evaluation_world import save_model, save_tokenizer

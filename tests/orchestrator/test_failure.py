@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 from actors.identity import StoreMismatch
 from actors.replicas import TeacherFailed
 from orchestrator import sigterm
-from orchestrator.config_file import load_config
+from orchestrator.config.load import load_config
 from orchestrator.error_log import write_traceback, write_traceback_elsewhere
 from orchestrator.failure import Verdict, guarded, judge
 from orchestrator.resources import RayFailed

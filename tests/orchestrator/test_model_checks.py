@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from actors.examples import write_examples
 from actors.records import Example, example_key
-from orchestrator.config import RunConfig
-from orchestrator.config_file import validate
+from orchestrator.config.load import validate
+from orchestrator.config.run import RunConfig
 from orchestrator.model_checks import RowLimits, require_models_fit, row_limits, window_of
 from orchestrator.models import Models
 from orchestrator.tokenizers import require_same_tokens

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from actors.lora import load_adapter
 from actors.student_model import load_model
 from actors.training_task import ModelSource
-from orchestrator.config_file import validate
+from orchestrator.config.load import validate
 from orchestrator.model_files import base_of_adapter, require_model_folder, stored_dtype
 from orchestrator.models import Models
 from tests.worlds import tiny_llama, word_tokenizer

@@ -18,7 +18,7 @@ from orchestrator.plan_activations import saved_bytes
 from orchestrator.plan_shapes import Passes, Workload, adapted, meta_model, passes_of, read_workload, shape_of, workload_of
 from orchestrator.run_dir import RunDir
 from orchestrator.stages import prepare
-from tests.orchestrator.test_config import changed
+from tests.orchestrator.config.test_run import changed
 
 SMALL = ("data.source={kind: builtin, rows: 300}", "data.heldout_rows=40", "tokenizer.vocab_size=400", "data.max_tokens=80")
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.examples import ExampleFile
 from actors.records import examples_hash
 from orchestrator.builtin_tasks import make_rows
-from orchestrator.data_config import (
+from orchestrator.config.data import (
     TASK_KINDS,
     BuiltinSource,
     ChatFormat,

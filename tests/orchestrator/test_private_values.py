@@ -10,9 +10,9 @@ from orchestrator.error_log import write_traceback
 from orchestrator.private_values import without_private_values, without_secrets, without_secrets_within
 from orchestrator.reporting import write_report
 from orchestrator.run_dir import RunDir
+from tests.orchestrator.config.test_run import changed
 from tests.orchestrator.pages import EVENTS, whole_run
 from tests.orchestrator.searches import begin, fail_trial
-from tests.orchestrator.test_config import changed
 
 SECRETS = {
     "HF_TOKEN": "hf_NotARealTokenOfAnyone", "RAY_AUTH_TOKEN": "not&a'real\"<ray>token", "WANDB_API_KEY": "40aa7f3b55c8d6e1",

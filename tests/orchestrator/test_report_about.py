@@ -12,9 +12,9 @@ from orchestrator.environment import command_line, commit_of, installed, node_fa
 from orchestrator.report_about import Command, about_run, surroundings_of, written_nodes
 from orchestrator.run_dir import RunDir
 from orchestrator.search_report import write_search_report
+from tests.orchestrator.config.test_run import changed
 from tests.orchestrator.pages import EVIL, Page, bare_run, require_closed
 from tests.orchestrator.searches import tuned_on_a_grid
-from tests.orchestrator.test_config import changed
 
 
 def process(time: float, command: str, **changes: object) -> dict[str, object]:

@@ -15,7 +15,7 @@ from actors.placement import Cluster, Node
 from actors.workers_config import WorkersConfig
 from orchestrator.resources import Demand, cluster_address, demand, ray_for, require_places, settle_replicas, why_ray_failed
 from orchestrator.training import scaling_of
-from tests.orchestrator.test_config import changed
+from tests.orchestrator.config.test_run import changed
 
 
 def test_teacher_and_student_are_held_together_only_if_they_overlap() -> None:
@@ -152,7 +152,7 @@ def test_what_ray_says_comes_after_what_to_change() -> None:
 @pytest.mark.ray
 def test_a_token_that_is_not_there_is_said_in_a_line(tmp_path: Path) -> None:
     code = (
-        "from orchestrator.config_file import load_config\n"
+        "from orchestrator.config.load import load_config\n"
         "from orchestrator.resources import RayFailed, ray_for\n"
         "try:\n"
         f"    with ray_for(load_config('configs/tiny_cpu.yaml', ['output={tmp_path}'])): pass\n"

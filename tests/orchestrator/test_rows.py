@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.builtin_tasks import make_rows
-from orchestrator.data_config import BuiltinSource, FilesSource, HubSource
+from orchestrator.config.data import BuiltinSource, FilesSource, HubSource
 from orchestrator.rows import LONGEST_CELL, read_file, read_rows, source_hash
 
 ROWS: list[dict[str, Any]] = [{"question": f"{n}?", "answer": f"é {n}", "n": n} for n in range(5)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.run_dir import MAY_CHANGE, RunDir, RunDirError
-from tests.orchestrator.test_config import changed
+from tests.orchestrator.config.test_run import changed
 
 
 def test_a_stage_is_done_once_and_its_facts_come_back(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from orchestrator.config import RunConfig
-from orchestrator.config_file import validate
+from orchestrator.config.load import validate
+from orchestrator.config.run import RunConfig
 from orchestrator.models import Models
 from orchestrator.run_dir import RunDir
 from orchestrator.run_findings import check_ends, check_export, check_rows

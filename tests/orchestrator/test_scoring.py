@@ -16,7 +16,7 @@ from actors.replicas import TeacherFailed
 from actors.score_store import FORMAT, ScoreStore, ScoringFailed
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.scoring import ScoringProgress, nearest_store, open_store, pin_revision, score_split, store_identity
 from tests.fakes import FAKE_VOCAB, FakeTeacher, expected_scores, fake_examples, fake_spec
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from losses.section import Section
-from orchestrator.compare_config import ARMS, CompareConfig
-from orchestrator.search_config import METRICS, TuneConfig
+from orchestrator.config.compare import ARMS, CompareConfig
+from orchestrator.config.tune import METRICS, TuneConfig
 from orchestrator.search_space import SEARCHABLE
 from orchestrator.trial_statistics import critical_t
 from tune_spaces.registry import SPACES

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.config_file import apply_override
+from orchestrator.config.load import apply_override
 from orchestrator.ledger import Ledger, Search, read_ledger
 from orchestrator.search_findings import (
     at_the_end,

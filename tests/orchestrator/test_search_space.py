@@ -13,9 +13,9 @@ import yaml
 
 from losses.config import CoupledLoss, TeacherLoss
 from losses.divergence_config import Divergence, JensenShannon
-from orchestrator.config import RunConfig
-from orchestrator.config_file import ConfigError, dump_config, load_config, parse_yaml, validate
-from orchestrator.search_config import METRICS, TuneConfig, rung_steps
+from orchestrator.config.load import ConfigError, dump_config, load_config, parse_yaml, validate
+from orchestrator.config.run import RunConfig
+from orchestrator.config.tune import METRICS, TuneConfig, rung_steps
 from orchestrator.search_space import SEARCHABLE, WHY_NOT, bind, search_of
 from tune_spaces.registry import SPACES
 from tune_spaces.space import read_space

@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 from rich.console import Console
 
-from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config, validate
+from orchestrator.config.load import load_config, validate
+from orchestrator.config.run import RunConfig
 from orchestrator.ledger import read_ledger
 from orchestrator.search_table import best_trial, print_trial_table, ranked, trial_table, write_best, write_trial_tables
 from tests.orchestrator.searches import EVIL, begin, compared, fail_trial, run_trial

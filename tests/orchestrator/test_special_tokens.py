@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from actors.records import Example
-from orchestrator.data_config import ChatFormat, DataConfig, FilesSource, InstructionFormat
+from orchestrator.config.data import ChatFormat, DataConfig, FilesSource, InstructionFormat
 from orchestrator.dataset import prepare_data
 from orchestrator.special_tokens import special_strings
 from orchestrator.templates import RenderedRow, render_rows

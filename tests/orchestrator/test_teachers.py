@@ -10,8 +10,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM
 
 from actors.examples import write_examples
-from orchestrator.config import RunConfig
-from orchestrator.config_file import ConfigError, load_config, validate
+from orchestrator.config.load import ConfigError, load_config, validate
+from orchestrator.config.run import RunConfig
 from orchestrator.ledger import read_ledger
 from orchestrator.models import Models
 from orchestrator.run_dir import RunDir

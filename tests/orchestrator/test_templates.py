@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from orchestrator.builtin_tasks import make_rows
-from orchestrator.data_config import TASK_KINDS, ChatFormat, DataConfig, FormatConfig, InstructionFormat
+from orchestrator.config.data import TASK_KINDS, ChatFormat, DataConfig, FormatConfig, InstructionFormat
 from orchestrator.templates import RenderedRow, render_rows, texts_to_learn
 from orchestrator.tokenizers import train_tokenizer
 

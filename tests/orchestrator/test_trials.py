@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from actors.workers_config import WorkersConfig
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.early_stopping import StoppingRule
 from orchestrator.judge import Assignment, Judge
 from orchestrator.ledger import Ledger

@@ -18,8 +18,8 @@ from ray.util import placement_group_table
 
 from actors.metrics_log import read_metrics
 from actors.workers_config import WorkersConfig
-from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config
+from orchestrator.config.load import load_config
+from orchestrator.config.run import RunConfig
 from orchestrator.ledger import read_ledger
 from orchestrator.tune_driver import most_at_once
 from orchestrator.tuning import tune

@@ -12,15 +12,15 @@ import ray
 from actors.examples import ExampleFile, write_examples
 from actors.sampler import steps_in
 from actors.score_store import ScoreStore
-from orchestrator.config import RunConfig
-from orchestrator.config_file import validate
+from orchestrator.config.load import validate
+from orchestrator.config.run import RunConfig
+from orchestrator.config.tune import rung_steps
 from orchestrator.early_stopping import StoppingRule
 from orchestrator.judge import Assignment, Judge
 from orchestrator.ledger import Ledger, Search
 from orchestrator.models import Models
 from orchestrator.run_dir import RunDir
 from orchestrator.scoring_stage import ScoringStage
-from orchestrator.search_config import rung_steps
 from orchestrator.search_space import BoundSpace, search_of
 from orchestrator.tokenizers import load_tokenizer
 from orchestrator.trial_runs import Ground, TrialQueue, assignments_to_repeat, begin_ledger, run_search

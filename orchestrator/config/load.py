@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 
 PATHS = ("output", "root", "path", "name")
 """Names of keys that hold a path, or may."""

@@ -18,9 +18,9 @@ from actors.tracking_config import TrackingConfig
 from actors.workers_config import WorkersConfig
 from losses.config import AtkdLoss, LossConfig
 from losses.section import LARGEST_SEED, Section
-from orchestrator.compare_config import CompareConfig
-from orchestrator.data_config import DataConfig
-from orchestrator.search_config import TuneConfig
+from orchestrator.config.compare import CompareConfig
+from orchestrator.config.data import DataConfig
+from orchestrator.config.tune import TuneConfig
 
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 

@@ -9,10 +9,10 @@ import pytest
 
 from losses.config import AtkdLoss, CoupledLoss
 from orchestrator.arms import loss_of
-from orchestrator.compare_config import ARMS, CompareConfig
 from orchestrator.comparing import bind_arms
-from orchestrator.config import RunConfig
-from orchestrator.config_file import load_config
+from orchestrator.config.compare import ARMS, CompareConfig
+from orchestrator.config.load import load_config
+from orchestrator.config.run import RunConfig
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 LOSSES = [

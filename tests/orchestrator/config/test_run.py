@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.config import RunConfig
-from orchestrator.config_file import (
+from orchestrator.config.load import (
     ConfigError,
     apply_override,
     config_difference,
@@ -17,6 +16,7 @@ from orchestrator.config_file import (
     parse_yaml,
     validate,
 )
+from orchestrator.config.run import RunConfig
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 

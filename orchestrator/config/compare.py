@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from losses.section import Section
-from orchestrator.search_config import METRICS, Direction, require_count, require_metric
+from orchestrator.config.tune import METRICS, Direction, require_count, require_metric
 
 FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 OF_THE_TEACHER = ("kl_to_teacher", "top1_agreement")
