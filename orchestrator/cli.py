@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from orchestrator.places import settle_home
+from orchestrator.cluster.places import settle_home
 
 COMMANDS = {
     "run": ("report", "live the whole life of a run: prepare, fit, score, train, evaluate, export, report"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.arms import loss_of
+from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
 from orchestrator.early_stopping import StoppingRule
@@ -12,7 +13,6 @@ from orchestrator.judge import Assignment
 from orchestrator.ledger import Search
 from orchestrator.ledger_lines import SearchPlan
 from orchestrator.points import ListedPoints
-from orchestrator.resources import ray_for
 from orchestrator.run_dir import RunDir
 from orchestrator.search_results import show_search
 from orchestrator.search_space import BoundSpace, require_steady_workers

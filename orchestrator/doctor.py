@@ -20,6 +20,7 @@ from actors.score_store import ScoreStore
 from actors.teacher import EngineFactory, TeacherSpec, build_engine, engine_environment
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
+from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.findings import (
     TOLERANCES,
@@ -32,7 +33,6 @@ from orchestrator.findings import (
 )
 from orchestrator.models import ROLES, Models, vocab_size_of
 from orchestrator.pipeline import life
-from orchestrator.resources import ray_for
 from orchestrator.run_dir import RunDir
 from orchestrator.run_findings import check_ends, check_export, check_rows
 from orchestrator.scoring import pin_revision

@@ -5,7 +5,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from orchestrator.private_values import without_private_values
+from orchestrator.cluster.redaction import without_private_values
 
 
 def is_run(folder: Path) -> bool:

@@ -12,11 +12,11 @@ import transformers
 from ray.exceptions import RayTaskError
 
 from actors.replicas import TeacherFailed
-from orchestrator import sigterm
+from orchestrator.cluster import signals as sigterm
+from orchestrator.cluster.ray_session import RayFailed
+from orchestrator.cluster.redaction import without_private_values
 from orchestrator.config.run import RunConfig
 from orchestrator.error_log import is_run, write_traceback, write_traceback_elsewhere
-from orchestrator.private_values import without_private_values
-from orchestrator.resources import RayFailed
 from orchestrator.run_dir import RunDirError
 from orchestrator.training import TrainingFailed
 

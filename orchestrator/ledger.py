@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.cluster.redaction import without_private_values
 from orchestrator.ledger_lines import AnyLine, Begun, Decision, Ended, Ending, Line, Measured, Rung, SearchPlan, line_of, text_of
-from orchestrator.private_values import without_private_values
 
 Status = Literal["completed", "stopped", "failed", "unfinished"]
 

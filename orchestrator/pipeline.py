@@ -5,13 +5,13 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from orchestrator.cluster.environment import note_cluster, note_process
+from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
-from orchestrator.environment import note_cluster, note_process
 from orchestrator.evaluation import evaluate
 from orchestrator.export import export
 from orchestrator.models import ROLES, Models
 from orchestrator.reporting import write_report
-from orchestrator.resources import ray_for
 from orchestrator.run_dir import RunDir
 from orchestrator.scoring_stage import ScoringStage
 from orchestrator.stages import fit, prepare, require_same_source, train

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from actors.placement import plural
+from orchestrator.cluster.ray_session import demand
 from orchestrator.config.run import RunConfig
 from orchestrator.plan_cluster import (
     Place,
@@ -31,7 +32,6 @@ from orchestrator.plan_sweep import (
     workers_that_are_fed,
 )
 from orchestrator.plan_time import Rates, assumptions, scoring_rate, training_rate
-from orchestrator.resources import demand
 
 Say = Callable[[str], None]
 SHOWN_STUDENTS, SHOWN_REPLICAS = (1, 4, 16, 64, 256, 1024), (1, 4, 16, 64, 256)

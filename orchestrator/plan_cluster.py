@@ -13,10 +13,10 @@ from ray.exceptions import RayError
 from actors.config import EngineConfig
 from actors.placement import Node, most_replicas, plural, replica_need, worker_need, workers_beside
 from actors.workers_config import WorkersConfig
+from orchestrator.cluster.ray_session import RayFailed, cluster_address, require_places, why_ray_failed
 from orchestrator.config.run import FitConfig, RunConfig
 from orchestrator.plan_jobs import Estimator, trainings
 from orchestrator.plan_memory import Memory, forward_bytes, scoring_bytes, weights_bytes
-from orchestrator.resources import RayFailed, cluster_address, require_places, why_ray_failed
 
 Placed = TypeVar("Placed", EngineConfig, WorkersConfig)
 GIB = 2**30

@@ -28,12 +28,12 @@ from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
 from actors.workers import Worker
 from losses.loss_state import LossState
+from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.models import Models, Role
 from orchestrator.plan_jobs import Estimator
 from orchestrator.plan_shapes import Workload, plain_tokenizer, scratch_vocab_size
 from orchestrator.plan_time import Rates
-from orchestrator.resources import ray_for
 
 SCORING_SECONDS = 12.0
 """How long scoring should take, at the assumed speed."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from orchestrator.environment import CLUSTER, PROCESS
-from orchestrator.private_values import without_secrets_within
+from orchestrator.cluster.environment import CLUSTER, PROCESS
+from orchestrator.cluster.redaction import without_secrets_within
 from orchestrator.report_parts import read_json_lines
 from orchestrator.run_dir import CHANGED
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from actors.examples import write_atomically
-from orchestrator.private_values import without_private_values
+from orchestrator.cluster.redaction import without_private_values
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ import yaml
 
 from actors.examples import write_atomically
 from actors.tracking_config import require_installed
+from orchestrator.cluster.redaction import without_secrets_within
 from orchestrator.config.load import config_difference, dump_config
 from orchestrator.config.run import RunConfig
-from orchestrator.private_values import without_secrets_within
 
 CHANGED = "configuration_changed"
 """Name of the event of a start that says something else than the first, as far as it may."""

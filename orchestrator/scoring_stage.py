@@ -20,10 +20,10 @@ from actors.replicas import TeacherFailed
 from actors.score_store import ScoreStore
 from actors.teacher import EngineFactory, TeacherSpec, build_engine
 from actors.teacher_pool import TeacherPool
+from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
 from orchestrator.findings import TOLERANCES, judge_raw, judge_served
 from orchestrator.models import Models, vocab_size_of
-from orchestrator.resources import settle_replicas
 from orchestrator.run_dir import Facts, RunDir
 from orchestrator.scoring import (
     ScoringProgress,

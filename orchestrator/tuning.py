@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
 from orchestrator.early_stopping import StoppingRule
@@ -12,7 +13,6 @@ from orchestrator.judge import Outcome
 from orchestrator.ledger import Search, Trial
 from orchestrator.ledger_lines import SearchPlan
 from orchestrator.points import LearnedPoints, ListedPoints, PointSource
-from orchestrator.resources import ray_for
 from orchestrator.run_dir import RunDir
 from orchestrator.search_results import show_search
 from orchestrator.search_space import BoundSpace, search_of

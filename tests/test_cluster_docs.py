@@ -11,7 +11,7 @@ import yaml
 from actors.config import EngineConfig
 from actors.workers_config import WorkersConfig
 from orchestrator import run_dir
-from orchestrator.resources import TRAIN_ENVIRONMENT
+from orchestrator.cluster.ray_session import TRAIN_ENVIRONMENT
 from tests.test_docs import OURS, commands_of
 
 ROOT = Path(__file__).parents[1]

@@ -172,7 +172,7 @@ def test_a_job_that_asks_for_what_cannot_be_fails_with_the_word_of_the_command_l
 ASK_FOR_RAY = """
 import ray
 from orchestrator.config.load import load_config
-from orchestrator.resources import ray_for
+from orchestrator.cluster.ray_session import ray_for
 with ray_for(load_config("configs/tiny_cpu.yaml", ["output={output}", "evaluate.cpus=31"])):
     print(ray.get_runtime_context().gcs_address, ray.cluster_resources()["CPU"])
 assert not ray.is_initialized()

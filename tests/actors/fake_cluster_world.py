@@ -23,7 +23,7 @@ from actors.placement import read_cluster, reserve, worker_need
 from actors.teacher import TeacherEngine, TeacherSpec
 from actors.teacher_pool import TeacherPool
 from actors.workers_config import WorkersConfig
-from orchestrator.resources import settle_replicas
+from orchestrator.cluster.ray_session import settle_replicas
 from tests.fakes import FakeTeacher, fake_examples, fake_spec, fake_store
 
 ROWS, ROWS_PER_SHARD, TOP_K = 48, 4, 5

@@ -13,11 +13,11 @@ from ray.exceptions import RayTaskError
 
 from actors.identity import StoreMismatch
 from actors.replicas import TeacherFailed
-from orchestrator import sigterm
+from orchestrator.cluster import signals as sigterm
+from orchestrator.cluster.ray_session import RayFailed
 from orchestrator.config.load import load_config
 from orchestrator.error_log import write_traceback, write_traceback_elsewhere
 from orchestrator.failure import Verdict, guarded, judge
-from orchestrator.resources import RayFailed
 from orchestrator.run_dir import RunDirError
 from orchestrator.training import TrainingFailed
 

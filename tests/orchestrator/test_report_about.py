@@ -8,7 +8,7 @@ import pytest
 
 from actors.placement import Node
 from orchestrator import __version__
-from orchestrator.environment import command_line, commit_of, installed, node_facts, note_cluster, note_process
+from orchestrator.cluster.environment import command_line, commit_of, installed, node_facts, note_cluster, note_process
 from orchestrator.report_about import Command, about_run, surroundings_of, written_nodes
 from orchestrator.run_dir import RunDir
 from orchestrator.search_report import write_search_report

@@ -14,7 +14,7 @@ import ray
 
 from actors.placement import Node, read_nodes
 from orchestrator import __version__
-from orchestrator.private_values import without_secrets
+from orchestrator.cluster.redaction import without_secrets
 from orchestrator.run_dir import RunDir
 
 PROCESS, CLUSTER = "process_started", "cluster"

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from orchestrator import shared_folder
-from orchestrator.shared_folder import nodes_that_miss, require_shared
+from orchestrator.cluster import shared_folder
+from orchestrator.cluster.shared_folder import nodes_that_miss, require_shared
 
 pytestmark = pytest.mark.ray
 

@@ -25,11 +25,11 @@ from actors.placement import (
     workers_beside,
 )
 from actors.workers_config import WorkersConfig
-from orchestrator import sigterm
+from orchestrator.cluster import signals as sigterm
+from orchestrator.cluster.places import ray_folder
+from orchestrator.cluster.shared_folder import require_shared
 from orchestrator.config.run import RunConfig
-from orchestrator.places import ray_folder
 from orchestrator.scoring import score_root
-from orchestrator.shared_folder import require_shared
 
 STORE_BYTES = 256 << 20  # Ray's object store carries counts and configurations only
 

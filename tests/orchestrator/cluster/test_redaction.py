@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.environment import note_process
+from orchestrator.cluster.environment import note_process
+from orchestrator.cluster.redaction import without_private_values, without_secrets, without_secrets_within
 from orchestrator.error_log import write_traceback
-from orchestrator.private_values import without_private_values, without_secrets, without_secrets_within
 from orchestrator.reporting import write_report
 from orchestrator.run_dir import RunDir
 from tests.orchestrator.config.test_run import changed

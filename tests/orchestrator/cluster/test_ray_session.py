@@ -13,7 +13,15 @@ from ray.exceptions import AuthenticationError
 
 from actors.placement import Cluster, Node
 from actors.workers_config import WorkersConfig
-from orchestrator.resources import Demand, cluster_address, demand, ray_for, require_places, settle_replicas, why_ray_failed
+from orchestrator.cluster.ray_session import (
+    Demand,
+    cluster_address,
+    demand,
+    ray_for,
+    require_places,
+    settle_replicas,
+    why_ray_failed,
+)
 from orchestrator.training import scaling_of
 from tests.orchestrator.config.test_run import changed
 
@@ -153,7 +161,7 @@ def test_what_ray_says_comes_after_what_to_change() -> None:
 def test_a_token_that_is_not_there_is_said_in_a_line(tmp_path: Path) -> None:
     code = (
         "from orchestrator.config.load import load_config\n"
-        "from orchestrator.resources import RayFailed, ray_for\n"
+        "from orchestrator.cluster.ray_session import RayFailed, ray_for\n"
         "try:\n"
         f"    with ray_for(load_config('configs/tiny_cpu.yaml', ['output={tmp_path}'])): pass\n"
         "except RayFailed as error: print(error)"

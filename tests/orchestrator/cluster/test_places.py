@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers.pre_tokenizers import Whitespace
 
-from orchestrator.places import (
+from orchestrator.cluster.places import (
     LONGEST_SOCKET,
     RAY_SOCKET,
     can_be_written,
