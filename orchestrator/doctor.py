@@ -22,6 +22,7 @@ from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
+from orchestrator.data.tokenizers import load_tokenizer
 from orchestrator.findings import (
     TOLERANCES,
     Finding,
@@ -36,7 +37,6 @@ from orchestrator.pipeline import life
 from orchestrator.run_dir import RunDir
 from orchestrator.run_findings import check_ends, check_export, check_rows
 from orchestrator.scoring import pin_revision
-from orchestrator.tokenizers import load_tokenizer
 
 PROBE_ROWS = 8
 

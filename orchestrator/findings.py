@@ -14,7 +14,7 @@ from actors.attention import ATTENTION_TOLERANCE
 from actors.comparison import Comparison
 from actors.config import DType
 from actors.diagnosis import AttentionFound, Measurements
-from orchestrator.tokenizers import require_same_tokens
+from orchestrator.data.tokenizers import require_same_tokens
 
 MASS_TOLERANCE = 1e-3
 SLOPE_TOLERANCE = 0.01

@@ -12,10 +12,10 @@ from actors.answer_ends import AnswerEnds, settle_answer_ends, write_answer_ends
 from actors.lora import load_adapter
 from actors.student_model import load_model, save_model, scratch_model
 from actors.training_task import ModelSource
-from orchestrator.chat_templates import with_default_args
 from orchestrator.config.run import RunConfig, StudentConfig, TeacherConfig
+from orchestrator.data.chat_templates import with_default_args
+from orchestrator.data.tokenizers import load_tokenizer, require_same_tokens, train_tokenizer
 from orchestrator.model_files import base_of_adapter, stored_dtype
-from orchestrator.tokenizers import load_tokenizer, require_same_tokens, train_tokenizer
 
 Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = ("teacher", "student")

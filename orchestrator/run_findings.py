@@ -9,7 +9,7 @@ import ray
 
 from actors.finished_model import ExportDiffers, ExportProof, try_export
 from orchestrator.config.run import RunConfig
-from orchestrator.dataset import prepare_data
+from orchestrator.data.dataset import prepare_data
 from orchestrator.findings import Finding
 from orchestrator.models import Models
 from orchestrator.run_dir import Facts

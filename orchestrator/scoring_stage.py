@@ -22,6 +22,7 @@ from actors.teacher import EngineFactory, TeacherSpec, build_engine
 from actors.teacher_pool import TeacherPool
 from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
+from orchestrator.data.tokenizers import tokenizer_hash
 from orchestrator.findings import TOLERANCES, judge_raw, judge_served
 from orchestrator.models import Models, vocab_size_of
 from orchestrator.run_dir import Facts, RunDir
@@ -34,7 +35,6 @@ from orchestrator.scoring import (
     score_split,
     store_identity,
 )
-from orchestrator.tokenizers import tokenizer_hash
 
 Split = Literal["train", "heldout"]
 PROGRESS_SECONDS = 5.0

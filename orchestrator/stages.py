@@ -11,10 +11,10 @@ from actors.training_task import TrainingTask
 from losses.config import HardLabelLoss
 from orchestrator.config.data import SourceConfig
 from orchestrator.config.run import RunConfig
-from orchestrator.dataset import prepare_data
+from orchestrator.data.dataset import prepare_data
+from orchestrator.data.sources import source_hash
 from orchestrator.model_checks import require_models_fit, row_limits
 from orchestrator.models import ROLES, Models, Role
-from orchestrator.rows import source_hash
 from orchestrator.run_dir import Facts, RunDir, result_path
 from orchestrator.training import train_model
 

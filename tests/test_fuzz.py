@@ -24,8 +24,8 @@ from actors.examples import ExampleFile
 from actors.score_store import ScoreStore
 from orchestrator.config.data import DataConfig
 from orchestrator.config.load import ConfigError, apply_override, dump_config, load_config, validate
-from orchestrator.dataset import prepare_data
-from orchestrator.rows import read_file
+from orchestrator.data.dataset import prepare_data
+from orchestrator.data.sources import read_file
 from tests.worlds import scored_world, word_tokenizer
 
 ROOT = Path(__file__).parents[1]

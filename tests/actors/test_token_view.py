@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actors import token_view
 from actors.token_view import MOST_TOKENS, TOKENS_BEFORE, pieces_of, spread_over_tasks_and_lengths, window_of
-from orchestrator.tokenizers import train_tokenizer
+from orchestrator.data.tokenizers import train_tokenizer
 from tests.actors.test_evaluator import slow_kl
 from tests.evaluation_world import World, logprobs_at_targets, make_world
 

@@ -15,6 +15,7 @@ from actors.score_store import ScoreStore
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
+from orchestrator.data.tokenizers import load_tokenizer
 from orchestrator.early_stopping import StoppingRule
 from orchestrator.judge import Assignment, Judge
 from orchestrator.ledger import Ledger, Search
@@ -22,7 +23,6 @@ from orchestrator.models import Models
 from orchestrator.run_dir import RunDir
 from orchestrator.scoring_stage import ScoringStage
 from orchestrator.search_space import BoundSpace, search_of
-from orchestrator.tokenizers import load_tokenizer
 from orchestrator.trial_runs import Ground, TrialQueue, assignments_to_repeat, begin_ledger, run_search
 from orchestrator.trials import TrialPlan
 from orchestrator.tuning import plan_of, source_of

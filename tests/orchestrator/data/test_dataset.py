@@ -11,12 +11,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from actors.records import example_key
-from orchestrator.builtin_tasks import make_rows
 from orchestrator.config.data import TASK_KINDS, ChatFormat, DataConfig, InstructionFormat
-from orchestrator.dataset import choose_rows
-from orchestrator.templates import render_rows, texts_to_learn
-from orchestrator.tokenization import TokenizedRows, token_extents, tokenize
-from orchestrator.tokenizers import train_tokenizer
+from orchestrator.data.dataset import choose_rows
+from orchestrator.data.synthetic import make_rows
+from orchestrator.data.templates import render_rows, texts_to_learn
+from orchestrator.data.tokenization import TokenizedRows, token_extents, tokenize
+from orchestrator.data.tokenizers import train_tokenizer
 
 END = 1
 PLAIN = InstructionFormat(kind="instruction", prompt="{{ prompt }}")

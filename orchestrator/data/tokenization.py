@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.records import Example, example_key
 from orchestrator.config.data import DataConfig
-from orchestrator.special_tokens import special_strings
-from orchestrator.templates import RenderedRow
+from orchestrator.data.special_tokens import special_strings
+from orchestrator.data.templates import RenderedRow
 
 TEXTS_A_BATCH = 1000
 

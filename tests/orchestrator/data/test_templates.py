@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.builtin_tasks import make_rows
 from orchestrator.config.data import TASK_KINDS, ChatFormat, DataConfig, FormatConfig, InstructionFormat
-from orchestrator.templates import RenderedRow, render_rows, texts_to_learn
-from orchestrator.tokenizers import train_tokenizer
+from orchestrator.data.synthetic import make_rows
+from orchestrator.data.templates import RenderedRow, render_rows, texts_to_learn
+from orchestrator.data.tokenizers import train_tokenizer
 
 INSTRUCTION = InstructionFormat(kind="instruction")
 CHAT = ChatFormat(kind="chat")

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from actors.examples import write_atomically, write_examples
 from actors.records import examples_hash
 from orchestrator.config.data import DataConfig
-from orchestrator.data_counts import DataCounts, count_data
-from orchestrator.rows import Row, read_rows
-from orchestrator.templates import NumberedRow, render_rows, texts_to_learn
-from orchestrator.tokenization import TokenizedRows, tokenize
-from orchestrator.tokenizers import tokenizer_hash
+from orchestrator.data.counts import DataCounts, count_data
+from orchestrator.data.sources import Row, read_rows
+from orchestrator.data.templates import NumberedRow, render_rows, texts_to_learn
+from orchestrator.data.tokenization import TokenizedRows, tokenize
+from orchestrator.data.tokenizers import tokenizer_hash
 
 TokenizerFor = Callable[[list[str]], PreTrainedTokenizerBase]
 """Returns the run's tokenizer, given the training texts in case it is to be trained on them."""

@@ -9,16 +9,16 @@ from jinja2 import StrictUndefined, TemplateError, TemplateRuntimeError, Templat
 from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator.chat_templates import ChatTemplate
 from orchestrator.config.data import DataConfig, InstructionFormat
-from orchestrator.conversations import (
+from orchestrator.data.chat_templates import ChatTemplate
+from orchestrator.data.conversations import (
     NoAnswer,
     conversation_of,
     fields_of,
     require_text,
     require_unicode,
 )
-from orchestrator.special_tokens import RowText, SpecialTokens
+from orchestrator.data.special_tokens import RowText, SpecialTokens
 
 NumberedRow = tuple[int, Mapping[str, Any]]
 """A row's index in its source, and its fields."""

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.builtin_tasks import make_rows
 from orchestrator.config.data import BuiltinSource, FilesSource, HubSource
-from orchestrator.rows import LONGEST_CELL, read_file, read_rows, source_hash
+from orchestrator.data.sources import LONGEST_CELL, read_file, read_rows, source_hash
+from orchestrator.data.synthetic import make_rows
 
 ROWS: list[dict[str, Any]] = [{"question": f"{n}?", "answer": f"é {n}", "n": n} for n in range(5)]
 

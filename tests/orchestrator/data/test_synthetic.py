@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
-from orchestrator.builtin_tasks import OPPOSITES, TASKS, WORDS, answer_of, draw_row, make_rows, share_rows
 from orchestrator.config.data import TASK_KINDS
+from orchestrator.data.synthetic import OPPOSITES, TASKS, WORDS, answer_of, draw_row, make_rows, share_rows
 
 FRAMES = {
     "add": r"The sum of \d+ and \d+ is \d+\.",
@@ -99,7 +99,7 @@ def test_answer_of_text_that_is_no_response_is_the_text() -> None:
 
 
 def test_the_same_seed_gives_the_same_rows_in_another_process() -> None:
-    program = "import sys; from orchestrator.builtin_tasks import *; print(repr(make_rows(60, list(TASKS), 5)))"
+    program = "import sys; from orchestrator.data.synthetic import *; print(repr(make_rows(60, list(TASKS), 5)))"
     printed = [
         subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}

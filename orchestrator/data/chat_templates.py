@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from orchestrator.config.data import ChatFormat, ShareGptFormat
-from orchestrator.conversations import Conversation, Message, shown
+from orchestrator.data.conversations import Conversation, Message, shown
 
 WAY_OUT = "data.format.template=... with a template that only appends would do"
 LAST_ONLY = "data.format.turns=last would learn the last turn alone"

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.builtin_tasks import make_rows
 from orchestrator.config.data import BuiltinSource, FilesSource, HubSource, SourceConfig
+from orchestrator.data.synthetic import make_rows
 
 Row = dict[str, Any]
 

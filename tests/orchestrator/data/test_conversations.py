@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.data import ChatFormat, ShareGptFormat
-from orchestrator.conversations import NoAnswer, conversation_of
+from orchestrator.data.conversations import NoAnswer, conversation_of
 
 CHAT, SHAREGPT = ChatFormat(kind="chat"), ShareGptFormat(kind="sharegpt")
 ASKED, ANSWERED = {"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "3"}

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.examples import ExampleFile
 from actors.records import examples_hash
-from orchestrator.builtin_tasks import make_rows
 from orchestrator.config.data import (
     TASK_KINDS,
     BuiltinSource,
@@ -20,9 +19,10 @@ from orchestrator.config.data import (
     HeldoutConfig,
     InstructionFormat,
 )
-from orchestrator.dataset import prepare_data
-from orchestrator.templates import texts_to_learn
-from orchestrator.tokenizers import tokenizer_hash, train_tokenizer
+from orchestrator.data.dataset import prepare_data
+from orchestrator.data.synthetic import make_rows
+from orchestrator.data.templates import texts_to_learn
+from orchestrator.data.tokenizers import tokenizer_hash, train_tokenizer
 
 PLAIN = InstructionFormat(kind="instruction", prompt="{{ prompt }}")
 

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.chat_templates import with_default_args
 from orchestrator.config.data import ChatFormat, DataConfig
-from orchestrator.templates import RenderedRow, RenderedRows, render_rows
+from orchestrator.data.chat_templates import with_default_args
+from orchestrator.data.templates import RenderedRow, RenderedRows, render_rows
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

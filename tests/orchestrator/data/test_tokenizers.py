@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from orchestrator.tokenizers import load_tokenizer, require_same_tokens, tokenizer_hash, train_tokenizer
+from orchestrator.data.tokenizers import load_tokenizer, require_same_tokens, tokenizer_hash, train_tokenizer
 
 TEXTS = [
     f"The largest of {n}, {n * 7 % 100} and {n * 31 % 100} is hard to see, said {name}. {more}"
@@ -62,7 +62,7 @@ def test_frequent_words_are_one_token() -> None:
 
 def test_the_same_texts_give_the_same_tokenizer_in_another_process() -> None:
     program = (
-        f"from orchestrator.tokenizers import *\ntokenizer = train_tokenizer({TEXTS!r}, 320)\n"
+        f"from orchestrator.data.tokenizers import *\ntokenizer = train_tokenizer({TEXTS!r}, 320)\n"
         "print(tokenizer_hash(tokenizer), tokenizer('largest, said Ann')['input_ids'])"
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

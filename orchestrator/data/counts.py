@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config.data import DataConfig
-from orchestrator.templates import RenderedRows
-from orchestrator.tokenization import TokenizedRows
+from orchestrator.data.templates import RenderedRows
+from orchestrator.data.tokenization import TokenizedRows
 
 TREATMENTS = {
     "split": "they are read as ordinary text",
