@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             comparing = compare_teachers if config.compare.teachers else compare
             (tune if options.command == "tune" else comparing)(config, say)
             return 0
-        from orchestrator.pipeline import run
+        from orchestrator.run.pipeline import run
 
         until, _ = COMMANDS[options.command]
         run(config, until, say)

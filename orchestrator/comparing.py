@@ -13,7 +13,7 @@ from orchestrator.judge import Assignment
 from orchestrator.ledger import Search
 from orchestrator.ledger_lines import SearchPlan
 from orchestrator.points import ListedPoints
-from orchestrator.run_dir import RunDir
+from orchestrator.run.run_dir import RunDir
 from orchestrator.search_results import show_search
 from orchestrator.search_space import BoundSpace, require_steady_workers
 from orchestrator.search_table import completed_trials

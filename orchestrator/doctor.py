@@ -32,11 +32,11 @@ from orchestrator.findings import (
     judge_scores,
     judge_tokens,
 )
-from orchestrator.models import ROLES, Models, vocab_size_of
-from orchestrator.pipeline import life
-from orchestrator.run_dir import RunDir
+from orchestrator.run.models import ROLES, Models, vocab_size_of
+from orchestrator.run.pipeline import life
+from orchestrator.run.run_dir import RunDir
+from orchestrator.run.score_identity import pin_revision
 from orchestrator.run_findings import check_ends, check_export, check_rows
-from orchestrator.scoring import pin_revision
 
 PROBE_ROWS = 8
 

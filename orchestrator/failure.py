@@ -17,8 +17,8 @@ from orchestrator.cluster.ray_session import RayFailed
 from orchestrator.cluster.redaction import without_private_values
 from orchestrator.config.run import RunConfig
 from orchestrator.error_log import is_run, write_traceback, write_traceback_elsewhere
-from orchestrator.run_dir import RunDirError
-from orchestrator.training import TrainingFailed
+from orchestrator.run.run_dir import RunDirError
+from orchestrator.run.training import TrainingFailed
 
 PLANNED = (TeacherFailed, TrainingFailed, RayFailed)
 """Failures whose message says all that a user needs."""

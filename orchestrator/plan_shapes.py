@@ -22,8 +22,8 @@ from actors.sampler import SamplerState, global_batches, micro_batches, steps_in
 from actors.student_model import decoder_layers, plain_model, scratch_model
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
-from orchestrator.model_checks import RowLimits, require_models_fit, row_limits
-from orchestrator.models import Models, Role, config_of
+from orchestrator.run.model_checks import RowLimits, require_models_fit, row_limits
+from orchestrator.run.models import Models, Role, config_of
 
 
 @dataclass(frozen=True, slots=True)

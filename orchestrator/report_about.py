@@ -11,7 +11,7 @@ import yaml
 from orchestrator.cluster.environment import CLUSTER, PROCESS
 from orchestrator.cluster.redaction import without_secrets_within
 from orchestrator.report_parts import read_json_lines
-from orchestrator.run_dir import CHANGED
+from orchestrator.run.run_dir import CHANGED
 
 GIB = 1 << 30
 SHORT_COMMIT = 12

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.table import COLUMNS, MODEL_NAMES
+from orchestrator.run.results_table import COLUMNS, MODEL_NAMES
 
 LISTED = 5
 """Targets named below each text."""

@@ -18,7 +18,7 @@ from orchestrator.report_about import about_run
 from orchestrator.report_charts import Uncertainties, read_uncertainties, training_charts, uncertainty_chart
 from orchestrator.report_parts import Chart, read_json_lines, write_page
 from orchestrator.report_texts import read_reading
-from orchestrator.table import COLUMNS, MODEL_NAMES, ComparisonTable, TableRow, read_table
+from orchestrator.run.results_table import COLUMNS, MODEL_NAMES, ComparisonTable, TableRow, read_table
 
 ANSWERS_SHOWN = 10
 

@@ -11,9 +11,9 @@ from actors.finished_model import ExportDiffers, ExportProof, try_export
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.findings import Finding
-from orchestrator.models import Models
-from orchestrator.run_dir import Facts
-from orchestrator.stages import describe_ends, distillation_task
+from orchestrator.run.models import Models
+from orchestrator.run.run_dir import Facts
+from orchestrator.run.stages import describe_ends, distillation_task
 
 HASHES = ("train_hash", "heldout_hash", "tokenizer_hash")
 

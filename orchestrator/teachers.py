@@ -15,10 +15,10 @@ from orchestrator.comparing import compare
 from orchestrator.config.load import ConfigError, validate
 from orchestrator.config.run import RunConfig
 from orchestrator.ledger import read_ledger
-from orchestrator.models import Models, vocab_size_of
-from orchestrator.pipeline import run
-from orchestrator.run_dir import RunDir
-from orchestrator.scoring import score_root
+from orchestrator.run.models import Models, vocab_size_of
+from orchestrator.run.pipeline import run
+from orchestrator.run.run_dir import RunDir
+from orchestrator.run.score_identity import score_root
 from orchestrator.teachers_report import TaughtBy, write_teachers_report
 
 

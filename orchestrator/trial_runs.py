@@ -20,10 +20,10 @@ from orchestrator.early_stopping import StoppingRule
 from orchestrator.judge import Assignment, Judge, Outcome
 from orchestrator.ledger import Ledger, Search, read_ledger
 from orchestrator.ledger_lines import SearchPlan
-from orchestrator.pipeline import life
 from orchestrator.points import PointSource
-from orchestrator.progress import Sight, progress_lines
-from orchestrator.run_dir import RunDir, result_path
+from orchestrator.run.pipeline import life
+from orchestrator.run.progress import Sight, progress_lines
+from orchestrator.run.run_dir import RunDir, result_path
 from orchestrator.search_space import BoundSpace
 from orchestrator.trials import TrialPlan, spent
 from orchestrator.tune_driver import most_at_once, run_trials

@@ -18,10 +18,10 @@ from actors.train_checkpoints import NoCheckpoints
 from actors.training_task import Exams, TrainingTask
 from orchestrator.config.tune import rung_steps
 from orchestrator.judge import Assignment, Outcome
-from orchestrator.models import Models
+from orchestrator.run.models import Models
+from orchestrator.run.stages import distillation_task
+from orchestrator.run.training import train_model
 from orchestrator.search_space import BoundSpace
-from orchestrator.stages import distillation_task
-from orchestrator.training import train_model
 
 
 @dataclass(frozen=True)

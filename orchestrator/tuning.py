@@ -13,7 +13,7 @@ from orchestrator.judge import Outcome
 from orchestrator.ledger import Search, Trial
 from orchestrator.ledger_lines import SearchPlan
 from orchestrator.points import LearnedPoints, ListedPoints, PointSource
-from orchestrator.run_dir import RunDir
+from orchestrator.run.run_dir import RunDir
 from orchestrator.search_results import show_search
 from orchestrator.search_space import BoundSpace, search_of
 from orchestrator.trial_runs import (

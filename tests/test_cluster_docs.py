@@ -10,8 +10,8 @@ import yaml
 
 from actors.config import EngineConfig
 from actors.workers_config import WorkersConfig
-from orchestrator import run_dir
 from orchestrator.cluster.ray_session import TRAIN_ENVIRONMENT
+from orchestrator.run import run_dir
 from tests.test_docs import OURS, commands_of
 
 ROOT = Path(__file__).parents[1]

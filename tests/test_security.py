@@ -13,7 +13,7 @@ from actors.student_model import load_model
 from actors.training_task import ModelSource
 from orchestrator.config.load import ConfigError
 from orchestrator.data.tokenizers import load_tokenizer
-from orchestrator.models import vocab_size_of
+from orchestrator.run.models import vocab_size_of
 from tests.orchestrator.config.test_run import changed
 from tests.worlds import tiny_llama
 

@@ -15,7 +15,7 @@ import ray
 from actors.placement import Node, read_nodes
 from orchestrator import __version__
 from orchestrator.cluster.redaction import without_secrets
-from orchestrator.run_dir import RunDir
+from orchestrator.run.run_dir import RunDir
 
 PROCESS, CLUSTER = "process_started", "cluster"
 """Names of the two events."""

@@ -29,7 +29,7 @@ from orchestrator.cluster import signals as sigterm
 from orchestrator.cluster.places import ray_folder
 from orchestrator.cluster.shared_folder import require_shared
 from orchestrator.config.run import RunConfig
-from orchestrator.scoring import score_root
+from orchestrator.run.score_identity import score_root
 
 STORE_BYTES = 256 << 20  # Ray's object store carries counts and configurations only
 

@@ -14,8 +14,8 @@ from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store import ScoreStore
 from actors.token_view import TokenView
 from orchestrator.config.load import dump_config, validate
-from orchestrator.evaluation import comparison_table, write_evaluation
-from orchestrator.table import write_table
+from orchestrator.run.evaluation import comparison_table, write_evaluation
+from orchestrator.run.results_table import write_table
 
 EVIL = "<script>document.title='broken'</script> & \"more\""
 TARGET_PROBABILITIES = (0.99, 0.92, 0.5, 0.2, 0.02, 0.97, 0.6)

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from orchestrator.cli import COMMANDS, OTHERS, TRIALS, build_parser, main
 from orchestrator.config.load import load_config
-from orchestrator.pipeline import STAGES
+from orchestrator.run.pipeline import STAGES
 from tests.worlds import tiny_llama, word_tokenizer
 
 

@@ -28,7 +28,7 @@ from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor import examine, largest_id, measure_served, spread_over_lengths
 from orchestrator.findings import TOLERANCES, Finding, judge_scores
-from orchestrator.models import ROLES, Models
+from orchestrator.run.models import ROLES, Models
 from tests.fakes import FakeTeacher, fake_spec
 from tests.faulty_engines import TOP_K, CrowdedEngine, RepeatingEngine, Serves, ShiftedEngine, SwappingEngine
 from tests.worlds import LONGEST, VOCAB, random_examples, tiny_llama, word_tokenizer

@@ -18,8 +18,8 @@ from orchestrator.cluster.ray_session import RayFailed
 from orchestrator.config.load import load_config
 from orchestrator.error_log import write_traceback, write_traceback_elsewhere
 from orchestrator.failure import Verdict, guarded, judge
-from orchestrator.run_dir import RunDirError
-from orchestrator.training import TrainingFailed
+from orchestrator.run.run_dir import RunDirError
+from orchestrator.run.training import TrainingFailed
 
 
 def raised_from(error: BaseException, cause: BaseException) -> BaseException:

@@ -13,11 +13,11 @@ from actors.examples import ExampleFile
 from actors.lora import add_adapters
 from actors.student_model import load_model
 from actors.training_task import ModelSource
-from orchestrator.models import Models
 from orchestrator.plan_activations import saved_bytes
 from orchestrator.plan_shapes import Passes, Workload, adapted, meta_model, passes_of, read_workload, shape_of, workload_of
-from orchestrator.run_dir import RunDir
-from orchestrator.stages import prepare
+from orchestrator.run.models import Models
+from orchestrator.run.run_dir import RunDir
+from orchestrator.run.stages import prepare
 from tests.orchestrator.config.test_run import changed
 
 SMALL = ("data.source={kind: builtin, rows: 300}", "data.heldout_rows=40", "tokenizer.vocab_size=400", "data.max_tokens=80")

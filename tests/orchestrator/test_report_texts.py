@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.evaluation import read_evaluation
 from orchestrator.report_texts import Reading, divergence_scale, groups_of, percent, read_reading
 from orchestrator.reporting import write_report
+from orchestrator.run.evaluation import read_evaluation
 from tests.orchestrator.pages import EVIL, Page, bare_run, whole_run
 
 PAGES = Path(__file__).parents[2] / "orchestrator" / "pages"

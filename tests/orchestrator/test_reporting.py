@@ -16,7 +16,7 @@ from orchestrator.plots import INK, MOST_POINTS, SERIES, Curve, histogram_chart,
 from orchestrator.report_charts import curve_of, sampled_uncertainties, shares_charts, uncertainty_histogram
 from orchestrator.report_parts import read_json_lines
 from orchestrator.reporting import StageTime, finding, spread_over_tasks, stage_times, write_report
-from orchestrator.table import TableRow
+from orchestrator.run.results_table import TableRow
 from tests.orchestrator.pages import EVIL, TARGET_PROBABILITIES, Page, bare_run, require_closed, whole_run, write_store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

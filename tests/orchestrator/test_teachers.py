@@ -13,8 +13,8 @@ from actors.examples import write_examples
 from orchestrator.config.load import ConfigError, load_config, validate
 from orchestrator.config.run import RunConfig
 from orchestrator.ledger import read_ledger
-from orchestrator.models import Models
-from orchestrator.run_dir import RunDir
+from orchestrator.run.models import Models
+from orchestrator.run.run_dir import RunDir
 from orchestrator.teachers import (
     compare_teachers,
     configs_by_teacher,

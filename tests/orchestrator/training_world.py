@@ -25,7 +25,7 @@ from actors.training_task import ModelSource, TrainingTask
 from actors.workers_config import WorkersConfig
 from losses.config import AtkdLoss
 from losses.weighing_config import DistantTokens
-from orchestrator.training import train_model
+from orchestrator.run.training import train_model
 from tests.recovery import Record, record_until
 from tests.worlds import scored_world, tiny_llama
 

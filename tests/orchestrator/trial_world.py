@@ -19,9 +19,9 @@ from orchestrator.data.tokenizers import load_tokenizer
 from orchestrator.early_stopping import StoppingRule
 from orchestrator.judge import Assignment, Judge
 from orchestrator.ledger import Ledger, Search
-from orchestrator.models import Models
-from orchestrator.run_dir import RunDir
-from orchestrator.scoring_stage import ScoringStage
+from orchestrator.run.models import Models
+from orchestrator.run.run_dir import RunDir
+from orchestrator.run.scoring import ScoringStage
 from orchestrator.search_space import BoundSpace, search_of
 from orchestrator.trial_runs import Ground, TrialQueue, assignments_to_repeat, begin_ledger, run_search
 from orchestrator.trials import TrialPlan

@@ -22,7 +22,7 @@ from orchestrator.cluster.ray_session import (
     settle_replicas,
     why_ray_failed,
 )
-from orchestrator.training import scaling_of
+from orchestrator.run.training import scaling_of
 from tests.orchestrator.config.test_run import changed
 
 

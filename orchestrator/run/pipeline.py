@@ -8,14 +8,14 @@ from pathlib import Path
 from orchestrator.cluster.environment import note_cluster, note_process
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
-from orchestrator.evaluation import evaluate
-from orchestrator.export import export
-from orchestrator.models import ROLES, Models
 from orchestrator.reporting import write_report
-from orchestrator.run_dir import RunDir
-from orchestrator.scoring_stage import ScoringStage
-from orchestrator.stages import fit, prepare, require_same_source, train
-from orchestrator.table import print_table, read_table
+from orchestrator.run.evaluation import evaluate
+from orchestrator.run.export import export
+from orchestrator.run.models import ROLES, Models
+from orchestrator.run.results_table import print_table, read_table
+from orchestrator.run.run_dir import RunDir
+from orchestrator.run.scoring import ScoringStage
+from orchestrator.run.stages import fit, prepare, require_same_source, train
 
 STAGES = ("prepare", "fit", "score", "train", "evaluate", "export", "report")
 

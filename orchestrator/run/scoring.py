@@ -24,9 +24,9 @@ from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import tokenizer_hash
 from orchestrator.findings import TOLERANCES, judge_raw, judge_served
-from orchestrator.models import Models, vocab_size_of
-from orchestrator.run_dir import Facts, RunDir
-from orchestrator.scoring import (
+from orchestrator.run.models import Models, vocab_size_of
+from orchestrator.run.run_dir import Facts, RunDir
+from orchestrator.run.score_identity import (
     ScoringProgress,
     describe_failure,
     nearest_store,

@@ -13,10 +13,10 @@ from orchestrator.config.data import SourceConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.data.sources import source_hash
-from orchestrator.model_checks import require_models_fit, row_limits
-from orchestrator.models import ROLES, Models, Role
-from orchestrator.run_dir import Facts, RunDir, result_path
-from orchestrator.training import train_model
+from orchestrator.run.model_checks import require_models_fit, row_limits
+from orchestrator.run.models import ROLES, Models, Role
+from orchestrator.run.run_dir import Facts, RunDir, result_path
+from orchestrator.run.training import train_model
 
 
 def prepare(config: RunConfig, books: RunDir, models: Models) -> Facts:

@@ -16,9 +16,9 @@ from actors.score_store import ScoreStore
 from actors.token_view import TokenView
 from actors.training_task import ModelSource
 from orchestrator.config.run import RunConfig
-from orchestrator.models import Models
-from orchestrator.run_dir import Facts, RunDir
-from orchestrator.table import METRICS, MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table
+from orchestrator.run.models import Models
+from orchestrator.run.results_table import METRICS, MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table
+from orchestrator.run.run_dir import Facts, RunDir
 
 
 def evaluate(config: RunConfig, books: RunDir, models: Models, heldout_store: ScoreStore) -> Facts:

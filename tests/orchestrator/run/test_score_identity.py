@@ -17,7 +17,7 @@ from actors.score_store import FORMAT, ScoreStore, ScoringFailed
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
 from orchestrator.config.run import RunConfig
-from orchestrator.scoring import ScoringProgress, nearest_store, open_store, pin_revision, score_split, store_identity
+from orchestrator.run.score_identity import ScoringProgress, nearest_store, open_store, pin_revision, score_split, store_identity
 from tests.fakes import FAKE_VOCAB, FakeTeacher, expected_scores, fake_examples, fake_spec
 
 ROWS, TOP_K = 10, 5
@@ -278,6 +278,6 @@ def test_a_damaged_shard_is_named_and_nothing_is_scored_or_repaired(
 def test_an_engine_that_is_not_installed_is_named(
     tmp_path: Path, teacher: ModelSource, examples_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.scoring.ENGINE_DISTRIBUTIONS", {"transformers": ("no-such-distribution",)})
+    monkeypatch.setattr("orchestrator.run.score_identity.ENGINE_DISTRIBUTIONS", {"transformers": ("no-such-distribution",)})
     with pytest.raises(ValueError, match="teacher.engine.kind is transformers, but transformers is not installed"):
         identity_of(run_config(tmp_path), teacher, examples_path)

@@ -17,9 +17,9 @@ from actors.finished_model import ExportProof, read_proof
 from actors.identity import Identity, identity_hash
 from actors.score_store import ScoreStore
 from orchestrator.config.run import RunConfig
-from orchestrator.models import Models
-from orchestrator.run_dir import Facts, RunDir
-from orchestrator.table import ComparisonTable, markdown, read_table
+from orchestrator.run.models import Models
+from orchestrator.run.results_table import ComparisonTable, markdown, read_table
+from orchestrator.run.run_dir import Facts, RunDir
 
 CARD_SECTIONS = ("name", "seed", "data", "teacher", "student", "loss", "train", "scores", "export")
 

@@ -24,7 +24,7 @@ from actors.training_task import Ending, TrainingDiverged, train_worker
 from actors.workers import Worker
 from losses.config import HardLabelLoss
 from orchestrator.failure import roots
-from orchestrator.training import TrainingFailed, drop_uncounted_checkpoints, progress_line, summarize
+from orchestrator.run.training import TrainingFailed, drop_uncounted_checkpoints, progress_line, summarize
 from tests.orchestrator.training_world import (
     ROWS,
     TRAIN,
@@ -146,7 +146,7 @@ def test_what_ray_train_gives_up_on_is_passed_on(
     def gives_up(*_: object) -> None:
         raise ControllerError(RuntimeError("made by another version"))
 
-    monkeypatch.setattr("orchestrator.training._train", gives_up)
+    monkeypatch.setattr("orchestrator.run.training._train", gives_up)
     with pytest.raises(TrainingFailed, match=r"^train: Ray Train gave up \(.* made by another version\)$"):
         trained(task_in(tmp_path, training_world), tmp_path)
 
@@ -198,7 +198,7 @@ def test_a_gpu_too_small_is_told_with_what_would_do_and_the_traceback_is_kept(
     def fails(*_: object) -> None:
         raise WorkerGroupError("worker 1: in accumulate_gradients", {1: torch.OutOfMemoryError("CUDA out of memory.")})
 
-    monkeypatch.setattr("orchestrator.training._train", fails)
+    monkeypatch.setattr("orchestrator.run.training._train", fails)
     task = task_in(tmp_path, training_world, name=name, train=TRAIN.model_copy(update=changes))
     told = f"worker 1 failed .* the last time with OutOfMemoryError: CUDA out of memory.; {re.escape(remedy)}"
     with pytest.raises(TrainingFailed, match=told) as failed:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.run_dir import MAY_CHANGE, RunDir, RunDirError
+from orchestrator.run.run_dir import MAY_CHANGE, RunDir, RunDirError
 from tests.orchestrator.config.test_run import changed
 
 

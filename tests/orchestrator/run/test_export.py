@@ -12,8 +12,8 @@ from actors.finished_model import ExportProof
 from actors.identity import identity_hash
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
-from orchestrator.export import StoredStudent, check_export, model_card, without_places, write_model_card
-from orchestrator.table import ComparisonTable, metric_rows
+from orchestrator.run.export import StoredStudent, check_export, model_card, without_places, write_model_card
+from orchestrator.run.results_table import ComparisonTable, metric_rows
 from tests.evaluation_world import save_model, save_tokenizer
 
 IDENTITY = {"top_k": 8, "vocab_size": 29, "teacher": {"name": "Org/teacher", "revision": "abc"}, "engine": {"kind": "vllm"}}

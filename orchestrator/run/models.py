@@ -15,7 +15,7 @@ from actors.training_task import ModelSource
 from orchestrator.config.run import RunConfig, StudentConfig, TeacherConfig
 from orchestrator.data.chat_templates import with_default_args
 from orchestrator.data.tokenizers import load_tokenizer, require_same_tokens, train_tokenizer
-from orchestrator.model_files import base_of_adapter, stored_dtype
+from orchestrator.run.model_files import base_of_adapter, stored_dtype
 
 Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = ("teacher", "student")

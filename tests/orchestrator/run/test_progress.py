@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from orchestrator.progress import Sight, progress_lines
+from orchestrator.run.progress import Sight, progress_lines
 
 
 def wait_for(holds: Callable[[], bool]) -> None:

@@ -29,8 +29,8 @@ from actors.placement import worker_need
 from actors.training_task import Ending, TrainingTask, train_worker
 from actors.workers_config import WorkersConfig
 from losses.config import AtkdLoss
-from orchestrator.elastic import NO_TRY_OF_ITS_OWN, train_in_turns
-from orchestrator.progress import Sight, progress_lines
+from orchestrator.run.elastic import NO_TRY_OF_ITS_OWN, train_in_turns
+from orchestrator.run.progress import Sight, progress_lines
 
 PROGRESS_SECONDS = 10.0
 COUNTED = "checkpoint_manager_snapshot.json"

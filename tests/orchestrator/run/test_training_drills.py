@@ -13,7 +13,7 @@ import torch
 from actors.checkpoint_seal import damaged_checkpoints
 from actors.training_task import TrainingTask
 from actors.workers_config import WorkersConfig
-from orchestrator.training import TrainingFailed, train_model
+from orchestrator.run.training import TrainingFailed, train_model
 from tests.orchestrator.training_world import (
     ROWS,
     TRAIN,

@@ -8,9 +8,9 @@ import pytest
 
 from actors.replicas import TeacherFailed
 from actors.teacher import EngineFactory, build_engine
-from orchestrator.models import Models
-from orchestrator.run_dir import RunDir
-from orchestrator.scoring_stage import ScoringStage
+from orchestrator.run.models import Models
+from orchestrator.run.run_dir import RunDir
+from orchestrator.run.scoring import ScoringStage
 from tests.faulty_engines import DiesOnce, Serves, ShiftedEngine
 from tests.orchestrator.trial_world import unscored_run
 from tests.worlds import tiny_llama

@@ -13,8 +13,8 @@ from actors.lora import load_adapter
 from actors.student_model import load_model
 from actors.training_task import ModelSource
 from orchestrator.config.load import validate
-from orchestrator.model_files import base_of_adapter, require_model_folder, stored_dtype
-from orchestrator.models import Models
+from orchestrator.run.model_files import base_of_adapter, require_model_folder, stored_dtype
+from orchestrator.run.models import Models
 from tests.worlds import tiny_llama, word_tokenizer
 
 KEY = "teacher.model.name"

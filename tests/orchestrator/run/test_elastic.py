@@ -22,13 +22,13 @@ from actors.metrics_log import read_metrics
 from actors.placement import proven_places, reserve, worker_need
 from actors.training_task import Ending
 from actors.workers_config import WorkersConfig
-from orchestrator import elastic
 from orchestrator.config.load import ConfigError, dump_config, load_config
-from orchestrator.elastic import train_in_turns
-from orchestrator.models import Models
-from orchestrator.run_dir import RunDir
-from orchestrator.stages import distillation_task
-from orchestrator.training import train_model
+from orchestrator.run import elastic
+from orchestrator.run.elastic import train_in_turns
+from orchestrator.run.models import Models
+from orchestrator.run.run_dir import RunDir
+from orchestrator.run.stages import distillation_task
+from orchestrator.run.training import train_model
 from tests.orchestrator.config.test_run import changed
 from tests.orchestrator.elastic_world import LONG, LOST_AFTER
 from tests.orchestrator.training_world import (
@@ -46,7 +46,7 @@ from tests.orchestrator.training_world import (
 from tests.recovery import Record, record_recovery
 from tests.worlds import scored_world
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ONE_TO_FOUR = WorkersConfig(min=1, max=4)
 
 

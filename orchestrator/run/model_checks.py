@@ -10,7 +10,7 @@ from actors.attention import require_attention
 from actors.examples import ExampleFile
 from actors.lora import add_adapters, shared_with_adapters
 from orchestrator.config.run import RunConfig
-from orchestrator.models import ROLES, Models, Role, config_of
+from orchestrator.run.models import ROLES, Models, Role, config_of
 
 WINDOW_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions", "max_sequence_length",

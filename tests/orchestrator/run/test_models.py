@@ -14,12 +14,12 @@ from actors.examples import ExampleFile
 from actors.student import distil
 from actors.student_model import load_model
 from actors.train_checkpoints import NoCheckpoints
-from orchestrator import stages
 from orchestrator.config.load import validate
-from orchestrator.export import check_export
-from orchestrator.models import ROLES, Models
-from orchestrator.run_dir import RunDir
-from orchestrator.scoring_stage import ScoringStage
+from orchestrator.run import stages
+from orchestrator.run.export import check_export
+from orchestrator.run.models import ROLES, Models
+from orchestrator.run.run_dir import RunDir
+from orchestrator.run.scoring import ScoringStage
 from tests.orchestrator.config.test_run import SMALL
 from tests.orchestrator.trial_world import TOP_K, fill, unscored_run
 from tests.worlds import VOCAB, tiny_llama, word_tokenizer
