@@ -19,8 +19,8 @@ from actors.metrics_log import read_metrics
 from benchmarks.bars import Bar, print_table, report
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
-from orchestrator.ledger import read_ledger
-from orchestrator.tuning import tune
+from orchestrator.search.ledger import read_ledger
+from orchestrator.search.tune import tune
 
 SMALL = [
     "data.source.rows=1000", "data.heldout_rows=60", "teacher.model.hidden_size=64", "teacher.model.layers=2",

@@ -81,9 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return plan(config, Asked(**{field: getattr(options, field) for field in Asked.__dataclass_fields__}), say)
         if options.command in TRIALS:
-            from orchestrator.comparing import compare
-            from orchestrator.teachers import compare_teachers
-            from orchestrator.tuning import tune
+            from orchestrator.search.compare import compare
+            from orchestrator.search.compare_teachers import compare_teachers
+            from orchestrator.search.tune import tune
 
             comparing = compare_teachers if config.compare.teachers else compare
             (tune if options.command == "tune" else comparing)(config, say)

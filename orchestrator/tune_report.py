@@ -7,9 +7,8 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from orchestrator.ledger import Search, Trial
 from orchestrator.report_parts import Answer, Chart, Column, Grid, Part
-from orchestrator.search_findings import (
+from orchestrator.search.analysis import (
     Snapshot,
     at_the_end,
     importances,
@@ -19,10 +18,11 @@ from orchestrator.search_findings import (
     settings_at_an_end,
     where_all_were,
 )
+from orchestrator.search.ledger import Search, Trial
+from orchestrator.search.results import axes_of, best_trial, completed_trials, describe_best, label_of, written_metric
+from orchestrator.search.statistics import FEWEST_FOR_CORRELATION
 from orchestrator.search_plots import Trace, trace_chart
-from orchestrator.search_table import axes_of, best_trial, completed_trials, describe_best, label_of, written_metric
 from orchestrator.setting_plots import heat_map, parallel_chart
-from orchestrator.trial_statistics import FEWEST_FOR_CORRELATION
 
 HARDLY = 0.1
 """Size of a rank correlation below which it has no direction worth naming."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.ledger import read_ledger
+from orchestrator.search.ledger import read_ledger
 from tests.ray_heads import head, wait_until
 from tests.recovery import Record, record_until
 from tests.test_job_submission import RAYS_OWN, assert_readable, small_run

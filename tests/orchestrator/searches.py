@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.ledger import Ledger
-from orchestrator.ledger_lines import SearchPlan
+from orchestrator.search.ledger import Ledger
+from orchestrator.search.ledger_records import SearchPlan
 
 RUNGS = (125, 250, 375, 500)
 EASY_RATIO = {"low": 0.1, "high": 0.9, "step": 0.2}

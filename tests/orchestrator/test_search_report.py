@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from orchestrator.config.load import apply_override
-from orchestrator.ledger import Ledger, Search, read_ledger
-from orchestrator.search_findings import (
+from orchestrator.search.analysis import (
     at_the_end,
     difference_curves,
     importances,
@@ -22,6 +21,7 @@ from orchestrator.search_findings import (
     values_of_arms,
     where_all_were,
 )
+from orchestrator.search.ledger import Ledger, Search, read_ledger
 from orchestrator.search_plots import Trace, trace_chart
 from orchestrator.search_report import read_cost, write_search_report, written_time
 from orchestrator.setting_plots import Axis, heat_map, parallel_chart, short_names

@@ -16,16 +16,16 @@ from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
 from orchestrator.data.tokenizers import load_tokenizer
-from orchestrator.early_stopping import StoppingRule
-from orchestrator.judge import Assignment, Judge
-from orchestrator.ledger import Ledger, Search
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
-from orchestrator.search_space import BoundSpace, search_of
-from orchestrator.trial_runs import Ground, TrialQueue, assignments_to_repeat, begin_ledger, run_search
-from orchestrator.trials import TrialPlan
-from orchestrator.tuning import plan_of, source_of
+from orchestrator.search.bound_space import BoundSpace, search_of
+from orchestrator.search.controller import Assignment, Judge
+from orchestrator.search.driver import Ground, TrialQueue, assignments_to_repeat, begin_ledger, run_search
+from orchestrator.search.ledger import Ledger, Search
+from orchestrator.search.pruning import StoppingRule
+from orchestrator.search.trial import TrialPlan
+from orchestrator.search.tune import plan_of, source_of
 from tests.worlds import VOCAB, random_examples, scores_from_logits, tiny_llama
 
 TRAIN_ROWS, HELDOUT_ROWS, TOP_K = 32, 7, 8

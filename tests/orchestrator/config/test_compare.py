@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from losses.config import AtkdLoss, CoupledLoss
-from orchestrator.arms import loss_of
-from orchestrator.comparing import bind_arms
 from orchestrator.config.compare import ARMS, CompareConfig
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
+from orchestrator.search.arms import loss_of
+from orchestrator.search.compare import bind_arms
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 LOSSES = [

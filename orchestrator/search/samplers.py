@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 
 from orchestrator.config.tune import Direction
-from orchestrator.judge import Outcome
+from orchestrator.search.controller import Outcome
 from tune_spaces.ranges import label_of
 from tune_spaces.space import Point, Space
 

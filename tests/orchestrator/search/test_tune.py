@@ -20,9 +20,9 @@ from actors.metrics_log import read_metrics
 from actors.workers_config import WorkersConfig
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
-from orchestrator.ledger import read_ledger
-from orchestrator.tune_driver import most_at_once
-from orchestrator.tuning import tune
+from orchestrator.search.ledger import read_ledger
+from orchestrator.search.ray_tune import most_at_once
+from orchestrator.search.tune import tune
 from tests.orchestrator.trial_world import RATE, config_in, scored_run, search
 from tests.recovery import Record, record_until
 
@@ -194,7 +194,7 @@ def test_a_killed_driver_goes_on_where_it_stood(
 
 def driver(folder: Path, ray_folder: str, trials: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(folder), ray_folder, str(trials)], cwd=Path(__file__).parents[2],
+        [sys.executable, "-c", DRIVER, str(folder), ray_folder, str(trials)], cwd=Path(__file__).parents[3],
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.early_stopping import StoppingRule
-from orchestrator.judge import Assignment, Judge, Outcome
-from orchestrator.ledger import Ledger, read_ledger
-from orchestrator.ledger_lines import SearchPlan
+from orchestrator.search.controller import Assignment, Judge, Outcome
+from orchestrator.search.ledger import Ledger, read_ledger
+from orchestrator.search.ledger_records import SearchPlan
+from orchestrator.search.pruning import StoppingRule
 
 RUNGS = (4, 8, 12)
 LOSSES = [[5.0, 4.0, 3.0], [5.5, 5.0, 4.0], [4.0, 3.0, 2.0], [5.2, 4.5, 3.5], [3.0, 2.0, 1.0], [4.5, 2.5, 1.5]]

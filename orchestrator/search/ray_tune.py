@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from actors.placement import read_nodes, settled_places, worker_need
 from actors.workers_config import WorkersConfig
-from orchestrator.trials import TrialPlan, run_trial
+from orchestrator.search.trial import TrialPlan, run_trial
 
 
 class Trials(Protocol):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.early_stopping import StoppingRule
-from orchestrator.ledger import Ledger, Search, read_ledger
-from orchestrator.ledger_lines import Ending, SearchPlan
+from orchestrator.search.ledger import Ledger, Search, read_ledger
+from orchestrator.search.ledger_records import Ending, SearchPlan
+from orchestrator.search.pruning import StoppingRule
 
 
 @dataclass(frozen=True, slots=True)

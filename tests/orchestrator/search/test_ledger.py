@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.ledger import Ledger, Search, read_ledger, require_same
-from orchestrator.ledger_lines import SearchPlan
+from orchestrator.search.ledger import Ledger, Search, read_ledger, require_same
+from orchestrator.search.ledger_records import SearchPlan
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=8),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.trial_statistics import (
+from orchestrator.search.statistics import (
     Summary,
     compare_arms,
     confidence_interval,

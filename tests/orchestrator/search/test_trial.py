@@ -8,13 +8,13 @@ import ray
 
 from actors.workers_config import WorkersConfig
 from orchestrator.config.run import RunConfig
-from orchestrator.early_stopping import StoppingRule
-from orchestrator.judge import Assignment, Judge
-from orchestrator.ledger import Ledger
-from orchestrator.points import ListedPoints
-from orchestrator.trial_runs import DIED, TrialQueue, progress_line
-from orchestrator.tune_driver import trial_resources
-from orchestrator.tuning import plan_of
+from orchestrator.search.controller import Assignment, Judge
+from orchestrator.search.driver import DIED, TrialQueue, progress_line
+from orchestrator.search.ledger import Ledger
+from orchestrator.search.pruning import StoppingRule
+from orchestrator.search.ray_tune import trial_resources
+from orchestrator.search.samplers import ListedPoints
+from orchestrator.search.tune import plan_of
 from tests.orchestrator.trial_world import RATE, ground_of, measures_of, scored_run, trial_plan
 
 POINTS = [

@@ -17,8 +17,8 @@ from rich.text import Text
 from actors.examples import write_atomically
 from orchestrator.config.load import dump_config
 from orchestrator.config.run import RunConfig
-from orchestrator.ledger import Search, Status, Trial
 from orchestrator.run.results_table import METRICS, Show, written
+from orchestrator.search.ledger import Search, Status, Trial
 
 STATUS_ORDER: dict[Status, int] = {"completed": 0, "stopped": 1, "unfinished": 2, "failed": 3}
 """Whose trials stand first in a table."""

@@ -17,11 +17,11 @@ from actors.student import distil
 from actors.train_checkpoints import NoCheckpoints
 from actors.training_task import Exams, TrainingTask
 from orchestrator.config.tune import rung_steps
-from orchestrator.judge import Assignment, Outcome
 from orchestrator.run.models import Models
 from orchestrator.run.stages import distillation_task
 from orchestrator.run.training import train_model
-from orchestrator.search_space import BoundSpace
+from orchestrator.search.bound_space import BoundSpace
+from orchestrator.search.controller import Assignment, Outcome
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from losses.divergence_config import Divergence, JensenShannon
 from orchestrator.config.load import ConfigError, dump_config, load_config, parse_yaml, validate
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import METRICS, TuneConfig, rung_steps
-from orchestrator.search_space import SEARCHABLE, WHY_NOT, bind, search_of
+from orchestrator.search.bound_space import SEARCHABLE, WHY_NOT, bind, search_of
 from tune_spaces.registry import SPACES
 from tune_spaces.space import read_space
 
@@ -208,5 +208,5 @@ def test_the_documentation_names_every_space() -> None:
 
 
 def test_binding_a_space_imports_nothing_heavy() -> None:
-    code = "import orchestrator.search_space, sys; assert not {'torch', 'ray', 'numpy', 'transformers'} & sys.modules.keys()"
+    code = "import orchestrator.search.bound_space, sys; assert not {'torch', 'ray', 'numpy', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

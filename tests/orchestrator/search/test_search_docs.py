@@ -11,11 +11,11 @@ import yaml
 from losses.section import Section
 from orchestrator.config.compare import ARMS, CompareConfig
 from orchestrator.config.tune import METRICS, TuneConfig
-from orchestrator.search_space import SEARCHABLE
-from orchestrator.trial_statistics import critical_t
+from orchestrator.search.bound_space import SEARCHABLE
+from orchestrator.search.statistics import critical_t
 from tune_spaces.registry import SPACES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "search.md").read_text()
 SOURCES = "".join(path.read_text() for room in ("orchestrator", "tune_spaces") for path in sorted((ROOT / room).glob("*.py")))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.early_stopping import FEWEST_FOR_MEDIAN, StoppingRule
+from orchestrator.search.pruning import FEWEST_FOR_MEDIAN, StoppingRule
 
 VALUES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=25)
 MODES = st.sampled_from(["min", "max"])

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.comparing import RATE, compare
 from orchestrator.config.load import ConfigError, load_config
 from orchestrator.config.run import RunConfig
-from orchestrator.ledger import Search, read_ledger
+from orchestrator.search.compare import RATE, compare
+from orchestrator.search.ledger import Search, read_ledger
 from tests.orchestrator.trial_world import config_in, scored_run
 
 COMPARE: dict[str, Any] = {

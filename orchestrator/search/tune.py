@@ -8,15 +8,10 @@ from typing import Any
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
-from orchestrator.early_stopping import StoppingRule
-from orchestrator.judge import Outcome
-from orchestrator.ledger import Search, Trial
-from orchestrator.ledger_lines import SearchPlan
-from orchestrator.points import LearnedPoints, ListedPoints, PointSource
 from orchestrator.run.run_dir import RunDir
-from orchestrator.search_results import show_search
-from orchestrator.search_space import BoundSpace, search_of
-from orchestrator.trial_runs import (
+from orchestrator.search.bound_space import BoundSpace, search_of
+from orchestrator.search.controller import Outcome
+from orchestrator.search.driver import (
     Ground,
     TrialQueue,
     assignments_to_repeat,
@@ -25,6 +20,11 @@ from orchestrator.trial_runs import (
     prepare_ground,
     run_search,
 )
+from orchestrator.search.ledger import Search, Trial
+from orchestrator.search.ledger_records import SearchPlan
+from orchestrator.search.pruning import StoppingRule
+from orchestrator.search.samplers import LearnedPoints, ListedPoints, PointSource
+from orchestrator.search.search_results import show_search
 
 
 def tune(config: RunConfig, say: Callable[[str], None] = print) -> Path:

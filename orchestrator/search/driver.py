@@ -16,17 +16,17 @@ from actors.sampler import steps_in
 from actors.score_store import ScoreStore
 from losses.config import AtkdLoss
 from orchestrator.config.run import RunConfig
-from orchestrator.early_stopping import StoppingRule
-from orchestrator.judge import Assignment, Judge, Outcome
-from orchestrator.ledger import Ledger, Search, read_ledger
-from orchestrator.ledger_lines import SearchPlan
-from orchestrator.points import PointSource
 from orchestrator.run.pipeline import life
 from orchestrator.run.progress import Sight, progress_lines
 from orchestrator.run.run_dir import RunDir, result_path
-from orchestrator.search_space import BoundSpace
-from orchestrator.trials import TrialPlan, spent
-from orchestrator.tune_driver import most_at_once, run_trials
+from orchestrator.search.bound_space import BoundSpace
+from orchestrator.search.controller import Assignment, Judge, Outcome
+from orchestrator.search.ledger import Ledger, Search, read_ledger
+from orchestrator.search.ledger_records import SearchPlan
+from orchestrator.search.pruning import StoppingRule
+from orchestrator.search.ray_tune import most_at_once, run_trials
+from orchestrator.search.samplers import PointSource
+from orchestrator.search.trial import TrialPlan, spent
 
 PROGRESS_SECONDS = 5.0
 DIED = "the process of the trial ended before it could say why; a lack of memory does that"

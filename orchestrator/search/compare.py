@@ -4,20 +4,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.arms import loss_of
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
-from orchestrator.early_stopping import StoppingRule
-from orchestrator.judge import Assignment
-from orchestrator.ledger import Search
-from orchestrator.ledger_lines import SearchPlan
-from orchestrator.points import ListedPoints
 from orchestrator.run.run_dir import RunDir
-from orchestrator.search_results import show_search
-from orchestrator.search_space import BoundSpace, require_steady_workers
-from orchestrator.search_table import completed_trials
-from orchestrator.trial_runs import Ground, TrialQueue, begin_ledger, note_cost, prepare_ground, run_search
+from orchestrator.search.arms import loss_of
+from orchestrator.search.bound_space import BoundSpace, require_steady_workers
+from orchestrator.search.controller import Assignment
+from orchestrator.search.driver import Ground, TrialQueue, begin_ledger, note_cost, prepare_ground, run_search
+from orchestrator.search.ledger import Search
+from orchestrator.search.ledger_records import SearchPlan
+from orchestrator.search.pruning import StoppingRule
+from orchestrator.search.results import completed_trials
+from orchestrator.search.samplers import ListedPoints
+from orchestrator.search.search_results import show_search
 from tune_spaces.ranges import Choice
 from tune_spaces.space import Point, Space
 

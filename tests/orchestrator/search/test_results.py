@@ -10,8 +10,8 @@ from rich.console import Console
 
 from orchestrator.config.load import load_config, validate
 from orchestrator.config.run import RunConfig
-from orchestrator.ledger import read_ledger
-from orchestrator.search_table import best_trial, print_trial_table, ranked, trial_table, write_best, write_trial_tables
+from orchestrator.search.ledger import read_ledger
+from orchestrator.search.results import best_trial, print_trial_table, ranked, trial_table, write_best, write_trial_tables
 from tests.orchestrator.searches import EVIL, begin, compared, fail_trial, run_trial
 
 

@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM
 from actors.examples import write_examples
 from orchestrator.config.load import ConfigError, load_config, validate
 from orchestrator.config.run import RunConfig
-from orchestrator.ledger import read_ledger
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
-from orchestrator.teachers import (
+from orchestrator.search.compare_teachers import (
     compare_teachers,
     configs_by_teacher,
     laid_over,
     require_same_ground,
     share_fitted_student,
 )
+from orchestrator.search.ledger import read_ledger
 from orchestrator.teachers_report import (
     TaughtBy,
     changes_of,

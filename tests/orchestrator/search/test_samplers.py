@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from orchestrator.judge import Outcome
-from orchestrator.points import LearnedPoints, ListedPoints
+from orchestrator.search.controller import Outcome
+from orchestrator.search.samplers import LearnedPoints, ListedPoints
 from tune_spaces.registry import SPACES
 from tune_spaces.space import Point, Space, read_space
 

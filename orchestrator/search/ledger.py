@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.cluster.redaction import without_private_values
-from orchestrator.ledger_lines import AnyLine, Begun, Decision, Ended, Ending, Line, Measured, Rung, SearchPlan, line_of, text_of
+from orchestrator.search.ledger_records import (
+    AnyLine,
+    Begun,
+    Decision,
+    Ended,
+    Ending,
+    Line,
+    Measured,
+    Rung,
+    SearchPlan,
+    line_of,
+    text_of,
+)
 
 Status = Literal["completed", "stopped", "failed", "unfinished"]
 
