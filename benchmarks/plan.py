@@ -39,9 +39,9 @@ from actors.workers_config import WorkersConfig
 from benchmarks.bars import Bar, peak_bytes, print_table, report
 from benchmarks.plan_cases import STUDENTS, TEACHERS, TOP_K, Student, Teacher, made_up, model, workload_of, write_world
 from losses.loss_state import LossState
-from orchestrator.plan_activations import saved_bytes
-from orchestrator.plan_memory import chunk_bytes, replica_memory, store_bytes, training_memory
-from orchestrator.plan_shapes import adapted, passes_of, plain_tokenizer, shape_of
+from orchestrator.planning.activations import saved_bytes
+from orchestrator.planning.memory import chunk_bytes, replica_memory, store_bytes, training_memory
+from orchestrator.planning.shapes import adapted, passes_of, plain_tokenizer, shape_of
 
 STEPS = 3
 MIB = 2**20

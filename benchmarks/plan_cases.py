@@ -10,7 +10,7 @@ from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store import ScoreStore
 from losses.config import AtkdLoss, HardLabelLoss, LossConfig
-from orchestrator.plan_shapes import Workload
+from orchestrator.planning.shapes import Workload
 
 TOP_K, ROWS = 64, 96
 ATKD, HARD = AtkdLoss(teaching="atkd"), HardLabelLoss(teaching="hard_label")

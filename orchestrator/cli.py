@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return doctor(config, say)
         if options.command == "plan":
-            from orchestrator.plan import Asked
-            from orchestrator.planning import plan
+            from orchestrator.planning.command import plan
+            from orchestrator.planning.plan import Asked
 
             return plan(config, Asked(**{field: getattr(options, field) for field in Asked.__dataclass_fields__}), say)
         if options.command in TRIALS:

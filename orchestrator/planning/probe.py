@@ -30,9 +30,9 @@ from actors.workers import Worker
 from losses.loss_state import LossState
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
-from orchestrator.plan_jobs import Estimator
-from orchestrator.plan_shapes import Workload, plain_tokenizer, scratch_vocab_size
-from orchestrator.plan_time import Rates
+from orchestrator.planning.jobs import Estimator
+from orchestrator.planning.shapes import Workload, plain_tokenizer, scratch_vocab_size
+from orchestrator.planning.time import Rates
 from orchestrator.run.models import Models, Role
 
 SCORING_SECONDS = 12.0

@@ -6,9 +6,9 @@ from typing import Literal
 from actors.config import LoraAdapter, TrainConfig
 from actors.workers_config import WorkersConfig
 from orchestrator.config.run import RunConfig
-from orchestrator.plan_activations import saved_bytes
-from orchestrator.plan_memory import Memory, chunk_bytes, replica_memory, store_bytes, training_memory
-from orchestrator.plan_shapes import ModelShape, Passes, Workload, adapted, meta_model, passes_of, shape_of
+from orchestrator.planning.activations import saved_bytes
+from orchestrator.planning.memory import Memory, chunk_bytes, replica_memory, store_bytes, training_memory
+from orchestrator.planning.shapes import ModelShape, Passes, Workload, adapted, meta_model, passes_of, shape_of
 from orchestrator.run.models import ROLES, Role
 
 Training = Literal["fit_teacher", "fit_student", "train"]

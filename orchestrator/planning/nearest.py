@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from orchestrator.config.load import ConfigError, apply_override, validate
 from orchestrator.config.run import RunConfig
-from orchestrator.plan_cluster import (
+from orchestrator.planning.cluster_fit import (
     GIB,
     GPU_PROCESS_BYTES,
     Place,
@@ -14,7 +14,7 @@ from orchestrator.plan_cluster import (
     room_beside,
     teacher_problems,
 )
-from orchestrator.plan_jobs import Estimator, Job, trainings
+from orchestrator.planning.jobs import Estimator, Job, trainings
 
 PARALLEL = (1, 2, 4, 8)
 """GPUs of a replica that are tried."""

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from actors.placement import Node
-from orchestrator import plan_probe
 from orchestrator.cli import main
 from orchestrator.config.run import RunConfig
-from orchestrator.plan import Asked, Plan, make_plan
-from orchestrator.plan_cluster import GIB, Place, given_place, gpu_bytes_of, live_place, problems, settled_replicas
-from orchestrator.plan_jobs import Estimator, trainings
-from orchestrator.plan_nearest import changed as with_overrides
-from orchestrator.plan_nearest import nearest_plan
-from orchestrator.plan_report import data_lines, duration, size, time_lines, verdict_lines
-from orchestrator.plan_shapes import workload_of
+from orchestrator.planning import probe as plan_probe
+from orchestrator.planning.cluster_fit import GIB, Place, given_place, gpu_bytes_of, live_place, problems, settled_replicas
+from orchestrator.planning.jobs import Estimator, trainings
+from orchestrator.planning.nearest import changed as with_overrides
+from orchestrator.planning.nearest import nearest_plan
+from orchestrator.planning.plan import Asked, Plan, make_plan
+from orchestrator.planning.report import data_lines, duration, size, time_lines, verdict_lines
+from orchestrator.planning.shapes import workload_of
 from tests.orchestrator.config.test_run import changed
 
 PAIR = (

@@ -13,8 +13,8 @@ from actors.examples import ExampleFile
 from actors.lora import add_adapters
 from actors.student_model import load_model
 from actors.training_task import ModelSource
-from orchestrator.plan_activations import saved_bytes
-from orchestrator.plan_shapes import Passes, Workload, adapted, meta_model, passes_of, read_workload, shape_of, workload_of
+from orchestrator.planning.activations import saved_bytes
+from orchestrator.planning.shapes import Passes, Workload, adapted, meta_model, passes_of, read_workload, shape_of, workload_of
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.stages import prepare

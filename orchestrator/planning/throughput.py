@@ -8,8 +8,8 @@ import numpy as np
 
 from actors.config import ScoresConfig, TrainConfig, needs_complete_store, needs_teacher
 from losses.config import LossConfig
-from orchestrator.plan_shapes import Workload
-from orchestrator.plan_time import Rates
+from orchestrator.planning.shapes import Workload
+from orchestrator.planning.time import Rates
 
 STUDENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 REPLICAS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

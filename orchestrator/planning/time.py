@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from actors.config import EngineConfig, TrainConfig
 from actors.workers_config import WorkersConfig
-from orchestrator.plan_shapes import ModelShape, Workload
+from orchestrator.planning.shapes import ModelShape, Workload
 
 CPU_FLOPS = 80e9
 """Assumed of one CPU: float32 operations a second at most."""

@@ -12,7 +12,7 @@ from actors.optimization import make_optimizer
 from actors.workers_config import WorkersConfig
 from benchmarks.plan import predicted_student, run_student
 from benchmarks.plan_cases import SMALL, Student, cut, model, write_world
-from orchestrator.plan_memory import (
+from orchestrator.planning.memory import (
     cache_bytes,
     chunk_bytes,
     replica_memory,
@@ -21,7 +21,7 @@ from orchestrator.plan_memory import (
     training_memory,
     weights_bytes,
 )
-from orchestrator.plan_shapes import Passes, shape_of
+from orchestrator.planning.shapes import Passes, shape_of
 from tests.worlds import VOCAB, random_examples, scored_world
 
 SETTINGS = LlamaConfig(

@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable
 
 from orchestrator.config.run import RunConfig
-from orchestrator.plan import Asked, make_plan
-from orchestrator.plan_report import as_plain, print_plan
+from orchestrator.planning.plan import Asked, make_plan
+from orchestrator.planning.report import as_plain, print_plan
 
 
 def plan(config: RunConfig, asked: Asked, say: Callable[[str], None]) -> int:

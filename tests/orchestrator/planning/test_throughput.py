@@ -7,9 +7,9 @@ import pytest
 
 from actors.config import ScoresConfig, TrainConfig
 from losses.config import AtkdLoss, HardLabelLoss
-from orchestrator.plan_shapes import Workload
-from orchestrator.plan_sweep import Pipeline, pace, pipeline_of, replicas_that_feed, workers_that_are_fed
-from orchestrator.plan_time import Rates
+from orchestrator.planning.shapes import Workload
+from orchestrator.planning.throughput import Pipeline, pace, pipeline_of, replicas_that_feed, workers_that_are_fed
+from orchestrator.planning.time import Rates
 
 ATKD = AtkdLoss(teaching="atkd")
 

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.placement import plural
-from orchestrator.plan import SHOWN_REPLICAS, SHOWN_STUDENTS, Plan, saturation, sweep
-from orchestrator.plan_cluster import GIB
-from orchestrator.plan_memory import Memory
-from orchestrator.plan_sweep import Pace, pace
+from orchestrator.planning.cluster_fit import GIB
+from orchestrator.planning.memory import Memory
+from orchestrator.planning.plan import SHOWN_REPLICAS, SHOWN_STUDENTS, Plan, saturation, sweep
+from orchestrator.planning.throughput import Pace, pace
 
 JOBS = {
     "scoring": "a replica of the teacher", "fit_teacher": "a worker that fits the teacher",

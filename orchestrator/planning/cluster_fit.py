@@ -15,8 +15,8 @@ from actors.placement import Node, most_replicas, plural, replica_need, worker_n
 from actors.workers_config import WorkersConfig
 from orchestrator.cluster.ray_session import RayFailed, cluster_address, require_places, why_ray_failed
 from orchestrator.config.run import FitConfig, RunConfig
-from orchestrator.plan_jobs import Estimator, trainings
-from orchestrator.plan_memory import Memory, forward_bytes, scoring_bytes, weights_bytes
+from orchestrator.planning.jobs import Estimator, trainings
+from orchestrator.planning.memory import Memory, forward_bytes, scoring_bytes, weights_bytes
 
 Placed = TypeVar("Placed", EngineConfig, WorkersConfig)
 GIB = 2**30

@@ -7,7 +7,7 @@ from typing import Any
 from actors.placement import plural
 from orchestrator.cluster.ray_session import demand
 from orchestrator.config.run import RunConfig
-from orchestrator.plan_cluster import (
+from orchestrator.planning.cluster_fit import (
     Place,
     given_place,
     judged_config,
@@ -16,12 +16,12 @@ from orchestrator.plan_cluster import (
     settled_replicas,
     with_steady_workers,
 )
-from orchestrator.plan_jobs import Estimator, trainings
-from orchestrator.plan_memory import Memory
-from orchestrator.plan_nearest import Nearest, nearest_plan
-from orchestrator.plan_probe import probe
-from orchestrator.plan_shapes import Workload, read_workload, workload_of
-from orchestrator.plan_sweep import (
+from orchestrator.planning.jobs import Estimator, trainings
+from orchestrator.planning.memory import Memory
+from orchestrator.planning.nearest import Nearest, nearest_plan
+from orchestrator.planning.probe import probe
+from orchestrator.planning.shapes import Workload, read_workload, workload_of
+from orchestrator.planning.throughput import (
     REPLICAS,
     STUDENTS,
     Pace,
@@ -31,7 +31,7 @@ from orchestrator.plan_sweep import (
     replicas_that_feed,
     workers_that_are_fed,
 )
-from orchestrator.plan_time import Rates, assumptions, scoring_rate, training_rate
+from orchestrator.planning.time import Rates, assumptions, scoring_rate, training_rate
 
 Say = Callable[[str], None]
 SHOWN_STUDENTS, SHOWN_REPLICAS = (1, 4, 16, 64, 256, 1024), (1, 4, 16, 64, 256)

@@ -11,7 +11,7 @@ from actors.config import EngineConfig, ScoresConfig, TrainConfig
 from actors.transformers_engine import MAX_LOGITS
 from actors.workers_config import WorkersConfig
 from losses.chunked import CACHED_NUMBERS, CHUNK_TARGETS, CHUNK_TARGETS_ELSEWHERE
-from orchestrator.plan_shapes import ModelShape, Passes
+from orchestrator.planning.shapes import ModelShape, Passes
 
 FLOAT = 4
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
