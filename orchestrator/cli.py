@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(say: Callable[[str], None]) -> int:
         if options.command == "doctor":
-            from orchestrator.doctor import doctor
+            from orchestrator.doctor.doctor import doctor
 
             return doctor(config, say)
         if options.command == "plan":

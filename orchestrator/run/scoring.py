@@ -23,7 +23,7 @@ from actors.teacher_pool import TeacherPool
 from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import tokenizer_hash
-from orchestrator.findings import TOLERANCES, judge_raw, judge_served
+from orchestrator.doctor.checks import TOLERANCES, judge_raw, judge_served
 from orchestrator.run.models import Models, vocab_size_of
 from orchestrator.run.run_dir import Facts, RunDir
 from orchestrator.run.score_identity import (

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
+from orchestrator.doctor.run_checks import check_ends, check_export, check_rows
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.stages import prepare
-from orchestrator.run_findings import check_ends, check_export, check_rows
 from tests.worlds import VOCAB, tiny_llama
 
 ENDED = "{% for m in messages %}{{ m.content }} <end> {% endfor %}"

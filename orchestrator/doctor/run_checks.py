@@ -10,7 +10,7 @@ import ray
 from actors.finished_model import ExportDiffers, ExportProof, try_export
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
-from orchestrator.findings import Finding
+from orchestrator.doctor.checks import Finding
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import Facts
 from orchestrator.run.stages import describe_ends, distillation_task

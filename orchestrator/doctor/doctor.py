@@ -23,7 +23,7 @@ from actors.training_task import ModelSource
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import load_tokenizer
-from orchestrator.findings import (
+from orchestrator.doctor.checks import (
     TOLERANCES,
     Finding,
     judge_attention,
@@ -32,11 +32,11 @@ from orchestrator.findings import (
     judge_scores,
     judge_tokens,
 )
+from orchestrator.doctor.run_checks import check_ends, check_export, check_rows
 from orchestrator.run.models import ROLES, Models, vocab_size_of
 from orchestrator.run.pipeline import life
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import pin_revision
-from orchestrator.run_findings import check_ends, check_export, check_rows
 
 PROBE_ROWS = 8
 

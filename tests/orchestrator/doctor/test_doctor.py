@@ -26,8 +26,8 @@ from actors.transformers_engine import TransformersEngine
 from orchestrator.cli import main
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
-from orchestrator.doctor import examine, largest_id, measure_served, spread_over_lengths
-from orchestrator.findings import TOLERANCES, Finding, judge_scores
+from orchestrator.doctor.checks import TOLERANCES, Finding, judge_scores
+from orchestrator.doctor.doctor import examine, largest_id, measure_served, spread_over_lengths
 from orchestrator.run.models import ROLES, Models
 from tests.fakes import FakeTeacher, fake_spec
 from tests.faulty_engines import TOP_K, CrowdedEngine, RepeatingEngine, Serves, ShiftedEngine, SwappingEngine

@@ -8,7 +8,7 @@ import pytest
 
 from actors.config import DType
 from actors.diagnosis import AttentionFound, Measurements
-from orchestrator.findings import TOLERANCES, Finding, judge_attention, judge_scores, judge_tokens
+from orchestrator.doctor.checks import TOLERANCES, Finding, judge_attention, judge_scores, judge_tokens
 from tests.worlds import VOCAB, word_tokenizer
 
 SOUND = Measurements(
