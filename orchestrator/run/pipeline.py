@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.cluster.environment import note_cluster, note_process
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
-from orchestrator.reporting import write_report
+from orchestrator.reports.run_report import write_report
 from orchestrator.run.evaluation import evaluate
 from orchestrator.run.export import export
 from orchestrator.run.models import ROLES, Models

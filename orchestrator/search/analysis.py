@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.reports.setting_charts import Axis
 from orchestrator.search.ledger import Search, Trial
 from orchestrator.search.results import axes_of
 from orchestrator.search.statistics import FEWEST_FOR_CORRELATION, Values, rank_correlation
-from orchestrator.setting_plots import Axis
 
 NEAR_THE_END = 0.02
 """Share of a range within which a value is at its end."""

@@ -13,13 +13,13 @@ from actors.forward_pass import count_weights
 from actors.score_store import ScoreStore
 from orchestrator.config.load import ConfigError, validate
 from orchestrator.config.run import RunConfig
+from orchestrator.reports.teachers_report import TaughtBy, write_teachers_report
 from orchestrator.run.models import Models, vocab_size_of
 from orchestrator.run.pipeline import run
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import score_root
 from orchestrator.search.compare import compare
 from orchestrator.search.ledger import read_ledger
-from orchestrator.teachers_report import TaughtBy, write_teachers_report
 
 
 def compare_teachers(config: RunConfig, say: Callable[[str], None] = print) -> Path:

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from orchestrator.reports.search_report import write_search_report
 from orchestrator.search.bound_space import BoundSpace
 from orchestrator.search.ledger import Search
 from orchestrator.search.results import best_trial, describe_best, print_trial_table, write_best, write_trial_tables
-from orchestrator.search_report import write_search_report
 
 
 def show_search(search: Search, space: BoundSpace, folder: Path, say: Callable[[str], None]) -> None:

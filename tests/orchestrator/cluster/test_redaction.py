@@ -8,7 +8,7 @@ import pytest
 from orchestrator.cluster.environment import note_process
 from orchestrator.cluster.redaction import without_private_values, without_secrets, without_secrets_within
 from orchestrator.error_log import write_traceback
-from orchestrator.reporting import write_report
+from orchestrator.reports.run_report import write_report
 from orchestrator.run.run_dir import RunDir
 from tests.orchestrator.config.test_run import changed
 from tests.orchestrator.pages import EVENTS, whole_run

@@ -12,6 +12,14 @@ from transformers import AutoModelForCausalLM
 from actors.examples import write_examples
 from orchestrator.config.load import ConfigError, load_config, validate
 from orchestrator.config.run import RunConfig
+from orchestrator.reports.teachers_report import (
+    TaughtBy,
+    changes_of,
+    short_number,
+    teachers_answer,
+    teachers_table,
+    write_teachers_report,
+)
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.search.compare_teachers import (
@@ -22,14 +30,6 @@ from orchestrator.search.compare_teachers import (
     share_fitted_student,
 )
 from orchestrator.search.ledger import read_ledger
-from orchestrator.teachers_report import (
-    TaughtBy,
-    changes_of,
-    short_number,
-    teachers_answer,
-    teachers_table,
-    write_teachers_report,
-)
 from tests.orchestrator.searches import EVIL, begin, run_trial
 from tests.worlds import random_examples, tiny_llama, word_tokenizer
 

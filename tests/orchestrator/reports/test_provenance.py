@@ -9,9 +9,9 @@ import pytest
 from actors.placement import Node
 from orchestrator import __version__
 from orchestrator.cluster.environment import command_line, commit_of, installed, node_facts, note_cluster, note_process
-from orchestrator.report_about import Command, about_run, surroundings_of, written_nodes
+from orchestrator.reports.provenance import Command, about_run, surroundings_of, written_nodes
+from orchestrator.reports.search_report import write_search_report
 from orchestrator.run.run_dir import RunDir
-from orchestrator.search_report import write_search_report
 from tests.orchestrator.config.test_run import changed
 from tests.orchestrator.pages import EVIL, Page, bare_run, require_closed
 from tests.orchestrator.searches import tuned_on_a_grid

@@ -15,16 +15,16 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLoc
 
 from actors.examples import write_atomically
 from orchestrator import __version__
-from orchestrator.compare_report import written_difference, written_interval, written_p, written_summary
-from orchestrator.plots import SERIES, svg_of
-from orchestrator.report_about import about_run
-from orchestrator.report_parts import Answer, Chart, Column, Grid, Part, write_page
+from orchestrator.reports.compare_report import written_difference, written_interval, written_p, written_summary
+from orchestrator.reports.page import Answer, Chart, Column, Grid, Part, write_page
+from orchestrator.reports.provenance import about_run
+from orchestrator.reports.search_charts import chart
+from orchestrator.reports.search_report import REPORT, described
+from orchestrator.reports.svg import SERIES, svg_of
 from orchestrator.search.analysis import values_of_arms
 from orchestrator.search.ledger import Search
 from orchestrator.search.results import label_of, trial_table, written_metric
 from orchestrator.search.statistics import Comparison, Values, compare_arms, summary_of
-from orchestrator.search_plots import chart
-from orchestrator.search_report import REPORT, described
 
 NO_CHANGE = "(no change)"
 

@@ -14,8 +14,8 @@ import numpy as np
 from markupsafe import Markup
 
 from actors.score_store import ScoreStore
-from orchestrator.plots import Curve, histogram_chart, line_chart
-from orchestrator.report_parts import Chart, read_json_lines
+from orchestrator.reports.page import Chart, read_json_lines
+from orchestrator.reports.svg import Curve, histogram_chart, line_chart
 
 UNCERTAINTY_BINS = 30
 MOST_TARGETS = 2_000_000  # of a large store, a part spread evenly over it is counted

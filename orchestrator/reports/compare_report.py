@@ -2,12 +2,12 @@
 
 from markupsafe import Markup
 
-from orchestrator.report_parts import Answer, Chart, Column, Grid, Part
+from orchestrator.reports.page import Answer, Chart, Column, Grid, Part
+from orchestrator.reports.search_charts import Trace, arms_chart, differences_chart, trace_chart
 from orchestrator.search.analysis import difference_curves, mean_curves, values_of_arms
 from orchestrator.search.ledger import Search
 from orchestrator.search.results import SHOWS, label_of, metrics_of, written_metric
 from orchestrator.search.statistics import Comparison, Summary, compare_arms, summary_of
-from orchestrator.search_plots import Trace, arms_chart, differences_chart, trace_chart
 
 
 def compare_answer(search: Search) -> Answer:

@@ -9,6 +9,10 @@ import pytest
 import yaml
 
 from orchestrator.config.load import apply_override
+from orchestrator.reports.search_charts import Trace, trace_chart
+from orchestrator.reports.search_report import read_cost, write_search_report, written_time
+from orchestrator.reports.setting_charts import Axis, heat_map, parallel_chart, short_names
+from orchestrator.reports.tune_report import overrides_of
 from orchestrator.search.analysis import (
     at_the_end,
     difference_curves,
@@ -22,10 +26,6 @@ from orchestrator.search.analysis import (
     where_all_were,
 )
 from orchestrator.search.ledger import Ledger, Search, read_ledger
-from orchestrator.search_plots import Trace, trace_chart
-from orchestrator.search_report import read_cost, write_search_report, written_time
-from orchestrator.setting_plots import Axis, heat_map, parallel_chart, short_names
-from orchestrator.tune_report import overrides_of
 from tests.orchestrator.searches import (
     EVIL,
     begin,

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.report_texts import Reading, divergence_scale, groups_of, percent, read_reading
-from orchestrator.reporting import write_report
+from orchestrator.reports.run_report import write_report
+from orchestrator.reports.token_texts import Reading, divergence_scale, groups_of, percent, read_reading
 from orchestrator.run.evaluation import read_evaluation
 from tests.orchestrator.pages import EVIL, Page, bare_run, whole_run
 
-PAGES = Path(__file__).parents[2] / "orchestrator" / "pages"
+PAGES = Path(__file__).parents[3] / "orchestrator" / "pages"
 
 
 def reading_of(run: Path, border: float | None = 0.5) -> Reading:

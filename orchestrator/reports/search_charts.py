@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from orchestrator.plots import INK, SERIES, STYLE, svg_of
+from orchestrator.reports.svg import INK, SERIES, STYLE, svg_of
 
 Mode = Literal["min", "max"]
 Look = Literal["completed", "stopped", "failed", "unfinished", "best", "arm"]

@@ -7,7 +7,9 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from orchestrator.report_parts import Answer, Chart, Column, Grid, Part
+from orchestrator.reports.page import Answer, Chart, Column, Grid, Part
+from orchestrator.reports.search_charts import Trace, trace_chart
+from orchestrator.reports.setting_charts import heat_map, parallel_chart
 from orchestrator.search.analysis import (
     Snapshot,
     at_the_end,
@@ -21,8 +23,6 @@ from orchestrator.search.analysis import (
 from orchestrator.search.ledger import Search, Trial
 from orchestrator.search.results import axes_of, best_trial, completed_trials, describe_best, label_of, written_metric
 from orchestrator.search.statistics import FEWEST_FOR_CORRELATION
-from orchestrator.search_plots import Trace, trace_chart
-from orchestrator.setting_plots import heat_map, parallel_chart
 
 HARDLY = 0.1
 """Size of a rank correlation below which it has no direction worth naming."""

@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 from actors.answers import read_heldout_texts
 from actors.examples import ExampleFile
 from actors.score_store import ScoreStore
-from orchestrator.plots import INK, SERIES, STYLE, svg_of
-from orchestrator.report_parts import Chart
+from orchestrator.reports.page import Chart
+from orchestrator.reports.svg import INK, SERIES, STYLE, svg_of
 
 PLACES = 12
 """Columns of the heat map; the last one holds all later targets."""

@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from orchestrator import __version__
-from orchestrator.heat_chart import uncertainty_places
-from orchestrator.report_about import about_run
-from orchestrator.report_charts import Uncertainties, read_uncertainties, training_charts, uncertainty_chart
-from orchestrator.report_parts import Chart, read_json_lines, write_page
-from orchestrator.report_texts import read_reading
+from orchestrator.reports.page import Chart, read_json_lines, write_page
+from orchestrator.reports.provenance import about_run
+from orchestrator.reports.run_charts import Uncertainties, read_uncertainties, training_charts, uncertainty_chart
+from orchestrator.reports.token_texts import read_reading
+from orchestrator.reports.uncertainty_heatmap import uncertainty_places
 from orchestrator.run.results_table import COLUMNS, MODEL_NAMES, ComparisonTable, TableRow, read_table
 
 ANSWERS_SHOWN = 10

@@ -7,8 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.heat_chart import PLACES, heat_table, mean_by_task_and_place, shortened_name, uncertainty_places
-from orchestrator.plots import INK, SERIES
+from orchestrator.reports.svg import INK, SERIES
+from orchestrator.reports.uncertainty_heatmap import (
+    PLACES,
+    heat_table,
+    mean_by_task_and_place,
+    shortened_name,
+    uncertainty_places,
+)
 from tests.orchestrator.pages import TARGET_PROBABILITIES, whole_run
 
 

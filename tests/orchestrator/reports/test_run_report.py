@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.plots import INK, MOST_POINTS, SERIES, Curve, histogram_chart, line_chart
-from orchestrator.report_charts import curve_of, sampled_uncertainties, shares_charts, uncertainty_histogram
-from orchestrator.report_parts import read_json_lines
-from orchestrator.reporting import StageTime, finding, spread_over_tasks, stage_times, write_report
+from orchestrator.reports.page import read_json_lines
+from orchestrator.reports.run_charts import curve_of, sampled_uncertainties, shares_charts, uncertainty_histogram
+from orchestrator.reports.run_report import StageTime, finding, spread_over_tasks, stage_times, write_report
+from orchestrator.reports.svg import INK, MOST_POINTS, SERIES, Curve, histogram_chart, line_chart
 from orchestrator.run.results_table import TableRow
 from tests.orchestrator.pages import EVIL, TARGET_PROBABILITIES, Page, bare_run, require_closed, whole_run, write_store
 

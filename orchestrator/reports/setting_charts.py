@@ -12,8 +12,8 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import StrMethodFormatter
 
-from orchestrator.plots import INK, svg_of
-from orchestrator.search_plots import Mode, chart
+from orchestrator.reports.search_charts import Mode, chart
+from orchestrator.reports.svg import INK, svg_of
 
 # Between two hues of middling lightness, so that lines can be seen on light and dark pages, and with any colour vision. Fewer
 # than 50 colours, above which Matplotlib draws a legend of pixels.

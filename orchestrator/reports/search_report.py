@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
-from orchestrator.compare_report import compare_answer, compare_parts
-from orchestrator.report_about import about_run
-from orchestrator.report_parts import Answer, Column, Grid, Part, write_page
+from orchestrator.reports.compare_report import compare_answer, compare_parts
+from orchestrator.reports.page import Answer, Column, Grid, Part, write_page
+from orchestrator.reports.provenance import about_run
+from orchestrator.reports.tune_report import tune_answer, tune_parts
 from orchestrator.search.analysis import numeric_axes
 from orchestrator.search.ledger import Search, Trial, read_ledger
 from orchestrator.search.results import axes_of, label_of, metrics_of, ranked, written_metric, written_setting
-from orchestrator.tune_report import tune_answer, tune_parts
 
 LEDGER, COST, REPORT = "ledger.jsonl", "cost.json", "report.html"
 TITLES = {"tune": "search", "compare": "comparison"}

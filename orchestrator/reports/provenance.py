@@ -10,7 +10,7 @@ import yaml
 
 from orchestrator.cluster.environment import CLUSTER, PROCESS
 from orchestrator.cluster.redaction import without_secrets_within
-from orchestrator.report_parts import read_json_lines
+from orchestrator.reports.page import read_json_lines
 from orchestrator.run.run_dir import CHANGED
 
 GIB = 1 << 30
