@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from actors.config import needs_complete_store
+from actors.config.models import needs_complete_store
 from actors.examples import ExampleFile
 from actors.records import NO_TOKEN, Example, TeacherScores
 from actors.sampler import GlobalBatch

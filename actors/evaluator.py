@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from actors.answer_ends import read_answer_ends
 from actors.answers import Answer, AnswerComparison, HeldoutText, read_heldout_texts
 from actors.collate import PADDING, MicroBatch
-from actors.config import EvaluateConfig
+from actors.config.models import EvaluateConfig
 from actors.examples import ExampleFile
 from actors.lm_head import vocab_size_of
 from actors.score_store import ScoreStore

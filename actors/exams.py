@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from actors.config import TrainConfig
+from actors.config.models import TrainConfig
 from actors.examples import ExampleFile
 from actors.score_store import ScoreStore
 from actors.tally import HeldoutRows, Tally, batches_by_length

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors.config import LoraAdapter
+from actors.config.models import LoraAdapter
 
 PROOF_TOKENS = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8)
 PROOF_TOLERANCE = 1e-2  # logits; float32 gave 1e-5 on small models, an adapter merged into the wrong matrix 4.9

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from actors.tracking_config import MlflowConfig, TrackerFailed
+from actors.config.tracking import MlflowConfig, TrackerFailed
 
 SEND_SECONDS = 5.0
 MOST_METRICS = 900

@@ -9,7 +9,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from actors.config import OptimizerConfig
+from actors.config.models import OptimizerConfig
 
 
 def make_optimizer(student: nn.Module, config: OptimizerConfig) -> AdamW:

@@ -12,8 +12,8 @@ import ray
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from actors.config import EngineConfig, EvaluateConfig
-from actors.workers_config import WorkersConfig
+from actors.config.models import EngineConfig, EvaluateConfig
+from actors.config.workers import WorkersConfig
 
 SMALLEST_AMOUNT = 1e-4
 """Ray counts resources in steps of this size."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from actors.checkpoint import Progress
 from actors.collate import Collator, MicroBatch
-from actors.config import TrainConfig, needs_teacher
+from actors.config.models import TrainConfig, needs_teacher
 from actors.examples import ExampleFile
 from actors.exams import Examiner
 from actors.finished_model import write_finished_model

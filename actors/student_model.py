@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from actors.attention import attention_for
 from actors.collate import MicroBatch
-from actors.config import LoraAdapter, ScratchModel, TrainConfig
+from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
 from actors.lm_head import head_makes_the_logits, output_head, plain_model
 from actors.lora import add_adapters
 from actors.training_task import ModelSource

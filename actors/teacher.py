@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from actors.comparison import Comparison, compare
-from actors.config import EngineConfig
+from actors.config.models import EngineConfig
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores, check_scores, tail_logmass, uncertainty
 from actors.score_store import ScoreStore, ShardInfo

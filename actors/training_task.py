@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.config import LoraAdapter, TrainConfig
-from actors.tracking_config import TrackingConfig
-from actors.workers_config import WorkersConfig
+from actors.config.models import LoraAdapter, TrainConfig
+from actors.config.tracking import TrackingConfig
+from actors.config.workers import WorkersConfig
 from losses.config import LossConfig
 
 

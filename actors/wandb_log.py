@@ -6,7 +6,7 @@ from typing import Any
 
 import wandb
 
-from actors.tracking_config import TrackerFailed, WandbConfig
+from actors.config.tracking import TrackerFailed, WandbConfig
 
 
 class WandbLog:

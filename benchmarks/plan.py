@@ -24,7 +24,8 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.collate import Collator
-from actors.config import EngineConfig, LoraAdapter, ScoresConfig
+from actors.config.models import EngineConfig, LoraAdapter, ScoresConfig
+from actors.config.workers import WorkersConfig
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
 from actors.optimization import clip_gradients, make_optimizer
@@ -35,7 +36,6 @@ from actors.student_model import StudentWithLoss, save_model, scratch_model
 from actors.teacher import TeacherSpec, build_engine, engine_environment
 from actors.training_task import ModelSource
 from actors.workers import Worker
-from actors.workers_config import WorkersConfig
 from benchmarks.bars import Bar, peak_bytes, print_table, report
 from benchmarks.plan_cases import STUDENTS, TEACHERS, TOP_K, Student, Teacher, made_up, model, workload_of, write_world
 from losses.loss_state import LossState

@@ -24,7 +24,7 @@ import ray
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from actors.config import EngineConfig
+from actors.config.models import EngineConfig
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store import ScoreStore

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.collate import Collator
-from actors.config import OptimizerConfig
+from actors.config.models import OptimizerConfig
 from actors.examples import ExampleFile, write_examples
 from actors.optimization import make_optimizer
 from actors.records import Example, TeacherScores, example_key, tail_logmass

@@ -19,7 +19,7 @@ ONE_FILE_EACH = {
     "wandb": "actors/wandb_log.py",
     "mlflow": "actors/mlflow_log.py",
 }
-INSTANT_MODULES = ("losses.config", "actors.config", "orchestrator.config.run", "orchestrator.config.load", "orchestrator.cli")
+INSTANT_MODULES = ("losses.config", "actors.config.models", "orchestrator.config.run", "orchestrator.config.load", "orchestrator.cli")
 HEAVY = {"torch", "ray", "transformers", "vllm", "numpy", "datasets", "pyarrow"}
 LONGEST_FILE_LINES = 320
 TORCH_EXPLAINS = {"forward", "backward"}

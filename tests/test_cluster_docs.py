@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from actors.config import EngineConfig
-from actors.workers_config import WorkersConfig
+from actors.config.models import EngineConfig
+from actors.config.workers import WorkersConfig
 from orchestrator.cluster.ray_session import TRAIN_ENVIRONMENT
 from orchestrator.run import run_dir
 from tests.test_docs import OURS, commands_of

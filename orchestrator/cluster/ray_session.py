@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import ray
 from ray.exceptions import AuthenticationError, RayError
 
-from actors.config import EngineConfig
+from actors.config.models import EngineConfig
+from actors.config.workers import WorkersConfig
 from actors.placement import (
     Cluster,
     Node,
@@ -24,7 +25,6 @@ from actors.placement import (
     worker_need,
     workers_beside,
 )
-from actors.workers_config import WorkersConfig
 from orchestrator.cluster import signals as sigterm
 from orchestrator.cluster.places import ray_folder
 from orchestrator.cluster.shared_folder import require_shared

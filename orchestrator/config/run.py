@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from actors.config import (
+from actors.config.models import (
     EngineConfig,
     EvaluateConfig,
     LoraAdapter,
@@ -14,8 +14,8 @@ from actors.config import (
     TrainConfig,
     needs_complete_store,
 )
-from actors.tracking_config import TrackingConfig
-from actors.workers_config import WorkersConfig
+from actors.config.tracking import TrackingConfig
+from actors.config.workers import WorkersConfig
 from losses.config import AtkdLoss, LossConfig
 from losses.section import LARGEST_SEED, Section
 from orchestrator.config.compare import CompareConfig

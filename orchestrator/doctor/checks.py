@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.attention import ATTENTION_TOLERANCE
 from actors.comparison import Comparison
-from actors.config import DType
+from actors.config.models import DType
 from actors.diagnosis import AttentionFound, Measurements
 from orchestrator.data.tokenizers import require_same_tokens
 

@@ -10,9 +10,9 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from actors.config import EngineConfig
+from actors.config.models import EngineConfig
+from actors.config.workers import WorkersConfig
 from actors.placement import Node, most_replicas, plural, replica_need, worker_need, workers_beside
-from actors.workers_config import WorkersConfig
 from orchestrator.cluster.ray_session import RayFailed, cluster_address, require_places, why_ray_failed
 from orchestrator.config.run import FitConfig, RunConfig
 from orchestrator.planning.jobs import Estimator, trainings

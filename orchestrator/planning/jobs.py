@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from actors.config import LoraAdapter, TrainConfig
-from actors.workers_config import WorkersConfig
+from actors.config.models import LoraAdapter, TrainConfig
+from actors.config.workers import WorkersConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.planning.activations import saved_bytes
 from orchestrator.planning.memory import Memory, chunk_bytes, replica_memory, store_bytes, training_memory

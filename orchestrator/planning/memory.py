@@ -7,9 +7,9 @@ N targets, n targets of a chunk, V vocabulary, H hidden size, K top-k.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from actors.config import EngineConfig, ScoresConfig, TrainConfig
+from actors.config.models import EngineConfig, ScoresConfig, TrainConfig
+from actors.config.workers import WorkersConfig
 from actors.transformers_engine import MAX_LOGITS
-from actors.workers_config import WorkersConfig
 from losses.chunked import CACHED_NUMBERS, CHUNK_TARGETS, CHUNK_TARGETS_ELSEWHERE
 from orchestrator.planning.shapes import ModelShape, Passes
 

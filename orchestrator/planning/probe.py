@@ -14,7 +14,7 @@ import ray
 import torch
 
 from actors.collate import Collator
-from actors.config import TrainConfig, needs_teacher
+from actors.config.models import TrainConfig, needs_teacher
 from actors.examples import ExampleFile, write_examples
 from actors.lm_head import vocab_size_of
 from actors.optimization import clip_gradients, make_optimizer

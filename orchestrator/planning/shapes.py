@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from actors.config import LoraAdapter, ScratchModel, TrainConfig
+from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
 from actors.sampler import SamplerState, global_batches, micro_batches, steps_in

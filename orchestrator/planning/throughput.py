@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.config import ScoresConfig, TrainConfig, needs_complete_store, needs_teacher
+from actors.config.models import ScoresConfig, TrainConfig, needs_complete_store, needs_teacher
 from losses.config import LossConfig
 from orchestrator.planning.shapes import Workload
 from orchestrator.planning.time import Rates

@@ -5,8 +5,8 @@ V vocabulary, H hidden size.
 
 from dataclasses import dataclass
 
-from actors.config import EngineConfig, TrainConfig
-from actors.workers_config import WorkersConfig
+from actors.config.models import EngineConfig, TrainConfig
+from actors.config.workers import WorkersConfig
 from orchestrator.planning.shapes import ModelShape, Workload
 
 CPU_FLOPS = 80e9

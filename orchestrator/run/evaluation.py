@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from actors.answers import Answer
-from actors.config import EvaluateConfig
+from actors.config.models import EvaluateConfig
 from actors.evaluator import Evaluation, Metrics, evaluate_model
 from actors.examples import write_atomically
 from actors.score_store import ScoreStore

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.answer_ends import read_answer_ends
-from actors.config import ModelConfig
+from actors.config.models import ModelConfig
 from actors.examples import write_atomically
 from actors.finished_model import ExportProof, read_proof
 from actors.identity import Identity, identity_hash

@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
+from actors.config.tracking import require_installed
 from actors.examples import write_atomically
-from actors.tracking_config import require_installed
 from orchestrator.cluster.redaction import without_secrets_within
 from orchestrator.config.load import config_difference, dump_config
 from orchestrator.config.run import RunConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from actors.comparison import Comparison
-from actors.config import needs_teacher
+from actors.config.models import needs_teacher
 from actors.examples import ExampleFile, spread_over_lengths, write_atomically
 from actors.forward_pass import beginning
 from actors.live_metrics import TeacherMetrics

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.config import needs_teacher
+from actors.config.models import needs_teacher
 from actors.examples import ExampleFile, write_atomically
 from actors.sampler import steps_in
 from actors.score_store import ScoreStore

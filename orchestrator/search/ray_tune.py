@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from ray import tune
 from ray.tune.search import Searcher
 
+from actors.config.workers import WorkersConfig
 from actors.placement import read_nodes, settled_places, worker_need
-from actors.workers_config import WorkersConfig
 from orchestrator.search.trial import TrialPlan, run_trial
 
 

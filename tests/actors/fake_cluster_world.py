@@ -19,10 +19,10 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.config.workers import WorkersConfig
 from actors.placement import read_cluster, reserve, worker_need
 from actors.teacher import TeacherEngine, TeacherSpec
 from actors.teacher_pool import TeacherPool
-from actors.workers_config import WorkersConfig
 from orchestrator.cluster.ray_session import settle_replicas
 from tests.fakes import FakeTeacher, fake_examples, fake_spec, fake_store
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from actors.answer_ends import AnswerEnds, own_ends, read_answer_ends, settle_answer_ends, stop_as_evaluated, write_answer_ends
 from actors.answers import HeldoutText
-from actors.config import EvaluateConfig, TrainConfig
+from actors.config.models import EvaluateConfig, TrainConfig
 from actors.evaluator import generate_answers
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, example_key

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact, require_attention
 from actors.collate import Collator, MicroBatch
 from actors.comparison import Comparison
-from actors.config import EngineConfig, PretrainedModel
+from actors.config.models import EngineConfig, PretrainedModel
 from actors.examples import ExampleFile, write_examples
 from actors.forward_pass import references
 from actors.lm_head import head_makes_the_logits

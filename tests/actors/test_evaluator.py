@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from actors.config import EvaluateConfig
+from actors.config.models import EvaluateConfig
 from actors.records import Example
 from actors.score_store import ScoreStore
 from actors.tally import batches_by_length, calibration_bins, most_likely

@@ -14,7 +14,7 @@ import torch.distributed
 import torch.multiprocessing
 from transformers import AutoModelForCausalLM
 
-from actors.config import LoraAdapter, OptimizerConfig, TrainConfig
+from actors.config.models import LoraAdapter, OptimizerConfig, TrainConfig
 from actors.evaluator import predict_rows
 from actors.examples import ExampleFile
 from actors.metrics_log import read_metrics

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from actors.config import LoraAdapter, TrainConfig
+from actors.config.models import LoraAdapter, TrainConfig
 from actors.finished_model import ExportDiffers, read_proof, require_near
 from actors.lora import merge_adapters, shared_with_adapters
 from actors.student import distil

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors import forward_pass
 from actors.comparison import Comparison
-from actors.config import DType
+from actors.config.models import DType
 from actors.forward_pass import PROBE_TARGETS, beginning, count_weights, references
 from actors.records import Example, example_key
 from actors.teacher import TeacherReplica, TeacherSpec, build_engine

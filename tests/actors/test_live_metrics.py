@@ -13,7 +13,7 @@ import ray
 from ray.util.metrics import Gauge
 
 from actors import live_metrics
-from actors.config import TrainConfig
+from actors.config.models import TrainConfig
 from actors.live_metrics import SERVICE, STUDENT, TEACHER, StudentMetrics, TeacherMetrics
 from actors.metrics_log import read_metrics
 from actors.student import distil

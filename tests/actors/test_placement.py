@@ -9,7 +9,8 @@ import pytest
 import ray
 from ray.util import placement_group_table, remove_placement_group
 
-from actors.config import EngineConfig, EvaluateConfig
+from actors.config.models import EngineConfig, EvaluateConfig
+from actors.config.workers import WorkersConfig
 from actors.placement import (
     Need,
     Node,
@@ -24,7 +25,6 @@ from actors.placement import (
     worker_need,
     workers_beside,
 )
-from actors.workers_config import WorkersConfig
 
 
 def node(name: str, gpus: float = 8, cpus: float = 8, role: str = "", **custom: float) -> Node:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from torch.distributed.tensor import DTensor
 
 from actors.collate import Collator
-from actors.config import LoraAdapter, TrainConfig
+from actors.config.models import LoraAdapter, TrainConfig
 from actors.examples import ExampleFile
 from actors.sampler import GlobalBatch, SamplerState
 from actors.score_store import ScoreStore

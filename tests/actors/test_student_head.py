@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from actors.config import LoraAdapter
+from actors.config.models import LoraAdapter
 from actors.lm_head import head_makes_the_logits, output_head, vocab_size_of
 from actors.lora import add_adapters, merge_adapters
 from actors.student_model import load_model

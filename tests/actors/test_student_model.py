@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from actors.collate import Collator, MicroBatch
-from actors.config import LoraAdapter, ScratchModel, TrainConfig
+from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
 from actors.examples import ExampleFile
 from actors.lora import add_adapters, merge_adapters
 from actors.sampler import GlobalBatch, SamplerState

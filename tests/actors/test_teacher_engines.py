@@ -11,7 +11,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from actors.config import EngineConfig
+from actors.config.models import EngineConfig
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, check_scores, example_key
 from actors.score_store import ScoreStore

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from actors.config import TrainConfig
+from actors.config.models import TrainConfig
+from actors.config.tracking import MlflowConfig, TrackerFailed, TrackingConfig, WandbConfig, require_installed
 from actors.metrics_log import MetricsLog, NoLog, read_metrics
-from actors.tracking_config import MlflowConfig, TrackerFailed, TrackingConfig, WandbConfig, require_installed
 from actors.training_task import ModelSource, TrainingTask
 from actors.workers import Worker
 from losses.config import HardLabelLoss
@@ -220,7 +220,7 @@ def test_tensorboard_can_be_left_out_and_the_lines_are_always_written(tmp_path: 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_tracker_that_is_not_installed_is_refused_with_the_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.tracking_config.find_spec", lambda name: None)
+    monkeypatch.setattr("actors.config.tracking.find_spec", lambda name: None)
     asked = {"wandb": {"project": "p"}, "mlflow": {"uri": "http://host:5000"}}
     with pytest.raises(ValueError, match=rf"tracking.{name} is set, but {name} is not installed: pip install '.\[{name}\]'"):
         require_installed(TrackingConfig.model_validate({name: asked[name]}))

@@ -14,8 +14,8 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
+from actors.config.workers import WorkersConfig
 from actors.metrics_log import read_metrics
-from actors.workers_config import WorkersConfig
 from orchestrator.run.training import train_model
 from tests.actors.fake_cluster_world import SMALL, SOON, until
 from tests.orchestrator.training_world import TRAIN, task_in

@@ -17,12 +17,12 @@ from ray.util import placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from transformers import AutoModelForCausalLM
 
-from actors.config import OptimizerConfig, TrainConfig
+from actors.config.models import OptimizerConfig, TrainConfig
+from actors.config.workers import WorkersConfig
 from actors.metrics_log import read_metrics
 from actors.student import distil
 from actors.train_checkpoints import NoCheckpoints
 from actors.training_task import ModelSource, TrainingTask
-from actors.workers_config import WorkersConfig
 from losses.config import AtkdLoss
 from losses.weighing_config import DistantTokens
 from orchestrator.run.training import train_model

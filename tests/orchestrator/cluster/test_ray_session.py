@@ -11,8 +11,8 @@ import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
+from actors.config.workers import WorkersConfig
 from actors.placement import Cluster, Node
-from actors.workers_config import WorkersConfig
 from orchestrator.cluster.ray_session import (
     Demand,
     cluster_address,

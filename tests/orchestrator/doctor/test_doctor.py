@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from actors.config import DType
+from actors.config.models import DType
 from actors.diagnosis import Measurements, measure
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key

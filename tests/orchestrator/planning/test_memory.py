@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from actors.config import EngineConfig, LoraAdapter, OptimizerConfig, ScoresConfig, TrainConfig
+from actors.config.models import EngineConfig, LoraAdapter, OptimizerConfig, ScoresConfig, TrainConfig
+from actors.config.workers import WorkersConfig
 from actors.optimization import make_optimizer
-from actors.workers_config import WorkersConfig
 from benchmarks.plan import predicted_student, run_student
 from benchmarks.plan_cases import SMALL, Student, cut, model, write_world
 from orchestrator.planning.memory import (

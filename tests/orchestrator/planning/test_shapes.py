@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from actors.config import LoraAdapter, TrainConfig
+from actors.config.models import LoraAdapter, TrainConfig
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
 from actors.student_model import load_model

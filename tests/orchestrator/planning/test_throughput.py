@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from actors.config import ScoresConfig, TrainConfig
+from actors.config.models import ScoresConfig, TrainConfig
 from losses.config import AtkdLoss, HardLabelLoss
 from orchestrator.planning.shapes import Workload
 from orchestrator.planning.throughput import Pipeline, pace, pipeline_of, replicas_that_feed, workers_that_are_fed

@@ -18,10 +18,10 @@ import torch
 from ray.train import ControllerError, WorkerGroupError
 from ray.util import remove_placement_group
 
+from actors.config.workers import WorkersConfig
 from actors.metrics_log import read_metrics
 from actors.placement import proven_places, reserve, worker_need
 from actors.training_task import Ending
-from actors.workers_config import WorkersConfig
 from orchestrator.config.load import ConfigError, dump_config, load_config
 from orchestrator.run import elastic
 from orchestrator.run.elastic import train_in_turns

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from actors.config import EvaluateConfig
+from actors.config.models import EvaluateConfig
 from actors.evaluator import evaluate_model
 from actors.examples import ExampleFile
 from actors.student import distil

@@ -103,7 +103,7 @@ def test_how_the_work_is_cut_may_change_and_what_comes_out_may_not(tmp_path: Pat
 def test_who_watches_a_run_may_change_and_must_be_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     RunDir.open(changed(f"output={tmp_path}")).close()
     RunDir.open(changed(f"output={tmp_path}", "tracking.tensorboard=false")).close()
-    monkeypatch.setattr("actors.tracking_config.find_spec", lambda name: None)
+    monkeypatch.setattr("actors.config.tracking.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"tracking.wandb is set, but wandb is not installed: pip install '.\[wandb\]'"):
         RunDir.open(changed(f"output={tmp_path}/new", "tracking.wandb.project=p"))
     assert not (tmp_path / "new").exists()

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForCausalLM
 
 from actors.checkpoint import Progress, load_checkpoint, save_checkpoint
-from actors.config import LoraAdapter, OptimizerConfig
+from actors.config.models import LoraAdapter, OptimizerConfig
 from actors.metrics_log import read_metrics
 from actors.score_store import ScoringFailed
 from actors.student import distil

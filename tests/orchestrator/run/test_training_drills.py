@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from actors.checkpoint_seal import damaged_checkpoints
+from actors.config.workers import WorkersConfig
 from actors.training_task import TrainingTask
-from actors.workers_config import WorkersConfig
 from orchestrator.run.training import TrainingFailed, train_model
 from tests.orchestrator.training_world import (
     ROWS,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.workers_config import WorkersConfig
+from actors.config.workers import WorkersConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.search.controller import Assignment, Judge
 from orchestrator.search.driver import DIED, TrialQueue, progress_line

@@ -16,8 +16,8 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
+from actors.config.workers import WorkersConfig
 from actors.metrics_log import read_metrics
-from actors.workers_config import WorkersConfig
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
 from orchestrator.search.ledger import read_ledger

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, model_serializer, model_validator
 
-from actors.placement_config import CustomResources, NodeLabels
+from actors.config.placement import CustomResources, NodeLabels
 from losses.section import Section
 
 

@@ -1,0 +1,1 @@
+"""Configuration schema of models, engines, training, evaluation, workers and tracking; no torch and no Ray."""
