@@ -13,7 +13,7 @@ from actors.config.models import needs_complete_store
 from actors.examples import ExampleFile
 from actors.records import NO_TOKEN, Example, TeacherScores
 from actors.sampler import GlobalBatch
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss, HardLabelLoss, LossConfig
 from losses.loss_state import LossState
 from losses.support import TeacherSupport, check_target_ids

@@ -19,8 +19,8 @@ from actors.forward_pass import compare_row, forward_pass
 from actors.lm_head import vocab_size_of
 from actors.records import Example, TeacherScores
 from actors.sampler import GlobalBatch, SamplerState
-from actors.score_encoding import STEPS_PER_NAT
-from actors.score_store import ScoreStore
+from actors.score_store.encoding import STEPS_PER_NAT
+from actors.score_store.store import ScoreStore
 from actors.student_model import StudentWithLoss, load_model
 from actors.training_task import ModelSource
 from losses.config import CoupledLoss

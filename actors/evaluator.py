@@ -19,7 +19,7 @@ from actors.collate import PADDING, MicroBatch
 from actors.config.models import EvaluateConfig
 from actors.examples import ExampleFile
 from actors.lm_head import vocab_size_of
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.student_model import load_model
 from actors.tally import HeldoutRows, Tally, batches_by_length
 from actors.token_view import TokenView, view_tokens

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from actors.config.models import TrainConfig
 from actors.examples import ExampleFile
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.tally import HeldoutRows, Tally, batches_by_length
 from actors.training_task import Exams, TrainingTask
 from actors.workers import Worker

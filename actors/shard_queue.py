@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from actors.examples import ExampleFile
-from actors.leases import ShardLeases
-from actors.score_store import ScoreStore, ShardInfo
-from actors.score_watch import ScoreRange
+from actors.score_store.leases import ShardLeases
+from actors.score_store.sanity import ScoreRange
+from actors.score_store.store import ScoreStore, ShardInfo
 
 TRIES = 3
 """A shard on which so many replicas died is set aside."""

@@ -22,7 +22,7 @@ from actors.lm_head import vocab_size_of
 from actors.metrics_log import MetricsLog, step_metrics
 from actors.optimization import clip_gradients, make_optimizer, make_schedule
 from actors.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.student_model import (
     StudentWithLoss,
     distribute,

@@ -14,7 +14,7 @@ from torch import Tensor
 from actors.collate import Collator, MicroBatch
 from actors.examples import ExampleFile
 from actors.sampler import GlobalBatch, SamplerState
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from losses.config import CoupledLoss
 from losses.loss_state import LossState
 from losses.support import TeacherSupport

@@ -17,8 +17,8 @@ from actors.comparison import Comparison, compare
 from actors.config.models import EngineConfig
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores, check_scores, tail_logmass, uncertainty
-from actors.score_store import ScoreStore, ShardInfo
-from actors.score_watch import ScoreRange
+from actors.score_store.sanity import ScoreRange
+from actors.score_store.store import ScoreStore, ShardInfo
 from actors.training_task import ModelSource
 
 CALLS_AT_ONCE = 2

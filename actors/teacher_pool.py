@@ -14,13 +14,13 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.comparison import Comparison
-from actors.leases import LEASE_SECONDS
 from actors.live_metrics import TeacherMetrics
 from actors.records import Example
 from actors.replicas import POLL_SECONDS, Replica, Replicas, TeacherFailed
 from actors.score_router import RouterLimits
 from actors.score_service import ScoreService, serve
-from actors.score_store import ScoreStore, ScoringFailed
+from actors.score_store.leases import LEASE_SECONDS
+from actors.score_store.store import ScoreStore, ScoringFailed
 from actors.shard_queue import ScoringWork
 from actors.teacher import CALLS_AT_ONCE, EngineDied, EngineFactory, ShardResult, TeacherSpec, build_engine
 

@@ -130,7 +130,7 @@ def train_worker(config: dict[str, TrainingTask]) -> Ending:
 
     Ray Train starts the workers again after whatever is raised.
     """
-    from actors.score_store import ScoringFailed
+    from actors.score_store.store import ScoringFailed
     from actors.student import distil
     from actors.train_checkpoints import RayTrainCheckpoints
 

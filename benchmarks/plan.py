@@ -30,7 +30,7 @@ from actors.examples import ExampleFile
 from actors.lora import add_adapters
 from actors.optimization import clip_gradients, make_optimizer
 from actors.sampler import SamplerState, global_batches
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.student import accumulate_gradients
 from actors.student_model import StudentWithLoss, save_model, scratch_model
 from actors.teacher import TeacherSpec, build_engine, engine_environment

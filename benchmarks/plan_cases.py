@@ -8,7 +8,7 @@ import numpy as np
 from actors.config.models import EngineConfig, LoraAdapter, ScratchModel, TrainConfig
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss, HardLabelLoss, LossConfig
 from orchestrator.planning.shapes import Workload
 

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from actors.config.models import EngineConfig
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.teacher import TeacherEngine, TeacherReplica, TeacherSpec, build_engine, engine_environment
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource

@@ -26,7 +26,7 @@ from actors.examples import ExampleFile, write_examples
 from actors.optimization import make_optimizer
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.sampler import GlobalBatch, SamplerState
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.student_model import StudentWithLoss
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, print_table, report
 from losses.config import AtkdLoss

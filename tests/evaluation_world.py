@@ -21,7 +21,7 @@ from actors.config.models import EvaluateConfig
 from actors.evaluator import Evaluation, evaluate_model
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.training_task import ModelSource
 
 V = 29

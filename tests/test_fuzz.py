@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from actors.examples import ExampleFile
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from orchestrator.config.data import DataConfig
 from orchestrator.config.load import ConfigError, apply_override, dump_config, load_config, validate
 from orchestrator.data.dataset import prepare_data

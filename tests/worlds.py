@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 
 VOCAB = 96
 LONGEST = 24

@@ -16,7 +16,7 @@ from actors.diagnosis import AttentionFound, Measurements, measure, measure_atte
 from actors.examples import ExampleFile, spread_over_lengths, write_examples
 from actors.records import Example
 from actors.replicas import TeacherFailed
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.teacher import EngineFactory, TeacherSpec, build_engine, engine_environment
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource

@@ -20,7 +20,7 @@ from actors.lm_head import vocab_size_of
 from actors.optimization import clip_gradients, make_optimizer
 from actors.records import Example, example_key
 from actors.sampler import SamplerState, global_batches
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.student import accumulate_gradients
 from actors.student_model import StudentWithLoss, distribute, prepare_model, save_model, scratch_model
 from actors.teacher import EngineFactory, TeacherSpec, build_engine

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from orchestrator.reports.page import Chart, read_json_lines
 from orchestrator.reports.svg import Curve, histogram_chart, line_chart
 

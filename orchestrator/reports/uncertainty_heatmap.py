@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from actors.answers import read_heldout_texts
 from actors.examples import ExampleFile
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from orchestrator.reports.page import Chart
 from orchestrator.reports.svg import INK, SERIES, STYLE, svg_of
 

@@ -12,7 +12,7 @@ from actors.answers import Answer
 from actors.config.models import EvaluateConfig
 from actors.evaluator import Evaluation, Metrics, evaluate_model
 from actors.examples import write_atomically
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.token_view import TokenView
 from actors.training_task import ModelSource
 from orchestrator.config.run import RunConfig

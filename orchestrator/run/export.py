@@ -14,8 +14,8 @@ from actors.answer_ends import read_answer_ends
 from actors.config.models import ModelConfig
 from actors.examples import write_atomically
 from actors.finished_model import ExportProof, read_proof
-from actors.identity import Identity, identity_hash
-from actors.score_store import ScoreStore
+from actors.score_store.identity import Identity, identity_hash
+from actors.score_store.store import ScoreStore
 from orchestrator.config.run import RunConfig
 from orchestrator.run.models import Models
 from orchestrator.run.results_table import ComparisonTable, markdown, read_table

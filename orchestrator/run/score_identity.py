@@ -13,9 +13,9 @@ from typing import Any, Literal
 from huggingface_hub import hf_hub_download
 
 from actors.examples import ExampleFile
-from actors.identity import Identity, identity_difference, identity_hash
 from actors.replicas import TeacherFailed
-from actors.score_store import FORMAT, ScoreStore
+from actors.score_store.identity import Identity, identity_difference, identity_hash
+from actors.score_store.store import FORMAT, ScoreStore
 from actors.teacher import require_top_k
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource

@@ -17,7 +17,7 @@ from actors.live_metrics import TeacherMetrics
 from actors.placement import Cluster, read_cluster
 from actors.records import Example
 from actors.replicas import TeacherFailed
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.teacher import EngineFactory, TeacherSpec, build_engine
 from actors.teacher_pool import TeacherPool
 from orchestrator.cluster.ray_session import settle_replicas

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.training_task import TrainingTask
 from losses.config import HardLabelLoss
 from orchestrator.config.data import SourceConfig

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from actors.examples import ExampleFile
 from actors.forward_pass import count_weights
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from orchestrator.config.load import ConfigError, validate
 from orchestrator.config.run import RunConfig
 from orchestrator.reports.teachers_report import TaughtBy, write_teachers_report

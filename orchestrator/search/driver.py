@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.config.models import needs_teacher
 from actors.examples import ExampleFile, write_atomically
 from actors.sampler import steps_in
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss
 from orchestrator.config.run import RunConfig
 from orchestrator.run.pipeline import life

@@ -11,7 +11,7 @@ import torch
 from actors.collate import Collator
 from actors.examples import ExampleFile, write_examples
 from actors.sampler import GlobalBatch, SamplerState, micro_batches
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss, CoupledLoss, HardLabelLoss, LossConfig
 from losses.loss_state import LossState
 from losses.support import TeacherSupport

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from actors.config.models import EvaluateConfig
 from actors.records import Example
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.tally import batches_by_length, calibration_bins, most_likely
 from losses.support import TeacherSupport
 from tests.evaluation_world import (

@@ -18,7 +18,7 @@ from actors.config.models import LoraAdapter, OptimizerConfig, TrainConfig
 from actors.evaluator import predict_rows
 from actors.examples import ExampleFile
 from actors.metrics_log import read_metrics
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.student import distil
 from actors.tally import HeldoutRows, Tally
 from actors.train_checkpoints import NoCheckpoints

@@ -16,7 +16,7 @@ from actors.collate import Collator
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.examples import ExampleFile
 from actors.sampler import GlobalBatch, SamplerState
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.student import accumulate_gradients
 from actors.student_model import StudentWithLoss, distribute, prepare_model
 from actors.training_task import ModelSource

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.teacher_pool import WINDOW
 from tests.actors.scoring_driver import TOP_K
 from tests.fakes import assert_complete, fake_examples, fake_store, record_next_shard

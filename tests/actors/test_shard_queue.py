@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from actors.leases import ShardLeases
-from actors.score_store import ScoreStore, ScoringFailed
-from actors.score_watch import ScoreRange
+from actors.score_store.leases import ShardLeases
+from actors.score_store.sanity import ScoreRange
+from actors.score_store.store import ScoreStore, ScoringFailed
 from actors.shard_queue import TRIES, ScoringWork, ShardQueue
 from tests.fakes import expected_scores, fake_examples, fake_store
 

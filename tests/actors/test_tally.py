@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from actors.examples import ExampleFile
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.tally import CALIBRATION_BINS, HeldoutRows, Tally, batches_by_length
 from tests.worlds import VOCAB, scored_world
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from actors.config.models import EngineConfig
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, check_scores, example_key
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.teacher import (
     EngineStarted,
     TeacherReplica,

@@ -10,7 +10,7 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 
 from actors.records import Example
 from actors.replicas import TeacherFailed
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.teacher import TeacherEngine, TeacherReplica, TeacherSpec
 from actors.teacher_pool import TeacherPool
 from tests.fakes import FAKE_VOCAB, FakeTeacher, assert_complete, fake_examples, fake_spec, fake_store, record_next_shard

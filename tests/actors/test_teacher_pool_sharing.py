@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from actors.leases import ShardLeases
 from actors.records import Example
 from actors.replicas import TeacherFailed
-from actors.score_store import ScoreStore
+from actors.score_store.leases import ShardLeases
+from actors.score_store.store import ScoreStore
 from actors.teacher_pool import TeacherPool
 from tests.fakes import FakeTeacher, assert_complete, expected_scores, fake_examples, fake_spec, fake_store
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.identity import identity_hash
 from actors.metrics_log import read_metrics
-from actors.score_store import ScoreStore
+from actors.score_store.identity import identity_hash
+from actors.score_store.store import ScoreStore
 from tests.recovery import Record, record_recovery
 
 TINY = [

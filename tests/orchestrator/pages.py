@@ -11,7 +11,7 @@ from actors.answers import Answer
 from actors.evaluator import Evaluation, Metrics
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.token_view import TokenView
 from orchestrator.config.load import dump_config, validate
 from orchestrator.run.evaluation import comparison_table, write_evaluation

@@ -11,7 +11,7 @@ import ray
 
 from actors.examples import ExampleFile, write_examples
 from actors.sampler import steps_in
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps

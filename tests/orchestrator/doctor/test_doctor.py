@@ -19,7 +19,7 @@ from actors.diagnosis import Measurements, measure
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key
 from actors.replicas import TeacherFailed
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from actors.teacher import EngineFactory, TeacherReplica, TeacherSpec, build_engine
 from actors.training_task import ModelSource
 from actors.transformers_engine import TransformersEngine

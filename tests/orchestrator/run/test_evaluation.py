@@ -11,7 +11,7 @@ from rich.console import Console
 
 from actors.answers import Answer
 from actors.evaluator import Evaluation, Metrics
-from actors.score_store import ScoreStore
+from actors.score_store.store import ScoreStore
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
 from orchestrator.run.evaluation import comparison_table, evaluate, exact_match_by_task, read_evaluation, write_evaluation

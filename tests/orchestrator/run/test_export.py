@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.finished_model import ExportProof
-from actors.identity import identity_hash
+from actors.score_store.identity import identity_hash
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
 from orchestrator.run.export import StoredStudent, check_export, model_card, without_places, write_model_card

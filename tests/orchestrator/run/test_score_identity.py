@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from actors.examples import ExampleFile, write_examples
-from actors.identity import StoreMismatch, identity_difference, identity_hash
 from actors.records import Example
 from actors.replicas import TeacherFailed
-from actors.score_store import FORMAT, ScoreStore, ScoringFailed
+from actors.score_store.identity import StoreMismatch, identity_difference, identity_hash
+from actors.score_store.store import FORMAT, ScoreStore, ScoringFailed
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
 from orchestrator.config.run import RunConfig

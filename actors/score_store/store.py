@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 from actors.examples import write_atomically
-from actors.identity import Identity, StoreMismatch, identity_difference, identity_hash
-from actors.leases import filesystem_time_ns
 from actors.records import NO_TOKEN, Example, TeacherScores, check_scores, keep_mass, truncate_scores
-from actors.score_encoding import ShardView, encode_shard
-from actors.score_watch import RowMeans, ScoreRange, Spread, require_rows_differ
+from actors.score_store.encoding import ShardView, encode_shard
+from actors.score_store.identity import Identity, StoreMismatch, identity_difference, identity_hash
+from actors.score_store.leases import filesystem_time_ns
+from actors.score_store.sanity import RowMeans, ScoreRange, Spread, require_rows_differ
 
 FORMAT = 2  # 1, of version 0.1.0, knew no spreads over rows and no top_mass
 LEFTOVER_SECONDS = 3600.0

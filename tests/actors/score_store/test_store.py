@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.identity import StoreMismatch, identity_difference, identity_hash
 from actors.records import NO_TOKEN, Example, keep_mass, uncertainty
-from actors.score_store import ScoreStore, ScoringFailed
+from actors.score_store.identity import StoreMismatch, identity_difference, identity_hash
+from actors.score_store.store import ScoreStore, ScoringFailed
 from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples
 
 ROWS, ROWS_PER_SHARD, TOP_K = 10, 4, 6

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.leases import ShardLeases
+from actors.score_store.leases import ShardLeases
 
 OLD = 100.0
 """Seconds; more than a lease lives."""
@@ -119,10 +119,10 @@ def test_a_lease_half_written_is_respected_while_it_is_young(tmp_path: Path) -> 
 
 def test_the_lease_of_a_process_killed_on_this_machine_is_free_at_once(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from actors.leases import ShardLeases\n"
+        "import os, signal, sys; from pathlib import Path; from actors.score_store.leases import ShardLeases\n"
         "assert ShardLeases(Path(sys.argv[1])).take(5); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2])
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[3])
     assert killed.returncode == -9 and lease_path(tmp_path, 5).exists()
     assert ShardLeases(tmp_path).take(5)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from actors.records import Example, TeacherScores
-from actors.score_watch import FEWEST_ROWS, RowMeans, ScoreRange, Spread, require_rows_differ
+from actors.score_store.sanity import FEWEST_ROWS, RowMeans, ScoreRange, Spread, require_rows_differ
 from tests.fakes import FAKE_VOCAB, FakeTeacher, expected_scores, fake_examples, fake_logprobs, fake_spec, fake_store
 
 TOP_K = 6

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.records import NO_TOKEN, TeacherScores, keep_mass, uncertainty
-from actors.score_encoding import ShardView, decode_logprobs, encode_logprobs, encode_shard
+from actors.score_store.encoding import ShardView, decode_logprobs, encode_logprobs, encode_shard
 from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples
 
 
