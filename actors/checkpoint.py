@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from actors.dataloader.sampler import SamplerState
 from actors.plain_checkpoint import read_tensors
-from actors.sampler import SamplerState
 from losses.loss_state import LossState
 
 PROGRESS = "progress.json"

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from actors.answer_ends import read_answer_ends
 from actors.answers import Answer, AnswerComparison, HeldoutText, read_heldout_texts
-from actors.collate import PADDING, MicroBatch
 from actors.config.models import EvaluateConfig
+from actors.dataloader.collator import PADDING, MicroBatch
 from actors.examples import ExampleFile
 from actors.lm_head import vocab_size_of
 from actors.score_store.store import ScoreStore

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from actors.answer_ends import stop_as_evaluated
 from actors.attention import exact
 from actors.checkpoint import whole_weights
-from actors.collate import MicroBatch
 from actors.config.models import TrainConfig
+from actors.dataloader.collator import MicroBatch
 from actors.examples import ExampleFile, write_atomically
 from actors.lora import merge_adapters, shared_with_adapters
 from actors.student_model import StudentWithLoss, load_model, prepare_model, save_model

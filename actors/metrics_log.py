@@ -8,9 +8,9 @@ from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from actors.dataloader.sampler import GlobalBatch
 from actors.examples import ExampleFile
 from actors.live_metrics import StudentMetrics
-from actors.sampler import GlobalBatch
 from actors.training_task import TrainingTask
 from actors.workers import Worker
 from losses.config import LossConfig

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from actors.checkpoint import Progress
-from actors.collate import Collator, MicroBatch
 from actors.config.models import TrainConfig, needs_teacher
+from actors.dataloader.collator import Collator, MicroBatch
+from actors.dataloader.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
 from actors.examples import ExampleFile
 from actors.exams import Examiner
 from actors.finished_model import write_finished_model
@@ -21,7 +22,6 @@ from actors.growth import Growth
 from actors.lm_head import vocab_size_of
 from actors.metrics_log import MetricsLog, step_metrics
 from actors.optimization import clip_gradients, make_optimizer, make_schedule
-from actors.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
 from actors.score_store.store import ScoreStore
 from actors.student_model import (
     StudentWithLoss,

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.attention import attention_for
-from actors.collate import MicroBatch
 from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
+from actors.dataloader.collator import MicroBatch
 from actors.lm_head import head_makes_the_logits, output_head, plain_model
 from actors.lora import add_adapters
 from actors.training_task import ModelSource

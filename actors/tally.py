@@ -11,9 +11,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from actors.collate import Collator, MicroBatch
+from actors.dataloader.collator import Collator, MicroBatch
+from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile
-from actors.sampler import GlobalBatch, SamplerState
 from actors.score_store.store import ScoreStore
 from losses.config import CoupledLoss
 from losses.loss_state import LossState

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from actors.answers import HeldoutText
-from actors.collate import MicroBatch
+from actors.dataloader.collator import MicroBatch
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
 from actors.tally import LOGPROBS_AT_ONCE, HeldoutRows, forward_kl_to_teacher

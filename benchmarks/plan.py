@@ -23,13 +23,13 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from actors.collate import Collator
 from actors.config.models import EngineConfig, LoraAdapter, ScoresConfig
 from actors.config.workers import WorkersConfig
+from actors.dataloader.collator import Collator
+from actors.dataloader.sampler import SamplerState, global_batches
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
 from actors.optimization import clip_gradients, make_optimizer
-from actors.sampler import SamplerState, global_batches
 from actors.score_store.store import ScoreStore
 from actors.student import accumulate_gradients
 from actors.student_model import StudentWithLoss, save_model, scratch_model

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from actors.collate import Collator
 from actors.config.models import OptimizerConfig
+from actors.dataloader.collator import Collator
+from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile, write_examples
 from actors.optimization import make_optimizer
 from actors.records import Example, TeacherScores, example_key, tail_logmass
-from actors.sampler import GlobalBatch, SamplerState
 from actors.score_store.store import ScoreStore
 from actors.student_model import StudentWithLoss
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, print_table, report

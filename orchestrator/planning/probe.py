@@ -13,13 +13,13 @@ import numpy as np
 import ray
 import torch
 
-from actors.collate import Collator
 from actors.config.models import TrainConfig, needs_teacher
+from actors.dataloader.collator import Collator
+from actors.dataloader.sampler import SamplerState, global_batches
 from actors.examples import ExampleFile, write_examples
 from actors.lm_head import vocab_size_of
 from actors.optimization import clip_gradients, make_optimizer
 from actors.records import Example, example_key
-from actors.sampler import SamplerState, global_batches
 from actors.score_store.store import ScoreStore
 from actors.student import accumulate_gradients
 from actors.student_model import StudentWithLoss, distribute, prepare_model, save_model, scratch_model

@@ -16,9 +16,9 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
+from actors.dataloader.sampler import SamplerState, global_batches, micro_batches, steps_in
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
-from actors.sampler import SamplerState, global_batches, micro_batches, steps_in
 from actors.student_model import decoder_layers, plain_model, scratch_model
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data

@@ -11,8 +11,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.config.models import needs_teacher
+from actors.dataloader.sampler import steps_in
 from actors.examples import ExampleFile, write_atomically
-from actors.sampler import steps_in
 from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss
 from orchestrator.config.run import RunConfig

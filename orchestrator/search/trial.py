@@ -10,9 +10,9 @@ import ray
 import ray.tune
 import torch
 
+from actors.dataloader.sampler import steps_in
 from actors.examples import ExampleFile
 from actors.metrics_log import read_metrics
-from actors.sampler import steps_in
 from actors.student import distil
 from actors.train_checkpoints import NoCheckpoints
 from actors.training_task import Exams, TrainingTask

@@ -11,8 +11,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from actors.checkpoint import Progress, load_checkpoint, save_checkpoint
+from actors.dataloader.sampler import SamplerState
 from actors.plain_checkpoint import CONTENTS, read_tensors
-from actors.sampler import SamplerState
 from losses.loss_state import LossState
 
 

@@ -12,10 +12,10 @@ import torch.multiprocessing
 from pydantic import TypeAdapter
 from torch.distributed.tensor import DTensor
 
-from actors.collate import Collator
 from actors.config.models import LoraAdapter, TrainConfig
+from actors.dataloader.collator import Collator
+from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile
-from actors.sampler import GlobalBatch, SamplerState
 from actors.score_store.store import ScoreStore
 from actors.student import accumulate_gradients
 from actors.student_model import StudentWithLoss, distribute, prepare_model

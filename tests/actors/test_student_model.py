@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from actors.collate import Collator, MicroBatch
 from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
+from actors.dataloader.collator import Collator, MicroBatch
+from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile
 from actors.lora import add_adapters, merge_adapters
-from actors.sampler import GlobalBatch, SamplerState
 from actors.student_model import StudentWithLoss, decoder_layers, distribute, load_model, prepare_model, save_model, scratch_model
 from actors.training_task import ModelSource
 from actors.workers import Worker

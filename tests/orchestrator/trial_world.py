@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import ray
 
+from actors.dataloader.sampler import steps_in
 from actors.examples import ExampleFile, write_examples
-from actors.sampler import steps_in
 from actors.score_store.store import ScoreStore
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
+from actors.dataloader.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
 
 
 def take(count: int, rows: int, batch_rows: int, state: SamplerState, store_order_first: bool = True) -> list[GlobalBatch]:

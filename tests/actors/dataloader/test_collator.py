@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.collate import Collator
+from actors.dataloader.collator import Collator
+from actors.dataloader.sampler import GlobalBatch, SamplerState, micro_batches
 from actors.examples import ExampleFile, write_examples
-from actors.sampler import GlobalBatch, SamplerState, micro_batches
 from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss, CoupledLoss, HardLabelLoss, LossConfig
 from losses.loss_state import LossState

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from actors.config.models import needs_complete_store
+from actors.dataloader.sampler import GlobalBatch
 from actors.examples import ExampleFile
 from actors.records import NO_TOKEN, Example, TeacherScores
-from actors.sampler import GlobalBatch
 from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss, HardLabelLoss, LossConfig
 from losses.loss_state import LossState
