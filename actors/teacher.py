@@ -81,13 +81,13 @@ def build_engine(spec: TeacherSpec) -> TeacherEngine:
 
 
 def _build_vllm(spec: TeacherSpec) -> TeacherEngine:
-    from actors.vllm_engine import VllmEngine  # here, so that only replicas that serve with vLLM need it installed
+    from actors.engines.vllm import VllmEngine  # here, so that only replicas that serve with vLLM need it installed
 
     return VllmEngine(spec)
 
 
 def _build_transformers(spec: TeacherSpec) -> TeacherEngine:
-    from actors.transformers_engine import TransformersEngine
+    from actors.engines.transformers import TransformersEngine
 
     return TransformersEngine(spec)
 

@@ -133,7 +133,7 @@ def run_teacher(teacher: Teacher, folder: Path) -> int:
     save_model(scratch_model(teacher.model, plain_tokenizer(), teacher.vocab_size, 1024, 0), plain_tokenizer(), folder / "model")
     rows = [examples[row] for row in range(len(examples))]
     if teacher.engine.kind == "vllm":
-        import actors.vllm_engine  # noqa: F401  # what importing takes is not the teacher's
+        import actors.engines.vllm  # noqa: F401  # what importing takes is not the teacher's
     grown = Growth()
     engine = build_engine(TeacherSpec(teacher.engine, ModelSource(str(folder / "model")), TOP_K, int(examples.lengths.max())))
     engine.score(rows)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from actors.engines.transformers import TransformersEngine
 from actors.records import Example, TeacherScores
 from actors.teacher import TeacherEngine, TeacherSpec, build_engine, scores_from_candidates
 from actors.training_task import ModelSource
-from actors.transformers_engine import TransformersEngine
 
 TOP_K = 8
 

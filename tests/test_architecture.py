@@ -14,7 +14,7 @@ MAY_IMPORT = {"orchestrator": {"actors", "losses", "tune_spaces"}, "actors": {"l
 NEVER_IMPORTED = {"tests", "benchmarks", "scripts"}
 LOSSES_MAY_IMPORT = {"torch", "pydantic", "losses"} | sys.stdlib_module_names
 ONE_FILE_EACH = {
-    "vllm": "actors/vllm_engine.py",
+    "vllm": "actors/engines/vllm.py",
     "peft": "actors/lora.py",
     "wandb": "actors/wandb_log.py",
     "mlflow": "actors/mlflow_log.py",

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from actors.config.models import EngineConfig, ScoresConfig, TrainConfig
 from actors.config.workers import WorkersConfig
-from actors.transformers_engine import MAX_LOGITS
+from actors.engines.transformers import MAX_LOGITS
 from losses.chunked import CACHED_NUMBERS, CHUNK_TARGETS, CHUNK_TARGETS_ELSEWHERE
 from orchestrator.planning.shapes import ModelShape, Passes
 
 FLOAT = 4
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 VLLM_ROWS = {"cpu": 128, "cuda": 1024}
-"""Targets whose logits exist at once in a vLLM replica (``actors/vllm_engine.py``)."""
+"""Targets whose logits exist at once in a vLLM replica (``actors/engines/vllm.py``)."""
 VLLM_TOKENS_A_STEP = 8192
 """Tokens vLLM takes in one step, or one row where that is longer."""
 SHARD_HEADER_BYTES = 2_240

@@ -16,13 +16,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from actors.config.models import DType
 from actors.diagnosis import Measurements, measure
+from actors.engines.transformers import TransformersEngine
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key
 from actors.replicas import TeacherFailed
 from actors.score_store.store import ScoreStore
 from actors.teacher import EngineFactory, TeacherReplica, TeacherSpec, build_engine
 from actors.training_task import ModelSource
-from actors.transformers_engine import TransformersEngine
 from orchestrator.cli import main
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from actors.config.models import EngineConfig
+from actors.engines.transformers import TransformersEngine
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, check_scores, example_key
 from actors.score_store.store import ScoreStore
@@ -26,7 +27,6 @@ from actors.teacher import (
 )
 from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
-from actors.transformers_engine import TransformersEngine
 
 VOCAB, TOP_K, LONGEST = 700, 8, 48
 
@@ -131,7 +131,7 @@ def test_transformers_scores_do_not_depend_on_the_batch(
     engine = TransformersEngine(spec(model_folder))
     together = engine.score(examples)
     alone = [scores for example in examples for scores in engine.score([example])]
-    monkeypatch.setattr("actors.transformers_engine.MAX_LOGITS", 60 * VOCAB)
+    monkeypatch.setattr("actors.engines.transformers.MAX_LOGITS", 60 * VOCAB)
     in_passes = engine.score(examples[::-1])[::-1]
     assert_agree(alone, together, atol=5e-5)
     assert_agree(in_passes, together, atol=5e-5)
@@ -200,7 +200,7 @@ class NarrowVllm(TeacherReplica):
 
     def start(self, probe: Sequence[Example] = ()) -> EngineStarted:
         """Build the engine with a smaller step."""
-        from actors import vllm_engine
+        from actors.engines import vllm as vllm_engine
 
         vllm_engine.TOKENS_PER_STEP = 40
         return super().start(probe)

@@ -1,0 +1,1 @@
+"""Engines that score rows, one foreign library a file; no pool and no store."""
