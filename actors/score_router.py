@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from actors.live_metrics import ServiceMetrics
+from actors.monitors.prometheus import ServiceMetrics
 from actors.records import Example
 from actors.shard_queue import TRIES
 from actors.teacher import EngineDied

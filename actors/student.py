@@ -20,7 +20,7 @@ from actors.exams import Examiner
 from actors.finished_model import write_finished_model
 from actors.growth import Growth
 from actors.lm_head import vocab_size_of
-from actors.metrics_log import MetricsLog, step_metrics
+from actors.monitors.metrics_log import MetricsLog, step_metrics
 from actors.optimization import clip_gradients, make_optimizer, make_schedule
 from actors.score_store.store import ScoreStore
 from actors.student_model import (

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.comparison import Comparison
-from actors.live_metrics import TeacherMetrics
+from actors.monitors.prometheus import TeacherMetrics
 from actors.records import Example
 from actors.replicas import POLL_SECONDS, Replica, Replicas, TeacherFailed
 from actors.score_router import RouterLimits

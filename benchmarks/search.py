@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from actors.metrics_log import read_metrics
+from actors.monitors.metrics_log import read_metrics
 from benchmarks.bars import Bar, print_table, report
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig

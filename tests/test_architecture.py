@@ -16,8 +16,8 @@ LOSSES_MAY_IMPORT = {"torch", "pydantic", "losses"} | sys.stdlib_module_names
 ONE_FILE_EACH = {
     "vllm": "actors/engines/vllm.py",
     "peft": "actors/lora.py",
-    "wandb": "actors/wandb_log.py",
-    "mlflow": "actors/mlflow_log.py",
+    "wandb": "actors/monitors/wandb.py",
+    "mlflow": "actors/monitors/mlflow.py",
 }
 INSTANT_MODULES = ("losses.config", "actors.config.models", "orchestrator.config.run", "orchestrator.config.load", "orchestrator.cli")
 HEAVY = {"torch", "ray", "transformers", "vllm", "numpy", "datasets", "pyarrow"}

@@ -16,7 +16,7 @@ import torch
 from tokenizers.pre_tokenizers import Whitespace
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from actors.metrics_log import read_metrics
+from actors.monitors.metrics_log import read_metrics
 from tests.ray_heads import ROOT, Head, head, wait_until
 from tests.recovery import Record, record_until
 from tests.worlds import VOCAB, tiny_llama, word_tokenizer

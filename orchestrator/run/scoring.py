@@ -13,7 +13,7 @@ from actors.comparison import Comparison
 from actors.config.models import needs_teacher
 from actors.examples import ExampleFile, spread_over_lengths, write_atomically
 from actors.forward_pass import beginning
-from actors.live_metrics import TeacherMetrics
+from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import Cluster, read_cluster
 from actors.records import Example
 from actors.replicas import TeacherFailed

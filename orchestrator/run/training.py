@@ -25,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.checkpoint_seal import damaged_checkpoints
 from actors.config.workers import WorkersConfig
-from actors.metrics_log import read_metrics
+from actors.monitors.metrics_log import read_metrics
 from actors.placement import worker_need
 from actors.training_task import Ending, TrainingTask, train_worker
 from losses.config import AtkdLoss

@@ -12,7 +12,7 @@ import torch
 
 from actors.dataloader.sampler import steps_in
 from actors.examples import ExampleFile
-from actors.metrics_log import read_metrics
+from actors.monitors.metrics_log import read_metrics
 from actors.student import distil
 from actors.train_checkpoints import NoCheckpoints
 from actors.training_task import Exams, TrainingTask

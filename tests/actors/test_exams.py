@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from actors.config.models import LoraAdapter, OptimizerConfig, TrainConfig
 from actors.evaluator import predict_rows
 from actors.examples import ExampleFile
-from actors.metrics_log import read_metrics
+from actors.monitors.metrics_log import read_metrics
 from actors.score_store.store import ScoreStore
 from actors.student import distil
 from actors.tally import HeldoutRows, Tally

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.metrics_log import read_metrics
+from actors.monitors.metrics_log import read_metrics
 from actors.score_store.identity import identity_hash
 from actors.score_store.store import ScoreStore
 from tests.recovery import Record, record_recovery

@@ -15,7 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from actors.config.workers import WorkersConfig
-from actors.metrics_log import read_metrics
+from actors.monitors.metrics_log import read_metrics
 from orchestrator.run.training import train_model
 from tests.actors.fake_cluster_world import SMALL, SOON, until
 from tests.orchestrator.training_world import TRAIN, task_in

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.config.models import OptimizerConfig, TrainConfig
 from actors.config.workers import WorkersConfig
-from actors.metrics_log import read_metrics
+from actors.monitors.metrics_log import read_metrics
 from actors.student import distil
 from actors.train_checkpoints import NoCheckpoints
 from actors.training_task import ModelSource, TrainingTask

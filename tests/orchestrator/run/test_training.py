@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.checkpoint import Progress, load_checkpoint, save_checkpoint
 from actors.config.models import LoraAdapter, OptimizerConfig
-from actors.metrics_log import read_metrics
+from actors.monitors.metrics_log import read_metrics
 from actors.score_store.store import ScoringFailed
 from actors.student import distil
 from actors.training_task import Ending, TrainingDiverged, train_worker

@@ -17,7 +17,7 @@ import ray
 from ray.util import placement_group_table
 
 from actors.config.workers import WorkersConfig
-from actors.metrics_log import read_metrics
+from actors.monitors.metrics_log import read_metrics
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
 from orchestrator.search.ledger import read_ledger

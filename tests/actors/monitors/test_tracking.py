@@ -14,13 +14,13 @@ import torch
 
 from actors.config.models import TrainConfig
 from actors.config.tracking import MlflowConfig, TrackerFailed, TrackingConfig, WandbConfig, require_installed
-from actors.metrics_log import MetricsLog, NoLog, read_metrics
+from actors.monitors.metrics_log import MetricsLog, NoLog, read_metrics
 from actors.training_task import ModelSource, TrainingTask
 from actors.workers import Worker
 from losses.config import HardLabelLoss
 
 STEPS = {1: {"loss": 3.0, "gradient_norm": 0.5}, 2: {"loss": 2.5, "gradient_norm": 0.25}}
-OURS = ("actors.wandb_log", "actors.mlflow_log")
+OURS = ("actors.monitors.wandb", "actors.monitors.mlflow")
 WANDB = TrackingConfig(tensorboard=False, wandb=WandbConfig(project="p", mode="offline"))
 
 
@@ -235,7 +235,7 @@ def test_a_store_whose_place_depends_on_the_worker_is_refused(uri: str) -> None:
 
 def test_the_real_wandb_keeps_two_starts_of_a_training_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    importlib.import_module("actors.wandb_log")
+    importlib.import_module("actors.monitors.wandb")
     write_steps(tmp_path, WANDB)
     write_steps(tmp_path, WANDB, first_step=2)
     kept = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))

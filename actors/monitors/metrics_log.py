@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from actors.dataloader.sampler import GlobalBatch
 from actors.examples import ExampleFile
-from actors.live_metrics import StudentMetrics
+from actors.monitors.prometheus import StudentMetrics
 from actors.training_task import TrainingTask
 from actors.workers import Worker
 from losses.config import LossConfig
@@ -107,11 +107,11 @@ def _trackers(task: TrainingTask, folder: Path) -> list[StepLog]:
     about = {"loss": task.loss.model_dump_json(), "train": task.train.model_dump_json(), "seed": task.seed, "top_k": task.top_k}
     logs: list[StepLog] = []
     if task.tracking.wandb is not None:
-        from actors.wandb_log import WandbLog
+        from actors.monitors.wandb import WandbLog
 
         logs.append(WandbLog(task.tracking.wandb, folder, task.run, task.name, about))
     if task.tracking.mlflow is not None:
-        from actors.mlflow_log import MlflowLog
+        from actors.monitors.mlflow import MlflowLog
 
         logs.append(MlflowLog(task.tracking.mlflow, folder, task.run, task.name, about))
     return logs

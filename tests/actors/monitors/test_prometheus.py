@@ -12,10 +12,10 @@ import pytest
 import ray
 from ray.util.metrics import Gauge
 
-from actors import live_metrics
 from actors.config.models import TrainConfig
-from actors.live_metrics import SERVICE, STUDENT, TEACHER, StudentMetrics, TeacherMetrics
-from actors.metrics_log import read_metrics
+from actors.monitors import prometheus as live_metrics
+from actors.monitors.metrics_log import read_metrics
+from actors.monitors.prometheus import SERVICE, STUDENT, TEACHER, StudentMetrics, TeacherMetrics
 from actors.student import distil
 from actors.teacher_pool import TeacherPool
 from actors.train_checkpoints import NoCheckpoints
@@ -23,7 +23,7 @@ from losses.config import AtkdLoss
 from tests.fakes import FakeTeacher, fake_examples, fake_spec, fake_store
 from tests.orchestrator.training_world import task_in
 
-PAGE = Path(__file__).parents[2] / "docs/observability.md"
+PAGE = Path(__file__).parents[3] / "docs/observability.md"
 PATIENCE_SECONDS = 60.0
 Sample = tuple[str, dict[str, str], float]
 
