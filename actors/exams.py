@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from actors.config.models import TrainConfig
+from actors.evaluation.metrics import HeldoutRows, Tally, batches_by_length
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
-from actors.tally import HeldoutRows, Tally, batches_by_length
 from actors.training_task import Exams, TrainingTask
 from actors.workers import Worker
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from actors.answer_ends import stop_as_evaluated
 from actors.attention import exact
 from actors.checkpoint import whole_weights
 from actors.config.models import TrainConfig
 from actors.dataloader.collator import MicroBatch
+from actors.evaluation.answer_ends import stop_as_evaluated
 from actors.examples import ExampleFile, write_atomically
 from actors.lora import merge_adapters, shared_with_adapters
 from actors.student_model import StudentWithLoss, load_model, prepare_model, save_model

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.config.models import EvaluateConfig
-from actors.evaluator import Evaluation, evaluate_model
+from actors.evaluation.evaluator import Evaluation, evaluate_model
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key
 from actors.score_store.store import ScoreStore

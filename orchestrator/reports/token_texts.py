@@ -28,7 +28,7 @@ CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not i
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\r": "↵", "\t": "⇥"})
 
 View = Mapping[str, Any]
-"""A row as ``actors.token_view.TokenView`` was written."""
+"""A row as ``actors.evaluation.token_view.TokenView`` was written."""
 
 
 @dataclass(frozen=True, slots=True)

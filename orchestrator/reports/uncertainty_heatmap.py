@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from actors.answers import read_heldout_texts
+from actors.evaluation.answers import read_heldout_texts
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
 from orchestrator.reports.page import Chart

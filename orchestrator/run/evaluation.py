@@ -8,12 +8,12 @@ from typing import Any
 
 import ray
 
-from actors.answers import Answer
 from actors.config.models import EvaluateConfig
-from actors.evaluator import Evaluation, Metrics, evaluate_model
+from actors.evaluation.answers import Answer
+from actors.evaluation.evaluator import Evaluation, Metrics, evaluate_model
+from actors.evaluation.token_view import TokenView
 from actors.examples import write_atomically
 from actors.score_store.store import ScoreStore
-from actors.token_view import TokenView
 from actors.training_task import ModelSource
 from orchestrator.config.run import RunConfig
 from orchestrator.run.models import Models

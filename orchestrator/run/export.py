@@ -10,8 +10,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.answer_ends import read_answer_ends
 from actors.config.models import ModelConfig
+from actors.evaluation.answer_ends import read_answer_ends
 from actors.examples import write_atomically
 from actors.finished_model import ExportProof, read_proof
 from actors.score_store.identity import Identity, identity_hash

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from actors.answer_ends import AnswerEnds, settle_answer_ends, write_answer_ends
+from actors.evaluation.answer_ends import AnswerEnds, settle_answer_ends, write_answer_ends
 from actors.lora import load_adapter
 from actors.student_model import load_model, save_model, scratch_model
 from actors.training_task import ModelSource

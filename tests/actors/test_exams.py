@@ -15,12 +15,12 @@ import torch.multiprocessing
 from transformers import AutoModelForCausalLM
 
 from actors.config.models import LoraAdapter, OptimizerConfig, TrainConfig
-from actors.evaluator import predict_rows
+from actors.evaluation.evaluator import predict_rows
+from actors.evaluation.metrics import HeldoutRows, Tally
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import read_metrics
 from actors.score_store.store import ScoreStore
 from actors.student import distil
-from actors.tally import HeldoutRows, Tally
 from actors.train_checkpoints import NoCheckpoints
 from actors.training_task import Exams, ModelSource, TrainingTask
 from losses.config import AtkdLoss

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.answers import Answer
-from actors.evaluator import Evaluation, Metrics
+from actors.evaluation.answers import Answer
+from actors.evaluation.evaluator import Evaluation, Metrics
+from actors.evaluation.token_view import TokenView
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store.store import ScoreStore
-from actors.token_view import TokenView
 from orchestrator.config.load import dump_config, validate
 from orchestrator.run.evaluation import comparison_table, write_evaluation
 from orchestrator.run.results_table import write_table

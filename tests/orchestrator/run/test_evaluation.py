@@ -9,8 +9,8 @@ import pytest
 import ray
 from rich.console import Console
 
-from actors.answers import Answer
-from actors.evaluator import Evaluation, Metrics
+from actors.evaluation.answers import Answer
+from actors.evaluation.evaluator import Evaluation, Metrics
 from actors.score_store.store import ScoreStore
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig

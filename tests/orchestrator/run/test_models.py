@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from actors.config.models import EvaluateConfig
-from actors.evaluator import evaluate_model
+from actors.evaluation.evaluator import evaluate_model
 from actors.examples import ExampleFile
 from actors.student import distil
 from actors.student_model import load_model

@@ -168,7 +168,7 @@ def test_a_space_of_ones_own_survives_being_written_and_read() -> None:
 
 
 def test_every_metric_is_one_that_evaluation_measures() -> None:
-    from actors.evaluator import Metrics
+    from actors.evaluation.evaluator import Metrics
 
     assert METRICS.keys() <= {field.name for field in fields(Metrics)}
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.answer_ends import read_answer_ends
-from actors.answers import Answer, AnswerComparison, HeldoutText, read_heldout_texts
 from actors.config.models import EvaluateConfig
 from actors.dataloader.collator import PADDING, MicroBatch
+from actors.evaluation.answer_ends import read_answer_ends
+from actors.evaluation.answers import Answer, AnswerComparison, HeldoutText, read_heldout_texts
+from actors.evaluation.metrics import HeldoutRows, Tally, batches_by_length
+from actors.evaluation.token_view import TokenView, view_tokens
 from actors.examples import ExampleFile
 from actors.lm_head import vocab_size_of
 from actors.score_store.store import ScoreStore
 from actors.student_model import load_model
-from actors.tally import HeldoutRows, Tally, batches_by_length
-from actors.token_view import TokenView, view_tokens
 from actors.training_task import ModelSource
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from actors.evaluation.metrics import CALIBRATION_BINS, HeldoutRows, Tally, batches_by_length
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
-from actors.tally import CALIBRATION_BINS, HeldoutRows, Tally, batches_by_length
 from tests.worlds import VOCAB, scored_world
 
 ROWS, TOP_K = 9, 8
@@ -73,7 +73,7 @@ def test_measures_are_those_of_one_target_after_the_other(world: tuple[ExampleFi
 
 def test_blocks_of_targets_add_up(world: tuple[ExampleFile, ScoreStore], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = counted(world, 4).measures()
-    monkeypatch.setattr("actors.tally.LOGPROBS_AT_ONCE", 3 * VOCAB)  # three targets at a time
+    monkeypatch.setattr("actors.evaluation.metrics.LOGPROBS_AT_ONCE", 3 * VOCAB)  # three targets at a time
     assert counted(world, 4).measures() == pytest.approx(whole, rel=1e-12)
 
 

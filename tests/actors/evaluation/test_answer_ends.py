@@ -20,10 +20,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from actors.answer_ends import AnswerEnds, own_ends, read_answer_ends, settle_answer_ends, stop_as_evaluated, write_answer_ends
-from actors.answers import HeldoutText
 from actors.config.models import EvaluateConfig, TrainConfig
-from actors.evaluator import generate_answers
+from actors.evaluation.answer_ends import (
+    AnswerEnds,
+    own_ends,
+    read_answer_ends,
+    settle_answer_ends,
+    stop_as_evaluated,
+    write_answer_ends,
+)
+from actors.evaluation.answers import HeldoutText
+from actors.evaluation.evaluator import generate_answers
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, example_key
 from actors.student import distil

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.answers import AnswerComparison, HeldoutText, read_heldout_texts, shortened
+from actors.evaluation.answers import AnswerComparison, HeldoutText, read_heldout_texts, shortened
 
 
 def text(response: str, row: int = 7) -> HeldoutText:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from actors.answers import HeldoutText
 from actors.dataloader.collator import MicroBatch
+from actors.evaluation.answers import HeldoutText
+from actors.evaluation.metrics import LOGPROBS_AT_ONCE, HeldoutRows, forward_kl_to_teacher
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
-from actors.tally import LOGPROBS_AT_ONCE, HeldoutRows, forward_kl_to_teacher
 from losses.support import TeacherSupport
 
 ROWS_VIEWED = 6

@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from actors import token_view
-from actors.token_view import MOST_TOKENS, TOKENS_BEFORE, pieces_of, spread_over_tasks_and_lengths, window_of
+from actors.evaluation import token_view
+from actors.evaluation.token_view import MOST_TOKENS, TOKENS_BEFORE, pieces_of, spread_over_tasks_and_lengths, window_of
 from orchestrator.data.tokenizers import train_tokenizer
-from tests.actors.test_evaluator import slow_kl
+from tests.actors.evaluation.test_evaluator import slow_kl
 from tests.evaluation_world import World, logprobs_at_targets, make_world
 
 TEXTS = ("Put in order:\nlake, bed\n\n  end", "naïve — 日本語 🎉🎉 ok", "مرحبا بك", "a \ufffd b", "", "\t<b>&amp;</b>\r\n")

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from actors.config.models import EvaluateConfig
+from actors.evaluation.metrics import batches_by_length, calibration_bins, most_likely
 from actors.records import Example
 from actors.score_store.store import ScoreStore
-from actors.tally import batches_by_length, calibration_bins, most_likely
 from losses.support import TeacherSupport
 from tests.evaluation_world import (
     ROWS,
