@@ -12,16 +12,16 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact
-from actors.comparison import Comparison, classes, compare, named_logprobs
 from actors.dataloader.collator import Collator
 from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile
-from actors.forward_pass import compare_row, forward_pass
 from actors.lm_head import vocab_size_of
 from actors.records import Example, TeacherScores
 from actors.score_store.encoding import STEPS_PER_NAT
 from actors.score_store.store import ScoreStore
 from actors.student_model import StudentWithLoss, load_model
+from actors.teacher.parity import Comparison, classes, compare, named_logprobs
+from actors.teacher.reference_pass import compare_row, forward_pass
 from actors.training_task import ModelSource
 from losses.config import CoupledLoss
 from losses.distillation import LossSums

@@ -33,7 +33,7 @@ from actors.optimization import clip_gradients, make_optimizer
 from actors.score_store.store import ScoreStore
 from actors.student import accumulate_gradients
 from actors.student_model import StudentWithLoss, save_model, scratch_model
-from actors.teacher import TeacherSpec, build_engine, engine_environment
+from actors.teacher.replica import TeacherSpec, build_engine, engine_environment
 from actors.training_task import ModelSource
 from actors.workers import Worker
 from benchmarks.bars import Bar, peak_bytes, print_table, report

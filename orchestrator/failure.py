@@ -11,7 +11,7 @@ from pathlib import Path
 import transformers
 from ray.exceptions import RayTaskError
 
-from actors.replicas import TeacherFailed
+from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster import signals as sigterm
 from orchestrator.cluster.ray_session import RayFailed
 from orchestrator.cluster.redaction import without_private_values

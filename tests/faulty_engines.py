@@ -10,7 +10,7 @@ import torch
 
 from actors.engines.transformers import TransformersEngine
 from actors.records import Example, TeacherScores
-from actors.teacher import TeacherEngine, TeacherSpec, build_engine, scores_from_candidates
+from actors.teacher.replica import TeacherEngine, TeacherSpec, build_engine, scores_from_candidates
 from actors.training_task import ModelSource
 
 TOP_K = 8

@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.outputs import LogprobsTensors
 
 from actors.records import Example, TeacherScores
-from actors.teacher import EngineDied, TeacherSpec, require_top_k, scores_from_candidates
+from actors.teacher.replica import EngineDied, TeacherSpec, require_top_k, scores_from_candidates
 
 TOKENS_PER_STEP = 8192
 PROBE_TOKENS = 5

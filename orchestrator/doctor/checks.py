@@ -11,9 +11,9 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from actors.attention import ATTENTION_TOLERANCE
-from actors.comparison import Comparison
 from actors.config.models import DType
 from actors.diagnosis import AttentionFound, Measurements
+from actors.teacher.parity import Comparison
 from orchestrator.data.tokenizers import require_same_tokens
 
 MASS_TOLERANCE = 1e-3

@@ -23,8 +23,8 @@ from actors.records import Example, example_key
 from actors.score_store.store import ScoreStore
 from actors.student import accumulate_gradients
 from actors.student_model import StudentWithLoss, distribute, prepare_model, save_model, scratch_model
-from actors.teacher import EngineFactory, TeacherSpec, build_engine
-from actors.teacher_pool import TeacherPool
+from actors.teacher.pool import TeacherPool
+from actors.teacher.replica import EngineFactory, TeacherSpec, build_engine
 from actors.training_task import ModelSource
 from actors.workers import Worker
 from losses.loss_state import LossState

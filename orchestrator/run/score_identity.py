@@ -13,11 +13,11 @@ from typing import Any, Literal
 from huggingface_hub import hf_hub_download
 
 from actors.examples import ExampleFile
-from actors.replicas import TeacherFailed
 from actors.score_store.identity import Identity, identity_difference, identity_hash
 from actors.score_store.store import FORMAT, ScoreStore
-from actors.teacher import require_top_k
-from actors.teacher_pool import TeacherPool
+from actors.teacher.pool import TeacherPool
+from actors.teacher.replica import require_top_k
+from actors.teacher.replica_set import TeacherFailed
 from actors.training_task import ModelSource
 from orchestrator.config.run import RunConfig
 

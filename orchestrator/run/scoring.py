@@ -9,17 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from actors.comparison import Comparison
 from actors.config.models import needs_teacher
 from actors.examples import ExampleFile, spread_over_lengths, write_atomically
-from actors.forward_pass import beginning
 from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import Cluster, read_cluster
 from actors.records import Example
-from actors.replicas import TeacherFailed
 from actors.score_store.store import ScoreStore
-from actors.teacher import EngineFactory, TeacherSpec, build_engine
-from actors.teacher_pool import TeacherPool
+from actors.teacher.parity import Comparison
+from actors.teacher.pool import TeacherPool
+from actors.teacher.reference_pass import beginning
+from actors.teacher.replica import EngineFactory, TeacherSpec, build_engine
+from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import tokenizer_hash

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from actors.examples import ExampleFile
-from actors.forward_pass import count_weights
 from actors.score_store.store import ScoreStore
+from actors.teacher.reference_pass import count_weights
 from orchestrator.config.load import ConfigError, validate
 from orchestrator.config.run import RunConfig
 from orchestrator.reports.teachers_report import TaughtBy, write_teachers_report

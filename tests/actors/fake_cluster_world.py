@@ -21,8 +21,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config.workers import WorkersConfig
 from actors.placement import read_cluster, reserve, worker_need
-from actors.teacher import TeacherEngine, TeacherSpec
-from actors.teacher_pool import TeacherPool
+from actors.teacher.pool import TeacherPool
+from actors.teacher.replica import TeacherEngine, TeacherSpec
 from orchestrator.cluster.ray_session import settle_replicas
 from tests.fakes import FakeTeacher, fake_examples, fake_spec, fake_store
 

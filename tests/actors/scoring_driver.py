@@ -7,7 +7,7 @@ from pathlib import Path
 import ray
 
 from actors.score_store.store import ScoreStore
-from actors.teacher_pool import TeacherPool
+from actors.teacher.pool import TeacherPool
 from tests.fakes import FakeTeacher, fake_spec
 
 TOP_K = 5

@@ -15,16 +15,16 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact, require_attention
-from actors.comparison import Comparison
 from actors.config.models import EngineConfig, PretrainedModel
 from actors.dataloader.collator import Collator, MicroBatch
 from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile, write_examples
-from actors.forward_pass import references
 from actors.lm_head import head_makes_the_logits
 from actors.records import Example
 from actors.student_model import StudentWithLoss, load_model
-from actors.teacher import TeacherReplica, TeacherSpec, build_engine, engine_environment
+from actors.teacher.parity import Comparison
+from actors.teacher.reference_pass import references
+from actors.teacher.replica import TeacherReplica, TeacherSpec, build_engine, engine_environment
 from actors.training_task import ModelSource
 from losses.config import HardLabelLoss
 from losses.loss_state import LossState

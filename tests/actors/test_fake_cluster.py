@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from actors.score_store.store import ScoreStore
-from actors.teacher_pool import WINDOW
+from actors.teacher.pool import WINDOW
 from tests.actors.fake_cluster_world import ROWS
 from tests.fakes import assert_complete, fake_examples
 from tests.recovery import Record, record_recovery

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayTaskError
 
-from actors.replicas import TeacherFailed
 from actors.score_store.identity import StoreMismatch
+from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster import signals as sigterm
 from orchestrator.cluster.ray_session import RayFailed
 from orchestrator.config.load import load_config

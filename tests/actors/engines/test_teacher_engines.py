@@ -16,7 +16,8 @@ from actors.engines.transformers import TransformersEngine
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, check_scores, example_key
 from actors.score_store.store import ScoreStore
-from actors.teacher import (
+from actors.teacher.pool import TeacherPool
+from actors.teacher.replica import (
     EngineStarted,
     TeacherReplica,
     TeacherSpec,
@@ -25,7 +26,6 @@ from actors.teacher import (
     require_top_k,
     scores_from_candidates,
 )
-from actors.teacher_pool import TeacherPool
 from actors.training_task import ModelSource
 
 VOCAB, TOP_K, LONGEST = 700, 8, 48

@@ -17,7 +17,7 @@ from actors.monitors import prometheus as live_metrics
 from actors.monitors.metrics_log import read_metrics
 from actors.monitors.prometheus import SERVICE, STUDENT, TEACHER, StudentMetrics, TeacherMetrics
 from actors.student import distil
-from actors.teacher_pool import TeacherPool
+from actors.teacher.pool import TeacherPool
 from actors.train_checkpoints import NoCheckpoints
 from losses.config import AtkdLoss
 from tests.fakes import FakeTeacher, fake_examples, fake_spec, fake_store

@@ -19,9 +19,9 @@ from actors.diagnosis import Measurements, measure
 from actors.engines.transformers import TransformersEngine
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key
-from actors.replicas import TeacherFailed
 from actors.score_store.store import ScoreStore
-from actors.teacher import EngineFactory, TeacherReplica, TeacherSpec, build_engine
+from actors.teacher.replica import EngineFactory, TeacherReplica, TeacherSpec, build_engine
+from actors.teacher.replica_set import TeacherFailed
 from actors.training_task import ModelSource
 from orchestrator.cli import main
 from orchestrator.config.load import load_config

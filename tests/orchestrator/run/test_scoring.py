@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.replicas import TeacherFailed
-from actors.teacher import EngineFactory, build_engine
+from actors.teacher.replica import EngineFactory, build_engine
+from actors.teacher.replica_set import TeacherFailed
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage

@@ -15,8 +15,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.monitors.prometheus import ServiceMetrics
 from actors.records import Example
-from actors.shard_queue import TRIES
-from actors.teacher import EngineDied
+from actors.teacher.replica import EngineDied
+from actors.teacher.shard_queue import TRIES
 
 BATCHES_AT_ONCE = 2
 """Batches a replica holds: one has the engine, the other waits for it."""

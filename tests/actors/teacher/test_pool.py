@@ -9,10 +9,10 @@ import pytest
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from actors.records import Example
-from actors.replicas import TeacherFailed
 from actors.score_store.store import ScoreStore
-from actors.teacher import TeacherEngine, TeacherReplica, TeacherSpec
-from actors.teacher_pool import TeacherPool
+from actors.teacher.pool import TeacherPool
+from actors.teacher.replica import TeacherEngine, TeacherReplica, TeacherSpec
+from actors.teacher.replica_set import TeacherFailed
 from tests.fakes import FAKE_VOCAB, FakeTeacher, assert_complete, fake_examples, fake_spec, fake_store, record_next_shard
 from tests.recovery import Record
 
@@ -161,7 +161,7 @@ def test_a_row_that_ends_every_replica_is_set_aside_and_another_start_completes_
 def test_a_pool_whose_last_replica_is_given_up_says_what_it_held_and_what_was_set_aside(
     local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actors.shard_queue.TRIES", 1)
+    monkeypatch.setattr("actors.teacher.shard_queue.TRIES", 1)
     score_without_ray(examples_path, store, (0, 1, 3, 4, 5))
     with (
         pytest.raises(

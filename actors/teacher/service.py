@@ -11,8 +11,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.records import Example, TeacherScores
-from actors.replicas import POLL_SECONDS, Replica, Replicas, TeacherFailed
-from actors.score_router import LostReplica, RouterLimits, RowFailed, ScoreRouter
+from actors.teacher.replica_set import POLL_SECONDS, Replica, Replicas, TeacherFailed
+from actors.teacher.router import LostReplica, RouterLimits, RowFailed, ScoreRouter
 
 MOST_CALLERS = 1000
 """Calls that wait in the router at one time; more wait outside."""

@@ -13,16 +13,16 @@ from types import TracebackType
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from actors.comparison import Comparison
 from actors.monitors.prometheus import TeacherMetrics
 from actors.records import Example
-from actors.replicas import POLL_SECONDS, Replica, Replicas, TeacherFailed
-from actors.score_router import RouterLimits
-from actors.score_service import ScoreService, serve
 from actors.score_store.leases import LEASE_SECONDS
 from actors.score_store.store import ScoreStore, ScoringFailed
-from actors.shard_queue import ScoringWork
-from actors.teacher import CALLS_AT_ONCE, EngineDied, EngineFactory, ShardResult, TeacherSpec, build_engine
+from actors.teacher.parity import Comparison
+from actors.teacher.replica import CALLS_AT_ONCE, EngineDied, EngineFactory, ShardResult, TeacherSpec, build_engine
+from actors.teacher.replica_set import POLL_SECONDS, Replica, Replicas, TeacherFailed
+from actors.teacher.router import RouterLimits
+from actors.teacher.service import ScoreService, serve
+from actors.teacher.shard_queue import ScoringWork
 
 WINDOW = CALLS_AT_ONCE  # shards of one replica: one has the engine, the other is being written or waits for the engine
 

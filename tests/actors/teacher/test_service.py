@@ -11,9 +11,9 @@ import pytest
 import ray
 
 from actors.records import Example, TeacherScores
-from actors.score_router import RowFailed
-from actors.score_service import ScoreService
-from actors.teacher_pool import TeacherPool
+from actors.teacher.pool import TeacherPool
+from actors.teacher.router import RowFailed
+from actors.teacher.service import ScoreService
 from tests.fakes import FAKE_VOCAB, FakeTeacher, expected_scores, fake_examples, fake_spec
 
 TOP_K = 5

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact
-from actors.comparison import ComparedRow
 from actors.records import Example, TeacherScores, example_key
 from actors.student_model import load_model
+from actors.teacher.parity import ComparedRow
 from actors.training_task import ModelSource
 
 PROBE_TARGETS = 64  # of a row; [64, V] float32 of a vocabulary of 150,000 is 38 MB

@@ -11,7 +11,7 @@ import pytest
 from actors.score_store.leases import ShardLeases
 from actors.score_store.sanity import ScoreRange
 from actors.score_store.store import ScoreStore, ScoringFailed
-from actors.shard_queue import TRIES, ScoringWork, ShardQueue
+from actors.teacher.shard_queue import TRIES, ScoringWork, ShardQueue
 from tests.fakes import expected_scores, fake_examples, fake_store
 
 TOP_K, ROWS = 5, 12
@@ -136,7 +136,7 @@ def test_a_broken_device_condemns_no_shard_while_another_works() -> None:
 
 
 def test_a_shard_of_another_job_is_passed_over_and_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.shard_queue.ASK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("actors.teacher.shard_queue.ASK_AGAIN_SECONDS", 0.0)
     path, store = fake_store(tmp_path, examples := fake_examples(ROWS), 4, TOP_K)
     other = ShardLeases(store.path)
     assert other.take(0) and other.take(1)

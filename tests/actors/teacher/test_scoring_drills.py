@@ -13,12 +13,12 @@ import psutil
 import pytest
 
 from actors.score_store.store import ScoreStore
-from actors.teacher_pool import WINDOW
+from actors.teacher.pool import WINDOW
 from tests.actors.scoring_driver import TOP_K
 from tests.fakes import assert_complete, fake_examples, fake_store, record_next_shard
 from tests.recovery import Record
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ROWS, ROWS_PER_SHARD, REPLICAS = 64, 4, 2
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from actors.records import Example
-from actors.replicas import TeacherFailed
 from actors.score_store.leases import ShardLeases
 from actors.score_store.store import ScoreStore
-from actors.teacher_pool import TeacherPool
+from actors.teacher.pool import TeacherPool
+from actors.teacher.replica_set import TeacherFailed
 from tests.fakes import FakeTeacher, assert_complete, expected_scores, fake_examples, fake_spec, fake_store
 
 ROWS, ROWS_PER_SHARD, TOP_K = 22, 4, 5

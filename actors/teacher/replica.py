@@ -13,12 +13,12 @@ from typing import Protocol
 
 import numpy as np
 
-from actors.comparison import Comparison, compare
 from actors.config.models import EngineConfig
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores, check_scores, tail_logmass, uncertainty
 from actors.score_store.sanity import ScoreRange
 from actors.score_store.store import ScoreStore, ShardInfo
+from actors.teacher.parity import Comparison, compare
 from actors.training_task import ModelSource
 
 CALLS_AT_ONCE = 2
@@ -218,7 +218,10 @@ class TeacherReplica:
     def _build(self, probe: Sequence[Example]) -> EngineStarted:
         if not probe:
             return EngineStarted(self._build_engine())
-        from actors.forward_pass import compare_row, references  # here, so that only a replica that compares waits for them
+        from actors.teacher.reference_pass import (  # here, so that only a replica that compares waits for them
+            compare_row,
+            references,
+        )
 
         on_gpu = self._spec.engine.gpu and self._spec.engine.tensor_parallel == 1
         expected = references(self._spec.model, probe, "cuda" if on_gpu else "cpu")  # first: an engine takes all memory there is

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors import forward_pass
-from actors.comparison import Comparison
 from actors.config.models import DType
-from actors.forward_pass import PROBE_TARGETS, beginning, count_weights, references
 from actors.records import Example, example_key
-from actors.teacher import TeacherReplica, TeacherSpec, build_engine
+from actors.teacher import reference_pass as forward_pass
+from actors.teacher.parity import Comparison
+from actors.teacher.reference_pass import PROBE_TARGETS, beginning, count_weights, references
+from actors.teacher.replica import TeacherReplica, TeacherSpec, build_engine
 from actors.training_task import ModelSource
 from tests.fakes import fake_spec
 from tests.worlds import LONGEST, VOCAB, random_examples, tiny_llama
