@@ -28,9 +28,9 @@ from actors.config.models import EngineConfig
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store.store import ScoreStore
+from actors.student.task import ModelSource
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica import TeacherEngine, TeacherReplica, TeacherSpec, build_engine, engine_environment
-from actors.training_task import ModelSource
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, print_table, report
 
 VOCAB, HIDDEN, LAYERS, TOKENS, ROWS, TOP_K = 32_000, 384, 6, 256, 32, 64

@@ -24,10 +24,10 @@ from actors.config.models import OptimizerConfig
 from actors.dataloader.collator import Collator
 from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile, write_examples
-from actors.optimization import make_optimizer
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store.store import ScoreStore
-from actors.student_model import StudentWithLoss
+from actors.student.model import StudentWithLoss
+from actors.student.optimizer import make_optimizer
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, print_table, report
 from losses.config import AtkdLoss
 from losses.distillation import LossSums

@@ -22,7 +22,7 @@ from actors.evaluation.evaluator import Evaluation, evaluate_model
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key
 from actors.score_store.store import ScoreStore
-from actors.training_task import ModelSource
+from actors.student.task import ModelSource
 
 V = 29
 EOS = 2

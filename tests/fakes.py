@@ -16,8 +16,8 @@ from actors.config.models import EngineConfig
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store.store import ScoreStore
+from actors.student.task import ModelSource
 from actors.teacher.replica import EngineDied, TeacherSpec, scores_from_candidates
-from actors.training_task import ModelSource
 from tests.recovery import Record, record_recovery
 
 FAKE_VOCAB = 64

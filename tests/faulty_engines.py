@@ -10,8 +10,8 @@ import torch
 
 from actors.engines.transformers import TransformersEngine
 from actors.records import Example, TeacherScores
+from actors.student.task import ModelSource
 from actors.teacher.replica import TeacherEngine, TeacherSpec, build_engine, scores_from_candidates
-from actors.training_task import ModelSource
 
 TOP_K = 8
 

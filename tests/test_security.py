@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from actors.student_model import load_model
-from actors.training_task import ModelSource
+from actors.student.model import load_model
+from actors.student.task import ModelSource
 from orchestrator.config.load import ConfigError
 from orchestrator.data.tokenizers import load_tokenizer
 from orchestrator.run.models import vocab_size_of

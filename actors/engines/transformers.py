@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from actors.records import Example, TeacherScores
-from actors.student_model import load_model
+from actors.student.model import load_model
 from actors.teacher.replica import TeacherSpec, require_top_k, scores_from_candidates
 
 MAX_LOGITS = 1 << 27  # of one forward pass, [B, T, V]: 512 MiB in float32

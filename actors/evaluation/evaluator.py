@@ -22,8 +22,8 @@ from actors.evaluation.token_view import TokenView, view_tokens
 from actors.examples import ExampleFile
 from actors.lm_head import vocab_size_of
 from actors.score_store.store import ScoreStore
-from actors.student_model import load_model
-from actors.training_task import ModelSource
+from actors.student.model import load_model
+from actors.student.task import ModelSource
 
 
 @dataclass(frozen=True, slots=True)

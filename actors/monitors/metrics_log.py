@@ -11,8 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 from actors.dataloader.sampler import GlobalBatch
 from actors.examples import ExampleFile
 from actors.monitors.prometheus import StudentMetrics
-from actors.training_task import TrainingTask
-from actors.workers import Worker
+from actors.student.ranks import Worker
+from actors.student.task import TrainingTask
 from losses.config import LossConfig
 from losses.distillation import LossSums
 

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact
 from actors.records import Example, TeacherScores, example_key
-from actors.student_model import load_model
+from actors.student.model import load_model
+from actors.student.task import ModelSource
 from actors.teacher.parity import ComparedRow
-from actors.training_task import ModelSource
 
 PROBE_TARGETS = 64  # of a row; [64, V] float32 of a vocabulary of 150,000 is 38 MB
 ROOM_FOR_A_FORWARD_PASS = 1.2  # times the weights

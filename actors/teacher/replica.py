@@ -18,8 +18,8 @@ from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores, check_scores, tail_logmass, uncertainty
 from actors.score_store.sanity import ScoreRange
 from actors.score_store.store import ScoreStore, ShardInfo
+from actors.student.task import ModelSource
 from actors.teacher.parity import Comparison, compare
-from actors.training_task import ModelSource
 
 CALLS_AT_ONCE = 2
 """Calls a replica takes up together: one has the engine, the other encodes and writes."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.attention import ATTENTION_TOLERANCE
 from actors.config.models import DType
-from actors.diagnosis import AttentionFound, Measurements
+from actors.student.self_distillation import AttentionFound, Measurements
 from actors.teacher.parity import Comparison
 from orchestrator.data.tokenizers import require_same_tokens
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ray
 
-from actors.finished_model import ExportDiffers, ExportProof, try_export
+from actors.student.finished_model import ExportDiffers, ExportProof, try_export
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.doctor.checks import Finding

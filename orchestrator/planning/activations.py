@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from actors.student_model import plain_model
+from actors.student.model import plain_model
 
 PRODUCTS = (F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm)
 """What autocast does in 16 bits, as far as decoders use it."""

@@ -10,7 +10,7 @@ from ray.train import ControllerError, FailureConfig, TrainingFailedError
 
 from actors.config.workers import WorkersConfig
 from actors.placement import plural, proven_places, worker_need
-from actors.training_task import Ending
+from actors.student.task import Ending
 
 NO_TRY_OF_ITS_OWN = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)
 """Ray Train starts the same number of workers again, and here that number is to be counted anew."""

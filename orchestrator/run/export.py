@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.config.models import ModelConfig
 from actors.evaluation.answer_ends import read_answer_ends
 from actors.examples import write_atomically
-from actors.finished_model import ExportProof, read_proof
 from actors.score_store.identity import Identity, identity_hash
 from actors.score_store.store import ScoreStore
+from actors.student.finished_model import ExportProof, read_proof
 from orchestrator.config.run import RunConfig
 from orchestrator.run.models import Models
 from orchestrator.run.results_table import ComparisonTable, markdown, read_table

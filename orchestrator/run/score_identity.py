@@ -15,10 +15,10 @@ from huggingface_hub import hf_hub_download
 from actors.examples import ExampleFile
 from actors.score_store.identity import Identity, identity_difference, identity_hash
 from actors.score_store.store import FORMAT, ScoreStore
+from actors.student.task import ModelSource
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica import require_top_k
 from actors.teacher.replica_set import TeacherFailed
-from actors.training_task import ModelSource
 from orchestrator.config.run import RunConfig
 
 LOOK_SECONDS = 10.0  # between looks at what other jobs have scored: one costs a moment for each shard of the store

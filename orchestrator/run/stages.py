@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from actors.score_store.store import ScoreStore
-from actors.training_task import TrainingTask
+from actors.student.task import TrainingTask
 from losses.config import HardLabelLoss
 from orchestrator.config.data import SourceConfig
 from orchestrator.config.run import RunConfig

@@ -13,9 +13,9 @@ import torch
 from actors.dataloader.sampler import steps_in
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import read_metrics
-from actors.student import distil
-from actors.train_checkpoints import NoCheckpoints
-from actors.training_task import Exams, TrainingTask
+from actors.student.loop import distil
+from actors.student.task import Exams, TrainingTask
+from actors.student.train_checkpoints import NoCheckpoints
 from orchestrator.config.tune import rung_steps
 from orchestrator.run.models import Models
 from orchestrator.run.stages import distillation_task

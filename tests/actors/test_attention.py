@@ -21,11 +21,11 @@ from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile, write_examples
 from actors.lm_head import head_makes_the_logits
 from actors.records import Example
-from actors.student_model import StudentWithLoss, load_model
+from actors.student.model import StudentWithLoss, load_model
+from actors.student.task import ModelSource
 from actors.teacher.parity import Comparison
 from actors.teacher.reference_pass import references
 from actors.teacher.replica import TeacherReplica, TeacherSpec, build_engine, engine_environment
-from actors.training_task import ModelSource
 from losses.config import HardLabelLoss
 from losses.loss_state import LossState
 from tests.worlds import VOCAB, random_examples

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from actors.config.models import OptimizerConfig, TrainConfig
 from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
-from actors.student import distil
-from actors.train_checkpoints import NoCheckpoints
-from actors.training_task import ModelSource, TrainingTask
+from actors.student.loop import distil
+from actors.student.task import ModelSource, TrainingTask
+from actors.student.train_checkpoints import NoCheckpoints
 from losses.config import AtkdLoss
 from losses.weighing_config import DistantTokens
 from orchestrator.run.training import train_model

@@ -126,8 +126,8 @@ def trial_plan(config: RunConfig, folder: Path, judge: Any = None) -> TrialPlan:
 
 def measures_of(config: RunConfig, folder: Path, assignments: list[Assignment]) -> list[list[dict[str, Any]]]:
     """Train trials one after the other in this process; return what was measured of each, rung after rung."""
-    from actors.student import distil
-    from actors.train_checkpoints import NoCheckpoints
+    from actors.student.loop import distil
+    from actors.student.train_checkpoints import NoCheckpoints
 
     shutil.rmtree(folder, ignore_errors=True)
     plan = plan_of(config, ground_of(config))

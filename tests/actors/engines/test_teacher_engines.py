@@ -16,6 +16,7 @@ from actors.engines.transformers import TransformersEngine
 from actors.examples import write_examples
 from actors.records import Example, TeacherScores, check_scores, example_key
 from actors.score_store.store import ScoreStore
+from actors.student.task import ModelSource
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica import (
     EngineStarted,
@@ -26,7 +27,6 @@ from actors.teacher.replica import (
     require_top_k,
     scores_from_candidates,
 )
-from actors.training_task import ModelSource
 
 VOCAB, TOP_K, LONGEST = 700, 8, 48
 

@@ -33,9 +33,9 @@ from actors.evaluation.answers import HeldoutText
 from actors.evaluation.evaluator import generate_answers
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, example_key
-from actors.student import distil
-from actors.train_checkpoints import NoCheckpoints
-from actors.training_task import ModelSource, TrainingTask
+from actors.student.loop import distil
+from actors.student.task import ModelSource, TrainingTask
+from actors.student.train_checkpoints import NoCheckpoints
 from losses.config import HardLabelLoss
 
 WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "user", "assistant", "red", "blue", "sky", "?", "green", "grass", "Ċ"]

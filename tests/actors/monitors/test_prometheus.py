@@ -16,9 +16,9 @@ from actors.config.models import TrainConfig
 from actors.monitors import prometheus as live_metrics
 from actors.monitors.metrics_log import read_metrics
 from actors.monitors.prometheus import SERVICE, STUDENT, TEACHER, StudentMetrics, TeacherMetrics
-from actors.student import distil
+from actors.student.loop import distil
+from actors.student.train_checkpoints import NoCheckpoints
 from actors.teacher.pool import TeacherPool
-from actors.train_checkpoints import NoCheckpoints
 from losses.config import AtkdLoss
 from tests.fakes import FakeTeacher, fake_examples, fake_spec, fake_store
 from tests.orchestrator.training_world import task_in

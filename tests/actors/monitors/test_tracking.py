@@ -15,8 +15,8 @@ import torch
 from actors.config.models import TrainConfig
 from actors.config.tracking import MlflowConfig, TrackerFailed, TrackingConfig, WandbConfig, require_installed
 from actors.monitors.metrics_log import MetricsLog, NoLog, read_metrics
-from actors.training_task import ModelSource, TrainingTask
-from actors.workers import Worker
+from actors.student.ranks import Worker
+from actors.student.task import ModelSource, TrainingTask
 from losses.config import HardLabelLoss
 
 STEPS = {1: {"loss": 3.0, "gradient_norm": 0.5}, 2: {"loss": 2.5, "gradient_norm": 0.25}}

@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.config.models import DType
 from actors.records import Example, example_key
+from actors.student.task import ModelSource
 from actors.teacher import reference_pass as forward_pass
 from actors.teacher.parity import Comparison
 from actors.teacher.reference_pass import PROBE_TARGETS, beginning, count_weights, references
 from actors.teacher.replica import TeacherReplica, TeacherSpec, build_engine
-from actors.training_task import ModelSource
 from tests.fakes import fake_spec
 from tests.worlds import LONGEST, VOCAB, random_examples, tiny_llama
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from actors.config.models import DType
-from actors.diagnosis import AttentionFound, Measurements
+from actors.student.self_distillation import AttentionFound, Measurements
 from orchestrator.doctor.checks import TOLERANCES, Finding, judge_attention, judge_scores, judge_tokens
 from tests.worlds import VOCAB, word_tokenizer
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.config.models import EngineConfig, LoraAdapter, OptimizerConfig, ScoresConfig, TrainConfig
 from actors.config.workers import WorkersConfig
-from actors.optimization import make_optimizer
+from actors.student.optimizer import make_optimizer
 from benchmarks.plan import predicted_student, run_student
 from benchmarks.plan_cases import SMALL, Student, cut, model, write_world
 from orchestrator.planning.memory import (

@@ -21,7 +21,7 @@ from ray.util import remove_placement_group
 from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
 from actors.placement import proven_places, reserve, worker_need
-from actors.training_task import Ending
+from actors.student.task import Ending
 from orchestrator.config.load import ConfigError, dump_config, load_config
 from orchestrator.run import elastic
 from orchestrator.run.elastic import train_in_turns

@@ -8,8 +8,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.finished_model import ExportProof
 from actors.score_store.identity import identity_hash
+from actors.student.finished_model import ExportProof
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
 from orchestrator.run.export import StoredStudent, check_export, model_card, without_places, write_model_card

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from actors.config.models import EvaluateConfig
 from actors.evaluation.evaluator import evaluate_model
 from actors.examples import ExampleFile
-from actors.student import distil
-from actors.student_model import load_model
-from actors.train_checkpoints import NoCheckpoints
+from actors.student.loop import distil
+from actors.student.model import load_model
+from actors.student.train_checkpoints import NoCheckpoints
 from orchestrator.config.load import validate
 from orchestrator.run import stages
 from orchestrator.run.export import check_export

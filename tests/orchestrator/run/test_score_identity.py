@@ -13,9 +13,9 @@ from actors.examples import ExampleFile, write_examples
 from actors.records import Example
 from actors.score_store.identity import StoreMismatch, identity_difference, identity_hash
 from actors.score_store.store import FORMAT, ScoreStore, ScoringFailed
+from actors.student.task import ModelSource
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica_set import TeacherFailed
-from actors.training_task import ModelSource
 from orchestrator.config.run import RunConfig
 from orchestrator.run.score_identity import ScoringProgress, nearest_store, open_store, pin_revision, score_split, store_identity
 from tests.fakes import FAKE_VOCAB, FakeTeacher, expected_scores, fake_examples, fake_spec

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForCausalLM
 
-from actors.checkpoint import Progress, load_checkpoint, save_checkpoint
 from actors.config.models import LoraAdapter, OptimizerConfig
 from actors.monitors.metrics_log import read_metrics
 from actors.score_store.store import ScoringFailed
-from actors.student import distil
-from actors.training_task import Ending, TrainingDiverged, train_worker
-from actors.workers import Worker
+from actors.student.checkpoint import Progress, load_checkpoint, save_checkpoint
+from actors.student.loop import distil
+from actors.student.ranks import Worker
+from actors.student.task import Ending, TrainingDiverged, train_worker
 from losses.config import HardLabelLoss
 from orchestrator.failure import roots
 from orchestrator.run.training import TrainingFailed, drop_uncounted_checkpoints, progress_line, summarize
@@ -119,7 +119,7 @@ def test_failures_that_trying_again_cannot_mend_are_told_and_not_raised(
     def fails(*_: object) -> None:
         raise failure("for a reason")
 
-    monkeypatch.setattr("actors.student.distil", fails)
+    monkeypatch.setattr("actors.student.loop.distil", fails)
     assert train_worker({"task": task_in(tmp_path, training_world)}) == Ending(error=f"{failure.__name__}: for a reason")
 
 

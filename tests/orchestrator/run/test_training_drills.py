@@ -10,9 +10,9 @@ import psutil
 import pytest
 import torch
 
-from actors.checkpoint_seal import damaged_checkpoints
 from actors.config.workers import WorkersConfig
-from actors.training_task import TrainingTask
+from actors.student.checkpoint_integrity import damaged_checkpoints
+from actors.student.task import TrainingTask
 from orchestrator.run.training import TrainingFailed, train_model
 from tests.orchestrator.training_world import (
     ROWS,

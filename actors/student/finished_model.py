@@ -15,15 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from actors.attention import exact
-from actors.checkpoint import whole_weights
 from actors.config.models import TrainConfig
 from actors.dataloader.collator import MicroBatch
 from actors.evaluation.answer_ends import stop_as_evaluated
 from actors.examples import ExampleFile, write_atomically
 from actors.lora import merge_adapters, shared_with_adapters
-from actors.student_model import StudentWithLoss, load_model, prepare_model, save_model
-from actors.training_task import ModelSource, TrainingTask
-from actors.workers import Worker
+from actors.student.checkpoint import whole_weights
+from actors.student.model import StudentWithLoss, load_model, prepare_model, save_model
+from actors.student.ranks import Worker
+from actors.student.task import ModelSource, TrainingTask
 from losses.teaching import TokenWeights
 
 PROOF_TOKENS = 64

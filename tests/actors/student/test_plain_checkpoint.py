@@ -10,9 +10,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from actors.checkpoint import Progress, load_checkpoint, save_checkpoint
 from actors.dataloader.sampler import SamplerState
-from actors.plain_checkpoint import CONTENTS, read_tensors
+from actors.student.checkpoint import Progress, load_checkpoint, save_checkpoint
+from actors.student.plain_checkpoint import CONTENTS, read_tensors
 from losses.loss_state import LossState
 
 

@@ -131,8 +131,8 @@ def train_worker(config: dict[str, TrainingTask]) -> Ending:
     Ray Train starts the workers again after whatever is raised.
     """
     from actors.score_store.store import ScoringFailed
-    from actors.student import distil
-    from actors.train_checkpoints import RayTrainCheckpoints
+    from actors.student.loop import distil
+    from actors.student.train_checkpoints import RayTrainCheckpoints
 
     try:
         return distil(config["task"], RayTrainCheckpoints())

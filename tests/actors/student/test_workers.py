@@ -2,7 +2,7 @@
 
 import torch
 
-from actors.workers import Worker
+from actors.student.ranks import Worker
 from losses.section import LARGEST_SEED
 
 

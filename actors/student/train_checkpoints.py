@@ -9,9 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from actors.checkpoint import Progress, load_checkpoint, save_checkpoint
-from actors.checkpoint_seal import damage, seal, set_aside
-from actors.workers import Worker
+from actors.student.checkpoint import Progress, load_checkpoint, save_checkpoint
+from actors.student.checkpoint_integrity import damage, seal, set_aside
+from actors.student.ranks import Worker
 
 
 class Checkpoints(Protocol):

@@ -14,8 +14,8 @@ from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
 from actors.dataloader.collator import MicroBatch
 from actors.lm_head import head_makes_the_logits, output_head, plain_model
 from actors.lora import add_adapters
-from actors.training_task import ModelSource
-from actors.workers import Worker
+from actors.student.ranks import Worker
+from actors.student.task import ModelSource
 from losses.chunked import chunked_distillation_loss
 from losses.config import LossConfig
 from losses.distillation import LossSums, distillation_loss

@@ -20,9 +20,9 @@ from actors.evaluation.metrics import HeldoutRows, Tally
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import read_metrics
 from actors.score_store.store import ScoreStore
-from actors.student import distil
-from actors.train_checkpoints import NoCheckpoints
-from actors.training_task import Exams, ModelSource, TrainingTask
+from actors.student.loop import distil
+from actors.student.task import Exams, ModelSource, TrainingTask
+from actors.student.train_checkpoints import NoCheckpoints
 from losses.config import AtkdLoss
 from tests.actors.witness import Witness
 from tests.worlds import VOCAB, scored_world, tiny_llama

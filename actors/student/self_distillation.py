@@ -19,10 +19,10 @@ from actors.lm_head import vocab_size_of
 from actors.records import Example, TeacherScores
 from actors.score_store.encoding import STEPS_PER_NAT
 from actors.score_store.store import ScoreStore
-from actors.student_model import StudentWithLoss, load_model
+from actors.student.model import StudentWithLoss, load_model
+from actors.student.task import ModelSource
 from actors.teacher.parity import Comparison, classes, compare, named_logprobs
 from actors.teacher.reference_pass import compare_row, forward_pass
-from actors.training_task import ModelSource
 from losses.config import CoupledLoss
 from losses.distillation import LossSums
 from losses.loss_state import LossState

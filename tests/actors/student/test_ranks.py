@@ -17,10 +17,10 @@ from actors.dataloader.collator import Collator
 from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
-from actors.student import accumulate_gradients
-from actors.student_model import StudentWithLoss, distribute, prepare_model
-from actors.training_task import ModelSource
-from actors.workers import Worker
+from actors.student.loop import accumulate_gradients
+from actors.student.model import StudentWithLoss, distribute, prepare_model
+from actors.student.ranks import Worker
+from actors.student.task import ModelSource
 from losses.config import LossConfig
 from losses.loss_state import LossState
 from tests.worlds import VOCAB, scored_world, tiny_llama

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from actors.dataloader.sampler import SamplerState
-from actors.plain_checkpoint import read_tensors
+from actors.student.plain_checkpoint import read_tensors
 from losses.loss_state import LossState
 
 PROGRESS = "progress.json"

@@ -3,8 +3,8 @@
 import time
 
 from actors.placement import free_places, proven_places, read_cluster, worker_need
-from actors.training_task import TrainingTask
-from actors.workers import Worker
+from actors.student.ranks import Worker
+from actors.student.task import TrainingTask
 
 PROOF_SECONDS = 2.0
 

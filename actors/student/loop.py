@@ -11,27 +11,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from actors.checkpoint import Progress
 from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.collator import Collator, MicroBatch
 from actors.dataloader.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
 from actors.examples import ExampleFile
-from actors.exams import Examiner
-from actors.finished_model import write_finished_model
-from actors.growth import Growth
 from actors.lm_head import vocab_size_of
 from actors.monitors.metrics_log import MetricsLog, step_metrics
-from actors.optimization import clip_gradients, make_optimizer, make_schedule
 from actors.score_store.store import ScoreStore
-from actors.student_model import (
+from actors.student.checkpoint import Progress
+from actors.student.finished_model import write_finished_model
+from actors.student.model import (
     StudentWithLoss,
     distribute,
     prepare_model,
     set_gradient_sync,
 )
-from actors.train_checkpoints import Checkpoints
-from actors.training_task import Ending, TrainingDiverged, TrainingTask
-from actors.workers import Worker
+from actors.student.optimizer import clip_gradients, make_optimizer, make_schedule
+from actors.student.ranks import Worker
+from actors.student.resize import Growth
+from actors.student.task import Ending, TrainingDiverged, TrainingTask
+from actors.student.train_checkpoints import Checkpoints
+from actors.student.validation import Examiner
 from losses.distillation import LossSums
 from losses.loss_state import LossState
 

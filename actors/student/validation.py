@@ -13,8 +13,8 @@ from actors.config.models import TrainConfig
 from actors.evaluation.metrics import HeldoutRows, Tally, batches_by_length
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
-from actors.training_task import Exams, TrainingTask
-from actors.workers import Worker
+from actors.student.ranks import Worker
+from actors.student.task import Exams, TrainingTask
 
 
 class Examiner:
