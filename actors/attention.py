@@ -10,9 +10,8 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from actors.records import Example
-from actors.student.task import ModelSource
-from actors.teacher.parity import LOWEST_COMPARED
+from actors.model_source import ModelSource
+from actors.records import LOWEST_COMPARED, Example
 
 ATTENTION_TOLERANCE = 1e-3  # nats; rounding in float32 gave 1e-5, a soft cap left out 0.3
 PROVED_TOKENS = 64

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LOWEST_COMPARED = -24.0  # nats; stored log-probabilities are exact down to here
 MASS_TOLERANCE = 1e-3  # room for a teacher that computes in 16 bits
 NO_TOKEN = -1
 """The id in a column of the top-K that is not kept, as in ``losses.support``; its log-probability is -inf."""

@@ -27,15 +27,16 @@ from actors.config.models import EngineConfig, LoraAdapter, ScoresConfig
 from actors.config.workers import WorkersConfig
 from actors.dataloader.collator import Collator
 from actors.dataloader.sampler import SamplerState, global_batches
+from actors.engines.base import TeacherSpec, build_engine, engine_environment
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
+from actors.model_source import ModelSource
+from actors.models import save_model, scratch_model
 from actors.score_store.store import ScoreStore
 from actors.student.loop import accumulate_gradients
-from actors.student.model import StudentWithLoss, save_model, scratch_model
+from actors.student.model import StudentWithLoss
 from actors.student.optimizer import clip_gradients, make_optimizer
 from actors.student.ranks import Worker
-from actors.student.task import ModelSource
-from actors.teacher.replica import TeacherSpec, build_engine, engine_environment
 from benchmarks.bars import Bar, peak_bytes, print_table, report
 from benchmarks.plan_cases import STUDENTS, TEACHERS, TOP_K, Student, Teacher, made_up, model, workload_of, write_world
 from losses.loss_state import LossState

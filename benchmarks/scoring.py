@@ -25,12 +25,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.config.models import EngineConfig
+from actors.engines.base import TeacherEngine, TeacherSpec, build_engine, engine_environment
 from actors.examples import write_examples
+from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store.store import ScoreStore
-from actors.student.task import ModelSource
 from actors.teacher.pool import TeacherPool
-from actors.teacher.replica import TeacherEngine, TeacherReplica, TeacherSpec, build_engine, engine_environment
+from actors.teacher.replica import TeacherReplica
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, print_table, report
 
 VOCAB, HIDDEN, LAYERS, TOKENS, ROWS, TOP_K = 32_000, 384, 6, 256, 32, 64

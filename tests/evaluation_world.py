@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from actors.config.models import EvaluateConfig
 from actors.evaluation.evaluator import Evaluation, evaluate_model
 from actors.examples import ExampleFile, write_examples
+from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, example_key
 from actors.score_store.store import ScoreStore
-from actors.student.task import ModelSource
 
 V = 29
 EOS = 2

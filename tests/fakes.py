@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from actors.config.models import EngineConfig
+from actors.engines.base import EngineDied, TeacherSpec, scores_from_candidates
 from actors.examples import ExampleFile, write_examples
+from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store.store import ScoreStore
-from actors.student.task import ModelSource
-from actors.teacher.replica import EngineDied, TeacherSpec, scores_from_candidates
 from tests.recovery import Record, record_recovery
 
 FAKE_VOCAB = 64

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from actors.engines.base import TeacherEngine, TeacherSpec, build_engine, scores_from_candidates
 from actors.engines.transformers import TransformersEngine
+from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores
-from actors.student.task import ModelSource
-from actors.teacher.replica import TeacherEngine, TeacherSpec, build_engine, scores_from_candidates
 
 TOP_K = 8
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from actors.student.model import load_model
-from actors.student.task import ModelSource
+from actors.model_source import ModelSource
+from actors.models import load_model
 from orchestrator.config.load import ConfigError
 from orchestrator.data.tokenizers import load_tokenizer
 from orchestrator.run.models import vocab_size_of

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from actors.engines.base import TeacherSpec, require_top_k, scores_from_candidates
+from actors.models import load_model
 from actors.records import Example, TeacherScores
-from actors.student.model import load_model
-from actors.teacher.replica import TeacherSpec, require_top_k, scores_from_candidates
 
 MAX_LOGITS = 1 << 27  # of one forward pass, [B, T, V]: 512 MiB in float32
 

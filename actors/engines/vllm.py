@@ -24,8 +24,8 @@ from vllm.v1.engine import logprobs as vllm_logprobs
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.outputs import LogprobsTensors
 
+from actors.engines.base import EngineDied, TeacherSpec, require_top_k, scores_from_candidates
 from actors.records import Example, TeacherScores
-from actors.teacher.replica import EngineDied, TeacherSpec, require_top_k, scores_from_candidates
 
 TOKENS_PER_STEP = 8192
 PROBE_TOKENS = 5

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.student.task import ModelSource
+from actors.model_source import ModelSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from actors.evaluation.metrics import HeldoutRows, Tally, batches_by_length
 from actors.evaluation.token_view import TokenView, view_tokens
 from actors.examples import ExampleFile
 from actors.lm_head import vocab_size_of
+from actors.model_source import ModelSource
+from actors.models import load_model
 from actors.score_store.store import ScoreStore
-from actors.student.model import load_model
-from actors.student.task import ModelSource
 
 
 @dataclass(frozen=True, slots=True)

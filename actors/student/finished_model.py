@@ -20,10 +20,12 @@ from actors.dataloader.collator import MicroBatch
 from actors.evaluation.answer_ends import stop_as_evaluated
 from actors.examples import ExampleFile, write_atomically
 from actors.lora import merge_adapters, shared_with_adapters
+from actors.model_source import ModelSource
+from actors.models import load_model, save_model
 from actors.student.checkpoint import whole_weights
-from actors.student.model import StudentWithLoss, load_model, prepare_model, save_model
+from actors.student.model import StudentWithLoss, prepare_model
 from actors.student.ranks import Worker
-from actors.student.task import ModelSource, TrainingTask
+from actors.student.task import TrainingTask
 from losses.teaching import TokenWeights
 
 PROOF_TOKENS = 64

@@ -16,11 +16,12 @@ from actors.dataloader.collator import Collator
 from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile
 from actors.lm_head import vocab_size_of
+from actors.model_source import ModelSource
+from actors.models import load_model
 from actors.records import Example, TeacherScores
 from actors.score_store.encoding import STEPS_PER_NAT
 from actors.score_store.store import ScoreStore
-from actors.student.model import StudentWithLoss, load_model
-from actors.student.task import ModelSource
+from actors.student.model import StudentWithLoss
 from actors.teacher.parity import Comparison, classes, compare, named_logprobs
 from actors.teacher.reference_pass import compare_row, forward_pass
 from losses.config import CoupledLoss

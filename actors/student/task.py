@@ -10,34 +10,8 @@ from typing import Any
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.config.tracking import TrackingConfig
 from actors.config.workers import WorkersConfig
+from actors.model_source import ModelSource
 from losses.config import LossConfig
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Where a model is loaded from: a folder or a hub name."""
-
-    name: str
-    """Path or hub name."""
-    revision: str | None = None
-    """Commit, tag or branch on the hub."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-    attention: str = "auto"
-    """How transformers computes its attention."""
-
-    def require_safetensors(self) -> None:
-        """Refuse a folder that holds weights in other formats alone: those are pickles, which can run code.
-
-        Raises:
-            ValueError: naming the folder and what would do.
-        """
-        folder = Path(self.name)
-        if folder.is_dir() and not any(folder.glob("*.safetensors")):
-            raise ValueError(
-                f"the model's folder {folder} holds no *.safetensors, and weights of other kinds are not read; a copy made by "
-                "transformers' save_pretrained would do"
-            )
 
 
 @dataclass(frozen=True, slots=True)

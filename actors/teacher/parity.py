@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.records import TeacherScores
+from actors.records import LOWEST_COMPARED, TeacherScores
 
-LOWEST_COMPARED = -24.0  # nats; stored log-probabilities are exact down to here
 EARLIER, RIGHT, LATER = range(3)  # which of the model's predictions a score is held against: one before, its own, one after
 
 

@@ -13,12 +13,13 @@ from types import TracebackType
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors.engines.base import EngineDied, EngineFactory, TeacherSpec, build_engine
 from actors.monitors.prometheus import TeacherMetrics
 from actors.records import Example
 from actors.score_store.leases import LEASE_SECONDS
 from actors.score_store.store import ScoreStore, ScoringFailed
 from actors.teacher.parity import Comparison
-from actors.teacher.replica import CALLS_AT_ONCE, EngineDied, EngineFactory, ShardResult, TeacherSpec, build_engine
+from actors.teacher.replica import CALLS_AT_ONCE, ShardResult
 from actors.teacher.replica_set import POLL_SECONDS, Replica, Replicas, TeacherFailed
 from actors.teacher.router import RouterLimits
 from actors.teacher.service import ScoreService, serve

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact
+from actors.model_source import ModelSource
+from actors.models import load_model
 from actors.records import Example, TeacherScores, example_key
-from actors.student.model import load_model
-from actors.student.task import ModelSource
 from actors.teacher.parity import ComparedRow
 
 PROBE_TARGETS = 64  # of a row; [64, V] float32 of a vocabulary of 150,000 is 38 MB

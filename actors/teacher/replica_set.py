@@ -13,18 +13,11 @@ from ray.util import placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.engines.base import EngineDied, EngineFactory, TeacherSpec, engine_environment
 from actors.placement import read_nodes, replica_need, require_room, reserve
 from actors.records import Example
 from actors.teacher.parity import Comparison
-from actors.teacher.replica import (
-    CALLS_AT_ONCE,
-    EngineDied,
-    EngineFactory,
-    EngineStarted,
-    TeacherReplica,
-    TeacherSpec,
-    engine_environment,
-)
+from actors.teacher.replica import CALLS_AT_ONCE, EngineStarted, TeacherReplica
 
 log = logging.getLogger(__name__)
 

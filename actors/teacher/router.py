@@ -13,9 +13,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors.engines.base import EngineDied
 from actors.monitors.prometheus import ServiceMetrics
 from actors.records import Example
-from actors.teacher.replica import EngineDied
 from actors.teacher.shard_queue import TRIES
 
 BATCHES_AT_ONCE = 2

@@ -26,7 +26,7 @@ PACKAGES = (
 )  # fmt: skip
 """Distributions whose versions may change results; those that are not installed are left out."""
 
-SOURCE = Path(__file__).parents[1]
+SOURCE = Path(__file__).parents[2]
 GIT_SECONDS = 10
 
 

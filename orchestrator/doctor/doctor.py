@@ -12,13 +12,13 @@ from typing import Any
 import ray
 from transformers import PreTrainedTokenizerBase
 
+from actors.engines.base import EngineFactory, TeacherSpec, build_engine, engine_environment
 from actors.examples import ExampleFile, spread_over_lengths, write_examples
+from actors.model_source import ModelSource
 from actors.records import Example
 from actors.score_store.store import ScoreStore
 from actors.student.self_distillation import AttentionFound, Measurements, measure, measure_attention
-from actors.student.task import ModelSource
 from actors.teacher.pool import TeacherPool
-from actors.teacher.replica import EngineFactory, TeacherSpec, build_engine, engine_environment
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig

@@ -16,17 +16,18 @@ import torch
 from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.collator import Collator
 from actors.dataloader.sampler import SamplerState, global_batches
+from actors.engines.base import EngineFactory, TeacherSpec, build_engine
 from actors.examples import ExampleFile, write_examples
 from actors.lm_head import vocab_size_of
+from actors.model_source import ModelSource
+from actors.models import save_model, scratch_model
 from actors.records import Example, example_key
 from actors.score_store.store import ScoreStore
 from actors.student.loop import accumulate_gradients
-from actors.student.model import StudentWithLoss, distribute, prepare_model, save_model, scratch_model
+from actors.student.model import StudentWithLoss, distribute, prepare_model
 from actors.student.optimizer import clip_gradients, make_optimizer
 from actors.student.ranks import Worker
-from actors.student.task import ModelSource
 from actors.teacher.pool import TeacherPool
-from actors.teacher.replica import EngineFactory, TeacherSpec, build_engine
 from losses.loss_state import LossState
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig

@@ -19,7 +19,8 @@ from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
 from actors.dataloader.sampler import SamplerState, global_batches, micro_batches, steps_in
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
-from actors.student.model import decoder_layers, plain_model, scratch_model
+from actors.models import scratch_model
+from actors.student.model import decoder_layers, plain_model
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.run.model_checks import RowLimits, require_models_fit, row_limits

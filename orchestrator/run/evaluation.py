@@ -13,8 +13,8 @@ from actors.evaluation.answers import Answer
 from actors.evaluation.evaluator import Evaluation, Metrics, evaluate_model
 from actors.evaluation.token_view import TokenView
 from actors.examples import write_atomically
+from actors.model_source import ModelSource
 from actors.score_store.store import ScoreStore
-from actors.student.task import ModelSource
 from orchestrator.config.run import RunConfig
 from orchestrator.run.models import Models
 from orchestrator.run.results_table import METRICS, MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from actors.student.task import ModelSource
+from actors.model_source import ModelSource
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The names of types in safetensors files, and ours."""

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from actors.evaluation.answer_ends import AnswerEnds, settle_answer_ends, write_answer_ends
 from actors.lora import load_adapter
-from actors.student.model import load_model, save_model, scratch_model
-from actors.student.task import ModelSource
+from actors.model_source import ModelSource
+from actors.models import load_model, save_model, scratch_model
 from orchestrator.config.run import RunConfig, StudentConfig, TeacherConfig
 from orchestrator.data.chat_templates import with_default_args
 from orchestrator.data.tokenizers import load_tokenizer, require_same_tokens, train_tokenizer

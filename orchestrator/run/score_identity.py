@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
 
+from actors.engines.base import require_top_k
 from actors.examples import ExampleFile
+from actors.model_source import ModelSource
 from actors.score_store.identity import Identity, identity_difference, identity_hash
 from actors.score_store.store import FORMAT, ScoreStore
-from actors.student.task import ModelSource
 from actors.teacher.pool import TeacherPool
-from actors.teacher.replica import require_top_k
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.config.run import RunConfig
 

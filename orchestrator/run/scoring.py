@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from actors.config.models import needs_teacher
+from actors.engines.base import EngineFactory, TeacherSpec, build_engine
 from actors.examples import ExampleFile, spread_over_lengths, write_atomically
 from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import Cluster, read_cluster
@@ -18,7 +19,6 @@ from actors.score_store.store import ScoreStore
 from actors.teacher.parity import Comparison
 from actors.teacher.pool import TeacherPool
 from actors.teacher.reference_pass import beginning
-from actors.teacher.replica import EngineFactory, TeacherSpec, build_engine
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig

@@ -20,9 +20,9 @@ from ray.util import placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config.workers import WorkersConfig
+from actors.engines.base import TeacherEngine, TeacherSpec
 from actors.placement import read_cluster, reserve, worker_need
 from actors.teacher.pool import TeacherPool
-from actors.teacher.replica import TeacherEngine, TeacherSpec
 from orchestrator.cluster.ray_session import settle_replicas
 from tests.fakes import FakeTeacher, fake_examples, fake_spec, fake_store
 

@@ -18,14 +18,16 @@ from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_use
 from actors.config.models import EngineConfig, PretrainedModel
 from actors.dataloader.collator import Collator, MicroBatch
 from actors.dataloader.sampler import GlobalBatch, SamplerState
+from actors.engines.base import TeacherSpec, build_engine, engine_environment
 from actors.examples import ExampleFile, write_examples
 from actors.lm_head import head_makes_the_logits
+from actors.model_source import ModelSource
+from actors.models import load_model
 from actors.records import Example
-from actors.student.model import StudentWithLoss, load_model
-from actors.student.task import ModelSource
+from actors.student.model import StudentWithLoss
 from actors.teacher.parity import Comparison
 from actors.teacher.reference_pass import references
-from actors.teacher.replica import TeacherReplica, TeacherSpec, build_engine, engine_environment
+from actors.teacher.replica import TeacherReplica
 from losses.config import HardLabelLoss
 from losses.loss_state import LossState
 from tests.worlds import VOCAB, random_examples

@@ -10,8 +10,8 @@ from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, Granite
 from actors.config.models import LoraAdapter
 from actors.lm_head import head_makes_the_logits, output_head, vocab_size_of
 from actors.lora import add_adapters, merge_adapters
-from actors.student.model import load_model
-from actors.student.task import ModelSource
+from actors.model_source import ModelSource
+from actors.models import load_model
 from tests.worlds import VOCAB, tiny_llama
 
 SHAPE = {

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from actors.config.models import OptimizerConfig, TrainConfig
 from actors.config.workers import WorkersConfig
+from actors.model_source import ModelSource
 from actors.monitors.metrics_log import read_metrics
 from actors.student.loop import distil
-from actors.student.task import ModelSource, TrainingTask
+from actors.student.task import TrainingTask
 from actors.student.train_checkpoints import NoCheckpoints
 from losses.config import AtkdLoss
 from losses.weighing_config import DistantTokens

@@ -12,21 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from actors.config.models import EngineConfig
+from actors.engines.base import TeacherSpec, build_engine, engine_environment, require_top_k, scores_from_candidates
 from actors.engines.transformers import TransformersEngine
 from actors.examples import write_examples
+from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, check_scores, example_key
 from actors.score_store.store import ScoreStore
-from actors.student.task import ModelSource
 from actors.teacher.pool import TeacherPool
-from actors.teacher.replica import (
-    EngineStarted,
-    TeacherReplica,
-    TeacherSpec,
-    build_engine,
-    engine_environment,
-    require_top_k,
-    scores_from_candidates,
-)
+from actors.teacher.replica import EngineStarted, TeacherReplica
 
 VOCAB, TOP_K, LONGEST = 700, 8, 48
 

@@ -32,9 +32,10 @@ from actors.evaluation.answer_ends import (
 from actors.evaluation.answers import HeldoutText
 from actors.evaluation.evaluator import generate_answers
 from actors.examples import ExampleFile, write_examples
+from actors.model_source import ModelSource
 from actors.records import Example, example_key
 from actors.student.loop import distil
-from actors.student.task import ModelSource, TrainingTask
+from actors.student.task import TrainingTask
 from actors.student.train_checkpoints import NoCheckpoints
 from losses.config import HardLabelLoss
 

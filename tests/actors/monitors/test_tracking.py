@@ -14,9 +14,10 @@ import torch
 
 from actors.config.models import TrainConfig
 from actors.config.tracking import MlflowConfig, TrackerFailed, TrackingConfig, WandbConfig, require_installed
+from actors.model_source import ModelSource
 from actors.monitors.metrics_log import MetricsLog, NoLog, read_metrics
 from actors.student.ranks import Worker
-from actors.student.task import ModelSource, TrainingTask
+from actors.student.task import TrainingTask
 from losses.config import HardLabelLoss
 
 STEPS = {1: {"loss": 3.0, "gradient_norm": 0.5}, 2: {"loss": 2.5, "gradient_norm": 0.25}}

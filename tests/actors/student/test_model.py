@@ -13,9 +13,10 @@ from actors.dataloader.collator import Collator, MicroBatch
 from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile
 from actors.lora import add_adapters, merge_adapters
-from actors.student.model import StudentWithLoss, decoder_layers, distribute, load_model, prepare_model, save_model, scratch_model
+from actors.model_source import ModelSource
+from actors.models import load_model, save_model, scratch_model
+from actors.student.model import StudentWithLoss, decoder_layers, distribute, prepare_model
 from actors.student.ranks import Worker
-from actors.student.task import ModelSource
 from losses.config import HardLabelLoss
 from losses.distillation import LossSums
 from losses.loss_state import LossState

@@ -16,11 +16,11 @@ from actors.config.models import LoraAdapter, TrainConfig
 from actors.dataloader.collator import Collator
 from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile
+from actors.model_source import ModelSource
 from actors.score_store.store import ScoreStore
 from actors.student.loop import accumulate_gradients
 from actors.student.model import StudentWithLoss, distribute, prepare_model
 from actors.student.ranks import Worker
-from actors.student.task import ModelSource
 from losses.config import LossConfig
 from losses.loss_state import LossState
 from tests.worlds import VOCAB, scored_world, tiny_llama

@@ -18,10 +18,11 @@ from actors.config.models import LoraAdapter, OptimizerConfig, TrainConfig
 from actors.evaluation.evaluator import predict_rows
 from actors.evaluation.metrics import HeldoutRows, Tally
 from actors.examples import ExampleFile
+from actors.model_source import ModelSource
 from actors.monitors.metrics_log import read_metrics
 from actors.score_store.store import ScoreStore
 from actors.student.loop import distil
-from actors.student.task import Exams, ModelSource, TrainingTask
+from actors.student.task import Exams, TrainingTask
 from actors.student.train_checkpoints import NoCheckpoints
 from losses.config import AtkdLoss
 from tests.actors.witness import Witness

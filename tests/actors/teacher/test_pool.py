@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
+from actors.engines.base import TeacherEngine, TeacherSpec
 from actors.records import Example
 from actors.score_store.store import ScoreStore
 from actors.teacher.pool import TeacherPool
-from actors.teacher.replica import TeacherEngine, TeacherReplica, TeacherSpec
+from actors.teacher.replica import TeacherReplica
 from actors.teacher.replica_set import TeacherFailed
 from tests.fakes import FAKE_VOCAB, FakeTeacher, assert_complete, fake_examples, fake_spec, fake_store, record_next_shard
 from tests.recovery import Record

@@ -9,12 +9,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.config.models import DType
+from actors.engines.base import TeacherSpec, build_engine
+from actors.model_source import ModelSource
 from actors.records import Example, example_key
-from actors.student.task import ModelSource
 from actors.teacher import reference_pass as forward_pass
 from actors.teacher.parity import Comparison
 from actors.teacher.reference_pass import PROBE_TARGETS, beginning, count_weights, references
-from actors.teacher.replica import TeacherReplica, TeacherSpec, build_engine
+from actors.teacher.replica import TeacherReplica
 from tests.fakes import fake_spec
 from tests.worlds import LONGEST, VOCAB, random_examples, tiny_llama
 

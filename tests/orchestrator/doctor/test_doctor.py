@@ -15,13 +15,14 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from actors.config.models import DType
+from actors.engines.base import EngineFactory, TeacherSpec, build_engine
 from actors.engines.transformers import TransformersEngine
 from actors.examples import ExampleFile, write_examples
+from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, example_key
 from actors.score_store.store import ScoreStore
 from actors.student.self_distillation import Measurements, measure
-from actors.student.task import ModelSource
-from actors.teacher.replica import EngineFactory, TeacherReplica, TeacherSpec, build_engine
+from actors.teacher.replica import TeacherReplica
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cli import main
 from orchestrator.config.load import load_config

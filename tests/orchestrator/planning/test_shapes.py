@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
-from actors.student.model import load_model
-from actors.student.task import ModelSource
+from actors.model_source import ModelSource
+from actors.models import load_model
 from orchestrator.planning.activations import saved_bytes
 from orchestrator.planning.shapes import Passes, Workload, adapted, meta_model, passes_of, read_workload, shape_of, workload_of
 from orchestrator.run.models import Models

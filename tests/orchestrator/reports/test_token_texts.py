@@ -11,7 +11,7 @@ from orchestrator.reports.token_texts import Reading, divergence_scale, groups_o
 from orchestrator.run.evaluation import read_evaluation
 from tests.orchestrator.pages import EVIL, Page, bare_run, whole_run
 
-PAGES = Path(__file__).parents[3] / "orchestrator" / "pages"
+PAGES = Path(__file__).parents[3] / "orchestrator" / "reports" / "pages"
 
 
 def reading_of(run: Path, border: float | None = 0.5) -> Reading:

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from actors.lora import load_adapter
-from actors.student.model import load_model
-from actors.student.task import ModelSource
+from actors.model_source import ModelSource
+from actors.models import load_model
 from orchestrator.config.load import validate
 from orchestrator.run.model_files import base_of_adapter, require_model_folder, stored_dtype
 from orchestrator.run.models import Models

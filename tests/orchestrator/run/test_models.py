@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from actors.config.models import EvaluateConfig
 from actors.evaluation.evaluator import evaluate_model
 from actors.examples import ExampleFile
+from actors.models import load_model
 from actors.student.loop import distil
-from actors.student.model import load_model
 from actors.student.train_checkpoints import NoCheckpoints
 from orchestrator.config.load import validate
 from orchestrator.run import stages

@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from actors.examples import ExampleFile, write_examples
+from actors.model_source import ModelSource
 from actors.records import Example
 from actors.score_store.identity import StoreMismatch, identity_difference, identity_hash
 from actors.score_store.store import FORMAT, ScoreStore, ScoringFailed
-from actors.student.task import ModelSource
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.config.run import RunConfig

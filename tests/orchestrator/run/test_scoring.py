@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.teacher.replica import EngineFactory, build_engine
+from actors.engines.base import EngineFactory, build_engine
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
