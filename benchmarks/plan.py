@@ -27,7 +27,8 @@ from actors.config.models import EngineConfig, LoraAdapter, ScoresConfig
 from actors.config.workers import WorkersConfig
 from actors.dataloader.collator import Collator
 from actors.dataloader.sampler import SamplerState, global_batches
-from actors.engines.base import TeacherSpec, build_engine, engine_environment
+from actors.engines.base import TeacherSpec, engine_environment
+from actors.engines.build import build_engine
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
 from actors.model_source import ModelSource

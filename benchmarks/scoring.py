@@ -25,7 +25,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.config.models import EngineConfig
-from actors.engines.base import TeacherEngine, TeacherSpec, build_engine, engine_environment
+from actors.engines.base import TeacherEngine, TeacherSpec, engine_environment
+from actors.engines.build import build_engine
 from actors.examples import write_examples
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, example_key, tail_logmass

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.engines.base import TeacherEngine, TeacherSpec, build_engine, scores_from_candidates
+from actors.engines.base import TeacherEngine, TeacherSpec, scores_from_candidates
+from actors.engines.build import build_engine
 from actors.engines.transformers import TransformersEngine
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores

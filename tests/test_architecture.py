@@ -19,7 +19,21 @@ ONE_FILE_EACH = {
     "wandb": "actors/monitors/wandb.py",
     "mlflow": "actors/monitors/mlflow.py",
 }
-INSTANT_MODULES = ("losses.config", "actors.config.models", "orchestrator.config.run", "orchestrator.config.load", "orchestrator.cli")
+INSTANT_MODULES = (
+    "losses.config", "actors.config.models", "orchestrator.config.run", "orchestrator.config.load", "orchestrator.cli",
+)  # fmt: skip
+PACKAGES = (
+    "orchestrator", "orchestrator.reports", "orchestrator.doctor", "orchestrator.planning", "orchestrator.search",
+    "orchestrator.run", "orchestrator.data", "orchestrator.cluster", "orchestrator.config",
+    "actors.student", "actors.teacher", "actors.evaluation", "actors.monitors", "actors.engines", "actors.dataloader",
+    "actors.score_store", "actors", "actors.config", "losses", "tune_spaces",
+)  # fmt: skip
+"""From the top down: a file imports from its own package and from those below it. A room's own files stand beside its folders."""
+WRITES_ITS_PAGE = {
+    "orchestrator.run.pipeline", "orchestrator.search.compare_teachers", "orchestrator.search.search_results"
+}  # fmt: skip
+"""Those that end in a page, and so know ``orchestrator.reports`` above them."""
+MOST_FILES = 18
 HEAVY = {"torch", "ray", "transformers", "vllm", "numpy", "datasets", "pyarrow"}
 LONGEST_FILE_LINES = 320
 TORCH_EXPLAINS = {"forward", "backward"}
@@ -115,6 +129,73 @@ def test_imports_go_down_only(source: str) -> None:
     used = {top(name) for name in imports_of(tree_of(source))}
     assert used & set(ROOMS) <= MAY_IMPORT[room] | {room}
     assert not used & NEVER_IMPORTED
+
+
+def package_of(module: str) -> str:
+    """Return the package of a module, or of a name within it."""
+    return max((package for package in PACKAGES if f"{module}.".startswith(f"{package}.")), key=len)
+
+
+def module_of(source: str) -> str:
+    return source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def ours(source: str) -> set[str]:
+    """The modules of ours that a file imports, anywhere in it; a package's name alone is its version."""
+    modules = {module_of(one) for one in SOURCES}
+    named = {name for name in imports_of(tree_of(source)) if top(name) in ROOMS}
+    found = {name if name in modules else name.rpartition(".")[0] for name in named}
+    return found - {module_of(source), *ROOMS}
+
+
+def upward_imports(source: str) -> list[str]:
+    place = PACKAGES.index(package_of(module_of(source)))
+    return sorted(module for module in ours(source) if PACKAGES.index(package_of(module)) < place)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_imports_run_down_the_list_of_packages(source: str) -> None:
+    upward = upward_imports(source)
+    if module_of(source) in WRITES_ITS_PAGE:
+        assert [package_of(module) for module in upward] == ["orchestrator.reports"]
+    else:
+        assert upward == []
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules from which imports lead back to themselves."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        left = list(graph[start])
+        while left:
+            if (one := left.pop()) not in found:
+                found.add(one)
+                left += graph.get(one, ())
+        return found
+
+    return sorted(module for module in graph if module in reached(module))
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    assert circles({module_of(source): ours(source) for source in SOURCES}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+
+
+def test_a_planted_upward_import_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = ast.parse("from orchestrator.run.pipeline import run\nfrom orchestrator import __version__\n")
+    monkeypatch.setattr(sys.modules[__name__], "tree_of", lambda source: planted)
+    assert upward_imports("orchestrator/data/sources.py") == ["orchestrator.run.pipeline"]
+    assert upward_imports("orchestrator/doctor/doctor.py") == []
+
+
+def test_every_package_is_small_and_says_what_lives_there() -> None:
+    folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert {folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders} == set(PACKAGES)
+    for folder in folders:
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+        docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert docstring and "\n" not in docstring, folder
 
 
 @pytest.mark.parametrize("source", [source for source in SOURCES if source.startswith("losses/")])

@@ -8,11 +8,11 @@ from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from actors.config.models import TrainConfig
+from actors.config.tracking import TrackingConfig
 from actors.dataloader.sampler import GlobalBatch
 from actors.examples import ExampleFile
 from actors.monitors.prometheus import StudentMetrics
-from actors.student.ranks import Worker
-from actors.student.task import TrainingTask
 from losses.config import LossConfig
 from losses.distillation import LossSums
 
@@ -27,6 +27,35 @@ class StepLog(Protocol):
         """Flush."""
 
 
+class LoggedTask(Protocol):
+    """What the logs know of a training."""
+
+    @property
+    def name(self) -> str:
+        """Name of the training, also of its files."""
+    @property
+    def run(self) -> str:
+        """Name of the run it belongs to."""
+    @property
+    def metrics(self) -> str:
+        """Folder of the files."""
+    @property
+    def tracking(self) -> TrackingConfig:
+        """Where steps are shown besides the files."""
+    @property
+    def loss(self) -> LossConfig:
+        """What is minimised."""
+    @property
+    def train(self) -> TrainConfig:
+        """How much, how large, how often."""
+    @property
+    def seed(self) -> int:
+        """Of all draws."""
+    @property
+    def top_k(self) -> int:
+        """How many of the store's K are used."""
+
+
 class MetricsLog:
     """Hands each step to whoever keeps or shows it."""
 
@@ -34,9 +63,9 @@ class MetricsLog:
         self._logs = logs
 
     @staticmethod
-    def on_first_worker(worker: Worker, task: TrainingTask, first_step: int) -> StepLog:
+    def on_first_worker(rank: int, task: LoggedTask, first_step: int) -> StepLog:
         """Return all logs of a task on rank 0, and one that records nothing elsewhere: sums are those of all workers already."""
-        if worker.rank != 0:
+        if rank != 0:
             return NoLog()
         folder = Path(task.metrics)
         logs: list[StepLog] = [JsonLines(folder, task.name, first_step), StudentMetrics(task.run, task.name)]
@@ -102,7 +131,7 @@ class NoLog:
         """Do nothing."""
 
 
-def _trackers(task: TrainingTask, folder: Path) -> list[StepLog]:
+def _trackers(task: LoggedTask, folder: Path) -> list[StepLog]:
     """Open the services that the task names; their packages are extras, imported only here."""
     about = {"loss": task.loss.model_dump_json(), "train": task.train.model_dump_json(), "seed": task.seed, "top_k": task.top_k}
     logs: list[StepLog] = []

@@ -60,7 +60,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> Ending:
     done = checkpoints.load(student, optimizer, schedule, worker) or first
     batches = global_batches(len(examples), task.train.batch_rows, done.sampler, task.train.first_epoch == "store_order")
     goes_on, makes_way = True, False
-    with closing(MetricsLog.on_first_worker(worker, task, first_step=done.step + 1)) as log:
+    with closing(MetricsLog.on_first_worker(worker.rank, task, first_step=done.step + 1)) as log:
         while goes_on and not makes_way and done.step < total_steps:
             started, step, batch = time.perf_counter(), done.step + 1, next(batches)
             waited_seconds = collator.wait_for(batch, task.wait_seconds)

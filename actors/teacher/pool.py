@@ -13,7 +13,8 @@ from types import TracebackType
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from actors.engines.base import EngineDied, EngineFactory, TeacherSpec, build_engine
+from actors.engines.base import EngineDied, EngineFactory, TeacherSpec
+from actors.engines.build import build_engine
 from actors.monitors.prometheus import TeacherMetrics
 from actors.records import Example
 from actors.score_store.leases import LEASE_SECONDS

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.engines.base import EngineFactory, TeacherEngine, TeacherSpec, build_engine, require_top_k
+from actors.engines.base import EngineFactory, TeacherEngine, TeacherSpec, require_top_k
+from actors.engines.build import build_engine
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores, check_scores, uncertainty
 from actors.score_store.sanity import ScoreRange

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import ray
@@ -15,7 +15,6 @@ import ray
 from actors.placement import Node, read_nodes
 from orchestrator import __version__
 from orchestrator.cluster.redaction import without_secrets
-from orchestrator.run.run_dir import RunDir
 
 PROCESS, CLUSTER = "process_started", "cluster"
 """Names of the two events."""
@@ -30,7 +29,14 @@ SOURCE = Path(__file__).parents[2]
 GIT_SECONDS = 10
 
 
-def note_process(books: RunDir) -> None:
+class EventLog(Protocol):
+    """Where events are written down."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Append one."""
+
+
+def note_process(books: EventLog) -> None:
     """Write down which command this process was given, and with what it does its work."""
     books.event(
         PROCESS, command=command_line(sys.argv), atkd=__version__, **commit_of(SOURCE), python=platform.python_version(),
@@ -39,7 +45,7 @@ def note_process(books: RunDir) -> None:
     )  # fmt: skip
 
 
-def note_cluster(books: RunDir) -> None:
+def note_cluster(books: EventLog) -> None:
     """Write down the nodes of the connected cluster; nothing where there is none."""
     if ray.is_initialized():
         books.event(CLUSTER, ray=ray.__version__, nodes=[node_facts(node) for node in read_nodes()])

@@ -29,7 +29,6 @@ from orchestrator.cluster import signals as sigterm
 from orchestrator.cluster.places import ray_folder
 from orchestrator.cluster.shared_folder import require_shared
 from orchestrator.config.run import RunConfig
-from orchestrator.run.score_identity import score_root
 
 STORE_BYTES = 256 << 20  # Ray's object store carries counts and configurations only
 
@@ -80,7 +79,7 @@ def ray_for(config: RunConfig) -> Iterator[None]:
     """
     with nullcontext() if ray.is_initialized() else _ray_of_this_process(demand(config)):
         require_places(config, read_nodes())
-        require_shared([config.run_dir, score_root(config)])
+        require_shared([config.run_dir, config.score_root])
         yield
 
 

@@ -142,3 +142,8 @@ class RunConfig(Section):
     def run_dir(self) -> Path:
         """Absolute path of the run's folder."""
         return Path(self.output).expanduser().resolve() / self.name
+
+    @property
+    def score_root(self) -> Path:
+        """Absolute path of the folder under which score stores are kept by their identity."""
+        return Path(self.scores.root or Path(self.output) / "scores").expanduser().resolve()

@@ -5,20 +5,15 @@ failed line. V vocabulary.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from actors.attention import ATTENTION_TOLERANCE
-from actors.config.models import DType
 from actors.student.self_distillation import AttentionFound, Measurements
-from actors.teacher.parity import Comparison
 from orchestrator.data.tokenizers import require_same_tokens
+from orchestrator.run.score_parity import Finding, Tolerance, judge_raw, judge_served
 
-MASS_TOLERANCE = 1e-3
-SLOPE_TOLERANCE = 0.01
-FOLLOWS = 0.99  # correlation from which scores are the reference's own, perhaps scaled
 SAME_SPREAD = 1e-4  # nats; below this the teacher says the same of every target
 
 EXPLAINED_BY = {
@@ -28,49 +23,6 @@ EXPLAINED_BY = {
     "teacher": ("scores", "raw", "served"),
 }
 """For each check, those whose failure explains its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """How far scores may lie from the teacher in float32. Nats, but for ``agreement``."""
-
-    largest: float
-    """Of one target's log-probability."""
-    mean: float
-    """The same, averaged over targets."""
-    agreement: float
-    """Least share of the top-K that both name."""
-    divergence: float
-    """Of the mean KL of the teacher from itself, per target."""
-
-
-TOLERANCES: dict[DType, Tolerance] = {
-    "float32": Tolerance(largest=1e-3, mean=2e-4, agreement=0.99, divergence=1e-3),
-    "float16": Tolerance(largest=0.1, mean=0.01, agreement=0.95, divergence=2e-3),
-    "bfloat16": Tolerance(largest=0.3, mean=0.06, agreement=0.9, divergence=1e-2),
-}
-"""By the type of the engine's weights. Small random models in vLLM gave 3e-5 and 5e-6 in float32, 0.11 and 0.034 in bfloat16."""
-
-State = Literal["ok", "FAILED", "unclear"]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check came to."""
-
-    check: str
-    """Name of the check."""
-    state: State
-    """``unclear``: nothing can be concluded as long as another check fails."""
-    numbers: str
-    """What was measured."""
-    advice: str = ""
-    """What it means and what to do; empty where all is well."""
-
-    def line(self) -> str:
-        """Return the finding as one line."""
-        text = f"{self.numbers}; {self.advice}" if self.advice else self.numbers
-        return f"{self.state} {self.check}: {' '.join(text.split())}"
 
 
 def judge_pair(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Finding | None:
@@ -198,58 +150,6 @@ def judge_batch(found: Measurements, tolerance: Tolerance) -> Finding:
         return Finding("batch", "ok", numbers)
     advice = "scores depend on the rows beside them: set teacher.engine.rows_per_call=1, or name another teacher.engine.kind"
     return Finding("batch", "FAILED", numbers, advice)
-
-
-def judge_raw(found: Comparison) -> Finding:
-    """Judge whether the scores are the log-softmax of the logits: mass one, and no temperature."""
-    numbers = f"mass off by at most {found.mass_error:.1e}, slope {found.slope:.4f} (correlation {found.correlation:.4f})"
-    if not found.mass_error <= MASS_TOLERANCE:
-        advice = (
-            "target, top-K and tail must hold a mass of 1: these are no log-probabilities; set teacher.engine.kind=transformers"
-        )
-        return Finding("raw", "FAILED", numbers, advice)
-    if abs(found.slope - 1) <= SLOPE_TOLERANCE:
-        return Finding("raw", "ok", numbers)
-    if found.correlation >= FOLLOWS:
-        advice = (
-            f"the engine divides logits by about {1 / found.slope:.2f}, a temperature or a scale that the model does not have: "
-            "set teacher.engine.kind=transformers, or install another version of the engine"
-        )
-        return Finding("raw", "FAILED", numbers, advice)
-    return Finding("raw", "unclear", numbers, "the scores do not follow the teacher's own, so no temperature can be told")
-
-
-def judge_served(found: Comparison, tolerance: Tolerance) -> Finding:
-    """Judge whether the engine serves what the teacher's plain forward pass in float32 gives."""
-    numbers = (
-        f"targets differ from a plain forward pass by at most {found.largest_target_error:.1e} nats (may {tolerance.largest:g}), "
-        f"furthest in row {found.furthest_row}, mean {found.mean_target_error:.1e} (may {tolerance.mean:g}), "
-        f"top-K agree to {100 * found.topk_agreement:.1f} %"
-    )
-    near = found.largest_target_error <= tolerance.largest and found.mean_target_error <= tolerance.mean
-    if near and found.topk_agreement >= tolerance.agreement:
-        return Finding("served", "ok", numbers)
-    return Finding("served", "FAILED", numbers, _why_unlike(found, tolerance, near))
-
-
-def _why_unlike(found: Comparison, tolerance: Tolerance, near: bool) -> str:
-    if near:
-        return "targets are right, but not the tokens named beside them: set teacher.engine.kind=transformers"
-    for where, error in (("before", found.error_one_earlier), ("after", found.error_one_later)):
-        if error <= tolerance.mean:
-            return (
-                f"these are the predictions one position {where} the right one: engine and rows count positions differently; "
-                "install another version of the engine, or set teacher.engine.kind=transformers"
-            )
-    if found.correlation >= FOLLOWS:
-        return (
-            "the model is the right one, computed less exactly than its type allows: set teacher.engine.dtype=float32, or see "
-            "whether its weights are quantised"
-        )
-    return (
-        "the engine serves another model than teacher.model, or reads its architecture differently: set "
-        "teacher.engine.kind=transformers, and check revision and files"
-    )
 
 
 def judge_loss(found: Measurements, tolerance: Tolerance) -> Finding:

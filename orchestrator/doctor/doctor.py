@@ -12,7 +12,8 @@ from typing import Any
 import ray
 from transformers import PreTrainedTokenizerBase
 
-from actors.engines.base import EngineFactory, TeacherSpec, build_engine, engine_environment
+from actors.engines.base import EngineFactory, TeacherSpec, engine_environment
+from actors.engines.build import build_engine
 from actors.examples import ExampleFile, spread_over_lengths, write_examples
 from actors.model_source import ModelSource
 from actors.records import Example
@@ -23,20 +24,13 @@ from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import load_tokenizer
-from orchestrator.doctor.checks import (
-    TOLERANCES,
-    Finding,
-    judge_attention,
-    judge_pair,
-    judge_refused,
-    judge_scores,
-    judge_tokens,
-)
+from orchestrator.doctor.checks import judge_attention, judge_pair, judge_refused, judge_scores, judge_tokens
 from orchestrator.doctor.run_checks import check_ends, check_export, check_rows
 from orchestrator.run.models import ROLES, Models, vocab_size_of
 from orchestrator.run.pipeline import life
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import pin_revision
+from orchestrator.run.score_parity import TOLERANCES, Finding
 
 PROBE_ROWS = 8
 

@@ -10,9 +10,9 @@ import ray
 from actors.student.finished_model import ExportDiffers, ExportProof, try_export
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
-from orchestrator.doctor.checks import Finding
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import Facts
+from orchestrator.run.score_parity import Finding
 from orchestrator.run.stages import describe_ends, distillation_task
 
 HASHES = ("train_hash", "heldout_hash", "tokenizer_hash")

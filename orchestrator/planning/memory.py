@@ -171,7 +171,7 @@ def replica_memory(
 
 
 def store_bytes(scores: ScoresConfig, vocab_size: int, rows: int, targets: int) -> int:
-    """Return the bytes of a store's shards, as ``actors/score_store/encoding.py`` writes them; with ``top_mass`` the most it can be."""
+    """Return the bytes of a store's shards, as ``actors/score_store/encoding.py`` writes them; with ``top_mass`` at most."""
     ids = 2 if vocab_size <= 1 << 16 else 3
     ragged = scores.top_mass is not None
     a_target = scores.top_k * (2 + ids) + 3 * FLOAT + (2 if ragged else 0)

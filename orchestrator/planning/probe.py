@@ -16,7 +16,8 @@ import torch
 from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.collator import Collator
 from actors.dataloader.sampler import SamplerState, global_batches
-from actors.engines.base import EngineFactory, TeacherSpec, build_engine
+from actors.engines.base import EngineFactory, TeacherSpec
+from actors.engines.build import build_engine
 from actors.examples import ExampleFile, write_examples
 from actors.lm_head import vocab_size_of
 from actors.model_source import ModelSource

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from matplotlib.ticker import StrMethodFormatter
 
 from orchestrator.reports.search_charts import Mode, chart
 from orchestrator.reports.svg import INK, svg_of
+from orchestrator.search.analysis import Axis
 
 # Between two hues of middling lightness, so that lines can be seen on light and dark pages, and with any colour vision. Fewer
 # than 50 colours, above which Matplotlib draws a legend of pixels.
@@ -27,17 +27,6 @@ FULL_ENOUGH = 0.25
 
 MOST_WRITTEN = 7
 """Cells across, up to which each has its value written in it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """A numeric setting."""
-
-    path: str
-    """Dotted path in the configuration."""
-
-    log: bool = False
-    """Whether it was searched evenly in the logarithm."""
 
 
 def heat_map(

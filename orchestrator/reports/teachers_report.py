@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,11 @@ from orchestrator.reports.provenance import about_run
 from orchestrator.reports.search_charts import chart
 from orchestrator.reports.search_report import REPORT, described
 from orchestrator.reports.svg import SERIES, svg_of
-from orchestrator.search.analysis import values_of_arms
-from orchestrator.search.ledger import Search
+from orchestrator.search.analysis import TaughtBy, values_of_arms
 from orchestrator.search.results import label_of, trial_table, written_metric
 from orchestrator.search.statistics import Comparison, Values, compare_arms, summary_of
 
 NO_CHANGE = "(no change)"
-
-
-@dataclass(frozen=True, slots=True)
-class TaughtBy:
-    """What came of a comparison under one teacher."""
-
-    teacher: str
-    """Its name in the section ``compare``."""
-
-    weights: int
-    """Weights of the teacher."""
-
-    heldout_loss: float
-    """The teacher's own loss on the held-out rows, nats per target."""
-
-    search: Search
-    """The ledger of the comparison."""
 
 
 def write_teachers_report(name: str, taught: Sequence[TaughtBy], folder: Path) -> Path:

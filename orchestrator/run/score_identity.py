@@ -119,16 +119,11 @@ def open_store(config: RunConfig, identity: Identity, split: Literal["train", "h
     """
     if config.scores.path and split == "train":
         return _given_store(Path(config.scores.path).expanduser().resolve(), identity)
-    root = score_root(config)
+    root = config.score_root
     folder = root / f"v{FORMAT}-{identity_hash(identity)[:16]}"  # beside it may stand what another version scored
     if not folder.exists() and (larger := _store_with_larger_k(root, identity)):
         return larger
     return ScoreStore.open_or_create(folder, identity, identity["examples"]["rows"], identity["rows_per_shard"])
-
-
-def score_root(config: RunConfig) -> Path:
-    """Return the folder under which stores are kept by their identity."""
-    return Path(config.scores.root or Path(config.output) / "scores").expanduser().resolve()
 
 
 def nearest_store(store: ScoreStore) -> tuple[Path, list[str]] | None:

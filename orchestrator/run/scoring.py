@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from actors.config.models import needs_teacher
-from actors.engines.base import EngineFactory, TeacherSpec, build_engine
+from actors.engines.base import EngineFactory, TeacherSpec
+from actors.engines.build import build_engine
 from actors.examples import ExampleFile, spread_over_lengths, write_atomically
 from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import Cluster, read_cluster
@@ -23,7 +24,6 @@ from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import tokenizer_hash
-from orchestrator.doctor.checks import TOLERANCES, judge_raw, judge_served
 from orchestrator.run.models import Models, vocab_size_of
 from orchestrator.run.run_dir import Facts, RunDir
 from orchestrator.run.score_identity import (
@@ -35,6 +35,7 @@ from orchestrator.run.score_identity import (
     score_split,
     store_identity,
 )
+from orchestrator.run.score_parity import TOLERANCES, judge_raw, judge_served
 
 Split = Literal["train", "heldout"]
 PROGRESS_SECONDS = 5.0

@@ -6,13 +6,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.reports.setting_charts import Axis
 from orchestrator.search.ledger import Search, Trial
 from orchestrator.search.results import axes_of
 from orchestrator.search.statistics import FEWEST_FOR_CORRELATION, Values, rank_correlation
 
 NEAR_THE_END = 0.02
 """Share of a range within which a value is at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A numeric setting."""
+
+    path: str
+    """Dotted path in the configuration."""
+
+    log: bool = False
+    """Whether it was searched evenly in the logarithm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,23 @@ class Importance:
 
     trials: int
     """Over how many trials."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaughtBy:
+    """What came of a comparison under one teacher."""
+
+    teacher: str
+    """Its name in the section ``compare``."""
+
+    weights: int
+    """Weights of the teacher."""
+
+    heldout_loss: float
+    """The teacher's own loss on the held-out rows, nats per target."""
+
+    search: Search
+    """The ledger of the comparison."""
 
 
 def at_the_end(search: Search) -> Snapshot:

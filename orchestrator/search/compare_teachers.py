@@ -13,11 +13,11 @@ from actors.score_store.store import ScoreStore
 from actors.teacher.reference_pass import count_weights
 from orchestrator.config.load import ConfigError, validate
 from orchestrator.config.run import RunConfig
-from orchestrator.reports.teachers_report import TaughtBy, write_teachers_report
+from orchestrator.reports.teachers_report import write_teachers_report
 from orchestrator.run.models import Models, vocab_size_of
 from orchestrator.run.pipeline import run
 from orchestrator.run.run_dir import RunDir
-from orchestrator.run.score_identity import score_root
+from orchestrator.search.analysis import TaughtBy
 from orchestrator.search.compare import compare
 from orchestrator.search.ledger import read_ledger
 
@@ -56,7 +56,7 @@ def configs_by_teacher(config: RunConfig) -> dict[str, RunConfig]:
         tree = config.model_dump(mode="json")
         tree["teacher"] = laid_over(tree["teacher"], changes)
         tree["compare"] |= {"teachers": {}, "name": "compare"}
-        tree["scores"]["root"] = str(score_root(config))
+        tree["scores"]["root"] = str(config.score_root)
         try:
             found[teacher] = validate(tree | {"name": teacher, "output": str(config.run_dir / config.compare.name)})
         except ConfigError as error:

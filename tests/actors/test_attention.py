@@ -18,7 +18,8 @@ from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_use
 from actors.config.models import EngineConfig, PretrainedModel
 from actors.dataloader.collator import Collator, MicroBatch
 from actors.dataloader.sampler import GlobalBatch, SamplerState
-from actors.engines.base import TeacherSpec, build_engine, engine_environment
+from actors.engines.base import TeacherSpec, engine_environment
+from actors.engines.build import build_engine
 from actors.examples import ExampleFile, write_examples
 from actors.lm_head import head_makes_the_logits
 from actors.model_source import ModelSource

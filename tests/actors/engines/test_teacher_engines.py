@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from actors.config.models import EngineConfig
-from actors.engines.base import TeacherSpec, build_engine, engine_environment, require_top_k, scores_from_candidates
+from actors.engines.base import TeacherSpec, engine_environment, require_top_k, scores_from_candidates
+from actors.engines.build import build_engine
 from actors.engines.transformers import TransformersEngine
 from actors.examples import write_examples
 from actors.model_source import ModelSource

@@ -38,7 +38,7 @@ def worker(rank: int) -> Worker:
 
 
 def write_steps(folder: Path, tracking: TrackingConfig, first_step: int = 1, rank: int = 0) -> None:
-    log = MetricsLog.on_first_worker(worker(rank), task_in(folder, tracking), first_step)
+    log = MetricsLog.on_first_worker(rank, task_in(folder, tracking), first_step)
     for step, values in STEPS.items():
         if step >= first_step:
             log.write(step, values)
@@ -180,7 +180,7 @@ def test_two_trials_that_make_the_experiment_at_once_share_it(recorder: Recorder
 
 def test_mlflow_is_given_no_more_than_it_takes_at_once(recorder: Recorder, tmp_path: Path) -> None:
     tracking = TrackingConfig(tensorboard=False, mlflow=MlflowConfig(uri="http://host:5000"))
-    log = MetricsLog.on_first_worker(worker(0), task_in(tmp_path, tracking), 1)
+    log = MetricsLog.on_first_worker(0, task_in(tmp_path, tracking), 1)
     for step in range(1, 301):
         log.write(step, {f"m{index}": float(step) for index in range(7)})
     log.close()
@@ -207,7 +207,7 @@ def test_a_tracker_that_cannot_be_reached_at_the_start_is_named(recorder: Record
 
 
 def test_only_the_first_worker_writes(recorder: Recorder, tmp_path: Path) -> None:
-    log = MetricsLog.on_first_worker(worker(1), task_in(tmp_path, WANDB), 1)
+    log = MetricsLog.on_first_worker(1, task_in(tmp_path, WANDB), 1)
     assert isinstance(log, NoLog)
     assert recorder.calls == [] and list(tmp_path.iterdir()) == []
 

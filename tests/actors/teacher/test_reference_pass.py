@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.config.models import DType
-from actors.engines.base import TeacherSpec, build_engine
+from actors.engines.base import TeacherSpec
+from actors.engines.build import build_engine
 from actors.model_source import ModelSource
 from actors.records import Example, example_key
 from actors.teacher import reference_pass as forward_pass

@@ -8,7 +8,8 @@ import pytest
 
 from actors.config.models import DType
 from actors.student.self_distillation import AttentionFound, Measurements
-from orchestrator.doctor.checks import TOLERANCES, Finding, judge_attention, judge_scores, judge_tokens
+from orchestrator.doctor.checks import judge_attention, judge_scores, judge_tokens
+from orchestrator.run.score_parity import TOLERANCES, Finding
 from tests.worlds import VOCAB, word_tokenizer
 
 SOUND = Measurements(

@@ -15,7 +15,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from actors.config.models import DType
-from actors.engines.base import EngineFactory, TeacherSpec, build_engine
+from actors.engines.base import EngineFactory, TeacherSpec
+from actors.engines.build import build_engine
 from actors.engines.transformers import TransformersEngine
 from actors.examples import ExampleFile, write_examples
 from actors.model_source import ModelSource
@@ -27,9 +28,10 @@ from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cli import main
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
-from orchestrator.doctor.checks import TOLERANCES, Finding, judge_scores
+from orchestrator.doctor.checks import judge_scores
 from orchestrator.doctor.doctor import examine, largest_id, measure_served, spread_over_lengths
 from orchestrator.run.models import ROLES, Models
+from orchestrator.run.score_parity import TOLERANCES, Finding
 from tests.fakes import FakeTeacher, fake_spec
 from tests.faulty_engines import TOP_K, CrowdedEngine, RepeatingEngine, Serves, ShiftedEngine, SwappingEngine
 from tests.worlds import LONGEST, VOCAB, random_examples, tiny_llama, word_tokenizer

@@ -11,9 +11,10 @@ import yaml
 from orchestrator.config.load import apply_override
 from orchestrator.reports.search_charts import Trace, trace_chart
 from orchestrator.reports.search_report import read_cost, write_search_report, written_time
-from orchestrator.reports.setting_charts import Axis, heat_map, parallel_chart, short_names
+from orchestrator.reports.setting_charts import heat_map, parallel_chart, short_names
 from orchestrator.reports.tune_report import overrides_of
 from orchestrator.search.analysis import (
+    Axis,
     at_the_end,
     difference_curves,
     importances,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.engines.base import EngineFactory, build_engine
+from actors.engines.base import EngineFactory
+from actors.engines.build import build_engine
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir

@@ -21,7 +21,8 @@ from actors.score_store.store import ScoringFailed
 from actors.student.checkpoint import Progress, load_checkpoint, save_checkpoint
 from actors.student.loop import distil
 from actors.student.ranks import Worker
-from actors.student.task import Ending, TrainingDiverged, train_worker
+from actors.student.task import Ending, TrainingDiverged
+from actors.student.worker import train_worker
 from losses.config import HardLabelLoss
 from orchestrator.failure import roots
 from orchestrator.run.training import TrainingFailed, drop_uncounted_checkpoints, progress_line, summarize

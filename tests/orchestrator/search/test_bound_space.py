@@ -208,5 +208,6 @@ def test_the_documentation_names_every_space() -> None:
 
 
 def test_binding_a_space_imports_nothing_heavy() -> None:
-    code = "import orchestrator.search.bound_space, sys; assert not {'torch', 'ray', 'numpy', 'transformers'} & sys.modules.keys()"
+    heavy = "{'torch', 'ray', 'numpy', 'transformers'}"
+    code = f"import orchestrator.search.bound_space, sys; assert not {heavy} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

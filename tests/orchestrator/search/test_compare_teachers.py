@@ -12,16 +12,10 @@ from transformers import AutoModelForCausalLM
 from actors.examples import write_examples
 from orchestrator.config.load import ConfigError, load_config, validate
 from orchestrator.config.run import RunConfig
-from orchestrator.reports.teachers_report import (
-    TaughtBy,
-    changes_of,
-    short_number,
-    teachers_answer,
-    teachers_table,
-    write_teachers_report,
-)
+from orchestrator.reports.teachers_report import changes_of, short_number, teachers_answer, teachers_table, write_teachers_report
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
+from orchestrator.search.analysis import TaughtBy
 from orchestrator.search.compare_teachers import (
     compare_teachers,
     configs_by_teacher,
