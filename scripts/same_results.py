@@ -2,8 +2,8 @@
 
     python scripts/same_results.py RUN OTHER_RUN
 
-Compared are all weights, tables of models and trials, and recorded steps, as far as both folders have them; times and paths are left
-out. Exit code 1 if anything differs, with its name.
+Compared are all weights, tables of models and trials, and recorded steps, as far as both folders have them; times and paths are
+left out. Exit code 1 if anything differs, with its name.
 """
 
 import hashlib
