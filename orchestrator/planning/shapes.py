@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from actors.attention import attention_for
 from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
 from actors.dataloader.sampler import SamplerState, global_batches, micro_batches, steps_in
 from actors.examples import ExampleFile
@@ -228,7 +229,10 @@ def meta_model(config: RunConfig, role: Role, work: Workload) -> PreTrainedModel
             return _scratch(model, config, work)
         source = Models(config, config.run_dir).named(role)
         settings = config_of(source, f"{role}.model.name")
-        return AutoModelForCausalLM.from_config(settings, trust_remote_code=source.trust_remote_code)
+        eager = "eager" if attention_for(settings, source.attention) == "eager" else None  # the others are fused, as the default
+        return AutoModelForCausalLM.from_config(
+            settings, trust_remote_code=source.trust_remote_code, attn_implementation=eager
+        )
 
 
 def _scratch(model: ScratchModel, config: RunConfig, work: Workload) -> PreTrainedModel:

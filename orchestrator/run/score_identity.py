@@ -103,6 +103,7 @@ def store_identity(
             "dtype": engine.dtype,
             "logprobs": "raw",
             "quantization": _quantization(teacher),
+            **_attention_identity(config, teacher),
         },
     }
 
@@ -211,6 +212,20 @@ def _store_with_larger_k(root: Path, identity: Identity) -> ScoreStore | None:
     return min((store for store in stores if store.complete), key=lambda store: store.top_k, default=None)
 
 
+def _attention_identity(config: RunConfig, teacher: ModelSource) -> dict[str, str]:
+    """Return how transformers computes the teacher's attention, where that is not the library's own choice.
+
+    Scores made before the soft caps of a model were heeded are other scores.
+    """
+    if config.teacher.engine.kind != "transformers":
+        return {}
+    if teacher.attention != "auto":
+        return {"attention": teacher.attention}
+    settings = _config_json(teacher)
+    capped = {**settings, **settings.get("text_config", {})}.get("attn_logit_softcapping")
+    return {"attention": "eager"} if capped else {}
+
+
 def _teacher_identity(teacher: ModelSource) -> dict[str, Any]:
     folder = Path(teacher.name)
     if not folder.is_dir():
@@ -228,11 +243,16 @@ def _teacher_identity(teacher: ModelSource) -> dict[str, Any]:
 
 def _quantization(teacher: ModelSource) -> str | None:
     """Return the method by which the teacher's weights are quantized, as its config.json says."""
+    return _config_json(teacher).get("quantization_config", {}).get("quant_method")
+
+
+def _config_json(teacher: ModelSource) -> dict[str, Any]:
     folder = Path(teacher.name)
     path = folder / "config.json"
     if not folder.is_dir():
         path = Path(hf_hub_download(teacher.name, "config.json", revision=teacher.revision))
-    return json.loads(path.read_text()).get("quantization_config", {}).get("quant_method")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def _engine_version(kind: Literal["vllm", "transformers"]) -> str:

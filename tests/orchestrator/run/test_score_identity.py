@@ -122,6 +122,22 @@ def test_a_quantized_teacher_says_so(tmp_path: Path, teacher: ModelSource, examp
     assert lines[1].startswith("teacher.config.quantization_config: wanted {")
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_scores_of_before_a_soft_cap_was_heeded_are_others(
+    tmp_path: Path, teacher: ModelSource, examples_path: Path, nested: bool
+) -> None:
+    plain = identity_of(run_config(tmp_path), teacher, examples_path)
+    assert "attention" not in plain["engine"]
+    cap = {"attn_logit_softcapping": 50.0}
+    settings = {**json.loads((Path(teacher.name) / "config.json").read_text()), **({"text_config": cap} if nested else cap)}
+    (Path(teacher.name) / "config.json").write_text(json.dumps(settings))
+    assert identity_of(run_config(tmp_path), teacher, examples_path)["engine"]["attention"] == "eager"
+    chosen = ModelSource(teacher.name, attention="flex_attention")
+    assert identity_of(run_config(tmp_path), chosen, examples_path)["engine"]["attention"] == "flex_attention"
+    served = identity_of(run_config(tmp_path, {"kind": "vllm"}), teacher, examples_path)
+    assert "attention" not in served["engine"], "vLLM heeds it, and always did"
+
+
 def test_the_nearest_store_of_the_same_rows_is_found(tmp_path: Path, teacher: ModelSource, examples_path: Path) -> None:
     def store_of(engine: dict[str, object] | None = None, **scores: object) -> ScoreStore:
         config = run_config(tmp_path, engine or {}, **scores)
