@@ -1,3 +1,3 @@
-"""Orchestrator: decides and keeps the books. Runs on the driver."""
+"""Orchestrator: decides and keeps records; runs on the driver."""
 
 __version__ = "0.1.0"

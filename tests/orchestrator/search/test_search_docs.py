@@ -17,7 +17,7 @@ from tune_spaces.registry import SPACES
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "search.md").read_text()
-SOURCES = "".join(path.read_text() for room in ("orchestrator", "tune_spaces") for path in sorted((ROOT / room).glob("*.py")))
+SOURCES = "".join(path.read_text() for room in ("orchestrator", "tune_spaces") for path in sorted((ROOT / room).rglob("*.py")))
 
 
 def rows_of(heading: str) -> list[list[str]]:
