@@ -198,8 +198,8 @@ def _require_attention(config: RunConfig, models: Models, role: Role, settings: 
         computed_in["teacher.engine.dtype"] = config.teacher.engine.dtype
     if (fit := models.side(role).fit) is not None:
         computed_in[f"{role}.fit.train.precision"] = fit.train.precision
-    learns = role == "student" or models.side(role).fit is not None
+    trainings = ([config.workers] if role == "student" else []) + ([fit.workers] if fit is not None else [])
     require_attention(
         settings, source.attention, f"{role}.model.attention", computed_in, source.trust_remote_code,
-        learns_on_cpu=learns and config.workers.gpus == 0,
+        learns_on_cpu=any(workers.gpus == 0 for workers in trainings),
     )  # fmt: skip

@@ -143,6 +143,17 @@ def test_adapters_are_tried_before_anything_is_scored(tmp_path: Path) -> None:
         require_models_fit(*run_in(tmp_path, student={"lora": {"modules": ["c_attn"]}}), FITS)
 
 
+def test_attention_that_cannot_learn_on_cpus_is_asked_of_the_workers_that_train(tmp_path: Path) -> None:
+    run_in(tmp_path)
+    flex = {"model": {"kind": "pretrained", "name": str(tmp_path / "teacher"), "attention": "flex_attention"}}
+    assert require_models_fit(*run_in(tmp_path, teacher=flex), FITS) == []  # it only scores
+    fitted = {**flex, "fit": {"train": {"epochs": 1}}}
+    with pytest.raises(ValueError, match=r"teacher\.model\.attention flex_attention"):
+        require_models_fit(*run_in(tmp_path, teacher=fitted, workers={"gpus": 1}), FITS)
+    on_gpu = {**flex, "fit": {"train": {"epochs": 1}, "workers": {"gpus": 1}}}
+    assert require_models_fit(*run_in(tmp_path, teacher=on_gpu), FITS) == []
+
+
 def test_the_limits_of_prepared_rows(tmp_path: Path) -> None:
     def example(row: int, tokens: list[int], targets: list[int]) -> Example:
         ids, mask = np.array(tokens, np.int32), np.isin(np.arange(len(tokens)), targets)
