@@ -47,7 +47,7 @@ $(READY): $(LOCK) pyproject.toml scripts/check_environment.py
 	@$(BIN)/python scripts/check_environment.py
 	@touch $@
 
-distill: $(READY)  ## Distil the example: fit teacher, score, train student, evaluate, report
+distill: $(READY)  ## Distil the example: fine-tune teacher, score, train student, evaluate, report
 	@$(BIN)/python -m orchestrator run configs/tiny_cpu.yaml
 
 test: $(READY)  ## Run lint and every test; PYTEST_ARGS="tests/losses -k atkd" runs some

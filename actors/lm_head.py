@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.lora import adapted_weight
-from losses.head import Head
+from losses.lm_head import LMHead
 
 PROBE_TOKENS = (0, 1, 0)
 ROUNDING = 1e-5  # relative and in logits: a soft cap of 30 takes 4e-4 of a logit of 1
@@ -20,7 +20,7 @@ def vocab_size_of(model: PreTrainedModel) -> int:
     return len(plain_model(model).get_output_embeddings().weight)
 
 
-def output_head(model: PreTrainedModel) -> Head:
+def output_head(model: PreTrainedModel) -> LMHead:
     """Return the model's output head with all that its architecture does to the logits, as far as its configuration says."""
     base = plain_model(model)
     settings, module = base.config.get_text_config(), base.get_output_embeddings()
@@ -28,7 +28,7 @@ def output_head(model: PreTrainedModel) -> Head:
     if divisor := getattr(settings, "logits_scaling", None):
         scale = scale / divisor
     softcap = getattr(settings, "final_logit_softcapping", None)
-    return Head(adapted_weight(module), getattr(module, "bias", None), float(scale), softcap)
+    return LMHead(adapted_weight(module), getattr(module, "bias", None), float(scale), softcap)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import numpy as np
 LOWEST_COMPARED = -24.0  # nats; stored log-probabilities are exact down to here
 MASS_TOLERANCE = 1e-3  # room for a teacher that computes in 16 bits
 NO_TOKEN = -1
-"""The id in a column of the top-K that is not kept, as in ``losses.support``; its log-probability is -inf."""
+"""The id in a column of the top-K that is not kept, as in ``losses.topk_teacher``; its log-probability is -inf."""
 UNIFORM_TOLERANCE = 1e-4  # nats between the largest and the smallest of K log-probabilities
 
 
@@ -114,7 +114,7 @@ def truncate_scores(scores: TeacherScores, top_k: int) -> TeacherScores:
 def keep_mass(scores: TeacherScores, share: float) -> TeacherScores:
     """Keep of each row's top-K the shortest run that holds ``share`` of the mass off the target; the rest joins the tail.
 
-    The same rule as ``TeacherSupport.keep_mass``, for scores that are about to be stored.
+    The same rule as ``TopkTeacher.keep_mass``, for scores that are about to be stored.
     """
     masses = np.exp(scores.topk_logprobs.astype(np.float64))
     held_before = masses.cumsum(axis=1) - masses

@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, peak_bytes, print_table, report
-from losses.chunked import chunked_distillation_loss
 from losses.config import AtkdLoss, CoupledLoss, LossConfig, TeacherLoss
-from losses.dense import DenseTeacher, HiddenTeacher, Teacher
 from losses.divergence_config import (
     AdaptiveKL,
     AlphaBeta,
@@ -28,28 +26,30 @@ from losses.divergence_config import (
     TopOneCrossEntropy,
     TotalVariation,
 )
-from losses.head import Head
-from losses.support import TeacherSupport
-from losses.teaching import TokenWeights, split_easy, token_weights
+from losses.fused_linear import chunked_distillation_loss
+from losses.lm_head import LMHead
+from losses.teachers import DenseTeacher, HiddenTeacher, Teacher
+from losses.token_weights import TokenWeights, split_easy, token_weights
+from losses.topk_teacher import TopkTeacher
 
 TARGETS, HIDDEN, TOP_K = 512, 512, 64
 
 KLS: dict[str, TeacherLoss] = {
-    "forward KL": CoupledLoss(teaching="coupled"),
-    "reverse KL": CoupledLoss(teaching="coupled", divergence=ReverseKL()),
-    "ATKD": AtkdLoss(teaching="atkd"),
+    "forward KL": CoupledLoss(kind="coupled"),
+    "reverse KL": CoupledLoss(kind="coupled", divergence=ReverseKL()),
+    "ATKD": AtkdLoss(kind="atkd"),
 }
 MIXED: dict[str, TeacherLoss] = {
-    "Jensen-Shannon": CoupledLoss(teaching="coupled", divergence=JensenShannon()),
-    "skew forward KL": CoupledLoss(teaching="coupled", divergence=SkewForwardKL()),
-    "skew reverse KL": CoupledLoss(teaching="coupled", divergence=SkewReverseKL()),
-    "adaptive KL": CoupledLoss(teaching="coupled", divergence=AdaptiveKL()),
+    "Jensen-Shannon": CoupledLoss(kind="coupled", divergence=JensenShannon()),
+    "skew forward KL": CoupledLoss(kind="coupled", divergence=SkewForwardKL()),
+    "skew reverse KL": CoupledLoss(kind="coupled", divergence=SkewReverseKL()),
+    "adaptive KL": CoupledLoss(kind="coupled", divergence=AdaptiveKL()),
 }
 OTHERS: dict[str, TeacherLoss] = {
-    "total variation": CoupledLoss(teaching="coupled", divergence=TotalVariation()),
-    "alpha-beta": CoupledLoss(teaching="coupled", divergence=AlphaBeta()),
-    "top-1 cross entropy": CoupledLoss(teaching="coupled", divergence=TopOneCrossEntropy()),
-    "interpolated target": CoupledLoss(teaching="coupled", divergence=InterpolatedTarget()),
+    "total variation": CoupledLoss(kind="coupled", divergence=TotalVariation()),
+    "alpha-beta": CoupledLoss(kind="coupled", divergence=AlphaBeta()),
+    "top-1 cross entropy": CoupledLoss(kind="coupled", divergence=TopOneCrossEntropy()),
+    "interpolated target": CoupledLoss(kind="coupled", divergence=InterpolatedTarget()),
 }
 
 
@@ -58,9 +58,9 @@ class Problem:
     """Hidden states, head, targets and teachers of one vocabulary."""
 
     hidden: Tensor
-    head: Head
+    head: LMHead
     targets: Tensor
-    truncated: TeacherSupport
+    truncated: TopkTeacher
     dense: DenseTeacher
     hidden_teacher: HiddenTeacher
 
@@ -75,11 +75,11 @@ class Problem:
         teacher_logits = linear(hidden, near)
         return Problem(
             hidden.to(device, dtype).requires_grad_(),
-            Head(weight.to(device, dtype).requires_grad_()),
+            LMHead(weight.to(device, dtype).requires_grad_()),
             targets.to(device),
-            TeacherSupport.from_logits(teacher_logits, targets, TOP_K).to(device),
+            TopkTeacher.from_logits(teacher_logits, targets, TOP_K).to(device),
             DenseTeacher(teacher_logits.to(device, dtype), targets.to(device)),
-            HiddenTeacher(hidden.to(device, dtype), Head(near.to(device, dtype)), targets.to(device)),
+            HiddenTeacher(hidden.to(device, dtype), LMHead(near.to(device, dtype)), targets.to(device)),
         )
 
     def forget_gradients(self) -> None:

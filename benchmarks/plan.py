@@ -86,7 +86,7 @@ def run_student(student: Student, folder: Path, profiled: bool) -> int:
     )
     module, worker = StudentWithLoss(learner, student.loss), Worker(0, 1, torch.device("cpu"))
     optimizer = make_optimizer(module, student.train.optimizer)
-    scores = store if student.loss.teaching != "hard_label" else None
+    scores = store if student.loss.kind != "hard_label" else None
     collator = Collator(examples, scores, student.loss, TOP_K, seed=0, vocab_size=student.vocab_size)
     batches = global_batches(len(examples), student.train.batch_rows, SamplerState(0), store_order_first=True)
 

@@ -13,7 +13,7 @@ from losses.config import AtkdLoss, HardLabelLoss, LossConfig
 from orchestrator.planning.shapes import Workload
 
 TOP_K, ROWS = 64, 96
-ATKD, HARD = AtkdLoss(teaching="atkd"), HardLabelLoss(teaching="hard_label")
+ATKD, HARD = AtkdLoss(kind="atkd"), HardLabelLoss(kind="hard_label")
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def cut(batch_rows: int = 32, micro_batch_rows: int = 16, **fields: object) -> T
 SMALL, MIDDLE, WIDE, LARGE = model(64, 3, 2), model(128, 4, 4), model(256, 2, 4), model(512, 8, 8, intermediate_size=2048)
 STUDENTS = (
     Student("tiny_cpu, student", SMALL, 800, (14, 44)),
-    Student("tiny_cpu, teacher's fit", model(128, 5, 4), 800, (14, 44), loss=HARD),
+    Student("tiny_cpu, teacher's fine-tuning", model(128, 5, 4), 800, (14, 44), loss=HARD),
     Student("gsm8k_cpu, student", MIDDLE, 4096, (60, 320)),
-    Student("gsm8k_cpu, teacher's fit", model(256, 5, 8), 4096, (60, 320), loss=HARD, process=True),
+    Student("gsm8k_cpu, teacher's fine-tuning", model(256, 5, 8), 4096, (60, 320), loss=HARD, process=True),
     Student("gsm8k_cpu, student, checkpointing", MIDDLE, 4096, (60, 320), cut(gradient_checkpointing=True)),
     Student("gsm8k_cpu, student, bfloat16", MIDDLE, 4096, (60, 320), cut(precision="bfloat16")),
     Student(

@@ -24,7 +24,7 @@ from orchestrator.search.tune import tune
 
 SMALL = [
     "data.source.rows=1000", "data.heldout_rows=60", "teacher.model.hidden_size=64", "teacher.model.layers=2",
-    "teacher.model.heads=2", "teacher.fit.train.epochs=1", "scores.rows_per_shard=128", "train.epochs=2",
+    "teacher.model.heads=2", "teacher.finetune.train.epochs=1", "scores.rows_per_shard=128", "train.epochs=2",
     "evaluate.generate_rows=0",
     "tune.scheduler=none", "tune.rungs=2", "tune.search=random", "tune.concurrent=1",
 ]  # fmt: skip
@@ -75,6 +75,7 @@ def main() -> int:
     parser.add_argument("--plain", type=int, default=3, help="trials of the plain way; 0 leaves it out")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+
         def config_of(name: str, trials: int, trials_in: str) -> RunConfig:
             settings = [f"output={folder}", f"tune.name={name}", f"tune.trials={trials}", f"tune.trials_in={trials_in}"]
             return load_config("configs/tiny_cpu.yaml", [*SMALL, *settings])

@@ -94,7 +94,7 @@ def main() -> int:
     precision = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     with tempfile.TemporaryDirectory() as folder:
         examples, store = write_world(Path(folder))
-        loss, state = AtkdLoss(teaching="atkd"), LossState()
+        loss, state = AtkdLoss(kind="atkd"), LossState()
         collator = Collator(examples, store, loss, TOP_K, seed=0, vocab_size=VOCAB)
         plain, student = make_model().to(device), StudentWithLoss(make_model(), loss).to(device)
         plain_optimizer, optimizer = (make_optimizer(model, OptimizerConfig()) for model in (plain, student))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.truncation RUN [--targets 2000]
 
-RUN is the folder of a run whose teacher is fitted (``python -m orchestrator fit CONFIG``). Its held-out rows are read by the
-fitted teacher and by the student that would be taught; each loss is computed with the teacher's full logits and with the
+RUN is the folder of a run whose teacher is fine-tuned (``python -m orchestrator finetune CONFIG``). Its held-out rows are read by
+the teacher and by the student that would be taught; each loss is computed with the teacher's full logits and with the
 truncated ones. Off by: |value - dense| / dense, and the norm of the gradients' difference over the dense one's; for ATKD also of
 the easy and of the hard tokens alone. No bar: what is lost depends on the teacher.
 """
@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 from actors.examples import ExampleFile
 from benchmarks.bars import print_table
 from losses.config import AtkdLoss, CoupledLoss, DecoupledLoss, DiversityOnlyLoss, TeacherLoss
-from losses.dense import DenseTeacher, Teacher
 from losses.distillation import distillation_loss
 from losses.divergence_config import JensenShannon, ReverseKL, TotalVariation
-from losses.support import TeacherSupport
-from losses.teaching import TokenWeights, split_easy, token_weights
+from losses.teachers import DenseTeacher, Teacher
+from losses.token_weights import TokenWeights, split_easy, token_weights
+from losses.topk_teacher import TopkTeacher
 
 TOP_KS = (8, 16, 32, 64, 128)
 TOP_MASSES = (0.99, 0.999)
@@ -31,15 +31,15 @@ WIDEST = 1024  # top_mass looks no further
 TARGETS_AT_ONCE = 256
 
 LOSSES: dict[str, TeacherLoss] = {
-    "forward KL": CoupledLoss(teaching="coupled"),
-    "reverse KL": CoupledLoss(teaching="coupled", divergence=ReverseKL()),
-    "Jensen-Shannon": CoupledLoss(teaching="coupled", divergence=JensenShannon()),
-    "total variation": CoupledLoss(teaching="coupled", divergence=TotalVariation()),
-    "decoupled": DecoupledLoss(teaching="decoupled"),
-    "diversity only": DiversityOnlyLoss(teaching="diversity_only"),
-    "ATKD": AtkdLoss(teaching="atkd"),
-    "ATKD, renormalised": AtkdLoss(teaching="atkd", tail="renormalize"),
-    "ATKD, reverse": AtkdLoss(teaching="atkd", divergence=ReverseKL()),
+    "forward KL": CoupledLoss(kind="coupled"),
+    "reverse KL": CoupledLoss(kind="coupled", divergence=ReverseKL()),
+    "Jensen-Shannon": CoupledLoss(kind="coupled", divergence=JensenShannon()),
+    "total variation": CoupledLoss(kind="coupled", divergence=TotalVariation()),
+    "decoupled": DecoupledLoss(kind="decoupled"),
+    "diversity only": DiversityOnlyLoss(kind="diversity_only"),
+    "ATKD": AtkdLoss(kind="atkd"),
+    "ATKD, renormalised": AtkdLoss(kind="atkd", tail="renormalize"),
+    "ATKD, reverse": AtkdLoss(kind="atkd", divergence=ReverseKL()),
 }
 
 
@@ -54,10 +54,10 @@ class Sample:
 
 @torch.no_grad()
 def read_run(run: Path, targets_wanted: int) -> Sample:
-    """Return the logits of a run's fitted teacher and of its student before distillation, at its first held-out targets."""
+    """Return the logits of a run's fine-tuned teacher and of its student before distillation, at its first held-out targets."""
     models = run / "models"
-    student_folder = next(folder for name in ("student_fitted", "student_scratch") if (folder := models / name).exists())
-    teacher, student = (AutoModelForCausalLM.from_pretrained(folder) for folder in (models / "teacher_fitted", student_folder))
+    student_folder = next(folder for name in ("student_finetuned", "student_scratch") if (folder := models / name).exists())
+    teacher, student = (AutoModelForCausalLM.from_pretrained(folder) for folder in (models / "teacher_finetuned", student_folder))
     examples = ExampleFile(run / "data" / "heldout.arrow")
     logits: list[tuple[Tensor, Tensor]] = []
     targets: list[Tensor] = []
@@ -73,15 +73,13 @@ def read_run(run: Path, targets_wanted: int) -> Sample:
     return Sample(DenseTeacher(teacher_logits, torch.cat(targets)[:targets_wanted]), student_logits)
 
 
-def truncations(teacher: DenseTeacher) -> dict[str, TeacherSupport]:
+def truncations(teacher: DenseTeacher) -> dict[str, TopkTeacher]:
     """Return the teacher cut in each way, by name."""
     vocab_size = teacher.logits.shape[1]
     cut = {
-        f"K = {top_k}": TeacherSupport.from_logits(teacher.logits, teacher.targets, top_k)
-        for top_k in TOP_KS
-        if top_k < vocab_size
+        f"K = {top_k}": TopkTeacher.from_logits(teacher.logits, teacher.targets, top_k) for top_k in TOP_KS if top_k < vocab_size
     }
-    widest = TeacherSupport.from_logits(teacher.logits, teacher.targets, min(WIDEST, vocab_size - 1))
+    widest = TopkTeacher.from_logits(teacher.logits, teacher.targets, min(WIDEST, vocab_size - 1))
     for share in TOP_MASSES:
         kept = widest.keep_mass(share)
         cut[f"top_mass {share} (K {int(kept.named.sum(dim=1).median())} in the median)"] = kept
@@ -101,7 +99,7 @@ def value_and_gradient(sample: Sample, teacher: Teacher, weights: TokenWeights, 
     return value, torch.cat(gradients)
 
 
-def off_by(sample: Sample, cut: TeacherSupport, loss: TeacherLoss, group: str = "all") -> str:
+def off_by(sample: Sample, cut: TopkTeacher, loss: TeacherLoss, group: str = "all") -> str:
     """Return, as text, how far value and gradient of the cut teacher are off the dense one's, over a group of tokens."""
     uncertainty = sample.teacher.uncertainty
     easy = split_easy(uncertainty, loss, seed=0) if isinstance(loss, AtkdLoss) else None
@@ -124,7 +122,7 @@ def main() -> int:
     sample = read_run(arguments.run, arguments.targets)
     cuts = truncations(sample.teacher)
     held = {name: 1 - (cut.tail_logmass - cut.log_uncertainty).exp() for name, cut in cuts.items()}
-    easy = split_easy(sample.teacher.uncertainty, AtkdLoss(teaching="atkd"), seed=0)
+    easy = split_easy(sample.teacher.uncertainty, AtkdLoss(kind="atkd"), seed=0)
     rows = [
         ["mass off the target that is held: easy / hard tokens"]
         + [f"{share[easy].mean():.1%} / {share[~easy].mean():.1%}" for share in held.values()]

@@ -1,4 +1,4 @@
-"""What the user may say about the loss. One class a teaching; a knob exists only where it acts."""
+"""Configuration schema of the loss: one class a kind, each with the fields that act in it."""
 
 from typing import Annotated, Literal
 
@@ -36,12 +36,14 @@ class DistillationLoss(Section):
 class SplitLoss(DistillationLoss):
     """A loss that weighs the two terms of a divergence apart."""
 
+    kind: str
+
     @model_validator(mode="after")
     def _divergence_has_two_terms(self) -> "SplitLoss":
         if self.divergence.kind not in SPLIT_DIVERGENCES:
             raise ValueError(
-                f"divergence {self.divergence.kind} does not fall into a target and a diversity term that this teaching "
-                f"could weigh apart; divergence forward_kl or reverse_kl does, and teaching coupled takes any"
+                f"divergence {self.divergence.kind} does not fall into a target and a diversity term that the kind "
+                f"{self.kind} could weigh apart; divergence forward_kl or reverse_kl does, and kind coupled takes any"
             )
         return self
 
@@ -49,31 +51,31 @@ class SplitLoss(DistillationLoss):
 class CoupledLoss(DistillationLoss):
     """The plain divergence, averaged over the targets. For a KL it is TKD + UNC * DKD."""
 
-    teaching: Literal["coupled"]
+    kind: Literal["coupled"]
 
 
 class DecoupledLoss(SplitLoss):
     """TKD + DKD: the diversity term freed of its factor UNC (arXiv 2402.11890, section 3)."""
 
-    teaching: Literal["decoupled"]
+    kind: Literal["decoupled"]
 
 
 class TargetOnlyLoss(SplitLoss):
     """TKD alone: how sure the teacher is of the target."""
 
-    teaching: Literal["target_only"]
+    kind: Literal["target_only"]
 
 
 class DiversityOnlyLoss(SplitLoss):
     """DKD alone: how the teacher ranks all other tokens."""
 
-    teaching: Literal["diversity_only"]
+    kind: Literal["diversity_only"]
 
 
 class AtkdLoss(SplitLoss):
     """Adaptive teaching (arXiv 2402.11890): easy tokens get DKD, hard tokens get TKD + DKD."""
 
-    teaching: Literal["atkd"]
+    kind: Literal["atkd"]
 
     easy_ratio: float = Field(default=0.5, ge=0.0, le=1.0)
     """Share of the targets, those with the lowest uncertainty, that count as easy."""
@@ -106,9 +108,9 @@ class AtkdLoss(SplitLoss):
 class HardLabelLoss(Section):
     """Cross entropy to the data's own tokens; no teacher is needed."""
 
-    teaching: Literal["hard_label"]
+    kind: Literal["hard_label"]
 
 
 TeacherLoss = AtkdLoss | CoupledLoss | DecoupledLoss | TargetOnlyLoss | DiversityOnlyLoss
 
-LossConfig = Annotated[TeacherLoss | HardLabelLoss, Field(discriminator="teaching")]
+LossConfig = Annotated[TeacherLoss | HardLabelLoss, Field(discriminator="kind")]

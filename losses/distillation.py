@@ -9,15 +9,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from losses.config import AtkdLoss, HardLabelLoss, LossConfig, TeacherLoss
-from losses.dense import Teacher
 from losses.divergence_config import SPLIT_DIVERGENCES
 from losses.loss_state import LossState
 from losses.prediction import student_log_odds
-from losses.reading import read_both
 from losses.registry import DIVERGENCES
-from losses.support import Index, check_targets, working_dtype
-from losses.teaching import TokenWeights
+from losses.teachers import Teacher, predictions
 from losses.terms import Terms
+from losses.token_weights import TokenWeights
+from losses.topk_teacher import Index, check_targets, working_dtype
 from losses.weighing import highest_in_rows, selection_scores
 from losses.weighing_config import AllTokens
 
@@ -112,9 +111,9 @@ def distillation_loss(
     Args:
         student_logits: [N, V], any floating type; computed in float32, or float64 if they are.
         targets: int64 [N], the data's tokens.
-        teacher: what the teacher says at the targets; unused, and may be None, for teaching ``hard_label``.
+        teacher: what the teacher says at the targets; unused, and may be None, for the kind ``hard_label``.
         weights: of these N tokens, cut from those of the whole step.
-        loss: which divergence, and which tokens are taught; the teaching's part is in the weights already.
+        loss: which divergence, and which tokens are taught; the kind's part is in the weights already.
         state: where losses that change over a run stand; their first step unless said.
         row_counts: number of targets of each row, in order; needed by losses that rank the targets of a row.
 
@@ -161,7 +160,7 @@ def check_teacher_and_weights(
     if isinstance(loss, HardLabelLoss):
         return
     if teacher is None:
-        raise ValueError(f"teacher is None, but teaching {loss.teaching} needs one; only hard_label does without")
+        raise ValueError(f"teacher is None, but loss.kind {loss.kind} needs one; only hard_label does without")
     if len(teacher) != len(targets):
         raise ValueError(f"teacher has {len(teacher)} rows, but there are {len(targets)} targets; they must be as many")
     if check_values:
@@ -182,7 +181,7 @@ def weighted_sums(
         terms = Terms(torch.zeros_like(log_odds))
     else:
         assert teacher is not None, "checked by the caller"
-        teacher_side, student_side = read_both(teacher, student_logits, targets, loss.tail)
+        teacher_side, student_side = predictions(teacher, student_logits, targets, loss.tail)
         log_odds = student_side.log_odds
         terms = DIVERGENCES[loss.divergence.kind](teacher_side, student_side, loss.divergence, state)
     cross_entropy = -logsigmoid(log_odds)

@@ -139,4 +139,4 @@ Divergence = Annotated[
 ]
 
 SPLIT_DIVERGENCES = ("forward_kl", "reverse_kl")
-"""Those that fall into a target term and a diversity term, so that a teaching may weigh them apart."""
+"""Those that fall into a target term and a diversity term, so that a kind of loss may weigh them apart."""

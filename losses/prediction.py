@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import logsigmoid
 
 from losses.config import Tail
-from losses.support import NO_TOKEN, TeacherSupport, working_dtype
+from losses.topk_teacher import NO_TOKEN, TopkTeacher, working_dtype
 
 LOG_OF_NOTHING = math.log(torch.finfo(torch.float32).tiny)  # -87.3 nats
 LOWEST = -1e30  # logits below stand for -inf: masks are written as the least finite number, whose multiples overflow
@@ -35,7 +35,7 @@ class Prediction:
     log_odds: Tensor
     """[N], log p_g - log(1 - p_g) of the target g."""
 
-    log_shares: Tensor
+    nontarget_logprobs: Tensor
     """[N, C], log p̂ of the other classes; normalised over C."""
 
     target_column: Tensor | None = None
@@ -57,7 +57,7 @@ class Prediction:
     @property
     def logprobs(self) -> Tensor:
         """Log-probabilities of the target and the other classes: [N, V] by token, or [N, 1 + C] with the target first."""
-        others = self.log_shares + logsigmoid(-self.log_odds)[:, None]
+        others = self.nontarget_logprobs + logsigmoid(-self.log_odds)[:, None]
         target = logsigmoid(self.log_odds)[:, None]
         if self.target_column is None:
             return torch.cat([target, others], dim=1)
@@ -84,11 +84,11 @@ def student_log_odds(logits: Tensor, targets: Tensor) -> Tensor:
 
 def dense_prediction(logits: Tensor, targets: Tensor) -> Prediction:
     """Read logits [N, V] of either model at targets [N], every other token a class of its own."""
-    target_logit, others_logit, log_shares = DenseSplit.apply(logits, targets)
-    return Prediction(bounded_log_odds(target_logit, others_logit), log_shares, target_column=targets)
+    target_logit, others_logit, nontarget_logprobs = DenseSplit.apply(logits, targets)
+    return Prediction(bounded_log_odds(target_logit, others_logit), nontarget_logprobs, target_column=targets)
 
 
-def teacher_prediction(teacher: TeacherSupport, tail: Tail, dtype: torch.dtype) -> Prediction:
+def teacher_prediction(teacher: TopkTeacher, tail: Tail, dtype: torch.dtype) -> Prediction:
     """Read a teacher's support. The shares are normalised by their own sum, since stored log-probabilities are rounded."""
     log_odds = bounded_log_odds(teacher.target_logprob.to(dtype), teacher.log_uncertainty.to(dtype))
     others = teacher.topk_logprobs
@@ -151,17 +151,17 @@ class DenseSplit(torch.autograd.Function):
         nobody = largest < LOWEST  # no token but the target has any mass
         values.sub_(largest.masked_fill(nobody, 0.0)).masked_fill_(values < LOWEST, LOG_OF_NOTHING)
         normalizer = values.exp().sum(dim=1, keepdim=True).log_()
-        log_shares = values.sub_(normalizer)
-        ctx.save_for_backward(log_shares, column)
+        nontarget_logprobs = values.sub_(normalizer)
+        ctx.save_for_backward(nontarget_logprobs, column)
         ctx.dtype = logits.dtype  # type: ignore[attr-defined]
-        return target_logit, (largest + normalizer).squeeze(1), log_shares
+        return target_logit, (largest + normalizer).squeeze(1), nontarget_logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, target_grad: Tensor, others_grad: Tensor, shares_grad: Tensor) -> tuple[Tensor, None]:
-        log_shares, column = ctx.saved_tensors  # type: ignore[attr-defined]
+        nontarget_logprobs, column = ctx.saved_tensors  # type: ignore[attr-defined]
         each = (others_grad - shares_grad.sum(dim=1))[:, None]
-        grad = log_shares.exp().mul_(each).add_(shares_grad)
+        grad = nontarget_logprobs.exp().mul_(each).add_(shares_grad)
         return grad.scatter_(1, column, target_grad[:, None]).to(ctx.dtype), None  # type: ignore[attr-defined]
 
 

@@ -40,7 +40,7 @@ def target_term(first: Prediction, second: Prediction) -> Tensor:
 
 def diversity_term(first: Prediction, second: Prediction) -> Tensor:
     """DKD [N] = KL(p̂ || q̂), over the classes beside the target; p is the first argument."""
-    return categorical_kl(first.log_shares, second.log_shares)
+    return categorical_kl(first.nontarget_logprobs, second.nontarget_logprobs)
 
 
 def binary_kl(p_log_odds: Tensor, q_log_odds: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which tokens are taught and how much each row counts, beside what the teaching says. N targets, V vocabulary.
+"""Which tokens are taught and how much each row counts, beside the weights of the loss's kind. N targets, V vocabulary.
 
 Selections rank the targets of one row among each other, so that a row's loss does not depend on the rows beside it; how
 many are kept is known from the row's length alone, so that a step's loss needs no number from another worker.
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from losses.config import TeacherLoss
-from losses.dense import Teacher
 from losses.loss_state import LossState
-from losses.reading import read_both
-from losses.support import working_dtype
+from losses.teachers import Teacher, predictions
+from losses.topk_teacher import working_dtype
 from losses.weighing_config import DistantTokens, TeacherLossSamples, UncertainStudentTokens, UncertainTeacherTokens
 
 
@@ -72,6 +71,6 @@ def selection_scores(student_logits: Tensor, targets: Tensor, teacher: Teacher, 
             logprobs = student_logits.to(working_dtype(student_logits)).log_softmax(dim=1)
             return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(dim=1)
         case DistantTokens():
-            p, q = (side.logprobs for side in read_both(teacher, student_logits, targets, loss.tail))
+            p, q = (side.logprobs for side in predictions(teacher, student_logits, targets, loss.tail))
             return ((p / 2).exp() - (q / 2).exp()).norm(dim=1) / math.sqrt(2)
     raise AssertionError(f"{loss.tokens.kind} ranks nothing")

@@ -1,4 +1,4 @@
-"""Which tokens are taught, and how much each row counts. Composable with every divergence and teaching. Imports no torch."""
+"""Which tokens are taught, and how much each row counts. Composable with every divergence and kind of loss. Imports no torch."""
 
 from typing import Annotated, Literal
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from orchestrator.cluster.places import settle_home
 
 COMMANDS = {
-    "run": ("report", "live the whole life of a run: prepare, fit, score, train, evaluate, export, report"),
+    "run": ("report", "live the whole life of a run: prepare, finetune, score, train, evaluate, export, report"),
     "prepare": ("prepare", "read the data, make tokens and masks, and show the counts"),
-    "fit": ("fit", "go on to the fitted teacher"),
+    "finetune": ("finetune", "go on to the fine-tuned teacher"),
     "score": ("score", "go on to the complete score store"),
     "train": ("train", "go on to the distilled student"),
     "evaluate": ("evaluate", "go on to the table of teacher, student before and student after"),

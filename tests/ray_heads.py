@@ -23,7 +23,7 @@ START_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """A head that runs."""
 
     url: str
@@ -73,7 +73,7 @@ class Head:
 
 
 @contextlib.contextmanager
-def head(**variables: str) -> Iterator[Head]:
+def head(**variables: str) -> Iterator[LMHead]:
     """Start a head of two CPUs with a label and a custom resource; end it, and all that came from it, after the body."""
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # AF_UNIX paths are limited to about 107 bytes
     port, dashboard, agent, client = free_ports(4)
@@ -86,7 +86,7 @@ def head(**variables: str) -> Iterator[Head]:
     with open(Path(folder) / "head.log", "w") as log:
         process = psutil.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        running = Head(f"http://127.0.0.1:{dashboard}", port, environment)
+        running = LMHead(f"http://127.0.0.1:{dashboard}", port, environment)
         wait_until(lambda: answers(running), START_SECONDS, "the head does not answer", process)
         yield running
     finally:
@@ -103,7 +103,7 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in opened]
 
 
-def answers(running: Head) -> bool:
+def answers(running: LMHead) -> bool:
     """Whether the head takes jobs already."""
     try:
         running.ask("/api/jobs/")

@@ -60,7 +60,7 @@ def test_the_losses_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_what_truncation_costs_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for seed, name in enumerate(("teacher_fitted", "student_fitted")):
+    for seed, name in enumerate(("teacher_finetuned", "student_finetuned")):
         tiny_llama(tmp_path / "models" / name, seed=seed)
     (tmp_path / "data").mkdir()
     write_examples(tmp_path / "data" / "heldout.arrow", random_examples(6, seed=0))

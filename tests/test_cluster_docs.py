@@ -88,4 +88,4 @@ def test_the_page_lists_what_may_change_between_two_starts() -> None:
     listed = "\n".join(line for line in part.split("What comes out is")[0].split("\n- ")[1:])
     named = set(re.findall(r"`([\w.]+)`", listed))
     wanted = {path if path in named else path.split(".")[-1] for path in run_dir.MAY_CHANGE}
-    assert wanted <= named <= wanted | {"train", "teacher.fit.train", "student.fit.train", "teacher.engine"}
+    assert wanted <= named <= wanted | {"train", "teacher.finetune.train", "student.finetune.train", "teacher.engine"}

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from actors.monitors.metrics_log import read_metrics
-from tests.ray_heads import ROOT, Head, head, wait_until
+from tests.ray_heads import ROOT, LMHead, head, wait_until
 from tests.recovery import Record, record_until
 from tests.worlds import VOCAB, tiny_llama, word_tokenizer
 
@@ -28,14 +28,14 @@ RAYS_OWN = {"_AutoscalingCoordinatorActor"}  # of Ray Train, one for a cluster a
 
 
 @pytest.fixture
-def guarded_head() -> Iterator[Head]:
+def guarded_head() -> Iterator[LMHead]:
     """A head that asks for a token."""
     with head(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def open_head() -> Iterator[Head]:
+def open_head() -> Iterator[LMHead]:
     """A head that asks for none."""
     with head(RAY_AUTH_MODE="disabled") as running:
         yield running
@@ -109,7 +109,7 @@ def assert_readable(lines: list[str]) -> None:
 
 
 def test_a_submitted_run_is_stopped_and_submitted_again_and_ends(
-    guarded_head: Head, tmp_path: Path, record_property: Record
+    guarded_head: LMHead, tmp_path: Path, record_property: Record
 ) -> None:
     config, run = small_run(tmp_path), tmp_path / "runs" / "small"
     with pytest.raises(urllib.error.HTTPError, match="403"):
@@ -160,7 +160,7 @@ def test_a_submitted_run_is_stopped_and_submitted_again_and_ends(
     assert token.decode() not in output + "".join(said)
 
 
-def test_a_job_that_asks_for_what_cannot_be_fails_with_the_word_of_the_command_line(open_head: Head) -> None:
+def test_a_job_that_asks_for_what_cannot_be_fails_with_the_word_of_the_command_line(open_head: LMHead) -> None:
     job = open_head.submit("wrong", "run", "configs/tiny_cpu.yaml", "loss.easy_ration=0.3")
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 1
@@ -179,7 +179,7 @@ assert not ray.is_initialized()
 """
 
 
-def test_without_an_address_a_neighbours_ray_is_left_alone(open_head: Head, tmp_path: Path) -> None:
+def test_without_an_address_a_neighbours_ray_is_left_alone(open_head: LMHead, tmp_path: Path) -> None:
     """The private Ray is another one, and as large as the configuration asks."""
     words = [sys.executable, "-c", ASK_FOR_RAY.format(output=tmp_path)]
     asked = subprocess.run(words, cwd=ROOT, env=open_head.environment, capture_output=True, text=True, timeout=300)

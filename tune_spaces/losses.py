@@ -1,4 +1,4 @@
-"""Which loss: every divergence, every teaching, each with its own knobs and no others.
+"""Which loss: every divergence, every kind of loss, each with its own knobs and no others.
 
 A branch replaces the whole section ``loss``: what it does not name (tail, tokens, samples, cross entropy) is at its default.
 """
@@ -12,20 +12,20 @@ SHARE = {"low": 0.1, "high": 0.9, "step": 0.2}
 
 def coupled(divergence: str, **knobs: Any) -> dict[str, Any]:
     """Return the branch of a plain divergence; ``knobs`` are those of the divergence."""
-    whole = {"loss": [{"teaching": "coupled", "divergence": {"kind": divergence}}]}
+    whole = {"loss": [{"kind": "coupled", "divergence": {"kind": divergence}}]}
     return whole | {f"loss.divergence.{knob}": values for knob, values in knobs.items()}
 
 
-def taught(teaching: str, divergence: str = "forward_kl", **knobs: Any) -> dict[str, Any]:
-    """Return the branch of a teaching that weighs the terms of a KL apart; ``knobs`` are those of the teaching."""
-    whole = {"loss": [{"teaching": teaching, "divergence": {"kind": divergence}}]}
+def taught(kind: str, divergence: str = "forward_kl", **knobs: Any) -> dict[str, Any]:
+    """Return the branch of a kind of loss that weighs the terms of a KL apart; ``knobs`` are its fields."""
+    whole = {"loss": [{"kind": kind, "divergence": {"kind": divergence}}]}
     return whole | {f"loss.{knob}": values for knob, values in knobs.items()}
 
 
 SPACE = read_space(
     {
         "branches": {
-            "cross_entropy": {"loss": [{"teaching": "hard_label"}]},
+            "cross_entropy": {"loss": [{"kind": "hard_label"}]},
             "forward_kl": coupled("forward_kl"),
             "reverse_kl": coupled("reverse_kl"),
             "jensen_shannon": coupled("jensen_shannon", teacher_weight=SHARE),

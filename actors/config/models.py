@@ -274,7 +274,7 @@ class EvaluateConfig(Section):
 
 def needs_teacher(loss: LossConfig) -> bool:
     """Whether the loss reads the teacher's scores."""
-    return loss.teaching != "hard_label"
+    return loss.kind != "hard_label"
 
 
 def needs_complete_store(loss: LossConfig) -> bool:

@@ -16,8 +16,8 @@ from actors.records import NO_TOKEN, Example, TeacherScores
 from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss, HardLabelLoss, LossConfig
 from losses.loss_state import LossState
-from losses.support import TeacherSupport, check_target_ids
-from losses.teaching import TokenWeights, easy_border, split_easy, token_weights
+from losses.token_weights import TokenWeights, easy_border, split_easy, token_weights
+from losses.topk_teacher import TopkTeacher, check_target_ids
 from losses.weighing import sample_weights, selection_factor
 from losses.weighing_config import AllTokens, TeacherLossSamples
 
@@ -43,7 +43,7 @@ class MicroBatch:
     targets: torch.Tensor
     """int64 [N], the targets in the same order."""
 
-    teacher: TeacherSupport | None
+    teacher: TopkTeacher | None
     """The teacher's scores of the same N targets; None where the loss needs no teacher."""
 
     weights: TokenWeights
@@ -171,7 +171,7 @@ class Collator:
         targets = int(self.examples[int(batch.positions[0])].loss_mask.sum())
         return self.micro_batch(batch, [0], [TokenWeights.zero(targets)])
 
-    def _teacher(self, examples: Sequence[Example], positions: Sequence[int]) -> TeacherSupport | None:
+    def _teacher(self, examples: Sequence[Example], positions: Sequence[int]) -> TopkTeacher | None:
         if self.store is None:
             return None
         scores = [self.store.scores_at(position, self.top_k) for position in positions]
@@ -179,7 +179,7 @@ class Collator:
             _require_same_row(example, score)
         topk_ids = np.concatenate([score.topk_ids for score in scores])
         kept = topk_ids.shape[1] if self.store.top_mass is None else max(1, int((topk_ids != NO_TOKEN).sum(axis=1).max()))
-        return TeacherSupport(
+        return TopkTeacher(
             target_logprob=torch.from_numpy(np.concatenate([score.target_logprob for score in scores])),
             topk_ids=torch.from_numpy(topk_ids[:, :kept].astype(np.int64)),
             topk_logprobs=torch.from_numpy(np.concatenate([score.topk_logprobs[:, :kept] for score in scores])),

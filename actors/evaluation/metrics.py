@@ -17,7 +17,7 @@ from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
 from losses.config import CoupledLoss
 from losses.loss_state import LossState
-from losses.support import TeacherSupport
+from losses.topk_teacher import TopkTeacher
 
 CALIBRATION_BINS = 15
 LOGPROBS_AT_ONCE = 1 << 25  # float64 numbers of one [N, V] block: 256 MiB
@@ -28,7 +28,7 @@ class HeldoutRows:
 
     def __init__(self, examples: ExampleFile, store: ScoreStore, top_k: int, vocab_size: int) -> None:
         # The student's own collator lays rows out and shifts predictions against targets; the weights of its loss are not used.
-        self._loss = CoupledLoss(teaching="coupled")
+        self._loss = CoupledLoss(kind="coupled")
         self._collator = Collator(examples, store, self._loss, top_k, seed=0, vocab_size=vocab_size)
 
     def batch(self, positions: np.ndarray) -> MicroBatch:
@@ -48,7 +48,7 @@ class Tally:
         self.agreements = 0
         self._bins = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64)  # count, sum of confidences, number right
 
-    def add(self, logprobs: Tensor, targets: Tensor, teacher: TeacherSupport) -> None:
+    def add(self, logprobs: Tensor, targets: Tensor, teacher: TopkTeacher) -> None:
         """Add the model's log-probabilities [N, V] at the targets [N]."""
         confidence, predicted = logprobs.max(dim=1)
         self.targets += len(targets)
@@ -102,7 +102,7 @@ class Tally:
         return float((confidences - right).abs().sum() / self.targets)
 
 
-def forward_kl_to_teacher(logprobs: Tensor, targets: Tensor, teacher: TeacherSupport) -> Tensor:
+def forward_kl_to_teacher(logprobs: Tensor, targets: Tensor, teacher: TopkTeacher) -> Tensor:
     """KL(teacher || model) [N] in nats, over the classes target, each of the top-K, and everything else.
 
     The teacher's classes are normalised to one: its stored log-probabilities are rounded, and a divergence of masses that
@@ -121,7 +121,7 @@ def forward_kl_to_teacher(logprobs: Tensor, targets: Tensor, teacher: TeacherSup
     return torch.where(theirs == -torch.inf, 0.0, theirs.exp() * (theirs - ours)).sum(dim=1)
 
 
-def most_likely(teacher: TeacherSupport, targets: Tensor) -> Tensor:
+def most_likely(teacher: TopkTeacher, targets: Tensor) -> Tensor:
     """int64 [N], the token the teacher finds most likely; the target, where another ties with it."""
     best_other, column = teacher.topk_logprobs.max(dim=1)
     other = teacher.topk_ids.gather(1, column[:, None]).squeeze(1)

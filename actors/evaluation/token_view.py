@@ -16,7 +16,7 @@ from actors.evaluation.answers import HeldoutText
 from actors.evaluation.metrics import LOGPROBS_AT_ONCE, HeldoutRows, forward_kl_to_teacher
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
-from losses.support import TeacherSupport
+from losses.topk_teacher import TopkTeacher
 
 ROWS_VIEWED = 6
 
@@ -117,9 +117,7 @@ def view_of(
     )
 
 
-def readings(
-    logits: Tensor, targets: Tensor, teacher: TeacherSupport
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def readings(logits: Tensor, targets: Tensor, teacher: TopkTeacher) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return of logits [N, V] at targets [N], each [N]: KL to the teacher, the target's probability, the best token and its."""
     at_once = max(1, LOGPROBS_AT_ONCE // logits.shape[1])
     parts = []

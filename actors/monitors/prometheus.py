@@ -12,7 +12,7 @@ import ray
 from ray.util.metrics import Counter, Gauge
 
 TAGS = ("run", "stage")
-"""Of every metric: the name of the run, and what it does: ``train``, ``fit_teacher``, ``trial_0003``, ``score_heldout``."""
+"""Of every metric: the name of the run, and what it does: ``train``, ``finetune_teacher``, ``trial_0003``, ``score_heldout``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from actors.student.checkpoint import whole_weights
 from actors.student.model import StudentWithLoss, prepare_model
 from actors.student.ranks import Worker
 from actors.student.task import TrainingTask
-from losses.teaching import TokenWeights
+from losses.token_weights import TokenWeights
 
 PROOF_TOKENS = 64
 TOLERANCE = 1e-4  # nats of KL, averaged over positions; float32 on one device gave 1e-10, a head merged wrongly 0.28

@@ -1,6 +1,6 @@
-"""The life of one training worker under Ray Train: the student's, and the teacher's while it is fitted.
+"""The life of one training worker under Ray Train: the student's, and the teacher's while it is fine-tuned.
 
-The same loop serves both: fitting is distillation with the hard-label loss.
+The same loop serves both: fine-tuning is distillation with the hard-label loss.
 """
 
 import math

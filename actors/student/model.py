@@ -13,9 +13,9 @@ from actors.lora import add_adapters
 from actors.model_source import ModelSource
 from actors.models import load_model
 from actors.student.ranks import Worker
-from losses.chunked import chunked_distillation_loss
 from losses.config import LossConfig
 from losses.distillation import LossSums, distillation_loss
+from losses.fused_linear import chunked_distillation_loss
 from losses.loss_state import LossState
 
 

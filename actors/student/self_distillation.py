@@ -157,7 +157,7 @@ def _distance(one: TeacherScores, other: TeacherScores) -> float:
 
 def _self_divergence(model: PreTrainedModel, examples: ExampleFile, store: ScoreStore) -> tuple[float, str]:
     """Let the teacher be its own student: rows, store, shift, head and loss as in training, one row a forward pass."""
-    loss = CoupledLoss(teaching="coupled")
+    loss = CoupledLoss(kind="coupled")
     state, rows = LossState.first(loss), range(len(examples))
     collator = Collator(examples, store, loss, store.top_k, seed=0, vocab_size=vocab_size_of(model))
     student = StudentWithLoss(model, loss)

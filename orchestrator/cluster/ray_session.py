@@ -57,7 +57,7 @@ def demand(config: RunConfig) -> Demand:
     """Return the most that a run holds at one time, over all its stages; of replicas whose number is ``auto``, one."""
     scoring, training = _teachers(config.teacher.engine), _workers(config.workers)
     stages = [scoring + training] if config.scores.overlap else [scoring, training]
-    stages += [_workers(side.fit.workers) for side in (config.teacher, config.student) if side.fit]
+    stages += [_workers(side.finetune.workers) for side in (config.teacher, config.student) if side.finetune]
     stages.append(Demand(config.evaluate.cpus, config.evaluate.gpus))
     return Demand(max(stage.cpus for stage in stages), max(stage.gpus for stage in stages))
 
@@ -162,8 +162,8 @@ def require_places(config: RunConfig, nodes: Sequence[Node]) -> None:
     if config.scores.overlap:
         require_room_together(nodes, replica, replicas, worker, workers)
     for role, side in (("teacher", config.teacher), ("student", config.student)):
-        if side.fit:
-            require_room(nodes, worker_need(side.fit.workers, f"{role}.fit.workers"), side.fit.workers.count)
+        if side.finetune:
+            require_room(nodes, worker_need(side.finetune.workers, f"{role}.finetune.workers"), side.finetune.workers.count)
     require_room(nodes, evaluator_need(config.evaluate))
 
 

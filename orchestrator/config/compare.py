@@ -13,14 +13,14 @@ FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 OF_THE_TEACHER = ("kl_to_teacher", "top1_agreement")
 
 ARMS: dict[str, dict[str, Any]] = {
-    "cross_entropy": {"teaching": "hard_label"},
-    "forward_kl": {"teaching": "coupled", "divergence": "forward_kl"},
-    "reverse_kl": {"teaching": "coupled", "divergence": "reverse_kl"},
-    "decoupled": {"teaching": "decoupled"},
-    "diversity_only": {"teaching": "diversity_only"},
-    "atkd": {"teaching": "atkd", "split": "uncertainty"},
-    "atkd_random": {"teaching": "atkd", "split": "random"},
-    "atkd_inverted": {"teaching": "atkd", "split": "inverted"},
+    "cross_entropy": {"kind": "hard_label"},
+    "forward_kl": {"kind": "coupled", "divergence": "forward_kl"},
+    "reverse_kl": {"kind": "coupled", "divergence": "reverse_kl"},
+    "decoupled": {"kind": "decoupled"},
+    "diversity_only": {"kind": "diversity_only"},
+    "atkd": {"kind": "atkd", "split": "uncertainty"},
+    "atkd_random": {"kind": "atkd", "split": "random"},
+    "atkd_inverted": {"kind": "atkd", "split": "inverted"},
 }
 """For each arm of a comparison its loss. The last two are controls: if they do as well, it is not the teacher's uncertainty that
 helps."""

@@ -16,6 +16,9 @@ from orchestrator.config.run import RunConfig
 PATHS = ("output", "root", "path", "name")
 """Names of keys that hold a path, or may."""
 
+RENAMED = {"loss.kind": "loss.kind", "teacher.finetune": "teacher.finetune", "student.finetune": "student.finetune"}
+"""Keys of earlier versions, and what they are called now."""
+
 
 class ConfigError(ValueError):
     """The configuration asks for something that cannot be; the message says which key and what would do."""
@@ -113,6 +116,9 @@ def _explain(fault: ErrorDetails, tree: Mapping[str, Any]) -> str:
     if fault["type"] == "missing":
         return f"{place}: is missing"
     if fault["type"] == "union_tag_not_found":
+        for key in fault["input"]:
+            if f"{place}.{key}" in RENAMED:
+                return f"{place}.{key}: is now {RENAMED[f'{place}.{key}']}"
         return f"{place}: needs {fault['ctx']['discriminator']}, which says what it is; got {fault['input']!r}"
     if fault["type"] == "union_tag_invalid":
         key, tags = fault["ctx"]["discriminator"].strip("'"), fault["ctx"]["expected_tags"]
@@ -174,6 +180,8 @@ def _plain_steps(location: Sequence[int | str], tree: Any, ends_in_key: bool) ->
 
 
 def _no_such_key(location: Sequence[int | str], place: str) -> str:
+    if place in RENAMED:
+        return f"is now {RENAMED[place]}"
     everywhere = list(_all_keys(RunConfig))
     if place in everywhere:
         return f"does not go with {location[-2]}; leave it out, or choose the variant that has it"

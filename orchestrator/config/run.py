@@ -32,7 +32,7 @@ class TokenizerConfig(Section):
     """Tokens in its vocabulary, special ones included."""
 
 
-class FitConfig(Section):
+class FinetuneConfig(Section):
     """Fine-tuning on the data with cross entropy, by the student's own loop."""
 
     train: TrainConfig
@@ -48,7 +48,7 @@ class TeacherConfig(Section):
     model: ModelConfig
     """Which model, or what shape of one."""
 
-    fit: FitConfig | None = None
+    finetune: FinetuneConfig | None = None
     """Fine-tune it on the data first, as the paper's teachers are; null to take it as it is."""
 
     engine: EngineConfig = EngineConfig()
@@ -61,7 +61,7 @@ class StudentConfig(Section):
     model: ModelConfig
     """Which model, or what shape of one."""
 
-    fit: FitConfig | None = None
+    finetune: FinetuneConfig | None = None
     """Train it on the data first; for students made from scratch, which otherwise know no language."""
 
     lora: LoraAdapter | None = None
@@ -94,7 +94,7 @@ class RunConfig(Section):
     teacher: TeacherConfig
     scores: ScoresConfig = ScoresConfig()
     student: StudentConfig
-    loss: LossConfig = AtkdLoss(teaching="atkd")
+    loss: LossConfig = AtkdLoss(kind="atkd")
     train: TrainConfig = TrainConfig()
     workers: WorkersConfig = WorkersConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -106,10 +106,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
         kinds = (self.teacher.model.kind, self.student.model.kind)
-        if self.teacher.model.kind == "scratch" and self.teacher.fit is None:
+        if self.teacher.model.kind == "scratch" and self.teacher.finetune is None:
             raise ValueError(
-                "teacher.model is scratch but teacher.fit is null: a teacher with random weights has nothing to teach; "
-                "add teacher.fit"
+                "teacher.model is scratch but teacher.finetune is null: a teacher with random weights has nothing to teach; "
+                "add teacher.finetune"
             )
         if kinds == ("scratch", "scratch") and self.tokenizer is None:
             raise ValueError("both models are scratch and tokenizer is null: add a tokenizer section, such as {vocab_size: 2048}")

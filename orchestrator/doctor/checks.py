@@ -173,7 +173,7 @@ def judge_teacher(found: Measurements, teacher_vocab: int) -> Finding:
     if found.teacher_loss < guessing:
         return Finding("teacher", "ok", numbers)
     advice = (
-        "a teacher worse than guessing teaches nothing: train it longer (teacher.fit), or check teacher.model, and data.format, "
-        "whose template it may not know"
+        "a teacher worse than guessing teaches nothing: train it longer (teacher.finetune), or check teacher.model, and "
+        "data.format, whose template it may not know"
     )
     return Finding("teacher", "FAILED", numbers, advice)

@@ -44,7 +44,7 @@ def doctor(config: RunConfig, say: Callable[[str], None]) -> int:
 
 
 def examine(config: RunConfig, say: Callable[[str], None] = print, engine_factory: EngineFactory = build_engine) -> list[Finding]:
-    """Live the life of a run as far as the fitted teacher, and examine the scores of a few rows.
+    """Live the life of a run as far as the fine-tuned teacher, and examine the scores of a few rows.
 
     The run's score stores are neither opened nor made; what is scored here is deleted.
 
@@ -59,14 +59,14 @@ def examine(config: RunConfig, say: Callable[[str], None] = print, engine_factor
             return [differing]
     with RunDir.open(config, say) as books:
         stages = life(config, books, overlap=False)
-        while next(stages) != "fit":  # the Ray that stages begin lives as long as they are not let go
+        while next(stages) != "finetune":  # the Ray that stages begin lives as long as they are not let go
             pass
-        findings = _examine_fitted(config, books, Models(config, books.path), engine_factory)
+        findings = _examine_finetuned(config, books, Models(config, books.path), engine_factory)
         books.event("examined", findings=[asdict(finding) for finding in findings])
         return findings
 
 
-def _examine_fitted(config: RunConfig, books: RunDir, models: Models, engine_factory: EngineFactory) -> list[Finding]:
+def _examine_finetuned(config: RunConfig, books: RunDir, models: Models, engine_factory: EngineFactory) -> list[Finding]:
     splits = [ExampleFile(books.path / "data" / f"{split}.arrow") for split in ("heldout", "train")]
     rows = [row for split in splits for row in spread_over_lengths(split, PROBE_ROWS // 2)]
     teacher_vocab, student_vocab = (vocab_size_of(models.ready(role)) for role in ROLES)

@@ -14,7 +14,7 @@ from actors.config.models import EngineConfig
 from actors.config.workers import WorkersConfig
 from actors.placement import Node, most_replicas, plural, replica_need, worker_need, workers_beside
 from orchestrator.cluster.ray_session import RayFailed, cluster_address, require_places, why_ray_failed
-from orchestrator.config.run import FitConfig, RunConfig
+from orchestrator.config.run import FinetuneConfig, RunConfig
 from orchestrator.planning.jobs import Estimator, trainings
 from orchestrator.planning.memory import Memory, forward_bytes, scoring_bytes, weights_bytes
 
@@ -109,8 +109,8 @@ def with_steady_workers(config: RunConfig) -> RunConfig:
     """Return the configuration with as many workers as are sure, where their number may change."""
     return config.model_copy(
         update={
-            "teacher": config.teacher.model_copy(update={"fit": _steady_fit(config.teacher.fit)}),
-            "student": config.student.model_copy(update={"fit": _steady_fit(config.student.fit)}),
+            "teacher": config.teacher.model_copy(update={"finetune": _steady_finetune(config.teacher.finetune)}),
+            "student": config.student.model_copy(update={"finetune": _steady_finetune(config.student.finetune)}),
             "workers": _steady(config.workers),
         }
     )
@@ -120,7 +120,7 @@ def _steady(workers: WorkersConfig) -> WorkersConfig:
     return workers.model_copy(update={"min": None, "max": None})
 
 
-def _steady_fit(fit: FitConfig | None) -> FitConfig | None:
+def _steady_finetune(fit: FinetuneConfig | None) -> FinetuneConfig | None:
     return fit and fit.model_copy(update={"workers": _steady(fit.workers)})
 
 
@@ -131,9 +131,9 @@ def judged_config(config: RunConfig, place: Place) -> RunConfig:
     return config.model_copy(
         update={
             "teacher": config.teacher.model_copy(
-                update={"engine": _anywhere(config.teacher.engine), "fit": _fit_anywhere(config.teacher.fit)}
+                update={"engine": _anywhere(config.teacher.engine), "finetune": _finetune_anywhere(config.teacher.finetune)}
             ),
-            "student": config.student.model_copy(update={"fit": _fit_anywhere(config.student.fit)}),
+            "student": config.student.model_copy(update={"finetune": _finetune_anywhere(config.student.finetune)}),
             "workers": _anywhere(config.workers),
         }
     )
@@ -143,7 +143,7 @@ def _anywhere(section: Placed) -> Placed:
     return section.model_copy(update={"labels": {}, "resources": {}})
 
 
-def _fit_anywhere(fit: FitConfig | None) -> FitConfig | None:
+def _finetune_anywhere(fit: FinetuneConfig | None) -> FinetuneConfig | None:
     return fit and fit.model_copy(update={"workers": _anywhere(fit.workers)})
 
 

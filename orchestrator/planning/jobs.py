@@ -11,7 +11,7 @@ from orchestrator.planning.memory import Memory, chunk_bytes, replica_memory, st
 from orchestrator.planning.shapes import ModelShape, Passes, Workload, adapted, meta_model, passes_of, shape_of
 from orchestrator.run.models import ROLES, Role
 
-Training = Literal["fit_teacher", "fit_student", "train"]
+Training = Literal["finetune_teacher", "finetune_student", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Job:
     workers: WorkersConfig
     """Who does it."""
     section: str
-    """Where the configuration speaks of its training: ``train``, ``teacher.fit.train``."""
+    """Where the configuration speaks of its training: ``train``, ``teacher.finetune.train``."""
     lora: LoraAdapter | None = None
     """Adapters, if only they learn."""
 
@@ -35,10 +35,26 @@ class Job:
 def trainings(config: RunConfig) -> list[Job]:
     """Return the trainings of a run, in their order."""
     jobs = []
-    if config.teacher.fit:
-        jobs.append(Job("fit_teacher", "teacher", config.teacher.fit.train, config.teacher.fit.workers, "teacher.fit.train"))
-    if config.student.fit:
-        jobs.append(Job("fit_student", "student", config.student.fit.train, config.student.fit.workers, "student.fit.train"))
+    if config.teacher.finetune:
+        jobs.append(
+            Job(
+                "finetune_teacher",
+                "teacher",
+                config.teacher.finetune.train,
+                config.teacher.finetune.workers,
+                "teacher.finetune.train",
+            )
+        )
+    if config.student.finetune:
+        jobs.append(
+            Job(
+                "finetune_student",
+                "student",
+                config.student.finetune.train,
+                config.student.finetune.workers,
+                "student.finetune.train",
+            )
+        )
     return [*jobs, Job("train", "student", config.train, config.workers, "train", config.student.lora)]
 
 

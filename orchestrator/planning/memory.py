@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from actors.config.models import EngineConfig, ScoresConfig, TrainConfig
 from actors.config.workers import WorkersConfig
 from actors.engines.transformers import MAX_LOGITS
-from losses.chunked import CACHED_NUMBERS, CHUNK_TARGETS, CHUNK_TARGETS_ELSEWHERE
+from losses.fused_linear import CACHED_NUMBERS, CHUNK_TARGETS, CHUNK_TARGETS_ELSEWHERE
 from orchestrator.planning.shapes import ModelShape, Passes
 
 FLOAT = 4
@@ -91,7 +91,7 @@ def training_memory(
 
 
 def chunk_bytes(shape: ModelShape, targets: int, precision: str, gpu: bool) -> int:
-    """Return what ``losses/chunked.py`` holds for one chunk of logits [n, V], the gradients of head and states aside.
+    """Return what ``losses/fused_linear.py`` holds for one chunk of logits [n, V], the gradients of head and states aside.
 
     The logits in the pass's type, and of the block whose loss is computed at once one more copy in float32; under autocast
     the block's logits in float32 too, the head in 16 bits, and a chunk's product for the head's gradient.

@@ -125,7 +125,7 @@ def _count_changes(config: RunConfig, place: Place) -> Iterator[list[str]]:
         yield [f"teacher.engine.replicas={fewer}"]
     if most >= replicas and beside[replicas]:
         yield [f"workers.count={min(workers, beside[replicas])}"]
-    fits = _fit_changes(config, place)
+    fits = _finetune_changes(config, place)
     yield fits
     yield [*fits, "scores.overlap=false"]
     halves = ([f"teacher.engine.replicas={min(most, replicas)}"] if most < replicas else []) + (
@@ -137,13 +137,13 @@ def _count_changes(config: RunConfig, place: Place) -> Iterator[list[str]]:
         yield [*fits, f"teacher.engine.replicas={both}", f"workers.count={max(1, beside[both])}"]
 
 
-def _fit_changes(config: RunConfig, place: Place) -> list[str]:
-    """Fewer workers for the fits that stand before scoring, where there are more than devices."""
+def _finetune_changes(config: RunConfig, place: Place) -> list[str]:
+    """Fewer workers for the fine-tunings that stand before scoring, where there are more than devices."""
     room = place.gpus
     return [
-        f"{role}.fit.workers.count={room}"
+        f"{role}.finetune.workers.count={room}"
         for role, side in (("teacher", config.teacher), ("student", config.student))
-        if side.fit and side.fit.workers.gpus and side.fit.workers.count > room > 0
+        if side.finetune and side.finetune.workers.gpus and side.finetune.workers.count > room > 0
     ]
 
 

@@ -83,8 +83,8 @@ class Plan:
     """Bytes of the stores."""
     rates: Rates
     """Of one replica and one worker."""
-    fit_seconds: dict[str, float]
-    """Of fitting teacher and student."""
+    finetune_seconds: dict[str, float]
+    """Of fine-tuning teacher and student."""
     pipeline: Pipeline
     """Rows, shards and steps, for the sweep."""
     pace: Pace
@@ -103,13 +103,13 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Of the whole run, without starting processes and evaluating."""
-        return sum(self.fit_seconds.values()) + self.pace.seconds
+        return sum(self.finetune_seconds.values()) + self.pace.seconds
 
     @property
     def search_seconds(self) -> float:
-        """Of a search: fits and scoring once, and all trials to the end, one after the other."""
+        """Of a search: fine-tuning and scoring once, and all trials to the end, one after the other."""
         training = self.pace.epoch_seconds * self.pipeline.epochs
-        return sum(self.fit_seconds.values()) + self.pace.scoring_seconds + self.trials * training
+        return sum(self.finetune_seconds.values()) + self.pace.scoring_seconds + self.trials * training
 
 
 def make_plan(config: RunConfig, asked: Asked, say: Say) -> Plan:
@@ -143,7 +143,7 @@ def make_plan(config: RunConfig, asked: Asked, say: Say) -> Plan:
         memory=memory,
         store=estimator.store(config),
         rates=rates,
-        fit_seconds=_fit_seconds(config, estimator, gpu_flops, rates.training / assumed.training),
+        finetune_seconds=_finetune_seconds(config, estimator, gpu_flops, rates.training / assumed.training),
         pipeline=pipe,
         pace=pace(pipe, settled_replicas(config, place, shards), config.workers.count),
         nearest_pace=_nearest_pace(nearest, place, estimator, rates, assumed, gpu_flops),
@@ -204,8 +204,10 @@ def _work(config: RunConfig, asked: Asked) -> Workload:
     return workload_of(config, asked.rows, asked.row_tokens, asked.row_targets)
 
 
-def _fit_seconds(config: RunConfig, estimator: Estimator, gpu_flops: float, measured_over_assumed: float) -> dict[str, float]:
-    """Return the seconds of each fit; where the student was measured, faster or slower by as much as it was."""
+def _finetune_seconds(
+    config: RunConfig, estimator: Estimator, gpu_flops: float, measured_over_assumed: float
+) -> dict[str, float]:
+    """Return the seconds of each fine-tuning; where the student was measured, faster or slower by as much as it was."""
     seconds: dict[str, float] = {}
     for job in trainings(config)[:-1]:
         rate = training_rate(

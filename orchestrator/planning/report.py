@@ -14,8 +14,8 @@ from orchestrator.planning.plan import SHOWN_REPLICAS, SHOWN_STUDENTS, Plan, sat
 from orchestrator.planning.throughput import Pace, pace
 
 JOBS = {
-    "scoring": "a replica of the teacher", "fit_teacher": "a worker that fits the teacher",
-    "fit_student": "a worker that fits the student", "train": "a worker that distils the student",
+    "scoring": "a replica of the teacher", "finetune_teacher": "a worker that fine-tunes the teacher",
+    "finetune_student": "a worker that fine-tunes the student", "train": "a worker that distils the student",
 }  # fmt: skip
 """Names of the jobs for people."""
 
@@ -45,7 +45,7 @@ def as_plain(made: Plan) -> dict[str, Any]:
         "store_bytes": dict(made.store),
         "tokens_per_second": {"replica": made.rates.scoring, "worker": made.rates.training, "source": made.rates.source},
         "seconds": {
-            **made.fit_seconds, "score": made.pace.scoring_seconds, "epoch": made.pace.epoch_seconds,
+            **made.finetune_seconds, "score": made.pace.scoring_seconds, "epoch": made.pace.epoch_seconds,
             "first_epoch": made.pace.first_epoch_seconds, "score_and_train": made.pace.seconds, "run": made.seconds,
             "search": made.search_seconds,
         },
@@ -95,7 +95,7 @@ def time_lines(made: Plan) -> list[str]:
     """Say how long each part takes, and who waits for whom."""
     paced, rates = made.pace, made.rates
     lines = [f"speed: a replica scores {rates.scoring:,.0f} tokens/s, a worker learns {rates.training:,.0f} ({rates.source})"]
-    lines += [f"{name.replace('_', ' the ')}: {duration(seconds)}" for name, seconds in made.fit_seconds.items()]
+    lines += [f"{name.replace('_', ' the ')}: {duration(seconds)}" for name, seconds in made.finetune_seconds.items()]
     waited = paced.first_epoch_seconds - paced.epoch_seconds * min(1.0, made.pipeline.epochs)
     return [
         *lines,

@@ -72,7 +72,7 @@ def arms_grid(search: Search, best_first: list[str]) -> Grid:
         name = f"{arm} (baseline)" if arm == search.plan.baseline else arm
         rows.append((name, str(summaries[search.plan.metric].count), *cells))
     columns = (Column("arm"), Column("seeds", True), *(Column(label_of(metric), True) for metric in by_metric))
-    note = "Mean ± standard deviation over completed seeds, on held-out rows. Training losses of teachings have different scales."
+    note = "Mean ± standard deviation over completed seeds, on held-out rows. Training losses of different kinds differ in scale."
     return Grid(columns, tuple(rows), (note,))
 
 

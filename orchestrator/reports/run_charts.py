@@ -20,7 +20,11 @@ from orchestrator.reports.svg import Curve, histogram_chart, line_chart
 UNCERTAINTY_BINS = 30
 MOST_TARGETS = 2_000_000  # of a large store, a part spread evenly over it is counted
 
-TRAININGS = {"fit_teacher": "fitting the teacher", "fit_student": "fitting the student", "train": "distillation"}
+TRAININGS = {
+    "finetune_teacher": "fine-tuning the teacher",
+    "finetune_student": "fine-tuning the student",
+    "train": "distillation",
+}
 """Metrics files by name, and what each is about."""
 
 FIELDS = {"loss": ("Loss", "loss (nats)"), "learning_rate": ("Learning rate", "learning rate")}

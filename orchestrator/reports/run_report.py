@@ -126,15 +126,15 @@ def teacher_charts(run_path: Path, uncertainties: Uncertainties | None) -> list[
 
 
 def subtitle(config: Mapping[str, Any]) -> str:
-    """Return the run in a few words: its teaching, teacher and student."""
+    """Return the run in a few words: its loss, teacher and student."""
     names = []
     for role in ("teacher", "student"):
         model = config[role]["model"]
         shape = f"{model.get('layers')} layers of width {model.get('hidden_size')}"
         names.append(model["name"] if model["kind"] == "pretrained" else shape)
     divergence = config["loss"].get("divergence", {}).get("kind", "forward_kl")
-    teaching = config["loss"]["teaching"] + ("" if divergence == "forward_kl" else f", {divergence}")
-    return f"{teaching} · teacher {names[0]} · student {names[1]}"
+    loss = config["loss"]["kind"] + ("" if divergence == "forward_kl" else f", {divergence}")
+    return f"{loss} · teacher {names[0]} · student {names[1]}"
 
 
 def answer_groups(run_path: Path) -> list[AnswerGroup]:

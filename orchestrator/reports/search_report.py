@@ -1,7 +1,7 @@
 """The report of a search or a comparison: one page that needs nothing but itself, and that a person can decide by.
 
 It is made from ``ledger.jsonl`` and, where they are there, ``cost.json`` and the configuration and events of the run above it.
-Only what was measured on the held-out rows is shown: teachings have training losses of different scales.
+Only what was measured on the held-out rows is shown: kinds of loss differ in scale.
 """
 
 import json
@@ -140,7 +140,7 @@ def read_cost(path: Path) -> Cost:
         said = json.loads(path.read_text(encoding="utf-8"))
         return Cost(**{name: None if said.get(name) is None else float(said[name]) for name in Cost.__slots__})
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no object of numbers, such as {{\"dataset_tokens\": 812000}}: {error}") from None
+        raise ValueError(f'{path} holds no object of numbers, such as {{"dataset_tokens": 812000}}: {error}') from None
 
 
 def written_time(seconds: float | None) -> str:

@@ -97,8 +97,8 @@ def model_card(
             "---",
             f"# {config.name}",
             "",
-            f"A causal language model{_begun_from(config.student.model)}, trained by run `{config.name}` with the teaching "
-            f"`{config.loss.teaching}`" + (f" from the teacher {_described(config.teacher.model)}." if score_identity else "."),
+            f"A causal language model{_begun_from(config.student.model)}, trained by run `{config.name}` with the loss "
+            f"`{config.loss.kind}`" + (f" from the teacher {_described(config.teacher.model)}." if score_identity else "."),
             "It was made with [adaptive teaching](https://arxiv.org/abs/2402.11890) software, which also wrote this card.",
             "",
             "No licence is stated here: it depends on those of teacher, student and data. Add `license` above before publishing.",
@@ -128,7 +128,7 @@ def front_matter(config: RunConfig) -> dict[str, Any]:
     matter: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["knowledge-distillation", config.loss.teaching],
+        "tags": ["knowledge-distillation", config.loss.kind],
     }
     model = config.student.model
     if model.kind == "pretrained" and not _is_place(model.name) and not Path(model.name).is_dir():
@@ -154,9 +154,7 @@ def check_export(
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds LoRA adapters, not a whole model; merge them before export")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, use_safetensors=True, dtype="auto"
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, use_safetensors=True, dtype="auto")
     found_dtype, found_ends = str(model.dtype).removeprefix("torch."), model.generation_config.eos_token_id
     if dtype is not None and found_dtype != dtype:
         raise ValueError(f"the model in {folder} is stored in {found_dtype}, and {dtype} was asked for (export.dtype)")

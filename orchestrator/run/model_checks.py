@@ -111,7 +111,7 @@ def row_faults(config: RunConfig, role: Role, settings: PreTrainedConfig, rows: 
         if served is not None and rows.longest > served - by_vllm:
             generates = ", one of which vLLM keeps for a token that it generates" if by_vllm else ""
             faults.append((served - by_vllm, f"the longest row has {rows.longest} tokens, {known} {served} positions{generates}"))
-    trained = role == "student" or config.teacher.fit is not None
+    trained = role == "student" or config.teacher.finetune is not None
     if window is not None and trained and rows.longest > window and not faults:
         faults.append((window, f"the longest row has {rows.longest} tokens, {known} {window} positions"))
     return faults
@@ -196,8 +196,8 @@ def _require_attention(config: RunConfig, models: Models, role: Role, settings: 
         computed_in["train.precision"] = config.train.precision
     elif config.teacher.engine.kind == "transformers":
         computed_in["teacher.engine.dtype"] = config.teacher.engine.dtype
-    if (fit := models.side(role).fit) is not None:
-        computed_in[f"{role}.fit.train.precision"] = fit.train.precision
+    if (fit := models.side(role).finetune) is not None:
+        computed_in[f"{role}.finetune.train.precision"] = fit.train.precision
     trainings = ([config.workers] if role == "student" else []) + ([fit.workers] if fit is not None else [])
     require_attention(
         settings, source.attention, f"{role}.model.attention", computed_in, source.trust_remote_code,

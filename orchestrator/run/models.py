@@ -1,4 +1,4 @@
-"""Which model stands where in a run: as it begins, fitted, and distilled."""
+"""Which model stands where in a run: as it begins, fine-tuned, and distilled."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -88,14 +88,14 @@ class Models:
             return self.config.export.dtype
         return "float32" if self.config.student.model.kind == "scratch" else stored_dtype(self.begun("student"))
 
-    def fitted_folder(self, role: Role) -> Path:
-        """Return the folder into which a role's model is fitted."""
-        return self._folder / f"{role}_fitted"
+    def finetuned_folder(self, role: Role) -> Path:
+        """Return the folder into which a role's model is fine-tuned."""
+        return self._folder / f"{role}_finetuned"
 
     def ready(self, role: Role) -> ModelSource:
         """Return the teacher that scores, or the student as it is before distillation."""
         begun = self.begun(role)
-        return replace(begun, name=str(self.fitted_folder(role)), revision=None) if self.side(role).fit else begun
+        return replace(begun, name=str(self.finetuned_folder(role)), revision=None) if self.side(role).finetune else begun
 
     def distilled(self) -> ModelSource:
         """Return the student as it is after distillation."""

@@ -15,9 +15,9 @@ from orchestrator.run.models import ROLES, Models
 from orchestrator.run.results_table import print_table, read_table
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
-from orchestrator.run.stages import fit, prepare, require_same_source, train
+from orchestrator.run.stages import finetune, prepare, require_same_source, train
 
-STAGES = ("prepare", "fit", "score", "train", "evaluate", "export", "report")
+STAGES = ("prepare", "finetune", "score", "train", "evaluate", "export", "report")
 
 
 def run(config: RunConfig, until: str = "report", say: Callable[[str], None] = print) -> Path:
@@ -40,9 +40,9 @@ def life(config: RunConfig, books: RunDir, overlap: bool) -> Iterator[str]:
     with nullcontext() if books.result("evaluate") else ray_for(config):
         note_cluster(books)
         for role in ROLES:
-            if models.side(role).fit is not None:
-                books.stage(f"fit_{role}", partial(fit, role, config, books, models))
-        yield "fit"
+            if models.side(role).finetune is not None:
+                books.stage(f"finetune_{role}", partial(finetune, role, config, books, models))
+        yield "finetune"
 
         scoring = ScoringStage(config, books, models)
         if not overlap:

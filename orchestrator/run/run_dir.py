@@ -42,9 +42,9 @@ TRAIN_MAY_CHANGE = (
     "micro_batch_rows", "gradient_checkpointing", "compile", "checkpoint_every_steps", "keep_checkpoints", "max_failures"
 )  # fmt: skip
 MAY_CHANGE = (
-    "workers", "teacher.fit.workers", "student.fit.workers", "tune", "compare", "tracking",
+    "workers", "teacher.finetune.workers", "student.finetune.workers", "tune", "compare", "tracking",
     *(f"teacher.engine.{key}" for key in ENGINE_MAY_CHANGE),
-    *(f"{section}.{key}" for section in ("train", "teacher.fit.train", "student.fit.train") for key in TRAIN_MAY_CHANGE),
+    *(f"{role}train.{key}" for role in ("", "teacher.finetune.", "student.finetune.") for key in TRAIN_MAY_CHANGE),
     "scores.overlap", "scores.wait_seconds", "scores.compare_rows", "evaluate.batch_rows", "evaluate.cpus", "evaluate.gpus",
 )  # fmt: skip
 """Keys and sections that may change between two starts of a run: they say who does the work and in what pieces, which trials are

@@ -70,16 +70,16 @@ def require_same_source(config: RunConfig, prepared: Facts) -> None:
             )
 
 
-def fit(role: Role, config: RunConfig, books: RunDir, models: Models) -> Facts:
+def finetune(role: Role, config: RunConfig, books: RunDir, models: Models) -> Facts:
     """Train a role's model on the data itself, as the paper's teachers are."""
-    fitting = models.side(role).fit
+    fitting = models.side(role).finetune
     assert fitting is not None
     task = TrainingTask(
-        name=f"fit_{role}",
+        name=f"finetune_{role}",
         model=models.begun(role),
         tokenizer=str(models.tokenizer_folder),
         lora=None,
-        loss=HardLabelLoss(teaching="hard_label"),
+        loss=HardLabelLoss(kind="hard_label"),
         train=fitting.train,
         examples=str(books.path / "data" / "train.arrow"),
         store=None,
@@ -88,7 +88,7 @@ def fit(role: Role, config: RunConfig, books: RunDir, models: Models) -> Facts:
         seed=config.seed,
         threads=int(max(1, fitting.workers.cpus)),
         metrics=str(books.path / "metrics"),
-        output=str(models.fitted_folder(role)),
+        output=str(models.finetuned_folder(role)),
         run=config.name,
         tracking=config.tracking,
     )

@@ -83,7 +83,7 @@ def _remedy(task: TrainingTask, cause: BaseException) -> str:
     """Say what would do where a GPU's memory was too small; nothing of other errors."""
     if not isinstance(cause, torch.OutOfMemoryError):
         return ""
-    section = f"{task.name.removeprefix('fit_')}.fit.train" if task.name.startswith("fit_") else "train"
+    section = f"{task.name.removeprefix('finetune_')}.finetune.train" if task.name.startswith("finetune_") else "train"
     rows, by_pass = task.train.micro_batch_rows, isinstance(task.loss, AtkdLoss) and task.loss.scope == "microbatch"
     smaller = [f"{section}.micro_batch_rows={rows // 2}"] if rows > 1 and not by_pass else []
     again = [f"{section}.gradient_checkpointing=true"] if not task.train.gradient_checkpointing else []

@@ -9,12 +9,12 @@ from orchestrator.config.run import RunConfig
 def loss_of(arm: str, config: RunConfig) -> dict[str, Any]:
     """Return the section ``loss`` of an arm; those of ATKD take their knobs from the configuration, if its loss is ATKD."""
     loss = dict(ARMS[arm])
-    if loss["teaching"] == "atkd" and config.loss.teaching == "atkd":
+    if loss["kind"] == "atkd" and config.loss.kind == "atkd":
         return {**config.loss.model_dump(mode="json"), "scope": _scope(loss, config), **loss}
     return loss
 
 
 def _scope(loss: dict[str, Any], config: RunConfig) -> str:
     """Return the configuration's scope, or the one in which a control's other split can be drawn."""
-    assert config.loss.teaching == "atkd"
+    assert config.loss.kind == "atkd"
     return "batch" if loss["split"] != "uncertainty" and config.loss.scope == "microbatch" else config.loss.scope

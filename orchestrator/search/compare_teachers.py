@@ -37,8 +37,8 @@ def compare_teachers(config: RunConfig, say: Callable[[str], None] = print) -> P
             run(its_config, "prepare", _told_of(teacher, say))
             require_same_ground(by_teacher[first], its_config, first, teacher)
         for teacher, its_config in by_teacher.items():
-            if teacher != first and its_config.student.fit is not None:
-                share_fitted_student(by_teacher[first], its_config, first)
+            if teacher != first and its_config.student.finetune is not None:
+                share_finetuned_student(by_teacher[first], its_config, first)
             compare(its_config, _told_of(teacher, say))
         taught = [taught_by(teacher, its_config) for teacher, its_config in by_teacher.items()]
         say(f"report: {write_teachers_report(config.name, taught, folder)}")
@@ -96,18 +96,18 @@ def rows_of(config: RunConfig) -> list[str]:
     return [ExampleFile(config.run_dir / "data" / f"{split}.arrow").hash for split in ("train", "heldout")]
 
 
-def share_fitted_student(first: RunConfig, other: RunConfig, first_name: str) -> None:
-    """Give a run the student that was fitted under the first teacher: it is the same, and need not be fitted again."""
-    theirs, ours = (Models(one, one.run_dir).fitted_folder("student") for one in (first, other))
+def share_finetuned_student(first: RunConfig, other: RunConfig, first_name: str) -> None:
+    """Give a run the student that was fine-tuned under the first teacher: it is the same, and need not be fine-tuned again."""
+    theirs, ours = (Models(one, one.run_dir).finetuned_folder("student") for one in (first, other))
     with RunDir.open(other, say=lambda line: None) as books:
-        if books.result("fit_student") is not None:
+        if books.result("finetune_student") is not None:
             return
         copying = ours.with_name(f"{ours.name}.tmp")
         for folder in (copying, ours):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(theirs, copying)
         copying.rename(ours)
-        books.finish("fit_student", {"copied_from": first_name, "seconds": 0.0})
+        books.finish("finetune_student", {"copied_from": first_name, "seconds": 0.0})
 
 
 def taught_by(teacher: str, config: RunConfig) -> TaughtBy:

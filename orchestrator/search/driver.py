@@ -49,7 +49,7 @@ def prepare_ground(config: RunConfig, books: RunDir) -> Ground:
     Raises:
         ValueError: if the run was scored before for a loss that needs no teacher.
     """
-    taught = config if needs_teacher(config.loss) else config.model_copy(update={"loss": AtkdLoss(teaching="atkd")})
+    taught = config if needs_teacher(config.loss) else config.model_copy(update={"loss": AtkdLoss(kind="atkd")})
     for finished in life(taught, books, overlap=False):
         if finished == "score":
             break

@@ -15,6 +15,7 @@ Measured = dict[str, float | None]
 Decision = Literal["continue", "stop"]
 Ending = Literal["completed", "stopped", "failed"]
 
+
 class Line(BaseModel):
     """A line of the file; fields that a later version adds are passed over."""
 
@@ -36,8 +37,8 @@ class SearchPlan(Line):
     """Name of the run it belongs to."""
 
     metric: str
-    """What trials are compared by, measured on the held-out rows. Never a training loss: teachings have losses of different
-    scales."""
+    """What trials are compared by, measured on the held-out rows. Never a training loss: kinds of loss differ in
+    scale."""
 
     mode: Literal["min", "max"]
     """Whether the least or the largest is the best."""

@@ -35,7 +35,7 @@ from tests.worlds import VOCAB, random_examples
 
 WINDOW = 16
 LONGEST = 56  # tokens of a row: well beyond the window
-HARD_LABEL = HardLabelLoss(teaching="hard_label")
+HARD_LABEL = HardLabelLoss(kind="hard_label")
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 128, "initializer_range": 0.2,

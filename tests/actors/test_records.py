@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import losses.support
+import losses.topk_teacher
 from actors.records import (
     NO_TOKEN,
     Example,
@@ -18,7 +18,7 @@ from actors.records import (
     truncate_scores,
     uncertainty,
 )
-from losses.support import TeacherSupport
+from losses.topk_teacher import TopkTeacher
 from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples, fake_logprobs
 
 
@@ -129,13 +129,13 @@ def test_the_shortest_run_that_holds_the_share_is_kept_as_the_losses_have_it(sha
             assert ids.tolist() == scores.topk_ids[row, :length].tolist() + [NO_TOKEN] * (12 - length)
             assert np.isneginf(logprobs[length:]).all()
             assert math.exp(kept.tail_logmass[row]) == pytest.approx(off_target[row] - held, abs=1e-6)
-        support = TeacherSupport(
+        support = TopkTeacher(
             torch.from_numpy(scores.target_logprob), torch.from_numpy(scores.topk_ids).long(),
             torch.from_numpy(scores.topk_logprobs), torch.from_numpy(scores.tail_logmass),
         ).keep_mass(share)  # fmt: skip
         np.testing.assert_array_equal(kept.topk_ids, support.topk_ids)
         np.testing.assert_allclose(kept.tail_logmass, support.tail_logmass, atol=1e-5)
-    assert NO_TOKEN == losses.support.NO_TOKEN
+    assert NO_TOKEN == losses.topk_teacher.NO_TOKEN
 
 
 def test_scores_that_keep_a_share_are_truncated_as_all_scores_are() -> None:

@@ -23,8 +23,8 @@ from tests.recovery import Record, record_recovery
 TINY = [
     "tokenizer.vocab_size=400", "data.source.rows=160", "data.heldout_rows=16", "data.max_tokens=96", "scores.top_k=16",
     "scores.rows_per_shard=32", "teacher.model.hidden_size=64", "teacher.model.layers=1", "teacher.model.heads=2",
-    "teacher.fit.train.epochs=1", "teacher.fit.workers.cpus=1", "student.model.hidden_size=32", "student.model.heads=2",
-    "student.model.layers=1", "student.fit=null", "train.epochs=12", "train.batch_rows=16", "train.checkpoint_every_steps=4",
+    "teacher.finetune.train.epochs=1", "teacher.finetune.workers.cpus=1", "student.model.hidden_size=32", "student.model.heads=2",
+    "student.model.layers=1", "student.finetune=null", "train.epochs=12", "train.batch_rows=16", "train.checkpoint_every_steps=4",
     "evaluate.generate_rows=8", "evaluate.max_new_tokens=8", "evaluate.cpus=1",
 ]  # fmt: skip
 
@@ -67,7 +67,7 @@ def undisturbed(output: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_run_goes_from_rows_to_a_report_and_says_so(undisturbed: subprocess.CompletedProcess[str], output: Path) -> None:
     assert undisturbed.returncode == 0, undisturbed.stderr
-    for line in ("prepare: done in", "fit_teacher: done in", "score: train complete", "train: done in", "evaluate: done in"):
+    for line in ("prepare: done in", "finetune_teacher: done in", "score: train complete", "train: done in", "evaluate: done in"):
         assert line in undisturbed.stdout
     for row in ("held-out loss", "top-1 agreement with teacher", "exact match of answers", "parameters"):
         assert row in undisturbed.stdout
@@ -77,9 +77,7 @@ def test_a_run_goes_from_rows_to_a_report_and_says_so(undisturbed: subprocess.Co
     assert (run / "report.html").stat().st_size > 20_000
 
 
-def test_no_file_of_a_run_holds_a_secret_of_its_environment(
-    undisturbed: subprocess.CompletedProcess[str], output: Path
-) -> None:
+def test_no_file_of_a_run_holds_a_secret_of_its_environment(undisturbed: subprocess.CompletedProcess[str], output: Path) -> None:
     files = [path for path in output.rglob("*") if path.is_file()]
     assert {"report.html", "events.jsonl", "config.yaml", "train.jsonl", "README.md"} <= {path.name for path in files}
     for secret in SECRETS.values():
@@ -113,7 +111,7 @@ def test_the_exported_student_is_an_ordinary_folder(undisturbed: subprocess.Comp
 def test_the_same_command_again_does_nothing_twice(undisturbed: subprocess.CompletedProcess[str], output: Path) -> None:
     again = finish(output, "name=undisturbed")
     assert again.returncode == 0, again.stderr
-    for stage in ("prepare", "fit_teacher", "train", "evaluate", "export"):
+    for stage in ("prepare", "finetune_teacher", "train", "evaluate", "export"):
         assert f"{stage}: done before" in again.stdout
     assert "held-out loss" in again.stdout
 
@@ -158,10 +156,8 @@ def test_a_run_killed_in_training_ends_with_the_weights_of_the_one_that_was_not(
     record_recovery(record_property, time.monotonic() - started)
     said, errors = again.communicate(timeout=600)
     assert again.returncode == 0, errors
-    assert "fit_teacher: done before" in said and "train: done before" not in said
-    ours, theirs = (
-        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (run / "student", before_training)
-    )
+    assert "finetune_teacher: done before" in said and "train: done before" not in said
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (run / "student", before_training))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [step["step"] for step in read_metrics(metrics)] == list(range(1, 109))
 
@@ -215,5 +211,5 @@ def test_a_flipped_byte_in_the_store_stops_a_run_before_it_trains(
     shutil.rmtree(run / "student")
     hurt = finish(output, "name=undisturbed")
     assert hurt.returncode == 2
-    assert "fit_teacher: done before" in hurt.stdout
+    assert "finetune_teacher: done before" in hurt.stdout
     assert "shard-00001.arrow is damaged" in hurt.stderr and "delete shard-00001.json" in hurt.stderr

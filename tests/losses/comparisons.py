@@ -7,12 +7,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from losses.config import Tail
-from losses.dense import DenseTeacher, Teacher
 from losses.divergence_config import Divergence
 from losses.loss_state import LossState
-from losses.reading import read_both
 from losses.registry import DIVERGENCES
-from losses.support import TeacherSupport
+from losses.teachers import DenseTeacher, Teacher, predictions
+from losses.topk_teacher import TopkTeacher
 from tests.reference import divergences, formulas
 
 CONFIG: TypeAdapter[Divergence] = TypeAdapter(Divergence)
@@ -40,7 +39,7 @@ class Case:
 
     def values(self, teacher: Teacher, student: Tensor, targets: Tensor, tail: Tail = "bucket") -> Tensor:
         """What each target costs, [N], from student logits [N, V]."""
-        sides = read_both(teacher, student, targets, tail)
+        sides = predictions(teacher, student, targets, tail)
         return DIVERGENCES[self.kind](*sides, self.config, self.state).whole
 
     def reference(
@@ -83,7 +82,7 @@ ONE_OF_EACH = [next(case for case in CASES if case.kind == kind) for kind in DIV
 
 def teacher_of(logits: Tensor, targets: Tensor, top_k: int | None) -> Teacher:
     """A truncated teacher, or with no ``top_k`` a dense one."""
-    return DenseTeacher(logits, targets) if top_k is None else TeacherSupport.from_logits(logits, targets, top_k)
+    return DenseTeacher(logits, targets) if top_k is None else TopkTeacher.from_logits(logits, targets, top_k)
 
 
 def random_tokens(count: int, vocab_size: int, spread: float = 2.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,8 +18,8 @@ from losses.config import (
     TargetOnlyLoss,
 )
 from losses.distillation import LossSums, distillation_loss
-from losses.support import TeacherSupport
-from losses.teaching import TokenWeights, split_easy, token_weights
+from losses.token_weights import TokenWeights, split_easy, token_weights
+from losses.topk_teacher import TopkTeacher
 from tests.reference import formulas
 
 CLASSES: dict[str, type] = {
@@ -31,33 +31,33 @@ CLASSES: dict[str, type] = {
 }
 
 
-def loss_of(teaching: str, **settings: Any) -> LossConfig:
-    loss: LossConfig = CLASSES[teaching](teaching=teaching, **settings)
+def loss_of(kind: str, **settings: Any) -> LossConfig:
+    loss: LossConfig = CLASSES[kind](kind=kind, **settings)
     return loss
 
 
-def step(count: int = 9, vocab_size: int = 14, top_k: int | None = None) -> tuple[Tensor, Tensor, Tensor, TeacherSupport]:
+def step(count: int = 9, vocab_size: int = 14, top_k: int | None = None) -> tuple[Tensor, Tensor, Tensor, TopkTeacher]:
     """Teacher logits, student logits (a leaf), targets, support; in float64."""
     generator = torch.Generator().manual_seed(7)
     teacher, student = 2 * torch.randn(2, count, vocab_size, generator=generator, dtype=torch.float64)
     targets = torch.randint(vocab_size, (count,), generator=generator)
-    return teacher, student.requires_grad_(), targets, TeacherSupport.from_logits(teacher, targets, top_k)
+    return teacher, student.requires_grad_(), targets, TopkTeacher.from_logits(teacher, targets, top_k)
 
 
-def weights_of(teacher: TeacherSupport, loss: LossConfig) -> TokenWeights:
+def weights_of(teacher: TopkTeacher, loss: LossConfig) -> TokenWeights:
     easy = split_easy(teacher.uncertainty, loss, seed=0) if isinstance(loss, AtkdLoss) else None
     return token_weights(teacher.uncertainty, loss, easy)
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
 @pytest.mark.parametrize("direction", ["forward_kl", "reverse_kl"])
-@pytest.mark.parametrize("teaching", list(CLASSES))
-def test_a_step_token_by_token(teaching: str, direction: str, top_k: int | None) -> None:
+@pytest.mark.parametrize("kind", list(CLASSES))
+def test_a_step_token_by_token(kind: str, direction: str, top_k: int | None) -> None:
     logits, student, targets, teacher = step(top_k=top_k)
-    loss = loss_of(teaching, divergence=direction, cross_entropy_weight=0.3)
+    loss = loss_of(kind, divergence=direction, cross_entropy_weight=0.3)
     tokens = list(zip(logits.tolist(), student.tolist(), targets.tolist(), strict=True))
     easy = formulas.easy_tokens([formulas.uncertainty(p, g) for p, _, g in tokens], 0.5)
-    expected = formulas.step_loss(tokens, teaching, direction, easy, cross_entropy_weight=0.3, top_k=top_k)
+    expected = formulas.step_loss(tokens, kind, direction, easy, cross_entropy_weight=0.3, top_k=top_k)
     sums = distillation_loss(student, targets, teacher, weights_of(teacher, loss), loss)
     assert sums.loss.item() == pytest.approx(expected, rel=1e-9)
 
@@ -90,17 +90,17 @@ def test_coupled_and_dense_is_the_plain_divergence(direction: str) -> None:
 
 
 @pytest.mark.parametrize("direction", ["forward_kl", "reverse_kl"])
-@pytest.mark.parametrize("teaching", ["coupled", "atkd"])
-def test_gradients_by_finite_differences(teaching: str, direction: str) -> None:
+@pytest.mark.parametrize("kind", ["coupled", "atkd"])
+def test_gradients_by_finite_differences(kind: str, direction: str) -> None:
     _, student, targets, teacher = step(count=4, vocab_size=7, top_k=3)
-    loss = loss_of(teaching, divergence=direction, cross_entropy_weight=0.5)
+    loss = loss_of(kind, divergence=direction, cross_entropy_weight=0.5)
     weights = weights_of(teacher, loss)
     assert torch.autograd.gradcheck(lambda logits: distillation_loss(logits, targets, teacher, weights, loss).loss, student)
 
 
 def test_hard_labels_need_no_teacher() -> None:
     _, student, targets, _ = step()
-    loss = HardLabelLoss(teaching="hard_label")
+    loss = HardLabelLoss(kind="hard_label")
     sums = distillation_loss(student, targets, None, token_weights(torch.zeros(9), loss), loss)
     expected = torch.nn.functional.cross_entropy(student, targets)
     torch.testing.assert_close(sums.loss, expected, rtol=1e-6, atol=0)
@@ -109,9 +109,7 @@ def test_hard_labels_need_no_teacher() -> None:
 
 
 @pytest.mark.parametrize("cuts", [[9], [1, 8], [3, 3, 3], [0, 4, 0, 5], [1] * 9])
-@pytest.mark.parametrize(
-    "settings", [{"teaching": "coupled"}, {"teaching": "coupled", "divergence": "reverse_kl"}, {"teaching": "atkd"}]
-)
+@pytest.mark.parametrize("settings", [{"kind": "coupled"}, {"kind": "coupled", "divergence": "reverse_kl"}, {"kind": "atkd"}])
 def test_a_step_may_be_cut_into_any_micro_batches(settings: dict[str, Any], cuts: list[int]) -> None:
     _, student, targets, teacher = step(top_k=5)
     loss = loss_of(**settings, cross_entropy_weight=0.1)
@@ -132,7 +130,7 @@ def test_a_step_may_be_cut_into_any_micro_batches(settings: dict[str, Any], cuts
 
 def test_sums_for_reports_are_of_each_group_and_carry_no_gradient() -> None:
     logits, student, targets, teacher = step()
-    loss = AtkdLoss(teaching="atkd", easy_ratio=0.3)
+    loss = AtkdLoss(kind="atkd", easy_ratio=0.3)
     weights = weights_of(teacher, loss)
     sums = distillation_loss(student, targets, teacher, weights, loss)
     terms = [
@@ -155,14 +153,14 @@ def test_means_are_over_the_tokens_each_term_speaks_of() -> None:
         easy_loss=0.125, cross_entropy=4.0, targets=4.0, easy=1.0,
     )  # fmt: skip
     sums = LossSums(**{name: torch.tensor(value) for name, value in values.items()})
-    atkd, jensen = AtkdLoss(teaching="atkd"), loss_of("coupled", divergence="jensen_shannon")
+    atkd, jensen = AtkdLoss(kind="atkd"), loss_of("coupled", divergence="jensen_shannon")
     assert sums.means(atkd) == {
         "cross_entropy": 1.0, "targets": 4.0, "divergence": 5.0, "target_term": 2.0, "diversity_term": 3.0,
         "easy_share": 0.25, "easy_diversity": 2.0, "hard_target": 1.0, "hard_diversity": 3.0, "easy_loss": 0.125,
     }  # fmt: skip
     assert sums.means(loss_of("coupled")).keys() == {"cross_entropy", "targets", "divergence", "target_term", "diversity_term"}
     assert sums.means(jensen) == {"cross_entropy": 1.0, "targets": 4.0, "divergence": 5.0}, "it has no two terms"
-    assert sums.means(HardLabelLoss(teaching="hard_label")) == {"cross_entropy": 1.0, "targets": 4.0}
+    assert sums.means(HardLabelLoss(kind="hard_label")) == {"cross_entropy": 1.0, "targets": 4.0}
     assert set(LossSums.zero("cpu").means(atkd).values()) == {0.0}
     assert (sums + LossSums.zero("cpu")).means(atkd) == sums.means(atkd) == LossSums(*sums.detach().tensors()).means(atkd)
 
@@ -174,11 +172,11 @@ def test_weightless_tokens_give_zero_loss_and_gradient() -> None:
     assert sums.loss.item() == 0 and student.grad is not None and not student.grad.any()
 
 
-@pytest.mark.parametrize("teaching", list(CLASSES))
+@pytest.mark.parametrize("kind", list(CLASSES))
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_few_or_no_tokens_give_a_finite_loss_and_gradient(count: int, teaching: str) -> None:
+def test_few_or_no_tokens_give_a_finite_loss_and_gradient(count: int, kind: str) -> None:
     _, student, targets, teacher = step(count=count)
-    loss = loss_of(teaching)
+    loss = loss_of(kind)
     sums = distillation_loss(student, targets, teacher, weights_of(teacher, loss), loss)
     sums.loss.backward()
     assert math.isfinite(sums.loss.item()) and (count > 0 or sums.loss.item() == 0)
@@ -199,5 +197,5 @@ def test_arguments_that_do_not_belong_together() -> None:
         distillation_loss(student, targets, teacher, weights.select(slice(4)), loss)
     with pytest.raises(ValueError, match="teacher has 4 rows, but there are 9 targets"):
         distillation_loss(student, targets, teacher.select(slice(4)), weights, loss)
-    with pytest.raises(ValueError, match="teacher is None, but teaching decoupled needs one; only hard_label does without"):
+    with pytest.raises(ValueError, match="teacher is None, but loss.kind decoupled needs one; only hard_label does without"):
         distillation_loss(student, targets, None, weights, loss)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from losses.config import Tail
-from losses.dense import DenseTeacher
-from losses.support import TeacherSupport
+from losses.teachers import DenseTeacher
+from losses.topk_teacher import TopkTeacher
 from tests.losses.comparisons import CASES, Case, random_tokens, teacher_of
 
 Tokens = tuple[Tensor, Tensor, Tensor]
@@ -163,7 +163,7 @@ def test_never_negative(drawn: Tokens, top_k: int | None, tail: Tail) -> None:
 @given(tokens(), st.integers(1, 8))
 def test_a_tail_bucket_is_never_above_the_dense_value(drawn: Tokens, top_k: int) -> None:
     teacher, student, targets = drawn
-    truncated = TeacherSupport.from_logits(teacher, targets, min(top_k, teacher.shape[1] - 1))
+    truncated = TopkTeacher.from_logits(teacher, targets, min(top_k, teacher.shape[1] - 1))
     for case in CASES:
         if case.kind in MERGING_NEVER_RAISES:
             whole = dense(case, teacher, student, targets)
@@ -175,7 +175,7 @@ def test_a_tail_bucket_is_never_above_the_dense_value(drawn: Tokens, top_k: int)
 def test_keeping_every_token_is_dense(drawn: Tokens, by_number: bool, tail: Tail) -> None:
     teacher, student, targets = drawn
     teacher = without_ties(teacher)
-    everything = TeacherSupport.from_logits(teacher, targets, teacher.shape[1] - 1 if by_number else None)
+    everything = TopkTeacher.from_logits(teacher, targets, teacher.shape[1] - 1 if by_number else None)
     for case in CASES:
         ours, expected = case.values(everything, student, targets, tail), dense(case, teacher, student, targets)
         assert_same(case, ours, expected, rtol=1e-9, atol=1e-10)

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from losses.config import CoupledLoss, Tail
-from losses.dense import DenseTeacher
 from losses.distillation import distillation_loss
 from losses.divergence_config import SPLIT_DIVERGENCES
 from losses.registry import DIVERGENCES
-from losses.support import TeacherSupport
-from losses.teaching import token_weights
+from losses.teachers import DenseTeacher
+from losses.token_weights import token_weights
+from losses.topk_teacher import TopkTeacher
 from tests.losses.comparisons import CASES, ONE_OF_EACH, Case, random_tokens, teacher_of
 from tests.reference import divergences
 
@@ -59,7 +59,7 @@ def test_rounded_logits_are_computed_in_float32(case: Case, top_k: int | None, d
 @every_case
 def test_a_coupled_step_is_the_mean_of_its_tokens(case: Case, top_k: int | None) -> None:
     teacher, student, targets = random_tokens(count=9, vocab_size=14, seed=2)
-    loss = CoupledLoss(teaching="coupled", divergence=case.config)
+    loss = CoupledLoss(kind="coupled", divergence=case.config)
     support = teacher_of(teacher, targets, top_k)
     sums = distillation_loss(student, targets, support, token_weights(support.uncertainty, loss), loss, case.state)
     expected = sum(case.reference(teacher, student, targets, top_k))
@@ -92,7 +92,7 @@ def both_sides(teacher: Tensor, student: Tensor, targets: Tensor, top_k: int | N
     """Log-probabilities [N, C] of both sides, and how many of the classes are single tokens."""
     if top_k is None:
         return teacher.log_softmax(1), student.log_softmax(1), teacher.shape[1]
-    ids = TeacherSupport.from_logits(teacher, targets, top_k).topk_ids
+    ids = TopkTeacher.from_logits(teacher, targets, top_k).topk_ids
     p, q = (class_logprobs(side, targets, ids, tail) for side in (teacher, student))
     return p, q, 1 + top_k
 

@@ -13,23 +13,23 @@ import torch
 from losses.config import AtkdLoss, CoupledLoss, DiversityOnlyLoss, LossConfig, TargetOnlyLoss
 from losses.distillation import distillation_loss
 from losses.divergence_config import ReverseKL
-from losses.support import TeacherSupport
-from losses.teaching import split_easy, token_weights
+from losses.token_weights import split_easy, token_weights
+from losses.topk_teacher import TopkTeacher
 
 FOLDER = Path(__file__).parent.parent / "data" / "golden"
 INFO: dict[str, dict[str, Any]] = json.loads((FOLDER / "golden_info.json").read_text())
 
-AUTHORS_ATKD = AtkdLoss(teaching="atkd", scope="microbatch")
+AUTHORS_ATKD = AtkdLoss(kind="atkd", scope="microbatch")
 MIXTURES: dict[str, list[tuple[float, LossConfig]]] = {
-    "forward": [(1.0, CoupledLoss(teaching="coupled"))],
-    "reverse": [(1.0, CoupledLoss(teaching="coupled", divergence=ReverseKL()))],
+    "forward": [(1.0, CoupledLoss(kind="coupled"))],
+    "reverse": [(1.0, CoupledLoss(kind="coupled", divergence=ReverseKL()))],
     "jsd": [
-        (0.9, CoupledLoss(teaching="coupled")),
-        (0.1, CoupledLoss(teaching="coupled", divergence=ReverseKL())),
+        (0.9, CoupledLoss(kind="coupled")),
+        (0.1, CoupledLoss(kind="coupled", divergence=ReverseKL())),
     ],
-    "dkd": [(0.2, TargetOnlyLoss(teaching="target_only")), (1.0, DiversityOnlyLoss(teaching="diversity_only"))],
+    "dkd": [(0.2, TargetOnlyLoss(kind="target_only")), (1.0, DiversityOnlyLoss(kind="diversity_only"))],
     "atkd": [(1.0, AUTHORS_ATKD)],
-    "atkd_reverse": [(1.0, AtkdLoss(teaching="atkd", scope="microbatch", divergence=ReverseKL()))],
+    "atkd_reverse": [(1.0, AtkdLoss(kind="atkd", scope="microbatch", divergence=ReverseKL()))],
 }
 PORTABLE = [(case, kind) for case in sorted(INFO) for kind in MIXTURES if INFO[case][kind]["portable"]]
 OTHERS = [(case, kind) for case in sorted(INFO) for kind in MIXTURES if not INFO[case][kind]["portable"]]
@@ -52,7 +52,7 @@ def our_loss(case: str, kind: str) -> tuple[float, torch.Tensor, np.ndarray]:
     teacher_logits = torch.from_numpy(arrays[f"{case}/teacher"][predicted])
     if case == "hard_logits_1e3":  # half of its uncertainties are below 1e-38: all tied in float32, so no ranking to compare
         teacher_logits = teacher_logits.double()
-    teacher = TeacherSupport.from_logits(teacher_logits, targets)
+    teacher = TopkTeacher.from_logits(teacher_logits, targets)
     total = torch.zeros(())
     for share, loss in MIXTURES[kind]:
         easy = split_easy(teacher.uncertainty, loss, seed=0) if isinstance(loss, AtkdLoss) else None
@@ -89,8 +89,8 @@ def test_terms_of_each_token() -> None:
     predicted = ~arrays[f"{case}/masked"][:, 1:]
     targets = torch.from_numpy(arrays[f"{case}/ids"][:, 1:][predicted]).long()
     student = torch.from_numpy(arrays[f"{case}/student"][:, :-1][predicted])
-    teacher = TeacherSupport.from_logits(torch.from_numpy(arrays[f"{case}/teacher"][:, :-1][predicted]), targets)
-    loss = CoupledLoss(teaching="coupled")
+    teacher = TopkTeacher.from_logits(torch.from_numpy(arrays[f"{case}/teacher"][:, :-1][predicted]), targets)
+    loss = CoupledLoss(kind="coupled")
     sums = distillation_loss(student, targets, teacher, token_weights(teacher.uncertainty, loss), loss)
     np.testing.assert_allclose(teacher.uncertainty.numpy(), arrays[f"{case}/unc64"], rtol=1e-5)
     assert sums.target_term.item() == pytest.approx(arrays[f"{case}/tkd64"].sum(), rel=1e-5)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from losses.config import Tail
-from losses.support import NO_TOKEN, TeacherSupport
+from losses.topk_teacher import NO_TOKEN, TopkTeacher
 from tests.losses.comparisons import CASES, ONE_OF_EACH, Case, random_tokens
 from tests.reference import divergences, formulas
 
@@ -33,7 +33,7 @@ def kept_by_hand(teacher: list[float], target: int, top_k: int, share: float) ->
 @pytest.mark.parametrize("top_k", [1, 5, 11])
 def test_the_shortest_run_that_holds_the_share_is_kept(top_k: int, share: float, spread: float) -> None:
     teacher, _, targets = random_tokens(count=9, vocab_size=13, spread=spread, seed=18)
-    support = TeacherSupport.from_logits(teacher, targets, top_k)
+    support = TopkTeacher.from_logits(teacher, targets, top_k)
     kept = support.keep_mass(share)
     kept.check(targets, vocab_size=13)
     assert kept.topk_ids.shape == support.topk_ids.shape
@@ -50,7 +50,7 @@ def test_the_shortest_run_that_holds_the_share_is_kept(top_k: int, share: float,
 @pytest.mark.parametrize("top_k", [12, None])
 def test_a_support_of_all_tokens_keeps_its_likeliest_too(top_k: int | None) -> None:
     teacher, _, targets = random_tokens(count=9, vocab_size=13, seed=18)
-    kept = TeacherSupport.from_logits(teacher, targets, top_k).keep_mass(0.5)
+    kept = TopkTeacher.from_logits(teacher, targets, top_k).keep_mass(0.5)
     for ids, row, g in zip(kept.topk_ids.tolist(), teacher.tolist(), targets.tolist(), strict=True):
         assert {token for token in ids if token != NO_TOKEN} == set(kept_by_hand(row, g, 12, 0.5))
 
@@ -64,7 +64,7 @@ def test_mass_is_conserved_and_keeping_again_changes_nothing(
     rows: list[list[float]], share: float, top_k: int, target: int
 ) -> None:
     targets = torch.full((len(rows),), target)
-    kept = TeacherSupport.from_logits(torch.tensor(rows, dtype=torch.float64), targets, top_k).keep_mass(share)
+    kept = TopkTeacher.from_logits(torch.tensor(rows, dtype=torch.float64), targets, top_k).keep_mass(share)
     total = kept.target_logprob.exp() + kept.topk_logprobs.exp().sum(dim=1) + kept.tail_logmass.exp()
     torch.testing.assert_close(total, torch.ones_like(total))
     assert (kept.topk_ids[:, 0] != NO_TOKEN).all(), "the likeliest other stays, however small the share"
@@ -74,7 +74,7 @@ def test_mass_is_conserved_and_keeping_again_changes_nothing(
 
 def test_all_of_the_mass_keeps_all_columns_that_have_some() -> None:
     teacher, _, targets = random_tokens(count=6, vocab_size=9, seed=19)
-    support = TeacherSupport.from_logits(teacher, targets, 5)
+    support = TopkTeacher.from_logits(teacher, targets, 5)
     assert torch.equal(support.keep_mass(1.0).topk_ids, support.topk_ids)
 
 
@@ -90,13 +90,13 @@ def test_losses_are_those_of_the_kept_classes(case: Case, tail: Tail, share: flo
         lengths.add(len(tokens))
         expected.append(divergences.value(case.kind, p, q, g, tokens, tail, **knobs))
     assert len(lengths) > 1, "rows differ in what they keep"
-    support = TeacherSupport.from_logits(teacher, targets, 6).keep_mass(share)
+    support = TopkTeacher.from_logits(teacher, targets, 6).keep_mass(share)
     assert case.values(support, student, targets, tail).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def ragged(targets: Tensor, teacher: Tensor) -> TeacherSupport:
+def ragged(targets: Tensor, teacher: Tensor) -> TopkTeacher:
     """A support of K = 4 whose rows keep different numbers of tokens."""
-    support = TeacherSupport.from_logits(teacher, targets, 4).keep_mass(0.6)
+    support = TopkTeacher.from_logits(teacher, targets, 4).keep_mass(0.6)
     assert 0 < (support.topk_ids == NO_TOKEN).sum() < support.topk_ids.numel()
     return support
 
@@ -117,7 +117,7 @@ def test_columns_without_a_token_change_no_gradient_not_even_the_targets(case: C
     for i in range(3):
         row, target = support.select(slice(i, i + 1)), targets[i : i + 1]
         named = row.topk_ids[0] != NO_TOKEN
-        narrow = TeacherSupport(row.target_logprob, row.topk_ids[:, named], row.topk_logprobs[:, named], row.tail_logmass)
+        narrow = TopkTeacher(row.target_logprob, row.topk_ids[:, named], row.topk_logprobs[:, named], row.tail_logmass)
         leaf = student[i : i + 1].clone().requires_grad_()
         (ours,), (expected,) = (torch.autograd.grad(case.values(each, leaf, target, tail).sum(), leaf) for each in (row, narrow))
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
@@ -126,7 +126,7 @@ def test_columns_without_a_token_change_no_gradient_not_even_the_targets(case: C
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_row_that_names_no_token_at_all_is_finite(tail: Tail) -> None:
-    support = TeacherSupport(
+    support = TopkTeacher(
         torch.tensor([math.log(0.6)]), torch.full((1, 2), NO_TOKEN), torch.full((1, 2), -math.inf), torch.tensor([math.log(0.4)])
     )
     support.check(torch.tensor([1]), vocab_size=4)
@@ -136,8 +136,8 @@ def test_a_row_that_names_no_token_at_all_is_finite(tail: Tail) -> None:
         assert student.grad is not None and student.grad.isfinite().all(), str(case)
 
 
-def small_support(ids: list[list[int]], logprobs: list[list[float]]) -> TeacherSupport:
-    return TeacherSupport(torch.full((2,), -1.0), torch.tensor(ids), torch.tensor(logprobs), torch.full((2,), -2.0))
+def small_support(ids: list[list[int]], logprobs: list[list[float]]) -> TopkTeacher:
+    return TopkTeacher(torch.full((2,), -1.0), torch.tensor(ids), torch.tensor(logprobs), torch.full((2,), -2.0))
 
 
 @pytest.mark.parametrize(

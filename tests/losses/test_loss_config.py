@@ -11,11 +11,11 @@ LOSS: TypeAdapter[LossConfig] = TypeAdapter(LossConfig)
 
 
 def test_the_defaults_are_the_papers() -> None:
-    loss = LOSS.validate_python({"teaching": "atkd"})
+    loss = LOSS.validate_python({"kind": "atkd"})
     assert isinstance(loss, AtkdLoss)
     assert (loss.easy_ratio, loss.easy_weight, loss.scope, loss.normalize) == (0.5, 0.2, "batch", "groups")
     assert (loss.divergence.kind, loss.tail, loss.cross_entropy_weight) == ("forward_kl", "bucket", 0.0)
-    assert isinstance(LOSS.validate_python({"teaching": "hard_label"}), HardLabelLoss)
+    assert isinstance(LOSS.validate_python({"kind": "hard_label"}), HardLabelLoss)
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,9 @@ def test_the_defaults_are_the_papers() -> None:
 )
 def test_what_adaptive_teaching_refuses(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        LOSS.validate_python({"teaching": "atkd", **settings})
+        LOSS.validate_python({"kind": "atkd", **settings})
 
 
 def test_a_knob_exists_only_where_it_acts() -> None:
     with pytest.raises(ValidationError, match="easy_ratio"):
-        LOSS.validate_python({"teaching": "coupled", "easy_ratio": 0.5})
+        LOSS.validate_python({"kind": "coupled", "easy_ratio": 0.5})

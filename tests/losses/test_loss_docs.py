@@ -11,12 +11,11 @@ import yaml
 from pydantic import TypeAdapter
 
 from losses.config import CoupledLoss, LossConfig
-from losses.dense import DenseTeacher
 from losses.loss_state import LossState
 from losses.prediction import Prediction
-from losses.reading import read_both
 from losses.registry import DIVERGENCES
 from losses.section import Section
+from losses.teachers import DenseTeacher, predictions
 from losses.terms import Terms
 from losses.weighing_config import TokenSelection
 
@@ -44,18 +43,18 @@ def test_the_table_of_divergences_is_the_registry() -> None:
     assert first_column(LOSSES, "Divergences") == list(DIVERGENCES)
 
 
-def test_the_tables_of_selections_and_teachings_are_the_configurations() -> None:
+def test_the_tables_of_selections_and_kinds_are_the_configurations() -> None:
     assert first_column(LOSSES, "Selections") == kinds(TokenSelection)
-    named = set(first_column(LOSSES, "Teachings"))
+    named = set(first_column(LOSSES, "Kinds of loss"))
     variants = get_args(get_args(LossConfig)[0])
-    assert named == {get_args(variant.model_fields["teaching"].annotation)[0] for variant in variants}
+    assert named == {get_args(variant.model_fields["kind"].annotation)[0] for variant in variants}
 
 
 def test_the_defaults_in_the_table_are_those_of_the_configuration() -> None:
     for line in LOSSES.splitlines():
         if not (match := re.match(r"^\| `(\w+)`", line)) or match[1] not in DIVERGENCES:
             continue
-        divergence = CoupledLoss.model_validate({"teaching": "coupled", "divergence": match[1]}).divergence
+        divergence = CoupledLoss.model_validate({"kind": "coupled", "divergence": match[1]}).divergence
         for name, value in re.findall(r"`(\w+)` (\d[\d.]*)", line):
             assert getattr(divergence, name) == float(value), (match[1], name)
 
@@ -91,7 +90,7 @@ def test_the_loss_that_the_page_adds_is_one() -> None:
     exec(function, names)
     logits, targets = torch.randn(5, 7), torch.arange(5)
     student = torch.randn(5, 7)
-    sides = read_both(DenseTeacher(logits, targets), student, targets, "bucket")
+    sides = predictions(DenseTeacher(logits, targets), student, targets, "bucket")
     found = names["squared_hellinger"](*sides, names["SquaredHellinger"](), LossState()).whole
     expected = ((logits.softmax(1).sqrt() - student.softmax(1).sqrt()) ** 2).sum(1) / 2
     torch.testing.assert_close(found, expected)

@@ -17,7 +17,7 @@ from losses.loss_state import LossState
 from losses.weighing_config import DistantTokens, TeacherLossSamples, UncertainStudentTokens
 
 LOSS: TypeAdapter[LossConfig] = TypeAdapter(LossConfig)
-SPLIT_TEACHINGS = ("decoupled", "target_only", "diversity_only", "atkd")
+SPLIT_KINDS = ("decoupled", "target_only", "diversity_only", "atkd")
 
 
 def after(loss: LossConfig, losses: list[float]) -> list[LossState]:
@@ -29,11 +29,11 @@ def after(loss: LossConfig, losses: list[float]) -> list[LossState]:
 
 
 def interpolated(**knobs: Any) -> CoupledLoss:
-    return CoupledLoss(teaching="coupled", divergence=InterpolatedTarget(**knobs))
+    return CoupledLoss(kind="coupled", divergence=InterpolatedTarget(**knobs))
 
 
 def distant(**knobs: Any) -> CoupledLoss:
-    return CoupledLoss(teaching="coupled", tokens=DistantTokens(**knobs))
+    return CoupledLoss(kind="coupled", tokens=DistantTokens(**knobs))
 
 
 def sigmoid(x: float) -> float:
@@ -144,12 +144,12 @@ def test_the_share_of_tokens_follows_the_papers_rule(
 
 
 WITHOUT_MEMORY: list[LossConfig] = [
-    HardLabelLoss(teaching="hard_label"),
-    CoupledLoss(teaching="coupled", divergence=ReverseKL()),
-    CoupledLoss(teaching="coupled", tokens=UncertainStudentTokens(fraction=0.3)),
+    HardLabelLoss(kind="hard_label"),
+    CoupledLoss(kind="coupled", divergence=ReverseKL()),
+    CoupledLoss(kind="coupled", tokens=UncertainStudentTokens(fraction=0.3)),
     distant(fraction=0.4),
     CoupledLoss(
-        teaching="coupled", samples=TeacherLossSamples(kind="teacher_loss", threshold_start=1.0, threshold_end=2.0)
+        kind="coupled", samples=TeacherLossSamples(kind="teacher_loss", threshold_start=1.0, threshold_end=2.0)
     ),
 ]  # fmt: skip
 
@@ -162,15 +162,15 @@ def test_losses_without_memory_only_move_on(loss: LossConfig) -> None:
 
 
 def test_the_first_state_is_that_of_the_knobs() -> None:
-    assert LossState.first(HardLabelLoss(teaching="hard_label")) == LossState()
-    assert LossState.first(CoupledLoss(teaching="coupled")) == LossState()
+    assert LossState.first(HardLabelLoss(kind="hard_label")) == LossState()
+    assert LossState.first(CoupledLoss(kind="coupled")) == LossState()
     assert LossState.first(interpolated(start=0.3)) == LossState(teacher_share=0.3)
     assert LossState.first(distant(fraction=0.4)) == LossState(kept_fraction=0.4)
 
 
 def test_a_run_may_be_interrupted_between_any_two_steps() -> None:
     loss = CoupledLoss(
-        teaching="coupled",
+        kind="coupled",
         divergence=InterpolatedTarget(rate=0.1, momentum=0.5),
         tokens=DistantTokens(step_size=0.1, momentum=0.5),
     )
@@ -183,26 +183,28 @@ def test_a_run_may_be_interrupted_between_any_two_steps() -> None:
         assert restored.after(loss, step + 1, 5, losses[step]) == states[step + 1]
 
 
-@pytest.mark.parametrize("teaching", SPLIT_TEACHINGS)
-@pytest.mark.parametrize("kind", ["jensen_shannon", "total_variation", "alpha_beta", "skew_reverse_kl"])
-def test_a_teaching_that_weighs_two_terms_refuses_a_divergence_of_one(teaching: str, kind: str) -> None:
-    message = f"divergence {kind} does not fall into a target and a diversity term .* forward_kl or reverse_kl does.* coupled"
+@pytest.mark.parametrize("kind", SPLIT_KINDS)
+@pytest.mark.parametrize("divergence", ["jensen_shannon", "total_variation", "alpha_beta", "skew_reverse_kl"])
+def test_a_kind_that_weighs_two_terms_refuses_a_divergence_of_one(kind: str, divergence: str) -> None:
+    message = (
+        f"divergence {divergence} does not fall into a target and a diversity term .* forward_kl or reverse_kl does.* coupled"
+    )
     with pytest.raises(ValidationError, match=message):
-        LOSS.validate_python({"teaching": teaching, "divergence": kind})
-    assert LOSS.validate_python({"teaching": "coupled", "divergence": kind}).teaching == "coupled"
+        LOSS.validate_python({"kind": kind, "divergence": divergence})
+    assert LOSS.validate_python({"kind": "coupled", "divergence": divergence}).kind == "coupled"
     for split in ("forward_kl", "reverse_kl"):
-        assert LOSS.validate_python({"teaching": teaching, "divergence": split}).teaching == teaching
+        assert LOSS.validate_python({"kind": kind, "divergence": split}).kind == kind
 
 
 def test_a_name_alone_means_its_defaults() -> None:
-    short = LOSS.validate_python({"teaching": "coupled", "divergence": "alpha_beta", "tokens": "student_entropy"})
+    short = LOSS.validate_python({"kind": "coupled", "divergence": "alpha_beta", "tokens": "student_entropy"})
     long = LOSS.validate_python(
-        {"teaching": "coupled", "divergence": {"kind": "alpha_beta"}, "tokens": {"kind": "student_entropy"}, "samples": "equal"}
+        {"kind": "coupled", "divergence": {"kind": "alpha_beta"}, "tokens": {"kind": "student_entropy"}, "samples": "equal"}
     )
     assert short == long and isinstance(short, CoupledLoss)
     assert short.divergence == AlphaBeta(teacher_power=0.2, student_power=0.7)
     assert short.tokens == UncertainStudentTokens(fraction=0.2)
-    knobs = LOSS.validate_python({"teaching": "coupled", "divergence": {"kind": "skew_forward_kl", "teacher_share": 0.4}})
+    knobs = LOSS.validate_python({"kind": "coupled", "divergence": {"kind": "skew_forward_kl", "teacher_share": 0.4}})
     assert isinstance(knobs, CoupledLoss) and knobs.divergence == SkewForwardKL(teacher_share=0.4)
 
 
@@ -244,9 +246,9 @@ def test_a_name_alone_means_its_defaults() -> None:
 )  # fmt: skip
 def test_knobs_that_are_refused(section: str, value: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        LOSS.validate_python({"teaching": "coupled", section: value})
+        LOSS.validate_python({"kind": "coupled", section: value})
 
 
 def test_a_share_that_stays_as_it_is_may_be_below_the_floor() -> None:
-    loss = LOSS.validate_python({"teaching": "coupled", "tokens": {"kind": "hellinger", "fraction": 0.05}})
+    loss = LOSS.validate_python({"kind": "coupled", "tokens": {"kind": "hellinger", "fraction": 0.05}})
     assert isinstance(loss, CoupledLoss) and LossState.first(loss).kept_fraction == 0.05

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from losses.prediction import Prediction, split_logits, student_log_odds, student_prediction, teacher_prediction
-from losses.support import TeacherSupport
 from losses.terms import binary_kl, diversity_term, target_term
+from losses.topk_teacher import TopkTeacher
 from tests.reference import formulas
 
 Direction = Literal["forward_kl", "reverse_kl"]
@@ -33,7 +33,7 @@ def terms(
     teacher: Tensor, student: Tensor, targets: Tensor, top_k: int | None, tail: Tail, direction: Direction
 ) -> tuple[Tensor, Tensor]:
     """Target and diversity term [N] from both sides' logits [N, V]."""
-    support = TeacherSupport.from_logits(teacher, targets, top_k)
+    support = TopkTeacher.from_logits(teacher, targets, top_k)
     teacher_side = teacher_prediction(support, tail, student.dtype)
     return target_and_diversity(teacher_side, student_prediction(student, targets, support.topk_ids, tail), direction)
 
@@ -85,13 +85,13 @@ def test_values_token_by_token(direction: Direction, tail: Tail, top_k: int | No
 def test_values_of_each_dtype_in_odd_shapes(dtype: torch.dtype, tolerance: float) -> None:
     teacher, student, targets = random_tokens(count=41, vocab_size=401, spread=2.0, seed=1)
     expected = both_divergences(teacher, student, targets, top_k=37)
-    support = TeacherSupport.from_logits(teacher, targets, top_k=37)
-    in_float32 = TeacherSupport(
+    support = TopkTeacher.from_logits(teacher, targets, top_k=37)
+    in_float32 = TopkTeacher(
         support.target_logprob.float(), support.topk_ids, support.topk_logprobs.float(), support.tail_logmass.float()
     )
     logits = student.to(dtype)
     student_side = student_prediction(logits, targets, in_float32.topk_ids, "bucket")
-    assert student_side.log_shares.dtype == torch.float32, "computed in float32 whatever the logits' type"
+    assert student_side.nontarget_logprobs.dtype == torch.float32, "computed in float32 whatever the logits' type"
     teacher_side = teacher_prediction(in_float32, "bucket", torch.float32)
     ours = [term for way in DIRECTIONS for term in target_and_diversity(teacher_side, student_side, way)]
     torch.testing.assert_close(torch.stack(ours).double(), expected, rtol=tolerance, atol=tolerance)
@@ -184,8 +184,8 @@ def test_never_negative(drawn: tuple[Tensor, Tensor, Tensor], top_k: int, tail: 
 def test_terms_add_up_to_the_divergence(drawn: tuple[Tensor, Tensor, Tensor]) -> None:
     teacher, student, targets = drawn
     forward_target, forward_diversity, reverse_target, reverse_diversity = both_divergences(teacher, student, targets)
-    teacher_uncertainty = TeacherSupport.from_logits(teacher, targets).uncertainty
-    student_uncertainty = TeacherSupport.from_logits(student, targets).uncertainty
+    teacher_uncertainty = TopkTeacher.from_logits(teacher, targets).uncertainty
+    student_uncertainty = TopkTeacher.from_logits(student, targets).uncertainty
     for i, (p, q) in enumerate(zip(teacher.tolist(), student.tolist(), strict=True)):
         forward = forward_target[i] + teacher_uncertainty[i] * forward_diversity[i]
         assert forward.item() == pytest.approx(formulas.full_divergence(p, q), rel=1e-9, abs=1e-10)
@@ -210,11 +210,11 @@ def test_a_tail_bucket_is_never_above_the_dense_value(
 @given(tokens(), st.sampled_from(TAILS))
 def test_keeping_every_token_is_dense(drawn: tuple[Tensor, Tensor, Tensor], tail: Tail) -> None:
     teacher, student, targets = drawn
-    everything = TeacherSupport.from_logits(teacher, targets, teacher.shape[1] - 1)
+    everything = TopkTeacher.from_logits(teacher, targets, teacher.shape[1] - 1)
     assert (everything.tail_logmass == -math.inf).all()
     shuffled = torch.randperm(everything.topk_ids.shape[1], generator=torch.Generator().manual_seed(0))
     ids, logprobs = everything.topk_ids[:, shuffled], everything.topk_logprobs[:, shuffled]
-    everything = TeacherSupport(everything.target_logprob, ids, logprobs, everything.tail_logmass)
+    everything = TopkTeacher(everything.target_logprob, ids, logprobs, everything.tail_logmass)
     student_side = student_prediction(student, targets, everything.topk_ids, tail)
     _, diversity = target_and_diversity(teacher_prediction(everything, tail, student.dtype), student_side, "forward_kl")
     not_targets = torch.ones_like(teacher, dtype=torch.bool).scatter(1, targets[:, None], False)
@@ -246,7 +246,7 @@ def test_a_class_without_teacher_mass_costs_87_nats() -> None:
 
 
 def test_a_stored_empty_tail_keeps_the_reverse_divergence_finite() -> None:
-    support = TeacherSupport(
+    support = TopkTeacher(
         torch.tensor([math.log(0.5)]), torch.tensor([[1]]), torch.tensor([[math.log(0.5)]]), torch.tensor([-math.inf])
     )
     student = torch.zeros(1, 4, requires_grad=True)

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from losses.chunked import chunked_distillation_loss
 from losses.config import AtkdLoss, CoupledLoss, Tail, TeacherLoss
-from losses.dense import Teacher
 from losses.distillation import LossSums, distillation_loss
-from losses.head import Head
+from losses.fused_linear import chunked_distillation_loss
+from losses.lm_head import LMHead
 from losses.loss_state import LossState
-from losses.teaching import TokenWeights, split_easy, token_weights
+from losses.teachers import Teacher
+from losses.token_weights import TokenWeights, split_easy, token_weights
 from losses.weighing import highest_in_rows, kept_count, sample_weights, selection_factor, selection_scores
 from losses.weighing_config import (
     AllTokens,
@@ -39,7 +39,7 @@ every_selection = pytest.mark.parametrize("tokens", SELECTIONS, ids=lambda token
 
 def coupled(tokens: TokenSelection, case: Case | None = None, cross_entropy: float = 0.0, tail: Tail = "bucket") -> TeacherLoss:
     divergence = (case or Case("forward_kl")).config
-    return CoupledLoss(teaching="coupled", divergence=divergence, tokens=tokens, cross_entropy_weight=cross_entropy, tail=tail)
+    return CoupledLoss(kind="coupled", divergence=divergence, tokens=tokens, cross_entropy_weight=cross_entropy, tail=tail)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_selection_is_the_plain_loss_of_the_tokens_chosen_by_hand(
     assert 4 <= len(chosen) < 13
     by_hand = distillation_loss(student[chosen], targets[chosen], teacher.select(chosen), weights.select(chosen), plain, state)
     whole = distillation_loss(student, targets, teacher, weights, loss, state, ROWS)
-    chunks = chunked_distillation_loss(hidden, Head(weight), targets, teacher, weights, loss, state, ROWS, chunk_targets=5)
+    chunks = chunked_distillation_loss(hidden, LMHead(weight), targets, teacher, weights, loss, state, ROWS, chunk_targets=5)
     expected = loss_and_gradients(by_hand, leaves)
     for sums in (whole, chunks):
         torch.testing.assert_close(loss_and_gradients(sums, leaves), expected, rtol=1e-9, atol=1e-12)
@@ -210,20 +210,20 @@ def test_tokens_not_taught_keep_their_cross_entropy(tokens: TokenSelection, case
     gradients = torch.autograd.grad(expected, leaves, retain_graph=True)
     for sums in (
         distillation_loss(student, targets, teacher, weights, loss, state, ROWS),
-        chunked_distillation_loss(hidden, Head(weight), targets, teacher, weights, loss, state, ROWS, chunk_targets=5),
+        chunked_distillation_loss(hidden, LMHead(weight), targets, teacher, weights, loss, state, ROWS, chunk_targets=5),
     ):
         # Weights are float32: 0.3 / 13 is known to seven digits.
         torch.testing.assert_close(loss_and_gradients(sums, leaves), [expected, *gradients], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("cross_entropy", [0.0, 0.3])
-@pytest.mark.parametrize("teaching", ["coupled", "atkd"])
+@pytest.mark.parametrize("kind", ["coupled", "atkd"])
 @every_selection
-def test_a_step_may_be_cut_between_its_rows(tokens: TokenSelection, teaching: str, cross_entropy: float) -> None:
+def test_a_step_may_be_cut_between_its_rows(tokens: TokenSelection, kind: str, cross_entropy: float) -> None:
     hidden, weight, student, targets, teacher = step()
     loss: TeacherLoss = coupled(tokens, cross_entropy=cross_entropy)
-    if teaching == "atkd":
-        loss = AtkdLoss(teaching="atkd", tokens=tokens, cross_entropy_weight=cross_entropy)
+    if kind == "atkd":
+        loss = AtkdLoss(kind="atkd", tokens=tokens, cross_entropy_weight=cross_entropy)
     weights = weights_of(teacher, loss)
     whole = distillation_loss(student, targets, teacher, weights, loss, row_counts=ROWS)
     for rows in ([ROWS[:1], ROWS[1:]], [ROWS[:3], ROWS[3:]], [(count,) for count in ROWS]):
@@ -263,4 +263,4 @@ def test_rows_must_be_known_to_rank_their_targets(tokens: TokenSelection) -> Non
         with pytest.raises(ValueError, match=message):
             distillation_loss(student, *rest, row_counts=rows)
         with pytest.raises(ValueError, match=message):
-            chunked_distillation_loss(hidden, Head(weight), *rest, row_counts=rows)
+            chunked_distillation_loss(hidden, LMHead(weight), *rest, row_counts=rows)

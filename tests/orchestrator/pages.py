@@ -43,7 +43,7 @@ def bare_run(folder: Path, name: str = "my-run") -> Path:
     shape = {"kind": "scratch", "hidden_size": 64, "layers": 2, "heads": 2}
     config = validate(
         {
-            "name": name, "tokenizer": {"vocab_size": 300}, "teacher": {"model": shape, "fit": {"train": {}}},
+            "name": name, "tokenizer": {"vocab_size": 300}, "teacher": {"model": shape, "finetune": {"train": {}}},
             "student": {"model": shape},
             "data": {"format": {"kind": "instruction", "prompt": "{{ q }} </pre><script>x()</script>"}},
         }
@@ -56,7 +56,7 @@ def bare_run(folder: Path, name: str = "my-run") -> Path:
 def whole_run(folder: Path, name: str = "my-run") -> Path:
     run = bare_run(folder, name)
     (run / "metrics").mkdir()
-    for training in ("fit_teacher", "train"):
+    for training in ("finetune_teacher", "train"):
         easy = {"easy_share": 0.5, "easy_loss": 1.0, "easy_border": 0.125} if training == "train" else {}
         steps = [
             {"step": i, "loss": 4 / i, "learning_rate": 1e-3 / i, "hard_target": 1 / i, "tokens": 9, **easy} for i in range(1, 4)

@@ -103,7 +103,7 @@ def compared(folder: Path, seeds: int = 4, **changes: Any) -> Ledger:
     for seed in range(seeds):
         of_seed = dice.gauss(0, 0.04)
         for arm, effect in ARMS.items():
-            point = {"loss": {"teaching": arm}}
+            point = {"loss": {"kind": arm}}
             loss = 2.3 + of_seed + effect + dice.gauss(0, 0.01)
             if (arm, seed) == ("decoupled", 1):
                 fail_trial(ledger, number, point, "TrainingDiverged: loss is nan", arm, seed)

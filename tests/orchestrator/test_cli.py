@@ -64,7 +64,7 @@ def test_a_command_that_is_not_there_names_the_nearest(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as ended:
         main(["rnu", "configs/tiny_cpu.yaml"])
     assert ended.value.code == 2
-    assert "there is no 'rnu'; did you mean run? there are run, prepare, fit," in capsys.readouterr().err
+    assert "there is no 'rnu'; did you mean run? there are run, prepare, finetune," in capsys.readouterr().err
 
 
 def test_no_place_for_temporary_files_is_an_error_in_words(
@@ -106,7 +106,13 @@ def test_a_plan_says_what_the_models_cannot_take(capsys: pytest.CaptureFixture[s
         pair.append(f"{role}.model={{kind: pretrained, name: {tmp_path / role}}}")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"instruction": "w5", "input": "", "response": "{" w6" * 90} {n}"}}\n' for n in range(20)))
-    asked = ["configs/tiny_cpu.yaml", f"output={tmp_path / 'runs'}", "tokenizer=null", "teacher.fit=null", "student.fit=null"]
+    asked = [
+        "configs/tiny_cpu.yaml",
+        f"output={tmp_path / 'runs'}",
+        "tokenizer=null",
+        "teacher.finetune=null",
+        "student.finetune=null",
+    ]
     asked += [*pair, f"data.source={{kind: files, path: {rows}}}", "data.heldout_rows=4", "evaluate.answer_pattern=null"]
     assert main(["plan", *asked]) == 2
     assert "knows 64 positions, one of which vLLM keeps" in capsys.readouterr().err

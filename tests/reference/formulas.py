@@ -84,7 +84,7 @@ def mean(values: Sequence[float]) -> float:
 
 def step_loss(
     tokens: Sequence[tuple[Logits, Logits, int]],
-    teaching: str,
+    kind: str,
     direction: str = "forward_kl",
     easy: set[int] | None = None,
     easy_weight: float = 0.2,
@@ -103,17 +103,17 @@ def step_loss(
         couplings.append(uncertainty(first, target))
         cross_entropies.append(-log_softmax(student)[target])
     cross_entropy = cross_entropy_weight * mean(cross_entropies)
-    if teaching == "coupled":
+    if kind == "coupled":
         return cross_entropy + mean([t + u * d for t, u, d in zip(targets, couplings, diversities, strict=True)])
-    if teaching == "decoupled":
+    if kind == "decoupled":
         return cross_entropy + mean(targets) + mean(diversities)
-    if teaching == "target_only":
+    if kind == "target_only":
         return cross_entropy + mean(targets)
-    if teaching == "diversity_only":
+    if kind == "diversity_only":
         return cross_entropy + mean(diversities)
-    if teaching == "hard_label":
+    if kind == "hard_label":
         return mean(cross_entropies)
-    assert teaching == "atkd" and easy is not None
+    assert kind == "atkd" and easy is not None
     easy_terms = [diversities[token] for token in sorted(easy)]
     hard_terms = [targets[token] + diversities[token] for token in range(len(tokens)) if token not in easy]
     if normalize == "tokens":

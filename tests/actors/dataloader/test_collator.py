@@ -14,16 +14,16 @@ from actors.examples import ExampleFile, write_examples
 from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss, CoupledLoss, HardLabelLoss, LossConfig
 from losses.loss_state import LossState
-from losses.support import TeacherSupport
+from losses.topk_teacher import TopkTeacher
 from losses.weighing_config import TeacherLossSamples, UncertainStudentTokens
 from tests.worlds import VOCAB, random_examples, scored_world
 
-ATKD = AtkdLoss(teaching="atkd")
+ATKD = AtkdLoss(kind="atkd")
 
 
 def collator_for(folder: Path, loss: LossConfig, top_k: int = 8) -> Collator:
     path, store = scored_world(folder, rows=10)
-    return Collator(ExampleFile(path), store if loss.teaching != "hard_label" else None, loss, top_k, seed=0, vocab_size=VOCAB)
+    return Collator(ExampleFile(path), store if loss.kind != "hard_label" else None, loss, top_k, seed=0, vocab_size=VOCAB)
 
 
 def batch_of(*positions: int) -> GlobalBatch:
@@ -66,7 +66,7 @@ def test_a_store_that_keeps_a_share_gives_what_the_whole_one_gives_cut_to_that_s
     path, whole = scored_world(tmp_path / "whole", rows=10)
     _, share = scored_world(tmp_path / "share", rows=10, top_mass=0.5)
 
-    def teacher_of(store: ScoreStore) -> TeacherSupport:
+    def teacher_of(store: ScoreStore) -> TopkTeacher:
         collator = Collator(ExampleFile(path), store, ATKD, 8, seed=0, vocab_size=VOCAB)
         weights = collator.weights(batch, layout_of(6, 1, 6), step=1, state=LossState())
         teacher = collator.micro_batch(batch, rows, weights).teacher
@@ -82,7 +82,7 @@ def test_a_store_that_keeps_a_share_gives_what_the_whole_one_gives_cut_to_that_s
 
 
 @pytest.mark.parametrize(
-    "loss", [ATKD, CoupledLoss(teaching="coupled"), HardLabelLoss(teaching="hard_label")], ids=lambda loss: loss.teaching
+    "loss", [ATKD, CoupledLoss(kind="coupled"), HardLabelLoss(kind="hard_label")], ids=lambda loss: loss.kind
 )
 def test_weights_of_a_step_do_not_depend_on_how_it_is_cut(tmp_path: Path, loss: LossConfig) -> None:
     collator, batch = collator_for(tmp_path, loss), batch_of(0, 1, 2, 3, 4, 5)
@@ -103,7 +103,7 @@ def test_atkd_ranks_over_the_whole_step(tmp_path: Path) -> None:
 
 
 def test_scope_microbatch_ranks_each_pass_and_takes_the_mean_over_passes(tmp_path: Path) -> None:
-    collator, batch = collator_for(tmp_path, AtkdLoss(teaching="atkd", scope="microbatch")), batch_of(0, 1, 2)
+    collator, batch = collator_for(tmp_path, AtkdLoss(kind="atkd", scope="microbatch")), batch_of(0, 1, 2)
     assert collator.store is not None
     for row, weights in enumerate(collator.weights(batch, layout_of(3, 3, 1), step=1, state=LossState())):
         uncertainty = collator.store.uncertainty_at(row)
@@ -114,7 +114,7 @@ def test_scope_microbatch_ranks_each_pass_and_takes_the_mean_over_passes(tmp_pat
 
 
 def test_scope_dataset_ranks_over_the_store(tmp_path: Path) -> None:
-    collator = collator_for(tmp_path, AtkdLoss(teaching="atkd", scope="dataset", easy_ratio=0.25))
+    collator = collator_for(tmp_path, AtkdLoss(kind="atkd", scope="dataset", easy_ratio=0.25))
     assert collator.store is not None
     batches = [batch_of(*range(5)), batch_of(*range(5, 10))]
     easy = np.concatenate(
@@ -127,7 +127,7 @@ def test_scope_dataset_ranks_over_the_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scope", ["batch", "dataset"])
 def test_the_border_is_the_highest_uncertainty_that_is_easy(tmp_path: Path, scope: Literal["batch", "dataset"]) -> None:
-    collator, batch = collator_for(tmp_path, AtkdLoss(teaching="atkd", scope=scope, easy_ratio=0.25)), batch_of(0, 1, 2, 3)
+    collator, batch = collator_for(tmp_path, AtkdLoss(kind="atkd", scope=scope, easy_ratio=0.25)), batch_of(0, 1, 2, 3)
     assert collator.store is not None
     ranked = batch.positions if scope == "batch" else range(10)
     of_all = np.sort(np.concatenate([collator.store.uncertainty_at(int(position)) for position in ranked]))
@@ -139,8 +139,8 @@ def test_the_border_is_the_highest_uncertainty_that_is_easy(tmp_path: Path, scop
 @pytest.mark.parametrize(
     "loss",
     [
-        AtkdLoss(teaching="atkd", scope="microbatch"), AtkdLoss(teaching="atkd", split="random"),
-        AtkdLoss(teaching="atkd", split="inverted"), AtkdLoss(teaching="atkd", easy_ratio=0), CoupledLoss(teaching="coupled"),
+        AtkdLoss(kind="atkd", scope="microbatch"), AtkdLoss(kind="atkd", split="random"),
+        AtkdLoss(kind="atkd", split="inverted"), AtkdLoss(kind="atkd", easy_ratio=0), CoupledLoss(kind="coupled"),
     ],
 )  # fmt: skip
 def test_where_no_uncertainty_parts_the_step_there_is_no_border(tmp_path: Path, loss: LossConfig) -> None:
@@ -148,7 +148,7 @@ def test_where_no_uncertainty_parts_the_step_there_is_no_border(tmp_path: Path, 
 
 
 def test_a_random_split_differs_from_step_to_step_and_comes_again(tmp_path: Path) -> None:
-    collator, batch = collator_for(tmp_path, AtkdLoss(teaching="atkd", split="random")), batch_of(*range(10))
+    collator, batch = collator_for(tmp_path, AtkdLoss(kind="atkd", split="random")), batch_of(*range(10))
     first, second, again = (
         torch.cat([weights.easy for weights in collator.weights(batch, layout_of(10, 1, 10), step=step, state=LossState())])
         for step in (1, 2, 1)
@@ -168,7 +168,7 @@ def test_scores_of_other_rows_are_refused(tmp_path: Path) -> None:
     _, store = scored_world(tmp_path, rows=10)
     write_examples(tmp_path / "other.arrow", random_examples(10, seed=5))
     examples = ExampleFile(tmp_path / "other.arrow")
-    collator = Collator(examples, store, CoupledLoss(teaching="coupled"), 8, seed=0, vocab_size=VOCAB)
+    collator = Collator(examples, store, CoupledLoss(kind="coupled"), 8, seed=0, vocab_size=VOCAB)
     weights = [None] * 3
     with pytest.raises(ValueError, match="row 2 has key .* but the store holds scores of .* the store belongs to other data"):
         collator.micro_batch(batch_of(0, 1, 2), [2], weights)  # type: ignore[arg-type]
@@ -181,17 +181,17 @@ def test_waiting_covers_the_shards_of_the_batch_alone(tmp_path: Path) -> None:
     assert collator.wait_for(batch_of(0, 7), timeout_seconds=0.1) < 0.1
     with pytest.raises(TimeoutError, match="shard 1 .* did not come within"):
         collator.wait_for(batch_of(7, 8), timeout_seconds=0.1)
-    whole = Collator(collator.examples, collator.store, AtkdLoss(teaching="atkd", scope="dataset"), 8, seed=0, vocab_size=VOCAB)
+    whole = Collator(collator.examples, collator.store, AtkdLoss(kind="atkd", scope="dataset"), 8, seed=0, vocab_size=VOCAB)
     with pytest.raises(TimeoutError, match="shard 1 "):
         whole.wait_for(batch_of(0), timeout_seconds=0.1)
 
 
 def test_rows_weigh_by_the_teachers_own_loss_and_what_they_lose_goes_to_cross_entropy(tmp_path: Path) -> None:
     samples = TeacherLossSamples(kind="teacher_loss", steepness=0.7, threshold_start=4.0, threshold_end=6.0)
-    loss = CoupledLoss(teaching="coupled", samples=samples, cross_entropy_weight=0.5)
+    loss = CoupledLoss(kind="coupled", samples=samples, cross_entropy_weight=0.5)
     collator, batch = collator_for(tmp_path, loss), batch_of(0, 1, 2)
     assert collator.store is not None
-    plain = collator_for(tmp_path, CoupledLoss(teaching="coupled", cross_entropy_weight=0.5))
+    plain = collator_for(tmp_path, CoupledLoss(kind="coupled", cross_entropy_weight=0.5))
     state = LossState(progress=0.25)  # the threshold stands at 4.5
     rows = collator.weights(batch, layout_of(3, 1, 3), step=1, state=state)
     for position, (row, unweighed) in enumerate(
@@ -204,7 +204,7 @@ def test_rows_weigh_by_the_teachers_own_loss_and_what_they_lose_goes_to_cross_en
 
 
 def test_taught_tokens_weigh_more_by_what_the_others_do_not_weigh(tmp_path: Path) -> None:
-    loss = CoupledLoss(teaching="coupled", tokens=UncertainStudentTokens(fraction=0.4))
+    loss = CoupledLoss(kind="coupled", tokens=UncertainStudentTokens(fraction=0.4))
     collator, batch = collator_for(tmp_path, loss), batch_of(0, 1, 2)
     rows = collator.weights(batch, layout_of(3, 1, 3), step=1, state=LossState.first(loss))
     counts = [len(row) for row in rows]

@@ -88,8 +88,11 @@ def test_the_ends_are_the_same_whichever_is_called_eos(tmp_path: Path, eos: str)
 def test_no_end_at_all_is_refused() -> None:
     tokenizer = chat_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match=r"no end-of-sequence token, no turn ends in a special token, "
-        r".*data\.format\.template that"):
+    with pytest.raises(
+        ValueError,
+        match=r"no end-of-sequence token, no turn ends in a special token, "
+        r".*data\.format\.template that",
+    ):
         settle_answer_ends(tokenizer, [""], [])
 
 
@@ -144,7 +147,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_examples(folder / "train.arrow", chat_rows(tokenizer) * 4)
     train = {"epochs": 60, "batch_rows": 8, "micro_batch_rows": 8, "optimizer": {"learning_rate": 1e-2}}
     task = TrainingTask(
-        "train", student, str(folder / "tokenizer"), None, HardLabelLoss(teaching="hard_label"),
+        "train", student, str(folder / "tokenizer"), None, HardLabelLoss(kind="hard_label"),
         TrainConfig.model_validate(train), str(folder / "train.arrow"), None, 8, 1.0, 0, 1, str(folder / "metrics"),
         str(folder / "out"),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from actors.config.models import EvaluateConfig
 from actors.evaluation.metrics import batches_by_length, calibration_bins, most_likely
 from actors.records import Example
 from actors.score_store.store import ScoreStore
-from losses.support import TeacherSupport
+from losses.topk_teacher import TopkTeacher
 from tests.evaluation_world import (
     ROWS,
     V,
@@ -168,7 +168,7 @@ def test_calibration_error_of_numbers_by_hand() -> None:
 
 def test_the_teacher_prefers_the_target_in_a_tie() -> None:
     half = math.log(0.4)
-    teacher = TeacherSupport(
+    teacher = TopkTeacher(
         torch.tensor([half, half - 1, half]), torch.tensor([[7], [8], [9]]), torch.tensor([[half], [half], [half - 1]]),
         torch.full((3,), -math.inf),
     )  # fmt: skip

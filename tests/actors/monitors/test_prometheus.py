@@ -30,7 +30,7 @@ Sample = tuple[str, dict[str, str], float]
 
 def samples_of(text: str) -> list[Sample]:
     """Read Prometheus' text format: name, labels and value of each line."""
-    found = re.findall(r'^(\w+)\{(.*)\} (\S+)$', text, re.MULTILINE)
+    found = re.findall(r"^(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
     return [(name, dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)) for name, labels, value in found]
 
 
@@ -49,7 +49,7 @@ def exported(run: str, ready: Callable[[list[Sample]], bool]) -> list[Sample]:
 @pytest.mark.slow
 def test_a_real_ray_exports_what_student_teacher_and_service_show(local_ray: None, tmp_path: Path) -> None:
     train = TrainConfig(epochs=1, batch_rows=8, micro_batch_rows=8)
-    task = replace(task_in(tmp_path, tmp_path / "world", train=train, loss=AtkdLoss(teaching="atkd")), run="watched", output=None)
+    task = replace(task_in(tmp_path, tmp_path / "world", train=train, loss=AtkdLoss(kind="atkd")), run="watched", output=None)
     distil(task, NoCheckpoints())
 
     examples = fake_examples(12)

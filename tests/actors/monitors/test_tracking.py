@@ -27,7 +27,7 @@ WANDB = TrackingConfig(tensorboard=False, wandb=WandbConfig(project="p", mode="o
 
 def task_in(folder: Path, tracking: TrackingConfig) -> TrainingTask:
     return TrainingTask(
-        name="train", model=ModelSource("none"), tokenizer="none", lora=None, loss=HardLabelLoss(teaching="hard_label"),
+        name="train", model=ModelSource("none"), tokenizer="none", lora=None, loss=HardLabelLoss(kind="hard_label"),
         train=TrainConfig(), examples="none", store=None, top_k=8, wait_seconds=1.0, seed=7, threads=1, metrics=str(folder),
         output=None, run="watched", tracking=tracking,
     )  # fmt: skip
@@ -150,7 +150,7 @@ def test_wandb_gets_each_step_and_a_restarted_training_goes_on_in_the_same_run(r
     first, second = recorder.named("init")
     assert (first["project"], first["mode"], first["group"], first["name"]) == ("p", "offline", "watched", "watched/train")
     assert (first["id"], second["id"], second["resume"]) == (None, "made-here", "allow")
-    assert json.loads(first["config"]["loss"])["teaching"] == "hard_label" and first["config"]["seed"] == 7
+    assert json.loads(first["config"]["loss"])["kind"] == "hard_label" and first["config"]["seed"] == 7
     assert recorder.named("log") == [{"data": STEPS[step], "step": step} for step in (1, 2, 2)]
     assert len(recorder.named("finish")) == 2
 

@@ -32,7 +32,7 @@ def task_in(folder: Path, **changes: Any) -> TrainingTask:
     train = {"epochs": 2, "batch_rows": 8, "micro_batch_rows": 8, "optimizer": optimizer}
     task: dict[str, Any] = {
         "name": "train", "model": ModelSource(str(folder / "student")), "tokenizer": str(folder / "tokenizer"), "lora": None,
-        "loss": CoupledLoss(teaching="coupled"), "train": TrainConfig.model_validate(train), "examples": str(examples),
+        "loss": CoupledLoss(kind="coupled"), "train": TrainConfig.model_validate(train), "examples": str(examples),
         "store": str(store.path), "top_k": 8, "wait_seconds": 1.0, "seed": 0, "threads": 1, "metrics": str(folder / "metrics"),
         "output": str(folder / "out"),
     }  # fmt: skip
@@ -99,8 +99,11 @@ def test_weights_that_overflow_their_type_are_not_kept(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = 1e5  # above the largest float16
     model.save_pretrained(tmp_path / "student")
-    with pytest.raises(ExportDiffers, match=r"the finished model, written in float16 and loaded again, is not the one that "
-        r"was trained"):
+    with pytest.raises(
+        ExportDiffers,
+        match=r"the finished model, written in float16 and loaded again, is not the one that "
+        r"was trained",
+    ):
         distil(task_in(tmp_path, dtype="float16"), NoCheckpoints())
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.*"))
     assert read_proof(tmp_path / "metrics" / "train_export.json") is None
@@ -109,8 +112,11 @@ def test_weights_that_overflow_their_type_are_not_kept(tmp_path: Path) -> None:
 def test_distributions_that_are_apart_name_how_far() -> None:
     one = torch.zeros(5, 4, dtype=torch.float64).log_softmax(-1)
     other = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64).log_softmax(-1).expand(5, 4)
-    with pytest.raises(ExportDiffers, match=r"with its adapters merged, is not .*on 5 tokens .* are 1\.07e-01 nats apart "
-        r"\(may 0\.001"):
+    with pytest.raises(
+        ExportDiffers,
+        match=r"with its adapters merged, is not .*on 5 tokens .* are 1\.07e-01 nats apart "
+        r"\(may 0\.001",
+    ):
         require_near(one, other, 1e-3, "with its adapters merged")
     with pytest.raises(ExportDiffers, match="nan nats apart"):
         require_near(one, torch.full_like(one, torch.nan), 1e-3, "gathered")

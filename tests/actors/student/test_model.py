@@ -22,7 +22,7 @@ from losses.distillation import LossSums
 from losses.loss_state import LossState
 from tests.worlds import VOCAB, scored_world, tiny_llama, word_tokenizer
 
-HARD_LABEL = HardLabelLoss(teaching="hard_label")
+HARD_LABEL = HardLabelLoss(kind="hard_label")
 
 
 def batch_in(folder: Path) -> MicroBatch:

@@ -27,13 +27,13 @@ from tests.worlds import VOCAB, scored_world, tiny_llama
 
 LOSS: TypeAdapter[LossConfig] = TypeAdapter(LossConfig)
 CASES: dict[str, dict[str, Any]] = {
-    "atkd": {"teaching": "atkd"},
-    "atkd over the dataset, reversed": {"teaching": "atkd", "scope": "dataset", "divergence": "reverse_kl"},
+    "atkd": {"kind": "atkd"},
+    "atkd over the dataset, reversed": {"kind": "atkd", "scope": "dataset", "divergence": "reverse_kl"},
     "a selection by the student": {
-        "teaching": "coupled", "divergence": "jensen_shannon", "tokens": "student_entropy",
+        "kind": "coupled", "divergence": "jensen_shannon", "tokens": "student_entropy",
         "samples": {"kind": "teacher_loss", "threshold_start": 3.0, "threshold_end": 4.0},
     },
-    "cross entropy beside it": {"teaching": "decoupled", "tokens": "hellinger", "cross_entropy_weight": 0.5},
+    "cross entropy beside it": {"kind": "decoupled", "tokens": "hellinger", "cross_entropy_weight": 0.5},
 }  # fmt: skip
 HEAD_ADAPTER = LoraAdapter(rank=2, modules=("q_proj", "lm_head"))
 CUTS = [("replicate", 1, None), ("replicate", 2, HEAD_ADAPTER), ("fsdp", 2, None), ("fsdp", 1, HEAD_ADAPTER)]

@@ -46,7 +46,7 @@ def exams_of(world: Path, judge: Any) -> Exams:
 def task_in(folder: Path, world: Path, **changes: Any) -> TrainingTask:
     task = TrainingTask(
         name="train", model=ModelSource(str(world / "model")), tokenizer=str(world / "model"), lora=None,
-        loss=AtkdLoss(teaching="atkd"), train=TRAIN, examples=str(world / "train.arrow"), store=str(world / "store"), top_k=8,
+        loss=AtkdLoss(kind="atkd"), train=TRAIN, examples=str(world / "train.arrow"), store=str(world / "store"), top_k=8,
         wait_seconds=5.0, seed=5, threads=1, metrics=str(folder / "metrics"), output=str(folder / "student"),
     )  # fmt: skip
     return replace(task, **changes)

@@ -140,7 +140,7 @@ def test_a_run_without_a_home_and_with_a_long_temporary_folder(tmp_path: Path) -
     long.mkdir(parents=True)
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XDG_", "HF_HOME"))}
     surroundings |= {"HOME": "/proc/nonexistent", "TMPDIR": str(long), "RAY_USAGE_STATS_ENABLED": "0"}
-    pair = ["tokenizer=null", "teacher.fit=null", "student.fit=null", "evaluate.answer_pattern=null"]
+    pair = ["tokenizer=null", "teacher.finetune=null", "student.finetune=null", "evaluate.answer_pattern=null"]
     for role in ("teacher", "student"):
         tokenizer = word_tokenizer()
         tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()

@@ -38,7 +38,7 @@ def test_gpus_are_counted_with_tensor_parallel() -> None:
 
 
 def test_fitting_and_evaluation_count_too() -> None:
-    assert demand(changed("teacher.fit.workers.cpus=7")).cpus == 7
+    assert demand(changed("teacher.finetune.workers.cpus=7")).cpus == 7
     assert demand(changed("evaluate={cpus: 9, gpus: 1}")) == Demand(cpus=9, gpus=1)
 
 
@@ -67,8 +67,11 @@ def test_each_stage_is_looked_at_before_anything_starts() -> None:
         ("teacher.engine.replicas=5", r"^5 replicas of .* teacher\.engine\.replicas 4 would do"),
         ("workers.count=17", r"^17 workers of .* workers\.count 16 would do"),
         ("workers={min: 17, max: 20, gpus: 1, cpus: 1}", r"^17 workers of .* workers\.min 16 would do"),
-        ("teacher.fit.workers.cpus=17", r"^teacher\.fit\.workers\.cpus 17: the largest node has 16 CPUs"),
-        ("student.fit={train: {}, workers: {labels: {role: none}}}", r"^student\.fit\.workers\.labels role=none: no node has it"),
+        ("teacher.finetune.workers.cpus=17", r"^teacher\.finetune\.workers\.cpus 17: the largest node has 16 CPUs"),
+        (
+            "student.finetune={train: {}, workers: {labels: {role: none}}}",
+            r"^student\.finetune\.workers\.labels role=none: no node has it",
+        ),
         ("evaluate.cpus=17", r"^evaluate\.cpus 17: the largest node has 16 CPUs; cpus 16 would do"),
     ):
         with pytest.raises(ValueError, match=message):

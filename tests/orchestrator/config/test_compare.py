@@ -16,8 +16,8 @@ from orchestrator.search.compare import bind_arms
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 LOSSES = [
-    "{teaching: atkd, split: random}", "{teaching: atkd, scope: microbatch}", "{teaching: coupled, divergence: jensen_shannon}",
-    "{teaching: atkd, easy_ratio: 0.3, divergence: reverse_kl, tokens: student_entropy}", "{teaching: hard_label}",
+    "{kind: atkd, split: random}", "{kind: atkd, scope: microbatch}", "{kind: coupled, divergence: jensen_shannon}",
+    "{kind: atkd, easy_ratio: 0.3, divergence: reverse_kl, tokens: student_entropy}", "{kind: hard_label}",
 ]  # fmt: skip
 
 
@@ -45,19 +45,19 @@ def test_every_arm_stands_in_every_configuration_and_differs_in_its_loss_alone(p
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_arm_stands_whatever_the_loss_of_the_configuration_is(loss: str) -> None:
     losses = {arm: config.loss for arm, config in arms_of(tiny(loss)).items()}
-    assert losses["forward_kl"] == CoupledLoss(teaching="coupled")
+    assert losses["forward_kl"] == CoupledLoss(kind="coupled")
     assert [losses[arm].split for arm in ("atkd", "atkd_random", "atkd_inverted")] == ["uncertainty", "random", "inverted"]
     assert len({loss.model_dump_json() for loss in losses.values()}) == len(ARMS)
 
 
 def test_arms_of_atkd_take_their_knobs_from_the_configuration() -> None:
-    losses = {arm: config.loss for arm, config in arms_of(tiny("{teaching: atkd, easy_ratio: 0.3, normalize: tokens}")).items()}
-    assert losses["atkd"] == AtkdLoss(teaching="atkd", easy_ratio=0.3, normalize="tokens")
-    assert losses["atkd_inverted"] == AtkdLoss(teaching="atkd", easy_ratio=0.3, normalize="tokens", split="inverted")
+    losses = {arm: config.loss for arm, config in arms_of(tiny("{kind: atkd, easy_ratio: 0.3, normalize: tokens}")).items()}
+    assert losses["atkd"] == AtkdLoss(kind="atkd", easy_ratio=0.3, normalize="tokens")
+    assert losses["atkd_inverted"] == AtkdLoss(kind="atkd", easy_ratio=0.3, normalize="tokens", split="inverted")
 
 
 def test_a_control_of_the_authors_rule_splits_within_the_batch() -> None:
-    losses = {arm: config.loss for arm, config in arms_of(tiny("{teaching: atkd, scope: microbatch}")).items()}
+    losses = {arm: config.loss for arm, config in arms_of(tiny("{kind: atkd, scope: microbatch}")).items()}
     assert [losses[arm].scope for arm in ("atkd", "atkd_random")] == ["microbatch", "batch"]
 
 

@@ -23,7 +23,7 @@ CONFIGS = sorted(Path("configs").glob("*.yaml"))
 SMALL: dict[str, Any] = {
     "name": "small",
     "tokenizer": {"vocab_size": 400},
-    "teacher": {"model": {"kind": "scratch", "hidden_size": 64, "layers": 2, "heads": 2}, "fit": {"train": {}}},
+    "teacher": {"model": {"kind": "scratch", "hidden_size": 64, "layers": 2, "heads": 2}, "finetune": {"train": {}}},
     "student": {"model": {"kind": "scratch", "hidden_size": 32, "layers": 1, "heads": 2}},
 }
 
@@ -48,7 +48,7 @@ def test_there_are_configs_for_a_laptop_and_for_clusters() -> None:
 
 
 def test_overrides_are_read_as_yaml() -> None:
-    config = changed("loss.teaching=atkd", "loss.easy_ratio=0.3", "student.lora={rank: 4}", "train.optimizer.clip_norm=null")
+    config = changed("loss.kind=atkd", "loss.easy_ratio=0.3", "student.lora={rank: 4}", "train.optimizer.clip_norm=null")
     assert config.loss.easy_ratio == 0.3  # type: ignore[union-attr]
     assert config.student.lora is not None and config.student.lora.rank == 4
     assert config.train.optimizer.clip_norm is None
@@ -56,7 +56,7 @@ def test_overrides_are_read_as_yaml() -> None:
 
 def test_the_defaults_are_the_papers() -> None:
     loss = changed().loss
-    assert (loss.teaching, loss.easy_ratio, loss.easy_weight, loss.scope) == ("atkd", 0.5, 0.2, "batch")  # type: ignore[union-attr]
+    assert (loss.kind, loss.easy_ratio, loss.easy_weight, loss.scope) == ("atkd", 0.5, 0.2, "batch")  # type: ignore[union-attr]
 
 
 def test_a_config_is_frozen() -> None:
@@ -67,13 +67,13 @@ def test_a_config_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["loss.teaching=atkd", "loss.easy_ration=0.3"], r"loss\.easy_ration: there is no such key; did you mean easy_ratio\?"),
-        (["loss.teaching=coupled", "loss.easy_ratio=0.3"], r"loss\.easy_ratio: does not go with coupled"),
-        (["loss.teaching=atkd", "loss.easy_ratio=3"], r"loss\.easy_ratio: Input should be less than or equal to 1; got 3"),
-        (["loss.teaching=atdk"], r"loss\.teaching: there is no 'atdk'; did you mean atkd\? there are atkd, coupled, decoupled, "),
-        (["loss.teaching=3"], r"loss\.teaching: there is no '3'; there are atkd, coupled, "),
-        (["loss={teaching: atkd, divergence: foward_kl}"], r"loss\.divergence\.kind: .* did you mean forward_kl\? there are "),
-        (["loss={teaching: atkd, tail: buckt}"], r"loss\.tail: there is no 'buckt'; did you mean bucket\? there are bucket, "),
+        (["loss.kind=atkd", "loss.easy_ration=0.3"], r"loss\.easy_ration: there is no such key; did you mean easy_ratio\?"),
+        (["loss.kind=coupled", "loss.easy_ratio=0.3"], r"loss\.easy_ratio: does not go with coupled"),
+        (["loss.kind=atkd", "loss.easy_ratio=3"], r"loss\.easy_ratio: Input should be less than or equal to 1; got 3"),
+        (["loss.kind=atdk"], r"loss\.kind: there is no 'atdk'; did you mean atkd\? there are atkd, coupled, decoupled, "),
+        (["loss.kind=3"], r"loss\.kind: there is no '3'; there are atkd, coupled, "),
+        (["loss={kind: atkd, divergence: foward_kl}"], r"loss\.divergence\.kind: .* did you mean forward_kl\? there are "),
+        (["loss={kind: atkd, tail: buckt}"], r"loss\.tail: there is no 'buckt'; did you mean bucket\? there are bucket, "),
         (["data.source.kind=filez"], r"data\.source\.kind: there is no 'filez'; did you mean files\? there are builtin, files"),
         (["data.format={kind: Chat}"], r"data\.format\.kind: there is no 'Chat'; did you mean chat\? there are instruction, "),
         (["teacher.model.kind=pretraned"], r"teacher\.model\.kind: there is no 'pretraned'; did you mean pretrained\? there "),
@@ -83,7 +83,7 @@ def test_a_config_is_frozen() -> None:
         (["tune.search=gird"], r"tune\.search: there is no 'gird'; did you mean grid\? there are grid, random, tpe$"),
         (["data.source=hub"], r"data\.source: is a section of keys, such as data\.source\.kind; got 'hub'$"),
         (["teacher.engine=3"], r"teacher\.engine: is a section of keys, such as teacher\.engine\.kind; got 3$"),
-        (["loss=null"], r"loss: is a section of keys, such as loss\.teaching; got None$"),
+        (["loss=null"], r"loss: is a section of keys, such as loss\.kind; got None$"),
         (["train.learning_rate=1"], r"train\.learning_rate: there is no such key; there is train\.optimizer\.learning_rate"),
         (["bogus=1"], r"bogus: there is no such key; there are compare, data, evaluate, "),
         (["data.source={kind: files}"], r"data\.source\.path: is missing"),
@@ -92,7 +92,7 @@ def test_a_config_is_frozen() -> None:
         (["data.source={kind: builtin, tasks: []}"], r"data\.source.*tasks is empty; name at least one"),
         (["data.max_tokens=abc"], r"data\.max_tokens: Input should be a valid integer.*got 'abc'"),
         (["name=../x"], r"name: String should match pattern"),
-        (["teacher.fit=null"], r"teacher\.model is scratch but teacher\.fit is null.*add teacher\.fit"),
+        (["teacher.finetune=null"], r"teacher\.model is scratch but teacher\.finetune is null.*add teacher\.finetune"),
         (["seed=4294967296"], r"seed: Input should be less than or equal to 4294967295; got 4294967296"),
         (["data.seed=-1"], r"data\.seed: Input should be greater than or equal to 0; got -1"),
         (["tune.seed=1e10"], r"tune\.seed: Input should be"),
@@ -107,8 +107,8 @@ def test_a_config_is_frozen() -> None:
             r"tensor_parallel 2 needs kind: vllm; for transformers 1 would do",
         ),
         (["scores={root: a, path: b}"], r"root and path exclude each other"),
-        (["loss={teaching: atkd, scope: dataset}"], r"loss\.scope dataset .* set scores\.overlap to false"),
-        (["loss={teaching: atkd, scope: microbatch, split: random}"], r"the authors' rule and has no split 'random'"),
+        (["loss={kind: atkd, scope: dataset}"], r"loss\.scope dataset .* set scores\.overlap to false"),
+        (["loss={kind: atkd, scope: microbatch, split: random}"], r"the authors' rule and has no split 'random'"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_one_that_would_do(overrides: list[str], message: str) -> None:
@@ -117,7 +117,7 @@ def test_a_wrong_value_is_named_with_one_that_would_do(overrides: list[str], mes
 
 
 def test_dataset_scope_without_overlap_is_accepted() -> None:
-    assert changed("loss={teaching: atkd, scope: dataset}", "scores.overlap=false").loss.scope == "dataset"  # type: ignore[union-attr]
+    assert changed("loss={kind: atkd, scope: dataset}", "scores.overlap=false").loss.scope == "dataset"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("override", ["foo", "=1", ".a=1", "a..b=1"])

@@ -23,8 +23,8 @@ PAIR = (
     "tokenizer.vocab_size=32000",
     "teacher.model={kind: scratch, hidden_size: 2048, layers: 24, heads: 16}",
     "teacher.engine={gpu: true, replicas: 4, tensor_parallel: 2}",
-    "teacher.fit.train={precision: bfloat16, micro_batch_rows: 1, gradient_checkpointing: true, sharding: fsdp}",
-    "teacher.fit.workers={count: 4, gpus: 1}",
+    "teacher.finetune.train={precision: bfloat16, micro_batch_rows: 1, gradient_checkpointing: true, sharding: fsdp}",
+    "teacher.finetune.workers={count: 4, gpus: 1}",
     "student.model={kind: scratch, hidden_size: 1024, layers: 12, heads: 16}",
     "train={precision: bfloat16, micro_batch_rows: 8}",
     "workers={count: 4, gpus: 1}",
@@ -56,8 +56,8 @@ def fits(config: RunConfig, place: Place, estimator: Estimator) -> bool:
 
     beside = workers.count if config.scores.overlap else 0
     counted = placed(replicas, held["replicas"], beside) and sum(per_node) >= workers.count
-    assert config.teacher.fit
-    counted = counted and sum(per_node) >= config.teacher.fit.workers.count
+    assert config.teacher.finetune
+    counted = counted and sum(per_node) >= config.teacher.finetune.workers.count
     large = [gpu_bytes_of(estimator.training(job)) for job in trainings(config)]
     share = engine.gpu_memory_utilization
     shape = estimator.shapes["teacher"]
@@ -213,8 +213,8 @@ def test_hours_are_arithmetic_over_the_rates() -> None:
     tokens = 20_000 * 300
     assert plan.pace.epoch_seconds == pytest.approx(tokens / (4 * plan.rates.training), rel=0.01)
     assert plan.pace.scoring_seconds == pytest.approx((tokens + 200 * 300) / (4 * plan.rates.scoring), rel=0.03)
-    assert plan.seconds == sum(plan.fit_seconds.values()) + plan.pace.seconds
-    trials = plan.search_seconds - sum(plan.fit_seconds.values()) - plan.pace.scoring_seconds
+    assert plan.seconds == sum(plan.finetune_seconds.values()) + plan.pace.seconds
+    trials = plan.search_seconds - sum(plan.finetune_seconds.values()) - plan.pace.scoring_seconds
     assert trials == pytest.approx(5 * 3 * plan.pace.epoch_seconds)
     weights = plan.estimator.shapes["teacher"].weights
     head = 32_000 * 2048
@@ -267,7 +267,7 @@ def test_a_probe_measures_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(plan_probe, "TRAINING_SECONDS", 0.1)
     config = changed(
         f"output={tmp_path}", "teacher.engine={kind: transformers, dtype: float32}", "scores.top_k=8", "train.batch_rows=8",
-        "loss={teaching: atkd, scope: dataset}", "scores.overlap=false",
+        "loss={kind: atkd, scope: dataset}", "scores.overlap=false",
     )  # fmt: skip
     said: list[str] = []
     plan = make_plan(config, Asked(rows=300, row_tokens=20, row_targets=9, probe=True), said.append)

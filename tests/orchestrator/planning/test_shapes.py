@@ -126,7 +126,7 @@ def test_what_is_on_the_hub_is_not_fetched_for_a_plan(tmp_path: Path) -> None:
     config = changed("data.source={kind: hub, name: someone/data}", f"output={tmp_path}")
     with pytest.raises(ValueError, match=r"someone/data' is on the hub .*; say --rows, --row-tokens and --row-targets"):
         read_workload(config)
-    teacher = changed("tokenizer=null", "teacher.model={kind: pretrained, name: someone/model}", "teacher.fit=null")
+    teacher = changed("tokenizer=null", "teacher.model={kind: pretrained, name: someone/model}", "teacher.finetune=null")
     with pytest.raises(ValueError, match=r"teacher.model.name 'someone/model': its config.json.*teacher.model.name=/a/folder"):
         meta_model(teacher, "teacher", rows(20))
 
@@ -136,7 +136,7 @@ def test_a_pretrained_model_needs_its_config_alone(tmp_path: Path) -> None:
         vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
     )
     (tmp_path / "config.json").write_text(json.dumps(settings.to_dict()))
-    config = changed("tokenizer=null", f"teacher.model={{kind: pretrained, name: {tmp_path}}}", "teacher.fit=null")
+    config = changed("tokenizer=null", f"teacher.model={{kind: pretrained, name: {tmp_path}}}", "teacher.finetune=null")
     teacher, student = (shape_of(meta_model(config, role, rows(20))) for role in ("teacher", "student"))
     assert (teacher.vocab_size, teacher.layers, teacher.kv_size, teacher.tied) == (500, 2, 32, False)
     assert student.vocab_size == 500, "a student from scratch has the teacher's vocabulary"

@@ -11,7 +11,7 @@ from orchestrator.planning.shapes import Workload
 from orchestrator.planning.throughput import Pipeline, pace, pipeline_of, replicas_that_feed, workers_that_are_fed
 from orchestrator.planning.time import Rates
 
-ATKD = AtkdLoss(teaching="atkd")
+ATKD = AtkdLoss(kind="atkd")
 
 
 def workload(rows: int, seed: int = 0, heldout_tokens: int = 70) -> Workload:
@@ -69,7 +69,7 @@ def test_half_an_epoch_is_half_of_the_steps_but_all_is_scored() -> None:
 def test_without_overlap_and_without_order_the_student_begins_when_all_is_scored() -> None:
     turns = pace(pipeline(overlap=False), 1, 1)
     assert turns.first_epoch_seconds == pytest.approx(turns.scoring_seconds + turns.epoch_seconds)
-    ranked = AtkdLoss(teaching="atkd", scope="dataset")
+    ranked = AtkdLoss(kind="atkd", scope="dataset")
     waits = pipeline_of(workload(100), ScoresConfig(overlap=False), TrainConfig(), ranked, Rates(50, 80, ""))
     permuted = pipeline_of(workload(100), ScoresConfig(), TrainConfig(first_epoch="permuted"), ATKD, Rates(50, 80, ""))
     assert not waits.follows and not permuted.follows
@@ -81,7 +81,7 @@ def test_without_overlap_and_without_order_the_student_begins_when_all_is_scored
 
 
 def test_a_loss_without_a_teacher_waits_for_none() -> None:
-    hard = HardLabelLoss(teaching="hard_label")
+    hard = HardLabelLoss(kind="hard_label")
     found = pace(pipeline_of(workload(100), ScoresConfig(), TrainConfig(), hard, Rates(50, 80, "")), 1, 1)
     assert found.first_epoch_seconds == pytest.approx(found.epoch_seconds)
     assert found.scoring_seconds == pytest.approx(70 / 50), "held-out rows are scored all the same"

@@ -27,12 +27,12 @@ def finished(stage: str) -> dict[str, object]:
 
 def test_processes_that_ran_on_the_same_stand_together() -> None:
     events = [
-        finished("of an older version"), process(1, "a"), finished("prepare"), finished("fit"), process(2, "idle"),
+        finished("of an older version"), process(1, "a"), finished("prepare"), finished("finetune"), process(2, "idle"),
         process(3, "b"), finished("score"), process(4, "c", atkd="2"), finished("train"), process(5, "last", atkd="2"),
     ]  # fmt: skip
     one, two = surroundings_of(events)
     assert one.facts == (("atkd", "1"), ("python", "3")) and two.facts == (("atkd", "2"), ("python", "3"))
-    assert [(command.command, command.stages) for command in one.commands] == [("a", ("prepare", "fit")), ("b", ("score",))]
+    assert [(command.command, command.stages) for command in one.commands] == [("a", ("prepare", "finetune")), ("b", ("score",))]
     assert [(command.command, command.stages) for command in two.commands] == [("c", ("train",)), ("last", ())]
     assert isinstance(one.commands[0], Command) and surroundings_of([]) == []
 

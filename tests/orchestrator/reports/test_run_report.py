@@ -29,7 +29,7 @@ def test_the_page_shows_the_whole_run(tmp_path: Path) -> None:
     assert page.elements.count("svg") == 9  # loss and rate of two trainings, terms, shares, border, uncertainty and its places
     assert page.elements.count("figure") == 9
     for words in (
-        "my-run", "teacher 2 layers of width 64", "held-out loss (nats per target)", "Loss, fitting the teacher",
+        "my-run", "teacher 2 layers of width 64", "held-out loss (nats per target)", "Loss, fine-tuning the teacher",
         "Learning rate, distillation", "Terms of the loss", "Easy and hard",
         "Border between easy and hard", "Uncertainty of the teacher", "7 training targets; median 0.4",
         "Where the teacher is uncertain", "Texts, token by token", "task1 (3)", "begun 2 times",

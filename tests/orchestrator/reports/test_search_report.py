@@ -175,7 +175,7 @@ def test_pages_of_what_has_hardly_begun(tmp_path: Path) -> None:
     assert "No baseline was named" in without.text and "Paired differences" not in without.text
     ledger = begin(tmp_path / "d")
     ledger.begin_search(search_of(ledger).plan)
-    run_trial(ledger, 0, {"loss": {"teaching": "atkd"}}, 2.0, rungs=2)
+    run_trial(ledger, 0, {"loss": {"kind": "atkd"}}, 2.0, rungs=2)
     page = Page(content_of(ledger))
     assert "No trial was completed; this one came furthest" in page.text and "taken up again 1 ×" in page.text
     assert "It takes 8 measured trials with a setting that varies and is a number; measured so far: 1." in page.text
@@ -185,16 +185,16 @@ def test_overrides_are_what_the_command_line_reads(tmp_path: Path) -> None:
     import shlex
 
     point = {
-        "loss.easy_ratio": 0.3, "loss": {"teaching": "coupled", "rate": 1e-05}, "a.rate": 1e-05, "b": None, "c": "on", "d": True,
+        "loss.easy_ratio": 0.3, "loss": {"kind": "coupled", "rate": 1e-05}, "a.rate": 1e-05, "b": None, "c": "on", "d": True,
         "e": [1, "x y"], "f": "it's",
     }  # fmt: skip
     ledger = begin(tmp_path)
     run_trial(ledger, 0, point, 2.0)
-    tree: dict[str, object] = {"loss": {"teaching": "atkd", "easy_weight": 0.2}}
+    tree: dict[str, object] = {"loss": {"kind": "atkd", "easy_weight": 0.2}}
     for override in shlex.split(overrides_of(search_of(ledger).trials[0])):
         apply_override(tree, override)
     assert tree == {
-        "loss": {"teaching": "coupled", "rate": 1e-05, "easy_ratio": 0.3}, "a": {"rate": 1e-05}, "b": None, "c": "on", "d": True,
+        "loss": {"kind": "coupled", "rate": 1e-05, "easy_ratio": 0.3}, "a": {"rate": 1e-05}, "b": None, "c": "on", "d": True,
         "e": [1, "x y"], "f": "it's",
     }  # fmt: skip
     assert yaml.safe_load("1e-05") == "1e-05", "the reason for writing 1.0e-05"

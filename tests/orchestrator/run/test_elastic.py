@@ -88,14 +88,14 @@ def test_a_range_and_a_number_take_each_others_place(tmp_path: Path) -> None:
 
 def test_a_loss_that_depends_on_the_number_of_workers_takes_no_range() -> None:
     with pytest.raises(ConfigError, match=r"loss\.scope microbatch .* workers\.max 4 lets change; loss\.scope batch would do"):
-        changed("workers={min: 1, max: 4}", "loss={teaching: atkd, scope: microbatch}")
+        changed("workers={min: 1, max: 4}", "loss={kind: atkd, scope: microbatch}")
 
 
 def test_the_number_of_workers_may_change_when_a_run_is_taken_up_again(tmp_path: Path) -> None:
     here = f"output={tmp_path}"
     RunDir.open(changed(here, "name=batches"), print).close()
     RunDir.open(changed(here, "name=batches", "workers.count=2"), print).close()
-    passes = [here, "name=passes", "loss={teaching: atkd, scope: microbatch}"]
+    passes = [here, "name=passes", "loss={kind: atkd, scope: microbatch}"]
     RunDir.open(changed(*passes), print).close()
     with pytest.raises(ValueError, match=r"workers\.count: 2 here, 1 there"):
         RunDir.open(changed(*passes, "workers.count=2"), print)
@@ -173,7 +173,7 @@ def test_failures_are_counted_and_others_are_not_tried_again(monkeypatch: pytest
 
 def test_the_room_is_the_teachers_until_its_last_rows_are_scored(tmp_path: Path) -> None:
     """The held-out rows come after those that the student learns from; a loss without a teacher is examined by one too."""
-    for loss in ("{teaching: atkd}", "{teaching: hard_label}"):
+    for loss in ("{kind: atkd}", "{kind: hard_label}"):
         config = changed(f"output={tmp_path}", f"loss={loss}")
         task = distillation_task(config, tmp_path, Models(config, tmp_path), store=None)
         assert task.beside_teacher
@@ -181,7 +181,7 @@ def test_the_room_is_the_teachers_until_its_last_rows_are_scored(tmp_path: Path)
     Path(task.teacher_done).parent.mkdir()
     Path(task.teacher_done).touch()
     assert not task.beside_teacher
-    assert not replace(task, teacher_done=None).beside_teacher, "while models are fitted there is none"
+    assert not replace(task, teacher_done=None).beside_teacher, "while models are fine-tuned there is none"
 
 
 @pytest.mark.ray

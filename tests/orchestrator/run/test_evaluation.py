@@ -95,7 +95,7 @@ def run_config(output: Path, **evaluate_settings: object) -> RunConfig:
     return validate(
         {
             "name": "run", "output": str(output), "tokenizer": {"vocab_size": 300},
-            "teacher": {"model": shape, "fit": {"train": {}}}, "student": {"model": shape}, "scores": {"top_k": 5},
+            "teacher": {"model": shape, "finetune": {"train": {}}}, "student": {"model": shape}, "scores": {"top_k": 5},
             "evaluate": {"generate_rows": 4, "max_new_tokens": 3, **evaluate_settings},
         }
     )  # fmt: skip
@@ -108,7 +108,7 @@ def settle(world: World, config: RunConfig, models: Models) -> ScoreStore:
         (run / place).parent.mkdir(exist_ok=True)
         shutil.copy(world.folder / name, run / place)
     places = [
-        ("tokenizer", models.tokenizer_folder), ("teacher", models.fitted_folder("teacher")),
+        ("tokenizer", models.tokenizer_folder), ("teacher", models.finetuned_folder("teacher")),
         ("student", Path(models.begun("student").name)), ("teacher", models.student_folder),
     ]  # fmt: skip
     for name, place in places:

@@ -26,7 +26,7 @@ def table() -> ComparisonTable:
 
 
 def config(**changes: object) -> RunConfig:
-    tree = {"name": "my-run", "tokenizer": {"vocab_size": 300}, "teacher": {"model": SCRATCH, "fit": {"train": {}}}}
+    tree = {"name": "my-run", "tokenizer": {"vocab_size": 300}, "teacher": {"model": SCRATCH, "finetune": {"train": {}}}}
     return validate({**tree, "student": {"model": SCRATCH}, **changes})
 
 
@@ -71,7 +71,7 @@ def test_the_card_names_config_scores_and_numbers() -> None:
 
 
 def test_a_student_without_a_teacher_says_so() -> None:
-    card = model_card(config(loss={"teaching": "hard_label"}), None, table())
+    card = model_card(config(loss={"kind": "hard_label"}), None, table())
     assert "its loss is the cross entropy to the data alone" in card
     assert "from the teacher" not in card.split("## Results")[0]
 

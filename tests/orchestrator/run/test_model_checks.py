@@ -83,8 +83,11 @@ def test_rows_beyond_a_window_name_both_models_and_what_would_do(tmp_path: Path)
 
 def test_a_row_as_long_as_the_window_is_too_long_for_vllm_alone(tmp_path: Path) -> None:
     whole = RowLimits(64, 10, 90)
-    with pytest.raises(ValueError, match=r"the teacher .* knows 64 positions, one of which vLLM keeps .*data\.max_tokens=63 "
-        r"would do"):
+    with pytest.raises(
+        ValueError,
+        match=r"the teacher .* knows 64 positions, one of which vLLM keeps .*data\.max_tokens=63 "
+        r"would do",
+    ):
         require_models_fit(*run_in(tmp_path), whole)
     require_models_fit(*run_in(tmp_path, teacher={"engine": {"kind": "transformers", "dtype": "float32"}}), whole)
 
@@ -108,8 +111,11 @@ def test_a_tokenizer_with_more_tokens_than_a_model_is_said_and_refused_only_wher
     teacher, student = require_models_fit(*run_in(tmp_path), RowLimits(20, 10, 95))
     assert teacher.startswith("the tokenizer has 110 tokens, the teacher knows 96: the others stand in no row")
     assert "the student knows 96" in student
-    with pytest.raises(ValueError, match=r"the rows use token 96, and the teacher knows 96 tokens: "
-        r".*resize_token_embeddings\) would do"):
+    with pytest.raises(
+        ValueError,
+        match=r"the rows use token 96, and the teacher knows 96 tokens: "
+        r".*resize_token_embeddings\) would do",
+    ):
         require_models_fit(*run_in(tmp_path), RowLimits(20, 10, 96))
 
 
@@ -124,7 +130,7 @@ def test_a_student_whose_tokenizer_knows_more_is_allowed_and_said(tmp_path: Path
     (said,) = require_models_fit(*run_in(tmp_path), FITS)
     assert said == (
         "the student's tokenizer has 4 tokens that the teacher's has not ('<one>', '<two>', '<three>', ...); they stand in no "
-            "row, "
+        "row, "
         "and the exported tokenizer is the teacher's"
     )
     with pytest.raises(ValueError, match="do not speak the same tokens"):
@@ -147,10 +153,10 @@ def test_attention_that_cannot_learn_on_cpus_is_asked_of_the_workers_that_train(
     run_in(tmp_path)
     flex = {"model": {"kind": "pretrained", "name": str(tmp_path / "teacher"), "attention": "flex_attention"}}
     assert require_models_fit(*run_in(tmp_path, teacher=flex), FITS) == []  # it only scores
-    fitted = {**flex, "fit": {"train": {"epochs": 1}}}
+    fitted = {**flex, "finetune": {"train": {"epochs": 1}}}
     with pytest.raises(ValueError, match=r"teacher\.model\.attention flex_attention"):
         require_models_fit(*run_in(tmp_path, teacher=fitted, workers={"gpus": 1}), FITS)
-    on_gpu = {**flex, "fit": {"train": {"epochs": 1}, "workers": {"gpus": 1}}}
+    on_gpu = {**flex, "finetune": {"train": {"epochs": 1}, "workers": {"gpus": 1}}}
     assert require_models_fit(*run_in(tmp_path, teacher=on_gpu), FITS) == []
 
 

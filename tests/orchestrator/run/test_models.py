@@ -57,9 +57,9 @@ def test_a_scratch_student_is_as_wide_as_a_pretrained_teachers_head(tmp_path: Pa
     assert student.get_output_embeddings().weight.shape[0] == VOCAB
 
 
-def test_a_fitted_model_takes_the_place_of_the_one_it_began_as(tmp_path: Path) -> None:
+def test_a_finetuned_model_takes_the_place_of_the_one_it_began_as(tmp_path: Path) -> None:
     models = models_of(tmp_path / "run")
-    assert models.ready("teacher").name == str(models.fitted_folder("teacher")) != models.begun("teacher").name
+    assert models.ready("teacher").name == str(models.finetuned_folder("teacher")) != models.begun("teacher").name
     assert models.ready("student") == models.begun("student")
 
 
@@ -89,7 +89,7 @@ def model_with_code(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_models_whose_code_is_trusted_are_fitted_distilled_evaluated_and_exported(
+def test_models_whose_code_is_trusted_are_finetuned_distilled_evaluated_and_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, "train_model", lambda task, *_: distil(task, NoCheckpoints()))
@@ -99,7 +99,7 @@ def test_models_whose_code_is_trusted_are_fitted_distilled_evaluated_and_exporte
             "model": {
                 "kind": "pretrained", "name": str(model_with_code(tmp_path / role, seed)), "trust_remote_code": True,
             },
-            "fit": {"train": short},
+            "finetune": {"train": short},
         }
         for seed, role in enumerate(ROLES)
     }  # fmt: skip

@@ -76,7 +76,7 @@ def test_what_is_searched_in_a_run_may_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", MAY_CHANGE)
 def test_each_key_that_may_change_is_one_of_the_configuration(path: str) -> None:
     fit = {"train": {}}
-    settings = changed(f"teacher.fit={json.dumps(fit)}", f"student.fit={json.dumps(fit)}").model_dump(mode="json")
+    settings = changed(f"teacher.finetune={json.dumps(fit)}", f"student.finetune={json.dumps(fit)}").model_dump(mode="json")
     for name in path.split("."):
         assert name in settings, path
         settings = settings[name]
@@ -87,14 +87,14 @@ def test_how_the_work_is_cut_may_change_and_what_comes_out_may_not(tmp_path: Pat
     RunDir.open(changed(here)).close()
     cut = [
         "train.micro_batch_rows=2", "train.gradient_checkpointing=true", "train.checkpoint_every_steps=7", "scores.overlap=false",
-        "teacher.engine.replicas=3", "teacher.engine.cpus=2", "teacher.fit.train.micro_batch_rows=1", "evaluate.batch_rows=3",
-        "teacher.fit.workers.count=2", "train.max_failures=9",
+        "teacher.engine.replicas=3", "teacher.engine.cpus=2", "teacher.finetune.train.micro_batch_rows=1",
+        "evaluate.batch_rows=3", "teacher.finetune.workers.count=2", "train.max_failures=9",
     ]  # fmt: skip
     RunDir.open(changed(here, *cut)).close()
     for other in ("train.batch_rows=2", "teacher.engine.dtype=float32", "train.precision=bfloat16", "scores.top_k=5"):
         with pytest.raises(RunDirError, match=rf"\n  {other.split('=')[0]}: [^\n]*$"):
             RunDir.open(changed(here, *cut, other))
-    passes = [here, "name=passes", "loss={teaching: atkd, scope: microbatch}"]
+    passes = [here, "name=passes", "loss={kind: atkd, scope: microbatch}"]
     RunDir.open(changed(*passes)).close()
     with pytest.raises(RunDirError, match=r"train\.micro_batch_rows: 2 here, 8 there"):
         RunDir.open(changed(*passes, "train.micro_batch_rows=2"))

@@ -132,7 +132,7 @@ def test_a_diverged_run_stops_and_names_the_step(local_ray: None, training_world
 
 
 def test_adapters_are_merged_and_fitting_needs_no_store(training_world: Path, tmp_path: Path) -> None:
-    task = task_in(tmp_path, training_world, lora=LoraAdapter(rank=2), loss=HardLabelLoss(teaching="hard_label"), store=None)
+    task = task_in(tmp_path, training_world, lora=LoraAdapter(rank=2), loss=HardLabelLoss(kind="hard_label"), store=None)
     weights = trained_here(task)
     begun = AutoModelForCausalLM.from_pretrained(task.model.name).state_dict()
     assert weights.keys() == begun.keys()
@@ -141,9 +141,7 @@ def test_adapters_are_merged_and_fitting_needs_no_store(training_world: Path, tm
     assert losses_of(tmp_path)[-1] < losses_of(tmp_path)[0]
 
 
-def test_what_ray_train_gives_up_on_is_passed_on(
-    monkeypatch: pytest.MonkeyPatch, training_world: Path, tmp_path: Path
-) -> None:
+def test_what_ray_train_gives_up_on_is_passed_on(monkeypatch: pytest.MonkeyPatch, training_world: Path, tmp_path: Path) -> None:
     def gives_up(*_: object) -> None:
         raise ControllerError(RuntimeError("made by another version"))
 
@@ -161,9 +159,7 @@ class KeptHere:
     def load(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, worker: Worker) -> Progress | None:
         return load_checkpoint(self.folder, student, optimizer, schedule) if self.folder.exists() else None
 
-    def save(
-        self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, progress: Progress, worker: Worker
-    ) -> None:
+    def save(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, progress: Progress, worker: Worker) -> None:
         self.folder.mkdir(exist_ok=True)
         save_checkpoint(self.folder, student, optimizer, schedule, progress, worker.rank)
         if progress.step == self.ends_at:
@@ -188,7 +184,11 @@ def test_a_training_goes_on_from_its_checkpoint_with_other_passes(
     ("name", "changes", "remedy"),
     [
         ("train", {}, "the same command with train.micro_batch_rows=4 or train.gradient_checkpointing=true goes on"),
-        ("fit_teacher", {"gradient_checkpointing": True}, "the same command with teacher.fit.train.micro_batch_rows=4 goes on"),
+        (
+            "finetune_teacher",
+            {"gradient_checkpointing": True},
+            "the same command with teacher.finetune.train.micro_batch_rows=4 goes on",
+        ),
         ("train", {"micro_batch_rows": 1}, "the same command with train.gradient_checkpointing=true goes on from the last"),
         ("train", {"micro_batch_rows": 1, "gradient_checkpointing": True}, "train.sharding=fsdp with more workers would do"),
     ],

@@ -48,20 +48,20 @@ def test_a_trial_differs_from_its_search_in_the_point_alone() -> None:
 
 
 def test_a_whole_section_is_replaced_before_its_keys() -> None:
-    whole = {"teaching": "coupled", "divergence": {"kind": "jensen_shannon"}}
+    whole = {"kind": "coupled", "divergence": {"kind": "jensen_shannon"}}
     space = read_space({"loss.divergence.teacher_weight": [0.3], "loss": [whole]})
     (point,) = space.grid()
     loss = bind(TINY, space).config_of(point).loss
-    assert loss == CoupledLoss(teaching="coupled", divergence=JensenShannon(teacher_weight=0.3))
-    assert point["loss"] == {"teaching": "coupled", "divergence": {"kind": "jensen_shannon"}}, "the point is not written into"
+    assert loss == CoupledLoss(kind="coupled", divergence=JensenShannon(teacher_weight=0.3))
+    assert point["loss"] == {"kind": "coupled", "divergence": {"kind": "jensen_shannon"}}, "the point is not written into"
 
 
-def test_the_space_of_losses_has_every_divergence_and_every_teaching() -> None:
+def test_the_space_of_losses_has_every_divergence_and_every_kind() -> None:
     losses = [config.loss for config in map(bind(TINY, SPACES["losses"]).config_of, SPACES["losses"].grid())]
     variants = get_args(get_args(Divergence)[0])
-    assert {loss.divergence.kind for loss in losses if loss.teaching != "hard_label"} == {variant().kind for variant in variants}
-    teachings = {get_args(variant.model_fields["teaching"].annotation)[0] for variant in get_args(TeacherLoss)}
-    assert {loss.teaching for loss in losses} == teachings | {"hard_label"}
+    assert {loss.divergence.kind for loss in losses if loss.kind != "hard_label"} == {variant().kind for variant in variants}
+    kinds = {get_args(variant.model_fields["kind"].annotation)[0] for variant in get_args(TeacherLoss)}
+    assert {loss.kind for loss in losses} == kinds | {"hard_label"}
 
 
 def test_trials_read_a_complete_store_so_that_tokens_can_be_ranked_over_it() -> None:
@@ -97,11 +97,11 @@ def test_a_space_of_whole_numbers_and_adapters() -> None:
          r"with loss\.scope='microbatch', loss\.easy_ratio=0\.3: .*\n  loss: scope microbatch splits at the median"),
         ({"loss.divergence.teacher_weight": [0.3]}, r"teacher_weight: does not go with forward_kl"),
         ({"student.lora.rank": [4, 8]}, r"student\.lora is None here and has no keys to search; give it as a mapping first"),
-        ({"loss": [{"teaching": "coupled", "divergence": "jensen_shannon"}], "loss.divergence.teacher_weight": [0.1]},
+        ({"loss": [{"kind": "coupled", "divergence": "jensen_shannon"}], "loss.divergence.teacher_weight": [0.1]},
          r"loss\.divergence is 'jensen_shannon' here and has no keys to search; give it as a mapping first"),
         ({"scores.top_k": [32, 128]}, r"up to 128: the store that all trials share holds 64; .* or search up to 64"),
         ({"scores.top_k": {"low": 8, "high": 72, "step": 8}}, r"cannot vary scores\.top_k up to 72"),
-        ({"seed": [0, 1]}, r"cannot vary seed: it draws and fits models of this run as well, and all trials share them"),
+        ({"seed": [0, 1]}, r"cannot vary seed: it draws and fine-tunes models of this run as well, and all trials share them"),
         ({"teacher.engine.dtype": ["float32"]},
          r"cannot vary teacher\.engine\.dtype: it changes the scores, and a search shares"),
         ({"student.model.layers": [1, 2]},

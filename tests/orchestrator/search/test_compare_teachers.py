@@ -21,7 +21,7 @@ from orchestrator.search.compare_teachers import (
     configs_by_teacher,
     laid_over,
     require_same_ground,
-    share_fitted_student,
+    share_finetuned_student,
 )
 from orchestrator.search.ledger import read_ledger
 from tests.orchestrator.searches import EVIL, begin, run_trial
@@ -107,9 +107,9 @@ def test_each_teacher_has_a_run_of_its_own_and_shares_the_place_of_the_scores(tm
 
 
 def test_a_section_that_says_its_kind_stands_for_itself() -> None:
-    base = {"model": {"kind": "scratch", "layers": 2}, "engine": {"kind": "vllm", "cpus": 2}, "fit": None}
+    base = {"model": {"kind": "scratch", "layers": 2}, "engine": {"kind": "vllm", "cpus": 2}, "finetune": None}
     changes = {"model": {"kind": "pretrained", "name": "some/model"}, "engine": {"cpus": 1}}
-    assert laid_over(base, changes) == {"model": changes["model"], "engine": {"kind": "vllm", "cpus": 1}, "fit": None}
+    assert laid_over(base, changes) == {"model": changes["model"], "engine": {"kind": "vllm", "cpus": 1}, "finetune": None}
     assert laid_over(base, {}) == base
 
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_compared_between_teachers_is_refused(tmp_path: Path, com
 
 def prepared(folder: Path, name: str, student_vocab: int = 96, rows_seed: int = 1) -> RunConfig:
     """A run whose rows stand, with a student from scratch."""
-    scratch = {"model": {"kind": "scratch", "hidden_size": 16, "layers": 1, "heads": 2}, "fit": {"train": {"epochs": 1}}}
+    scratch = {"model": {"kind": "scratch", "hidden_size": 16, "layers": 1, "heads": 2}, "finetune": {"train": {"epochs": 1}}}
     config = config_of(folder, name=name, student=scratch)
     (config.run_dir / "data").mkdir(parents=True)
     for split, rows in (("train", 6), ("heldout", 2)):
@@ -155,20 +155,20 @@ def test_teachers_with_other_rows_or_another_student_are_refused(tmp_path: Path)
         require_same_ground(first, prepared(tmp_path, "wide", student_vocab=128), "first", "wide")
 
 
-def test_the_student_is_fitted_once_for_all_teachers(tmp_path: Path) -> None:
+def test_the_student_is_finetuned_once_for_all_teachers(tmp_path: Path) -> None:
     first, other = prepared(tmp_path, "first"), prepared(tmp_path, "other")
-    fitted = Models(first, first.run_dir).fitted_folder("student")
+    fitted = Models(first, first.run_dir).finetuned_folder("student")
     tiny_llama(fitted, seed=5)
-    torn = Models(other, other.run_dir).fitted_folder("student")
+    torn = Models(other, other.run_dir).finetuned_folder("student")
     torn.mkdir(parents=True)
     (torn / "half").write_text("of a copy that was killed")
-    share_fitted_student(first, other, "first")
+    share_finetuned_student(first, other, "first")
     assert {path.name for path in torn.iterdir()} == {path.name for path in fitted.iterdir()}
     assert (torn / "model.safetensors").read_bytes() == (fitted / "model.safetensors").read_bytes()
     with RunDir.open(other, say=lambda line: None) as books:
-        assert books.result("fit_student") == {"copied_from": "first", "seconds": 0.0}
+        assert books.result("finetune_student") == {"copied_from": "first", "seconds": 0.0}
     (torn / "model.safetensors").write_bytes(b"its own")
-    share_fitted_student(first, other, "first")
+    share_finetuned_student(first, other, "first")
     assert (torn / "model.safetensors").read_bytes() == b"its own", "what is there is left"
 
 
@@ -227,7 +227,7 @@ def test_the_page_and_the_table_hold_every_teacher_smallest_first(tmp_path: Path
     found = taught(tmp_path, CHANGES)
     page = write_teachers_report(EVIL, found, tmp_path).read_text()
     assert EVIL not in page and "&lt;script&gt;document.title" in page
-    assert page.index("<th scope=\"col\" class=\"number\">small") < page.index("<th scope=\"col\" class=\"number\">large")
+    assert page.index('<th scope="col" class="number">small') < page.index('<th scope="col" class="number">large')
     assert "http" not in page.replace("http://www.w3.org", ""), "nothing is fetched"
     table = teachers_table(found)
     assert list(dict.fromkeys(table["teacher"].to_pylist())) == ["small", "medium", "large"] and len(table) == 36

@@ -19,7 +19,7 @@ def mixed_ledger(folder: Path) -> Path:
     """Completed 2 and 0, stopped 1 (far) and 3, unfinished 5, failed 4."""
     ledger = begin(folder)
     run_trial(ledger, 0, {"loss.easy_ratio": 0.3, "loss.scope": "batch"}, 2.5)
-    run_trial(ledger, 1, {"loss.easy_ratio": 0.5, "loss": {"teaching": "atkd"}}, 2.9, rungs=3)
+    run_trial(ledger, 1, {"loss.easy_ratio": 0.5, "loss": {"kind": "atkd"}}, 2.9, rungs=3)
     run_trial(ledger, 2, {"loss.easy_ratio": 0.7, "loss.scope": None, "seed": 5}, 2.4)
     run_trial(ledger, 3, {"loss.easy_ratio": 1}, 0.1, rungs=2)
     fail_trial(ledger, 4, {"loss.easy_ratio": 0.1})
@@ -29,8 +29,8 @@ def mixed_ledger(folder: Path) -> Path:
 
 def scratch_config(name: str = "tiny_cpu") -> RunConfig:
     shape = {"kind": "scratch", "hidden_size": 64, "layers": 2, "heads": 2}
-    sides = {"teacher": {"model": shape, "fit": {"train": {}}}, "student": {"model": shape}}
-    return validate({"name": name, "tokenizer": {"vocab_size": 300}, "loss": {"teaching": "atkd", "easy_ratio": 0.7}, **sides})
+    sides = {"teacher": {"model": shape, "finetune": {"train": {}}}, "student": {"model": shape}}
+    return validate({"name": name, "tokenizer": {"vocab_size": 300}, "loss": {"kind": "atkd", "easy_ratio": 0.7}, **sides})
 
 
 def test_completed_trials_come_first_and_failed_ones_last(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_both_files_hold_every_trial(tmp_path: Path) -> None:
     assert columns["step"] == [500, 500, 375, 250, 0, 10]
     assert columns["loss.easy_ratio"] == [0.7, 0.3, 0.5, 1.0, 0.2, 0.1]
     assert columns["loss.scope"] == [None, "batch", None, None, None, None]
-    assert columns["loss"] == [None, None, '{"teaching": "atkd"}', None, None, None]
+    assert columns["loss"] == [None, None, '{"kind": "atkd"}', None, None, None]
     assert columns["seed"] == [0] * 6 and columns["point.seed"] == [5, None, None, None, None, None]
     assert columns["student_tokens"] == [500_000, 500_000, 375_000, 250_000, None, 10_000]
     assert columns["error"] == [None] * 5 + [EVIL]
@@ -118,9 +118,7 @@ def test_the_best_configuration_is_one_that_loads(tmp_path: Path) -> None:
     assert loaded.name == "n" * 75 + "-best"
     assert loaded.model_copy(update={"name": config.name}) == config
     heading = (tmp_path / "best.yaml").read_text().splitlines()[0]
-    assert heading == (
-        "# Trial 2 of tiny_cpu, the best of 2 completed: held-out loss (nats per target) 2.4713 after 500 steps"
-    )
+    assert heading == ("# Trial 2 of tiny_cpu, the best of 2 completed: held-out loss (nats per target) 2.4713 after 500 steps")
 
 
 def test_without_a_measured_trial_there_is_no_best_configuration(tmp_path: Path) -> None:

@@ -13,9 +13,7 @@ from tune_spaces.registry import SPACES
 from tune_spaces.space import Point, Space, read_space
 
 STEPPED = read_space({"loss.easy_ratio": {"low": 0.1, "high": 0.9, "step": 0.1}, "b": {"low": 1, "high": 4, "integer": True}})
-SECTIONS = read_space(
-    {"loss": [{"teaching": "coupled"}, {"teaching": "atkd", "divergence": {"kind": "reverse_kl"}}], "k": [1, None]}
-)
+SECTIONS = read_space({"loss": [{"kind": "coupled"}, {"kind": "atkd", "divergence": {"kind": "reverse_kl"}}], "k": [1, None]})
 BRANCHED = read_space(
     {
         "rate": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -137,4 +135,3 @@ def test_failures_teach_optuna_nothing_and_their_points_are_not_tried_again(outc
     source.tell(first, outcome)
     assert source.next() not in (first, None)
     assert source.next() is None
-

@@ -19,8 +19,8 @@ from tests.orchestrator.trial_world import RATE, ground_of, measures_of, scored_
 
 POINTS = [
     {RATE: 3e-3, "student.lora": {"rank": 2, "dropout": 0.2}},
-    {RATE: 1e-2, "loss": {"teaching": "coupled", "divergence": "reverse_kl"}},
-    {RATE: 3e-3, "loss": {"teaching": "atkd", "split": "random"}},
+    {RATE: 1e-2, "loss": {"kind": "coupled", "divergence": "reverse_kl"}},
+    {RATE: 3e-3, "loss": {"kind": "atkd", "split": "random"}},
 ]
 
 
@@ -57,9 +57,7 @@ def test_a_trial_too_short_for_its_rungs_says_so(config: RunConfig, tmp_path: Pa
 
 
 @pytest.mark.ray
-def test_interrupted_trials_begin_first_and_a_point_may_set_the_seed(
-    local_ray: None, config: RunConfig, tmp_path: Path
-) -> None:
+def test_interrupted_trials_begin_first_and_a_point_may_set_the_seed(local_ray: None, config: RunConfig, tmp_path: Path) -> None:
     plan = plan_of(config, ground_of(config))
     Ledger(tmp_path / "ledger.jsonl").begin_search(plan)
     judge = ray.remote(Judge).options(num_cpus=0).remote(tmp_path / "ledger.jsonl", plan, StoppingRule("none", "min"))

@@ -1,13 +1,13 @@
 """Which token is taught what: the weight of each token's target term and of its diversity term.
 
-A divergence gives every token its terms; a teaching gives every token its weights. A step's loss is
+A divergence gives every token its terms; a kind of loss gives every token its weights. A step's loss is
 
     sum over its tokens i of   divergence_i * D_i  +  target_i * TKD_i  +  diversity_i * DKD_i  +  cross_entropy_i * CE_i
 
 and the weights below already hold every division by the number of tokens. They are computed once for a whole optimizer
 step, over all ranks and all accumulated micro-batches; the step's loss is then a plain sum, however it was cut.
 
-| teaching             | divergence D | target TKD           | diversity DKD        |
+| kind                 | divergence D | target TKD           | diversity DKD        |
 |----------------------|--------------|----------------------|----------------------|
 | coupled              | 1 / N        | 0                    | 0                    |
 | decoupled            | 0            | 1 / N                | 1 / N                |
@@ -36,7 +36,7 @@ from losses.config import (
     LossConfig,
     TargetOnlyLoss,
 )
-from losses.support import Index
+from losses.topk_teacher import Index
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TokenWeights:
     """float32 [N], weight of the cross entropy to the data's token."""
 
     easy: Tensor
-    """bool [N], which tokens are easy; all False where the teaching does not ask."""
+    """bool [N], which tokens are easy; all False where the kind of loss does not split."""
 
     def __post_init__(self) -> None:
         for name in ("divergence", "target", "diversity", "cross_entropy"):
@@ -167,7 +167,7 @@ def token_weights(uncertainty: Tensor, loss: LossConfig, easy: Tensor | None = N
 
     Args:
         uncertainty: float32 [N], the teacher's UNC. A loss without a teacher reads its length alone.
-        loss: which teaching.
+        loss: which kind.
         easy: bool [N] from ``split_easy``; required by ``atkd``, by the others only passed on for reports.
 
     Raises:
@@ -175,7 +175,7 @@ def token_weights(uncertainty: Tensor, loss: LossConfig, easy: Tensor | None = N
     """
     if easy is None:
         if isinstance(loss, AtkdLoss):
-            raise ValueError("easy is None, but teaching atkd needs to know which tokens are easy: pass split_easy(...)")
+            raise ValueError("easy is None, but loss.kind atkd needs to know which tokens are easy: pass split_easy(...)")
         easy = torch.zeros_like(uncertainty, dtype=torch.bool)
     if uncertainty.dim() != 1 or easy.shape != uncertainty.shape:
         raise ValueError(f"uncertainty has the shape {list(uncertainty.shape)} and easy {list(easy.shape)}; both must be [N]")
@@ -200,7 +200,7 @@ def token_weights(uncertainty: Tensor, loss: LossConfig, easy: Tensor | None = N
 
 
 def adaptive_weights(easy: Tensor, loss: AtkdLoss, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the target and diversity weights of adaptive teaching: easy tokens are spared the target term.
+    """Return the target and diversity weights of adaptive kind: easy tokens are spared the target term.
 
     Each group is averaged over its own size, or both over all tokens (``normalize: tokens``). A group without tokens
     has no one to give its weight to, and adds nothing.

@@ -17,12 +17,12 @@ from losses.config import (
     TargetOnlyLoss,
 )
 from losses.divergence_config import ReverseKL
-from losses.teaching import TokenWeights, easy_border, split_easy, token_weights
+from losses.token_weights import TokenWeights, easy_border, split_easy, token_weights
 from tests.reference import formulas
 
 
 def atkd(**settings: Any) -> AtkdLoss:
-    return AtkdLoss(teaching="atkd", **settings)
+    return AtkdLoss(kind="atkd", **settings)
 
 
 @pytest.mark.parametrize(("count", "easy_count"), [(0, 0), (1, 0), (2, 1), (3, 2), (5, 2), (7, 4), (10, 5)])
@@ -87,11 +87,11 @@ def test_the_authors_rule_finds_no_easy_token_among_equals() -> None:
 
 
 TABLE: list[tuple[LossConfig, list[float], list[float]]] = [
-    (CoupledLoss(teaching="coupled"), [0.0] * 4, [0.0] * 4),
-    (CoupledLoss(teaching="coupled", divergence=ReverseKL()), [0.0] * 4, [0.0] * 4),
-    (DecoupledLoss(teaching="decoupled"), [0.25] * 4, [0.25] * 4),
-    (TargetOnlyLoss(teaching="target_only"), [0.25] * 4, [0.0] * 4),
-    (DiversityOnlyLoss(teaching="diversity_only"), [0.0] * 4, [0.25] * 4),
+    (CoupledLoss(kind="coupled"), [0.0] * 4, [0.0] * 4),
+    (CoupledLoss(kind="coupled", divergence=ReverseKL()), [0.0] * 4, [0.0] * 4),
+    (DecoupledLoss(kind="decoupled"), [0.25] * 4, [0.25] * 4),
+    (TargetOnlyLoss(kind="target_only"), [0.25] * 4, [0.0] * 4),
+    (DiversityOnlyLoss(kind="diversity_only"), [0.0] * 4, [0.25] * 4),
     (atkd(easy_weight=0.4, easy_ratio=0.25), [0.2, 0.0, 0.2, 0.2], [0.2, 0.4, 0.2, 0.2]),
     (atkd(easy_weight=0.4, easy_ratio=0.25, normalize="tokens"), [0.15, 0.0, 0.15, 0.15], [0.15, 0.1, 0.15, 0.15]),
 ]
@@ -104,19 +104,19 @@ def test_the_table_of_weights(loss: LossConfig, target: list[float], diversity: 
     weights = token_weights(uncertainty, loss, easy)
     assert weights.target.tolist() == pytest.approx(target)
     assert weights.diversity.tolist() == pytest.approx(diversity)
-    assert weights.divergence.tolist() == ([0.25] * 4 if loss.teaching == "coupled" else [0.0] * 4)
+    assert weights.divergence.tolist() == ([0.25] * 4 if loss.kind == "coupled" else [0.0] * 4)
     assert weights.cross_entropy.tolist() == [0.0] * 4
     assert weights.target.dtype == weights.diversity.dtype == weights.cross_entropy.dtype == torch.float32
 
 
 def test_hard_labels_weigh_cross_entropy_alone() -> None:
-    weights = token_weights(torch.zeros(4), HardLabelLoss(teaching="hard_label"))
+    weights = token_weights(torch.zeros(4), HardLabelLoss(kind="hard_label"))
     assert weights.cross_entropy.tolist() == [0.25] * 4
     assert not weights.target.any() and not weights.diversity.any() and not weights.easy.any()
 
 
 def test_cross_entropy_can_be_mixed_in() -> None:
-    weights = token_weights(torch.rand(4), DecoupledLoss(teaching="decoupled", cross_entropy_weight=2.0))
+    weights = token_weights(torch.rand(4), DecoupledLoss(kind="decoupled", cross_entropy_weight=2.0))
     assert weights.cross_entropy.tolist() == [0.5] * 4
 
 
@@ -128,7 +128,7 @@ def test_an_empty_group_adds_nothing(everyone: bool, normalize: str) -> None:
     assert weights.target.tolist() == pytest.approx([0.0 if everyone else 0.8 / 5] * 5)
 
 
-@pytest.mark.parametrize("loss", [row[0] for row in TABLE] + [HardLabelLoss(teaching="hard_label")])
+@pytest.mark.parametrize("loss", [row[0] for row in TABLE] + [HardLabelLoss(kind="hard_label")])
 def test_no_tokens_have_no_weights(loss: LossConfig) -> None:
     weights = token_weights(torch.zeros(0), loss, easy=torch.zeros(0, dtype=torch.bool))
     assert len(weights) == 0
@@ -165,7 +165,7 @@ def test_what_cannot_be_ranked_or_weighed() -> None:
         split_easy(torch.zeros(2, 1), atkd(), seed=0)
     with pytest.raises(ValueError, match="uncertainty holds NaN"):
         split_easy(torch.tensor([0.1, torch.nan]), atkd(), seed=0)
-    with pytest.raises(ValueError, match=r"easy is None, but teaching atkd .* pass split_easy"):
+    with pytest.raises(ValueError, match=r"easy is None, but loss.kind atkd .* pass split_easy"):
         token_weights(torch.zeros(2), atkd())
     with pytest.raises(ValueError, match=r"uncertainty has the shape \[2\] and easy \[3\]; both must be \[N\]"):
         token_weights(torch.zeros(2), atkd(), easy=torch.zeros(3, dtype=torch.bool))
@@ -175,6 +175,6 @@ def test_what_cannot_be_ranked_or_weighed() -> None:
 
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), max_size=40), st.floats(0, 1))
 def test_the_border_is_the_highest_uncertainty_of_those_that_are_easy(values: list[float], easy_ratio: float) -> None:
-    uncertainty, loss = torch.tensor(values), AtkdLoss(teaching="atkd", easy_ratio=easy_ratio)
+    uncertainty, loss = torch.tensor(values), AtkdLoss(kind="atkd", easy_ratio=easy_ratio)
     easy = uncertainty[split_easy(uncertainty, loss, seed=0)].tolist()
     assert easy_border(uncertainty, loss) == max(easy, default=None)

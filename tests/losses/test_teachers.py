@@ -6,22 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from losses.chunked import chunked_distillation_loss
 from losses.config import AtkdLoss, CoupledLoss, LossConfig
-from losses.dense import DenseTeacher, HiddenTeacher, Teacher
 from losses.distillation import distillation_loss
 from losses.divergence_config import JensenShannon
-from losses.head import Head
-from losses.support import TeacherSupport
-from losses.teaching import TokenWeights, split_easy, token_weights
+from losses.fused_linear import chunked_distillation_loss
+from losses.lm_head import LMHead
+from losses.teachers import DenseTeacher, HiddenTeacher, Teacher
+from losses.token_weights import TokenWeights, split_easy, token_weights
+from losses.topk_teacher import TopkTeacher
 from losses.weighing_config import DistantTokens
 from tests.losses.comparisons import ONE_OF_EACH, Case, random_tokens
 from tests.reference import formulas
 
 LOSSES: list[LossConfig] = [
-    AtkdLoss(teaching="atkd", cross_entropy_weight=0.1),
-    CoupledLoss(teaching="coupled", divergence=JensenShannon()),
-    CoupledLoss(teaching="coupled", tokens=DistantTokens(fraction=0.4)),
+    AtkdLoss(kind="atkd", cross_entropy_weight=0.1),
+    CoupledLoss(kind="coupled", divergence=JensenShannon()),
+    CoupledLoss(kind="coupled", tokens=DistantTokens(fraction=0.4)),
 ]
 ROWS = (3, 5, 1, 2)  # targets of each row of the eleven
 
@@ -33,7 +33,7 @@ def hidden_teacher(count: int = 11, bias: bool = True, softcap: float | None = N
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((count, 6), (17, 6), (17,))
     )
     targets = torch.randint(17, (count,), generator=generator)
-    return HiddenTeacher(hidden, Head(weight, of_tokens if bias else None, scale=0.7, softcap=softcap), targets)
+    return HiddenTeacher(hidden, LMHead(weight, of_tokens if bias else None, scale=0.7, softcap=softcap), targets)
 
 
 def weights_of(teacher: Teacher, loss: LossConfig) -> TokenWeights:
@@ -82,7 +82,7 @@ def test_select_keeps_rows_together(index: slice | Tensor) -> None:
 def test_dense_logits_say_what_a_support_of_all_tokens_says(case: Case) -> None:
     teacher, student, targets = random_tokens(count=7, vocab_size=11, seed=14)
     dense = case.values(DenseTeacher(teacher, targets), student, targets, "renormalize")
-    torch.testing.assert_close(dense, case.values(TeacherSupport.from_logits(teacher, targets), student, targets))
+    torch.testing.assert_close(dense, case.values(TopkTeacher.from_logits(teacher, targets), student, targets))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -101,7 +101,7 @@ def test_hidden_states_teach_what_their_logits_teach(loss: LossConfig, softcap: 
         whole = distillation_loss(hidden @ weight.T, dense.targets, other, weights, loss, row_counts=ROWS).loss
         chunked = [
             chunked_distillation_loss(
-                hidden, Head(weight), dense.targets, other, weights, loss, row_counts=ROWS, chunk_targets=size
+                hidden, LMHead(weight), dense.targets, other, weights, loss, row_counts=ROWS, chunk_targets=size
             ).loss
             for size in (1, 4, 11, 100)
         ]

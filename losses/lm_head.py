@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), where the model has these parts.
 
     Raises:
@@ -58,7 +58,7 @@ class Head:
             shape, size = list(self.weight.shape), hidden.shape[1]
             raise ValueError(f"head_weight has the shape {shape}; with hidden states of size {size} it must be [V, {size}]")
 
-    def to(self, dtype: torch.dtype) -> "Head":
+    def to(self, dtype: torch.dtype) -> "LMHead":
         """Return the head in another type; without a copy where it has it already."""
         return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from losses.config import LossConfig
-from losses.dense import HiddenTeacher, Teacher, chunks_of
 from losses.distillation import LossSums, check_teacher_and_weights, selects_tokens, taught_alone, weighted_sums
-from losses.head import Head
+from losses.lm_head import LMHead
 from losses.loss_state import LossState
-from losses.support import Index, check_target_ids, working_dtype
-from losses.teaching import TokenWeights
+from losses.teachers import HiddenTeacher, Teacher, chunks_of
+from losses.token_weights import TokenWeights
+from losses.topk_teacher import Index, check_target_ids, working_dtype
 from losses.weighing import highest_in_rows, selection_scores
 
 CHUNK_TARGETS = {"cpu": 192}
@@ -30,7 +30,7 @@ CACHED_NUMBERS = 1 << 20  # logits whose loss is computed at once on a CPU: 4 Mi
 
 def chunked_distillation_loss(
     hidden: Tensor,
-    head: Head,
+    head: LMHead,
     targets: Tensor,
     teacher: Teacher | None,
     weights: TokenWeights,
@@ -65,7 +65,7 @@ def chunked_distillation_loss(
         chunk_targets = CHUNK_TARGETS.get(hidden.device.type, CHUNK_TARGETS_ELSEWHERE)
     if chunk_targets < 1:
         raise ValueError(f"chunk_targets is {chunk_targets}; it must be at least 1")
-    task = ChunkedTask(targets, teacher, weights, loss, state or LossState.first(loss), chunk_targets)
+    task = FusedLinearTask(targets, teacher, weights, loss, state or LossState.first(loss), chunk_targets)
     if selects_tokens(loss):
         assert row_counts is not None, "checked above"
         hidden, task = task.taught(hidden, head, row_counts)
@@ -73,7 +73,7 @@ def chunked_distillation_loss(
 
 
 @dataclass(frozen=True)
-class ChunkedTask:
+class FusedLinearTask:
     """All that a chunked loss needs beside hidden states and head."""
 
     targets: Tensor
@@ -83,12 +83,12 @@ class ChunkedTask:
     state: LossState
     chunk_targets: int
 
-    def select(self, index: Index) -> "ChunkedTask":
+    def select(self, index: Index) -> "FusedLinearTask":
         """Return the task of some of the targets."""
         teacher = None if self.teacher is None else self.teacher.select(index)
         return replace(self, targets=self.targets[index], teacher=teacher, weights=self.weights.select(index))
 
-    def taught(self, hidden: Tensor, head: Head, row_counts: Sequence[int]) -> tuple[Tensor, "ChunkedTask"]:
+    def taught(self, hidden: Tensor, head: LMHead, row_counts: Sequence[int]) -> tuple[Tensor, "FusedLinearTask"]:
         """Return the hidden states of the targets that are taught, and their task; costs one more pass of the head."""
         assert selects_tokens(self.loss), "checked by the caller"
         scores = [hidden.new_zeros(0, dtype=working_dtype(hidden))]
@@ -119,7 +119,7 @@ class LossThroughHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, task: ChunkedTask
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: LMHead, task: FusedLinearTask
     ) -> tuple[Tensor, ...]:
         gradients = Gradients.like(hidden, weight, bias, ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
         total = LossSums.zero(hidden.device, working_dtype(hidden))
@@ -174,7 +174,7 @@ class Gradients:
         """Whether there is one to fill."""
         return any(value is not None for value in self.tensors)
 
-    def add(self, chunk: slice, gradient: Tensor, hidden: Tensor, head: Head) -> None:
+    def add(self, chunk: slice, gradient: Tensor, hidden: Tensor, head: LMHead) -> None:
         """Add what a chunk's gradient [n, V] means for its hidden states [n, H] and for the head; chunks come in order."""
         first = chunk.start == 0
         if self.hidden is not None:
@@ -196,7 +196,7 @@ def add_(total: Tensor, part: Tensor, first: bool) -> None:
 
 
 @torch.no_grad()
-def chunks_with_logits(hidden: Tensor, head: Head, task: ChunkedTask) -> Iterator[tuple[slice, ChunkedTask, Tensor]]:
+def chunks_with_logits(hidden: Tensor, head: LMHead, task: FusedLinearTask) -> Iterator[tuple[slice, FusedLinearTask, Tensor]]:
     """Yield each chunk's place among the targets, its task and its logits [n, V]; all chunks' logits share one buffer."""
     chunks = chunks_of(len(hidden), task.chunk_targets)
     buffer = hidden.new_empty(max((chunk.stop - chunk.start for chunk in chunks), default=0), head.vocab_size)
@@ -207,7 +207,7 @@ def chunks_with_logits(hidden: Tensor, head: Head, task: ChunkedTask) -> Iterato
         yield chunk, part, head.logits_into(buffer, hidden[chunk])
 
 
-def in_compute_type(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+def in_compute_type(hidden: Tensor, head: LMHead) -> tuple[Tensor, LMHead]:
     """Return both in the type in which they are multiplied: autocast's, or else the head's own."""
     device, dtype = hidden.device.type, head.weight.dtype
     if torch.is_autocast_enabled(device):

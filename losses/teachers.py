@@ -1,4 +1,4 @@
-"""Teachers that say everything: logits over the whole vocabulary, or hidden states and the head that makes logits of them.
+"""What can teach: a truncated top-K, logits over the whole vocabulary, or hidden states with the head that makes logits of them.
 
 Shapes: N targets, V vocabulary, H the teacher's hidden size.
 """
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.head import Head
-from losses.prediction import dense_prediction
-from losses.support import Index, TeacherSupport, check_target_ids, working_dtype
+from losses.config import Tail
+from losses.lm_head import LMHead
+from losses.prediction import Prediction, dense_prediction, student_prediction, teacher_prediction
+from losses.topk_teacher import Index, TopkTeacher, check_target_ids, working_dtype
 
 TARGETS_AT_ONCE = 256  # of which logits exist while uncertainties are computed
 
@@ -83,7 +84,7 @@ class HiddenTeacher:
     hidden: Tensor
     """[N, H]."""
 
-    head: Head
+    head: LMHead
     """The teacher's own; nothing flows back into it."""
 
     targets: Tensor
@@ -122,8 +123,21 @@ class HiddenTeacher:
             raise ValueError("teacher.hidden holds a value that is not finite; hidden states must be finite")
 
 
-Teacher = TeacherSupport | DenseTeacher | HiddenTeacher
-"""What may teach: a truncated support, logits, or hidden states with their head."""
+Teacher = TopkTeacher | DenseTeacher | HiddenTeacher
+"""The classes of teachers; ``predictions`` has a case for each."""
+
+
+def predictions(teacher: Teacher, student_logits: Tensor, targets: Tensor, tail: Tail) -> tuple[Prediction, Prediction]:
+    """Return the predictions at targets [N] of the teacher, without gradient, and of a student with logits [N, V]."""
+    match teacher:
+        case TopkTeacher():
+            student = student_prediction(student_logits, targets, teacher.topk_ids, tail)
+            return teacher_prediction(teacher, tail, working_dtype(student_logits)), student
+        case HiddenTeacher():
+            return predictions(teacher.dense(), student_logits, targets, tail)
+        case DenseTeacher():
+            logits = teacher.logits.detach().to(working_dtype(student_logits))
+            return dense_prediction(logits, targets), dense_prediction(student_logits, targets)
 
 
 def log_odds(teacher: DenseTeacher) -> Tensor:

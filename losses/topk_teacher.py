@@ -17,7 +17,7 @@ Index = slice | Tensor
 
 
 @dataclass(frozen=True)
-class TeacherSupport:
+class TopkTeacher:
     """What a teacher says at N targets. Row i of every field speaks of the prediction of the i-th target.
 
     Raises:
@@ -71,15 +71,13 @@ class TeacherSupport:
         off_target = torch.log(-torch.expm1(self.target_logprob.clamp(max=0.0)))
         return torch.maximum(off_target, self.topk_logprobs.logsumexp(dim=1))
 
-    def select(self, index: Index) -> "TeacherSupport":
+    def select(self, index: Index) -> "TopkTeacher":
         """Return the support of some of the targets, in the order of ``index``."""
-        return TeacherSupport(
-            self.target_logprob[index], self.topk_ids[index], self.topk_logprobs[index], self.tail_logmass[index]
-        )
+        return TopkTeacher(self.target_logprob[index], self.topk_ids[index], self.topk_logprobs[index], self.tail_logmass[index])
 
-    def to(self, device: torch.device | str) -> "TeacherSupport":
+    def to(self, device: torch.device | str) -> "TopkTeacher":
         """Return the support on another device."""
-        return TeacherSupport(
+        return TopkTeacher(
             self.target_logprob.to(device), self.topk_ids.to(device), self.topk_logprobs.to(device),
             self.tail_logmass.to(device),
         )  # fmt: skip
@@ -128,7 +126,7 @@ class TeacherSupport:
             row, column = (int(index) for index in repeated.nonzero()[0])
             raise ValueError(f"topk_ids of row {row} holds {int(in_order[row, column])} twice; the top-K must all be different")
 
-    def keep_mass(self, share: float) -> "TeacherSupport":
+    def keep_mass(self, share: float) -> "TopkTeacher":
         """Keep of each row the shortest run of its likeliest tokens that holds ``share`` of the mass off the target.
 
         The columns come out most likely first and stay K; those not kept become ``NO_TOKEN``, and their mass joins the tail.
@@ -142,14 +140,14 @@ class TeacherSupport:
         held_before = logprobs.exp().cumsum(dim=1) - logprobs.exp()
         dropped = held_before >= share * self.uncertainty[:, None]
         dropped_logmass = logprobs.masked_fill(~dropped, -torch.inf).logsumexp(dim=1)
-        return TeacherSupport(
+        return TopkTeacher(
             self.target_logprob, self.topk_ids.gather(1, order).masked_fill(dropped, NO_TOKEN),
             logprobs.masked_fill(dropped, -torch.inf), torch.logaddexp(self.tail_logmass, dropped_logmass),
         )  # fmt: skip
 
     @staticmethod
     @torch.no_grad()
-    def from_logits(teacher_logits: Tensor, targets: Tensor, top_k: int | None = None) -> "TeacherSupport":
+    def from_logits(teacher_logits: Tensor, targets: Tensor, top_k: int | None = None) -> "TopkTeacher":
         """Reduce a teacher's logits [N, V] to its support at the targets [N].
 
         ``top_k`` None or V - 1 keeps all others, in the order of their ids, and the tail is exactly empty; otherwise the
@@ -178,7 +176,7 @@ class TeacherSupport:
             kept, columns = others.topk(top_k, dim=1)
             tail = others.scatter(1, columns, -torch.inf).logsumexp(dim=1)
             ids = ids.gather(1, columns)
-        return TeacherSupport(logsigmoid(log_odds), ids, kept - log_normalizer[:, None], tail - log_normalizer)
+        return TopkTeacher(logsigmoid(log_odds), ids, kept - log_normalizer[:, None], tail - log_normalizer)
 
 
 def working_dtype(values: Tensor) -> torch.dtype:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from losses.support import TeacherSupport
+from losses.topk_teacher import TopkTeacher
 from tests.reference import formulas
 
 
@@ -15,7 +15,7 @@ def random_logits(count: int = 6, vocab_size: int = 12) -> tuple[torch.Tensor, t
     return logits, torch.randint(vocab_size, (count,), generator=generator)
 
 
-def small_support(**changes: torch.Tensor) -> TeacherSupport:
+def small_support(**changes: torch.Tensor) -> TopkTeacher:
     """Two targets, K = 2; any field can be replaced."""
     fields = {
         "target_logprob": torch.log(torch.tensor([0.5, 0.25])),
@@ -23,13 +23,13 @@ def small_support(**changes: torch.Tensor) -> TeacherSupport:
         "topk_logprobs": torch.log(torch.tensor([[0.25, 0.125], [0.5, 0.125]])),
         "tail_logmass": torch.log(torch.tensor([0.125, 0.125])),
     }
-    return TeacherSupport(**{**fields, **changes})
+    return TopkTeacher(**{**fields, **changes})
 
 
 @pytest.mark.parametrize("top_k", [1, 5, 10])
 def test_the_top_k_and_the_tail_of_dense_logits(top_k: int) -> None:
     logits, targets = random_logits()
-    support = TeacherSupport.from_logits(logits, targets, top_k)
+    support = TopkTeacher.from_logits(logits, targets, top_k)
     for i, (row, g) in enumerate(zip(logits.tolist(), targets.tolist(), strict=True)):
         logs = formulas.log_softmax(row)
         kept = formulas.most_likely_others(row, g, top_k)
@@ -43,7 +43,7 @@ def test_the_top_k_and_the_tail_of_dense_logits(top_k: int) -> None:
 @pytest.mark.parametrize("top_k", [None, 11])
 def test_a_dense_teacher_has_no_tail(top_k: int | None) -> None:
     logits, targets = random_logits()
-    support = TeacherSupport.from_logits(logits, targets, top_k)
+    support = TopkTeacher.from_logits(logits, targets, top_k)
     assert (support.tail_logmass == -math.inf).all()
     everything = torch.cat([support.topk_ids, targets[:, None]], dim=1).sort(dim=1).values
     assert (everything == torch.arange(12)).all()
@@ -52,11 +52,11 @@ def test_a_dense_teacher_has_no_tail(top_k: int | None) -> None:
 def test_uncertainty_is_the_mass_off_the_target() -> None:
     logits, targets = random_logits()
     expected = [formulas.uncertainty(row, g) for row, g in zip(logits.tolist(), targets.tolist(), strict=True)]
-    assert TeacherSupport.from_logits(logits, targets, 3).uncertainty.tolist() == pytest.approx(expected)
+    assert TopkTeacher.from_logits(logits, targets, 3).uncertainty.tolist() == pytest.approx(expected)
 
 
 def test_uncertainty_survives_a_saturated_target() -> None:
-    sure = TeacherSupport.from_logits(torch.tensor([[40.0, 0.0, -1.0]]), torch.tensor([0]))
+    sure = TopkTeacher.from_logits(torch.tensor([[40.0, 0.0, -1.0]]), torch.tensor([0]))
     assert sure.uncertainty.item() == pytest.approx(formulas.uncertainty([40.0, 0.0, -1.0], 0), rel=1e-5)
     rounded = small_support(target_logprob=torch.zeros(2), topk_logprobs=torch.full((2, 2), -50.0))
     assert rounded.uncertainty.tolist() == pytest.approx([2 * math.exp(-50)] * 2, rel=1e-5)
@@ -68,7 +68,7 @@ def test_uncertainty_survives_a_saturated_target() -> None:
 
 def test_half_precision_logits_are_read_in_float32() -> None:
     logits, targets = random_logits()
-    support = TeacherSupport.from_logits(logits.to(torch.bfloat16), targets, 3)
+    support = TopkTeacher.from_logits(logits.to(torch.bfloat16), targets, 3)
     assert support.target_logprob.dtype == support.topk_logprobs.dtype == support.tail_logmass.dtype == torch.float32
 
 
@@ -123,10 +123,10 @@ def test_a_support_as_wide_as_the_vocabulary_or_of_other_targets() -> None:
 def test_dense_logits_that_do_not_fit_their_targets() -> None:
     logits, targets = random_logits()
     with pytest.raises(ValueError, match=r"top_k is 12 for teacher_logits of the shape \[6, 12\]; it must be 1 to 11"):
-        TeacherSupport.from_logits(logits, targets, 12)
+        TopkTeacher.from_logits(logits, targets, 12)
     with pytest.raises(ValueError, match=r"teacher_logits has the shape \[12\]; it must be \[N, V\]"):
-        TeacherSupport.from_logits(logits[0], targets[:1])
+        TopkTeacher.from_logits(logits[0], targets[:1])
     with pytest.raises(ValueError, match=r"targets has the shape \[5\]; with 6 rows in teacher_logits it must be \[6\]"):
-        TeacherSupport.from_logits(logits, targets[:5])
+        TopkTeacher.from_logits(logits, targets[:5])
     with pytest.raises(ValueError, match="targets holds 12; ids of a vocabulary of 12 tokens are 0 to 11"):
-        TeacherSupport.from_logits(logits, torch.full((6,), 12))
+        TopkTeacher.from_logits(logits, torch.full((6,), 12))

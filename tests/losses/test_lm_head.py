@@ -7,15 +7,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from losses.chunked import chunked_distillation_loss
 from losses.config import CoupledLoss
-from losses.dense import DenseTeacher
 from losses.distillation import distillation_loss
 from losses.divergence_config import SkewReverseKL
-from losses.head import Head
-from losses.teaching import token_weights
+from losses.fused_linear import chunked_distillation_loss
+from losses.lm_head import LMHead
+from losses.teachers import DenseTeacher
+from losses.token_weights import token_weights
 
-LOSS = CoupledLoss(teaching="coupled", divergence=SkewReverseKL(), cross_entropy_weight=0.2)
+LOSS = CoupledLoss(kind="coupled", divergence=SkewReverseKL(), cross_entropy_weight=0.2)
 PARTS = [(1.0, None), (0.25, None), (1.0, 3.0), (0.25, 0.5), (-2.0, 30.0)]  # scale and softcap
 Problem = tuple[Tensor, Tensor, Tensor, DenseTeacher]
 
@@ -30,12 +30,12 @@ def problem(count: int = 11) -> Problem:
     return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), teacher
 
 
-def whole(hidden: Tensor, head: Head, teacher: DenseTeacher) -> Tensor:
+def whole(hidden: Tensor, head: LMHead, teacher: DenseTeacher) -> Tensor:
     weights = token_weights(teacher.uncertainty, LOSS)
     return distillation_loss(head.logits(hidden), teacher.targets, teacher, weights, LOSS).loss
 
 
-def chunked(hidden: Tensor, head: Head, teacher: DenseTeacher, chunk_targets: int = 4) -> Tensor:
+def chunked(hidden: Tensor, head: LMHead, teacher: DenseTeacher, chunk_targets: int = 4) -> Tensor:
     weights = token_weights(teacher.uncertainty, LOSS)
     return chunked_distillation_loss(hidden, head, teacher.targets, teacher, weights, LOSS, chunk_targets=chunk_targets).loss
 
@@ -45,7 +45,7 @@ def chunked(hidden: Tensor, head: Head, teacher: DenseTeacher, chunk_targets: in
 def test_logits_follow_the_formula(with_bias: bool, scale: float, softcap: float | None) -> None:
     hidden, weight, bias, _ = (value.detach() if isinstance(value, Tensor) else value for value in problem())
     assert isinstance(hidden, Tensor) and isinstance(weight, Tensor) and isinstance(bias, Tensor)
-    head = Head(weight, bias if with_bias else None, scale, softcap)
+    head = LMHead(weight, bias if with_bias else None, scale, softcap)
     linear = scale * (hidden @ weight.T + (bias if with_bias else 0.0))
     expected = linear if softcap is None else softcap * torch.tanh(linear / softcap)
     torch.testing.assert_close(head.logits(hidden), expected)
@@ -62,7 +62,7 @@ def test_chunks_give_the_gradients_of_every_part(
 ) -> None:
     hidden, weight, bias, teacher = problem()
     leaves = [hidden, weight, bias] if with_bias else [hidden, weight]
-    head = Head(weight, bias if with_bias else None, scale, softcap)
+    head = LMHead(weight, bias if with_bias else None, scale, softcap)
     expected, ours = whole(hidden, head, teacher), chunked(hidden, head, teacher, chunk_targets)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
     gradients = torch.autograd.grad(expected, leaves)
@@ -74,10 +74,12 @@ def test_chunks_give_the_gradients_of_every_part(
 def test_frozen_parts_get_no_gradient_and_the_others_theirs(frozen: tuple[str, ...]) -> None:
     hidden, weight, bias, teacher = problem()
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
-    expected = dict(zip(leaves, torch.autograd.grad(whole(hidden, Head(weight, bias), teacher), [*leaves.values()]), strict=True))
+    expected = dict(
+        zip(leaves, torch.autograd.grad(whole(hidden, LMHead(weight, bias), teacher), [*leaves.values()]), strict=True)
+    )
     for name in frozen:
         leaves[name].requires_grad_(False)
-    chunked(hidden, Head(weight, bias), teacher).backward()
+    chunked(hidden, LMHead(weight, bias), teacher).backward()
     for name, leaf in leaves.items():
         assert (leaf.grad is None) == (name in frozen), name
         if leaf.grad is not None:
@@ -86,16 +88,16 @@ def test_frozen_parts_get_no_gradient_and_the_others_theirs(frozen: tuple[str, .
 
 def test_all_parts_frozen_leave_a_value_alone() -> None:
     hidden, weight, _, teacher = problem()
-    ours = chunked(hidden.detach(), Head(weight.detach()), teacher)
+    ours = chunked(hidden.detach(), LMHead(weight.detach()), teacher)
     assert not ours.requires_grad
-    torch.testing.assert_close(ours, whole(hidden, Head(weight), teacher).detach())
+    torch.testing.assert_close(ours, whole(hidden, LMHead(weight), teacher).detach())
 
 
 def test_backward_twice_adds_the_gradients_twice() -> None:
     hidden, weight, bias, teacher = problem()
     leaves = [hidden, weight, bias]
-    once = torch.autograd.grad(whole(hidden, Head(weight, bias), teacher), leaves)
-    ours = chunked(hidden, Head(weight, bias), teacher)
+    once = torch.autograd.grad(whole(hidden, LMHead(weight, bias), teacher), leaves)
+    ours = chunked(hidden, LMHead(weight, bias), teacher)
     ours.backward(retain_graph=True)
     (-3 * ours).backward()
     for leaf, gradient in zip(leaves, once, strict=True):
@@ -107,25 +109,25 @@ def test_backward_twice_adds_the_gradients_twice() -> None:
 def test_a_factor_of_the_loss_is_one_of_its_gradients(factor: float) -> None:
     hidden, weight, bias, teacher = problem()
     leaves = [hidden, weight, bias]
-    expected = torch.autograd.grad(factor * whole(hidden, Head(weight, bias), teacher), leaves)
-    ours = torch.autograd.grad(factor * chunked(hidden, Head(weight, bias), teacher), leaves)
+    expected = torch.autograd.grad(factor * whole(hidden, LMHead(weight, bias), teacher), leaves)
+    ours = torch.autograd.grad(factor * chunked(hidden, LMHead(weight, bias), teacher), leaves)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_weight_tied_to_the_embeddings_gets_both_gradients() -> None:
     _, weight, _, teacher = problem()
     ids = torch.arange(11) % 17
-    (expected,) = torch.autograd.grad(whole(weight[ids].tanh(), Head(weight), teacher), weight)
-    (ours,) = torch.autograd.grad(chunked(weight[ids].tanh(), Head(weight), teacher), weight)
+    (expected,) = torch.autograd.grad(whole(weight[ids].tanh(), LMHead(weight), teacher), weight)
+    (ours,) = torch.autograd.grad(chunked(weight[ids].tanh(), LMHead(weight), teacher), weight)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_another_type_is_that_of_weight_and_bias() -> None:
     _, weight, bias, _ = problem()
-    head = Head(weight, bias, 0.5, 3.0).to(torch.bfloat16)
+    head = LMHead(weight, bias, 0.5, 3.0).to(torch.bfloat16)
     assert head.bias is not None and head.weight.dtype == head.bias.dtype == torch.bfloat16
     assert (head.scale, head.softcap, head.vocab_size) == (0.5, 3.0, 17)
-    assert Head(weight).to(torch.float32).bias is None
+    assert LMHead(weight).to(torch.float32).bias is None
 
 
 @pytest.mark.parametrize(
@@ -140,11 +142,11 @@ def test_another_type_is_that_of_weight_and_bias() -> None:
 )
 def test_parts_that_do_not_fit_each_other(weight: Tensor, bias: Tensor | None, softcap: float | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Head(weight, bias, softcap=softcap)
+        LMHead(weight, bias, softcap=softcap)
 
 
 def test_hidden_states_that_do_not_fit_the_head() -> None:
-    head = Head(torch.zeros(17, 6))
+    head = LMHead(torch.zeros(17, 6))
     head.check(torch.zeros(0, 6))
     with pytest.raises(ValueError, match=r"hidden has the shape \[6\]; it must be \[N, H\]"):
         head.check(torch.zeros(6))
@@ -159,7 +161,7 @@ def test_a_sharded_weight_is_refused() -> None:
     try:
         weight = distribute_tensor(torch.zeros(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
         with pytest.raises(ValueError, match=r"head_weight is a DTensor of the shape \[4, 2\]; .* head_weight.full_tensor\(\)"):
-            Head(weight)
-        assert Head(weight.full_tensor()).vocab_size == 4
+            LMHead(weight)
+        assert LMHead(weight.full_tensor()).vocab_size == 4
     finally:
         dist.destroy_process_group()
