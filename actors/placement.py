@@ -53,7 +53,7 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class ResourceRequest:
     """What one replica, worker or evaluator needs. It stands in one node."""
 
     section: str
@@ -90,23 +90,25 @@ class Need:
         return self.times_in(node.total) if self.may_stand_on(node) else 0
 
 
-def replica_need(engine: EngineConfig) -> Need:
+def replica_request(engine: EngineConfig) -> ResourceRequest:
     """Return what one replica of the teacher needs."""
     amounts = _amounts(engine.cpus, engine.tensor_parallel if engine.gpu else 0, engine.resources)
     keys = {"CPU": "cpus", "GPU": "tensor_parallel"}
-    return Need("teacher.engine", "replica", "replicas", keys, amounts, engine.labels)
+    return ResourceRequest("teacher.engine", "replica", "replicas", keys, amounts, engine.labels)
 
 
-def worker_need(workers: WorkersConfig, section: str = "workers") -> Need:
+def worker_request(workers: WorkersConfig, section: str = "workers") -> ResourceRequest:
     """Return what one training worker needs; ``section`` is where the configuration speaks of it."""
     amounts = _amounts(workers.cpus, workers.gpus, workers.resources)
     count_key = "min" if workers.elastic else "count"
-    return Need(section, "worker", count_key, {"CPU": "cpus", "GPU": "gpus"}, amounts, workers.labels)
+    return ResourceRequest(section, "worker", count_key, {"CPU": "cpus", "GPU": "gpus"}, amounts, workers.labels)
 
 
-def evaluator_need(evaluate: EvaluateConfig) -> Need:
+def evaluator_need(evaluate: EvaluateConfig) -> ResourceRequest:
     """Return what the evaluator needs."""
-    return Need("evaluate", "evaluator", "", {"CPU": "cpus", "GPU": "gpus"}, _amounts(evaluate.cpus, evaluate.gpus, {}))
+    return ResourceRequest(
+        "evaluate", "evaluator", "", {"CPU": "cpus", "GPU": "gpus"}, _amounts(evaluate.cpus, evaluate.gpus, {})
+    )
 
 
 def read_nodes() -> list[Node]:
@@ -128,13 +130,13 @@ def read_cluster() -> Cluster:
     return Cluster(read_nodes(), ray.available_resources())
 
 
-def free_places(need: Need, cluster: Cluster) -> int:
+def free_places(need: ResourceRequest, cluster: Cluster) -> int:
     """How many find room in what is free now, node by node."""
     on_nodes = sum(need.times_in(node.free) for node in cluster.nodes if need.may_stand_on(node))
     return min(on_nodes, need.times_in(cluster.available))
 
 
-def settled_places(need: Need, enough: int) -> int:
+def settled_places(need: ResourceRequest, enough: int) -> int:
     """Return how many find room once what earlier work held has been given back, which Ray does in its own time.
 
     Waits a few seconds, unless there is room for ``enough`` before.
@@ -147,7 +149,7 @@ def settled_places(need: Need, enough: int) -> int:
         time.sleep(0.2)
 
 
-def proven_places(need: Need, most: int, seconds: float = SETTLE_SECONDS) -> int:
+def proven_places(need: ResourceRequest, most: int, seconds: float = SETTLE_SECONDS) -> int:
     """Return how many, up to ``most``, really find room within some seconds: it is taken for a moment, and given back.
 
     What is free by the books may not be: tasks and actors outside of groups are on no node's, and a node that was lost stays
@@ -162,7 +164,7 @@ def proven_places(need: Need, most: int, seconds: float = SETTLE_SECONDS) -> int
             remove_placement_group(group)
 
 
-def reserve(need: Need) -> PlacementGroup:
+def reserve(need: ResourceRequest) -> PlacementGroup:
     """Ask for room in one node, and return at once; the room is held, once there is any, until the group is removed.
 
     A group of its own shows other jobs on which node the room is taken, and tells waiting for room from loading a model.
@@ -172,7 +174,7 @@ def reserve(need: Need) -> PlacementGroup:
     )
 
 
-def require_room(nodes: Sequence[Node], need: Need, count: int = 1) -> None:
+def require_room(nodes: Sequence[Node], need: ResourceRequest, count: int = 1) -> None:
     """Refuse what cannot stand on these nodes even if all of them were free.
 
     What is merely taken at the moment is not refused: it may be waited for.
@@ -201,7 +203,9 @@ def require_room(nodes: Sequence[Node], need: Need, count: int = 1) -> None:
         )
 
 
-def require_room_together(nodes: Sequence[Node], replica: Need, replicas: int, worker: Need, workers: int) -> None:
+def require_room_together(
+    nodes: Sequence[Node], replica: ResourceRequest, replicas: int, worker: ResourceRequest, workers: int
+) -> None:
     """Refuse a teacher and a student that each fit alone, by ``require_room``, but not at one time.
 
     Raises:
@@ -221,7 +225,9 @@ def require_room_together(nodes: Sequence[Node], replica: Need, replicas: int, w
     )
 
 
-def workers_beside(room: Sequence[tuple[Node, Mapping[str, float]]], replica: Need, worker: Need | None, most: int) -> list[int]:
+def workers_beside(
+    room: Sequence[tuple[Node, Mapping[str, float]]], replica: ResourceRequest, worker: ResourceRequest | None, most: int
+) -> list[int]:
     """Say for each number of replicas, from none to ``most``, how many workers fit beside them if all stand well.
 
     Args:
@@ -266,7 +272,7 @@ def _selects(selector: str, label: str | None) -> bool:
     return (label in [value.strip() for value in values]) != selector.startswith("!")
 
 
-def _too_much(need: Need, resource: str, largest: float, nodes: Sequence[Node]) -> str:
+def _too_much(need: ResourceRequest, resource: str, largest: float, nodes: Sequence[Node]) -> str:
     amount = need.amounts[resource]
     with_labels = f" with {_listed(need.labels)}" if need.labels else ""
     if resource == "GPU" and not largest:
@@ -297,11 +303,11 @@ def _listed(labels: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={selector}" for name, selector in labels.items())
 
 
-def _has(node: Node, need: Need) -> str:
+def _has(node: Node, need: ResourceRequest) -> str:
     return " and ".join(_amount(resource, node.total.get(resource, 0.0)) for resource in need.amounts)
 
 
-def _tally(nodes: Sequence[Node], need: Need) -> str:
+def _tally(nodes: Sequence[Node], need: ResourceRequest) -> str:
     named = [f"{node.name}: {need.times_on(node)}" for node in nodes[:NODES_NAMED]]
     return ", ".join(named + ([f"{len(nodes) - NODES_NAMED} more"] if len(nodes) > NODES_NAMED else []))
 

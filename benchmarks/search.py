@@ -3,8 +3,8 @@
     python -m benchmarks.search [--trials 12] [--plain 3]
 
 The pair of configs/tiny_cpu.yaml, smaller. A trial's fixed seconds are the time from one trial's end to the next one's, one
-trial at a time, less its optimizer steps: choosing the point, starting, loading, measuring at the rungs, keeping books. The plain
-way starts Ray Train workers for each trial.
+trial at a time, less its optimizer steps: choosing the point, starting, loading, measuring at the rungs, writing the
+ledger. The plain way starts Ray Train workers for each trial.
 """
 
 import argparse
@@ -57,7 +57,9 @@ def fixed_seconds(config: RunConfig) -> list[float]:
     """Run a search; return the fixed seconds of each trial after the first."""
     folder = config.run_dir / config.tune.name
     with EndTimes(folder / "ledger.jsonl") as ends:
-        tune(config, say=lambda line: None)
+        tune(
+            config,
+        )
         time.sleep(0.1)
     trials = read_ledger(folder / "ledger.jsonl").with_status("completed")
     steps = [

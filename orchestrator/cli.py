@@ -1,13 +1,15 @@
 """The command line. Imports neither torch nor Ray before the configuration stands."""
 
 import argparse
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 
 from orchestrator.cluster.places import settle_home
 
-COMMANDS = {
-    "run": ("report", "live the whole life of a run: prepare, finetune, score, train, evaluate, export, report"),
+PIPELINE = {
+    "run": ("report", "run the whole pipeline: prepare, finetune, score, train, evaluate, export, report"),
     "prepare": ("prepare", "read the data, make tokens and masks, and show the counts"),
     "finetune": ("finetune", "go on to the fine-tuned teacher"),
     "score": ("score", "go on to the complete score store"),
@@ -16,7 +18,7 @@ COMMANDS = {
     "export": ("export", "go on to the student's folder with its model card"),
     "report": ("report", "go on to the report page"),
 }
-"""For each command, the stage a run goes on to, and its help. What is done before is not done again."""
+"""For each command that runs the pipeline, the last stage, and its help. What is done is not done again."""
 
 TRIALS = {
     "tune": "search the space of the section tune: one scoring, many trainings; ends in the best one's configuration",
@@ -36,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="atkd", description="Distil a large language model into a small one: score once, teach many.",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, text) in COMMANDS.items():
+    for name, (_, text) in PIPELINE.items():
         _add_config_arguments(commands.add_parser(name, help=text, description=text))
     for name, text in TRIALS.items():
         _add_config_arguments(commands.add_parser(name, help=text, description=text))
@@ -70,35 +72,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         return _not_begun(error)
 
-    def work(say: Callable[[str], None]) -> int:
-        if options.command == "doctor":
-            from orchestrator.doctor.doctor import doctor
+    def work() -> int:
+        from orchestrator import commands
 
-            return doctor(config, say)
+        if options.command in PIPELINE:
+            return commands.run(config, PIPELINE[options.command][0])
         if options.command == "plan":
-            from orchestrator.planning.command import plan
-            from orchestrator.planning.plan import Asked
+            from orchestrator.planning.plan import PlanOptions
 
-            return plan(config, Asked(**{field: getattr(options, field) for field in Asked.__dataclass_fields__}), say)
-        if options.command in TRIALS:
-            from orchestrator.search.compare import compare
-            from orchestrator.search.compare_teachers import compare_teachers
-            from orchestrator.search.tune import tune
+            given = {field.name: getattr(options, field.name) for field in fields(PlanOptions)}
+            return commands.plan(config, PlanOptions(**given))
+        return {"tune": commands.search, "compare": commands.comparison, "doctor": commands.doctor}[options.command](config)
 
-            comparing = compare_teachers if config.compare.teachers else compare
-            (tune if options.command == "tune" else comparing)(config, say)
-            return 0
-        from orchestrator.run.pipeline import run
+    return guarded(config, work, _level_of(options), of_the_run=options.command != "plan")
 
-        until, _ = COMMANDS[options.command]
-        run(config, until, say)
-        return 0
 
-    return guarded(config, work, of_the_run=options.command != "plan")
+def _level_of(options: argparse.Namespace) -> int:
+    """Return from which level on lines are shown; a plan as JSON is alone on its output."""
+    if options.quiet or getattr(options, "as_json", False):
+        return logging.WARNING
+    return logging.DEBUG if options.verbose else logging.INFO
 
 
 def _require_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    known = (*COMMANDS, *TRIALS, *OTHERS)
+    known = (*PIPELINE, *TRIALS, *OTHERS)
     first = next((word for word in words if not word.startswith("-")), None)
     if first is not None and first not in known:
         from orchestrator.config.load import no_such_name
@@ -119,13 +116,16 @@ def _not_begun(error: BaseException) -> int:
         file=sys.stderr,
     )
     if (log := write_traceback_elsewhere(error)) is not None:
-        print(f"the whole story stands in {log}", file=sys.stderr)
+        print(f"the traceback is in {log}", file=sys.stderr)
     return 1
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, such as configs/tiny_cpu.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="such as loss.easy_ratio=0.3")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("-q", "--quiet", action="store_true", help="show the result and warnings only")
+    shown.add_argument("-v", "--verbose", action="store_true", help="show every event, and what Ray's workers print")
 
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:

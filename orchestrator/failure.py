@@ -1,9 +1,9 @@
-"""What a failure means to the user: an exit code, a short message, and where the whole story stands."""
+"""What a failure means to the user: an exit code, a short message, and where the traceback is."""
 
 import errno
+import logging
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from ray.exceptions import RayTaskError
 
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster import signals as sigterm
+from orchestrator.cluster.logs import console_logging
 from orchestrator.cluster.ray_session import RayFailed
 from orchestrator.cluster.redaction import without_private_values
 from orchestrator.config.run import RunConfig
@@ -24,7 +25,7 @@ PLANNED = (TeacherFailed, TrainingFailed, RayFailed)
 """Failures whose message says all that a user needs."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-AGAIN = "the same command goes on from where it stopped"
+AGAIN = "the same command resumes where it stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,15 @@ class Verdict:
 TERMINATED = Verdict(128 + signal.SIGTERM, f"terminated; {AGAIN}")
 
 
-def judge(error: BaseException) -> Verdict:
-    """Say what an exception means to the user; what lies at its root decides."""
+def classify(error: BaseException) -> Verdict:
+    """Return what an exception means to the user; what lies at its root decides."""
     if isinstance(error, KeyboardInterrupt):
         return Verdict(130, f"interrupted; {AGAIN}")
     full = [one for one in roots(error) if isinstance(one, OSError) and one.errno in DISK_FULL]
     if full:
         return Verdict(1, f"the disk is full ({full[0]}): make room; {AGAIN}, nothing written is lost")
     if isinstance(error, RayTaskError):
-        return judge(error.cause)
+        return classify(error.cause)
     if isinstance(error, ValueError):
         return Verdict(2, str(error))
     if isinstance(error, PLANNED):
@@ -68,25 +69,21 @@ def roots(error: BaseException) -> list[BaseException]:
     return found
 
 
-def guarded(config: RunConfig, work: Callable[[Callable[[str], None]], int], of_the_run: bool = True) -> int:
-    """Do ``work``, which is given a way to say a line; return its exit code, or that of the failure that ended it.
+def guarded(config: RunConfig, work: Callable[[], int], level: int = logging.INFO, of_the_run: bool = True) -> int:
+    """Do ``work`` with its log on the terminal; return its exit code, or that of the failure that ended it.
 
     A failure's traceback goes into the run's folder, where the run has begun and the work is ``of_the_run``.
     """
-    started = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - started:6.1f} s] {line}", flush=True)
-
     transformers.utils.logging.disable_progress_bar()
     sigterm.listen()
     try:
-        return work(say)
+        with console_logging(level):
+            return work()
     except (Exception, KeyboardInterrupt) as error:
-        verdict = TERMINATED if sigterm.received() else judge(error)
+        verdict = TERMINATED if sigterm.received() else classify(error)
         print(f"error: {without_private_values(verdict.message)}", file=sys.stderr)
         if (log := _log(error, verdict, config.run_dir if of_the_run else None)) is not None:
-            print(f"the whole story stands in {log}", file=sys.stderr)
+            print(f"the traceback is in {log}", file=sys.stderr)
         return verdict.exit_code
 
 

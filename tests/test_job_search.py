@@ -45,7 +45,7 @@ def test_a_submitted_comparison_is_stopped_and_submitted_again_and_ends(
         output, _ = first.communicate(timeout=120)
         assert cluster.job("first")["status"] == "STOPPED", output
         said = cluster.said("first")
-        assert said[-2] == "error: terminated; the same command goes on from where it stopped"
+        assert said[-2] == "error: terminated; the same command resumes where it stopped"
         assert_readable(said)
         assert any("score: done before" in line for line in said) and any(f"/{trials} trials done, " in line for line in said)
         wait_until(lambda: set(cluster.left()) <= RAYS_OWN, 60, "actors or placement groups are not gone")

@@ -126,7 +126,7 @@ def test_a_submitted_run_is_stopped_and_submitted_again_and_ends(
     assert guarded_head.job("first")["status"] == "STOPPED", output
     said = guarded_head.said("first")
     assert said[-2:] == [
-        "error: terminated; the same command goes on from where it stopped", f"the whole story stands in {run / 'error.log'}"
+        "error: terminated; the same command resumes where it stopped", f"the traceback is in {run / 'error.log'}"
     ]  # fmt: skip
     assert_readable(said)
     assert all(line.startswith("[") for line in said[:-2])

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class Trial(Protocol):
+class Suggests(Protocol):
     """Who is asked for values: an Optuna trial, or anything that answers the same three questions."""
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
@@ -48,13 +48,13 @@ class Dice:
         return self._generator.choice(choices)
 
 
-class Part(BaseModel):
+class SpacePart(BaseModel):
     """A frozen part of a space: unknown keys are errors, numbers are finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class Choice(Part):
+class Choice(SpacePart):
     """One of a list of values. A list of one fixes the value."""
 
     values: tuple[Any, ...]
@@ -90,7 +90,7 @@ class Choice(Part):
         """Whether the value is one of these."""
         return value in self.values
 
-    def suggest(self, trial: Trial, name: str) -> Any:
+    def suggest(self, trial: Suggests, name: str) -> Any:
         """Return the value that the trial picks; it is not asked where there is one alone."""
         if len(self.values) == 1:
             return self.values[0]
@@ -98,7 +98,7 @@ class Choice(Part):
         return self.values[labels.index(trial.suggest_categorical(name, labels))]
 
 
-class Range(Part):
+class Range(SpacePart):
     """Numbers between two ends, both included."""
 
     low: float
@@ -172,7 +172,7 @@ class Range(Part):
         """Whether the value lies between the ends."""
         return isinstance(value, int | float) and self.low <= value <= self.high
 
-    def suggest(self, trial: Trial, name: str) -> float:
+    def suggest(self, trial: Suggests, name: str) -> float:
         """Return the number that the trial picks."""
         if self.integer:
             return trial.suggest_int(name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError, model_validator
 
-from tune_spaces.ranges import Choice, Dice, Dimension, Part, Range, Trial, share_values
+from tune_spaces.ranges import Choice, Dice, Dimension, Range, SpacePart, Suggests, share_values
 
 Point = dict[str, Any]
 """What one trial sets: a value for each dotted path, such as ``{"loss.easy_ratio": 0.3}``."""
@@ -17,7 +17,7 @@ BRANCHES = "branches"
 DRAWS_A_POINT = 1000  # after so many draws without a new point, a space whose size is not known has no more
 
 
-class Space(Part):
+class Space(SpacePart):
     """Paths that every trial sets, and branches, of which each trial takes one with the paths that exist in it alone."""
 
     ranges: dict[str, Dimension]
@@ -49,7 +49,7 @@ class Space(Part):
             return {None: self.ranges}
         return {branch: {**self.ranges, **own} for branch, own in self.branches.items()}
 
-    def suggest(self, trial: Trial) -> Point:
+    def suggest(self, trial: Suggests) -> Point:
         """Return the point that a trial picks.
 
         A path within a branch has the branch in its name: what is the same path in two branches may have two ranges.

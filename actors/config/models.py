@@ -205,7 +205,7 @@ class ScoresConfig(Section):
 
     top_mass: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Keep for each target only as many of the K as it takes to hold this share of the teacher's mass off the target
-    (0.99, say): a smaller store, exact where the teacher is sure. All K unless said."""
+    (0.99): a smaller store, exact where the teacher is sure. All K unless said."""
 
     rows_per_shard: int = Field(default=256, ge=1)
     """Rows of one shard: the unit of work, of waiting and of resuming."""

@@ -27,7 +27,7 @@ class HeldoutText:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class GeneratedAnswer:
     """What a model answered to one held-out prompt."""
 
     row: int
@@ -84,9 +84,9 @@ class AnswerComparison:
                     f"{shortened(text.response)!r}; a pattern that matches every response would do, or null for the whole text"
                 )
 
-    def compare(self, text: HeldoutText, generated: str) -> Answer:
+    def compare(self, text: HeldoutText, generated: str) -> GeneratedAnswer:
         """Return the judged answer to one prompt."""
-        return Answer(
+        return GeneratedAnswer(
             row=text.row,
             task=text.task,
             prompt=text.prompt,

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from actors.config.models import EvaluateConfig
 from actors.dataloader.collator import PADDING, MicroBatch
 from actors.evaluation.answer_ends import read_answer_ends
-from actors.evaluation.answers import Answer, AnswerComparison, HeldoutText, read_heldout_texts
-from actors.evaluation.metrics import HeldoutRows, Tally, batches_by_length
+from actors.evaluation.answers import AnswerComparison, GeneratedAnswer, HeldoutText, read_heldout_texts
+from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows, batches_by_length
 from actors.evaluation.token_view import TokenView, view_tokens
 from actors.examples import ExampleFile
 from actors.lm_head import vocab_size_of
@@ -66,7 +66,7 @@ class Evaluation:
     """Everything that is kept of one model's evaluation."""
 
     metrics: Metrics
-    answers: tuple[Answer, ...]
+    answers: tuple[GeneratedAnswer, ...]
     views: tuple[TokenView, ...] = ()
     """A few rows token by token, the same for every model."""
 
@@ -103,17 +103,17 @@ def evaluate_model(
     network = load_for_evaluation(model, evaluate)
 
     started = time.perf_counter()
-    tally = predict_rows(network, examples, store, top_k, evaluate.batch_rows, model.name)
+    heldout = predict_rows(network, examples, store, top_k, evaluate.batch_rows, model.name)
     predicted = time.perf_counter()
     generated = generate_answers(network, tokenizer, examples, texts, evaluate, ends)
     answers = [comparison.compare(text, answer) for text, answer in zip(texts, generated, strict=True)]
     rouge = [answer.rouge_l for answer in answers if answer.rouge_l is not None]
     metrics = Metrics(
-        **tally.measures(),
+        **heldout.measures(),
         exact_match=float(np.mean([answer.correct for answer in answers])) if answers else None,
         rouge_l=float(np.mean(rouge)) if rouge else None,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        targets=tally.targets,
+        targets=heldout.targets,
         seconds=time.perf_counter() - started,
         tokens_per_second=int(examples.lengths.sum()) / (predicted - started),
     )
@@ -139,14 +139,14 @@ def load_for_evaluation(source: ModelSource, evaluate: EvaluateConfig) -> PreTra
 @torch.inference_mode()
 def predict_rows(
     model: PreTrainedModel, examples: ExampleFile, store: ScoreStore, top_k: int, batch_rows: int, name: str
-) -> Tally:
+) -> HeldoutMetrics:
     """Return the sums over all targets of the rows; ``name`` says which model, should its logits not be finite."""
-    rows, tally = HeldoutRows(examples, store, top_k, vocab_size_of(model)), Tally()
+    rows, heldout = HeldoutRows(examples, store, top_k, vocab_size_of(model)), HeldoutMetrics()
     for positions in batches_by_length(examples.lengths, batch_rows):
         batch = rows.batch(positions).to(model.device)
-        tally.add_logits(target_logits(model, batch), batch)
-    tally.require_finite(name)
-    return tally
+        heldout.add_logits(target_logits(model, batch), batch)
+    heldout.require_finite(name)
+    return heldout
 
 
 @torch.inference_mode()

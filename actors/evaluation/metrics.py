@@ -38,7 +38,7 @@ class HeldoutRows:
         return self._collator.micro_batch(batch, range(len(positions)), weights)
 
 
-class Tally:
+class HeldoutMetrics:
     """Sums over targets."""
 
     def __init__(self) -> None:

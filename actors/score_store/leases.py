@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("atkd")
 
 LEASE_SECONDS = 60.0
 """A lease that was not refreshed for so long is stale: another job may take it over."""
@@ -86,7 +86,7 @@ class ShardLeases:
                 with suppress(FileNotFoundError):
                     os.utime(self._path(shard))
             else:
-                log.warning("another job took over the lease of shard %d of %s and may score it too", shard, self._folder)
+                logger.warning("another job took over the lease of shard %d of %s and may score it too", shard, self._folder)
                 self._held.discard(shard)
 
     def release(self, shard: int) -> None:

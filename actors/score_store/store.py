@@ -110,8 +110,8 @@ class ScoreStore:
                 "rows": rows,
                 "rows_per_shard": rows_per_shard,
             }
-            sealed = {**manifest, "sha256": identity_hash(manifest)}
-            write_atomically(path / "manifest.json", json.dumps(sealed, indent=1, sort_keys=True).encode())
+            with_hash = {**manifest, "sha256": identity_hash(manifest)}
+            write_atomically(path / "manifest.json", json.dumps(with_hash, indent=1, sort_keys=True).encode())
         store = cls(path)
         store.require(identity)
         return store

@@ -8,15 +8,15 @@ import hashlib
 import json
 from pathlib import Path
 
-SEAL = "seal-{rank}.json"
+CHECKSUMS = "checksums-{rank}.json"
 DAMAGED = "damaged.txt"
 BOOK = "damaged.jsonl"
 
 
-def seal(folder: Path, rank: int, world_size: int) -> None:
+def write_checksums(folder: Path, rank: int, world_size: int) -> None:
     """Write down what this worker's folder holds: its part of a checkpoint."""
     files = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
-    (folder / SEAL.format(rank=rank)).write_text(json.dumps({"workers": world_size, "sha256": files}))
+    (folder / CHECKSUMS.format(rank=rank)).write_text(json.dumps({"workers": world_size, "sha256": files}))
 
 
 def damage(folder: Path, rank: int, world_size: int) -> str:
@@ -27,9 +27,9 @@ def damage(folder: Path, rank: int, world_size: int) -> str:
     if (folder / DAMAGED).exists():
         return (folder / DAMAGED).read_text()
     try:
-        seals = [json.loads((folder / SEAL.format(rank=0)).read_text())]
-        seals += [json.loads((folder / SEAL.format(rank=other)).read_text()) for other in range(1, seals[0]["workers"])]
-        wanted = sorted((name, checksum) for one in seals for name, checksum in one["sha256"].items())
+        workers = json.loads((folder / CHECKSUMS.format(rank=0)).read_text())["workers"]
+        of_each = [json.loads((folder / CHECKSUMS.format(rank=writer)).read_text()) for writer in range(workers)]
+        wanted = sorted((name, checksum) for one in of_each for name, checksum in one["sha256"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its list of files cannot be read ({type(error).__name__}: {error})"
     for name, checksum in wanted[rank::world_size]:

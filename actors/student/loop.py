@@ -28,15 +28,15 @@ from actors.student.model import (
 )
 from actors.student.optimizer import clip_gradients, make_optimizer, make_schedule
 from actors.student.ranks import Worker
-from actors.student.resize import Growth
-from actors.student.task import Ending, TrainingDiverged, TrainingTask
+from actors.student.resize import ResizeMonitor
+from actors.student.task import TrainingDiverged, TrainingTask, WorkerResult
 from actors.student.train_checkpoints import Checkpoints
-from actors.student.validation import Examiner
+from actors.student.validation import Validator
 from losses.distillation import LossSums
 from losses.loss_state import LossState
 
 
-def distil(task: TrainingTask, checkpoints: Checkpoints) -> Ending:
+def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     """Teach the student step by step, from wherever its last checkpoint stands, and write the finished model.
 
     The student of a trial is examined on the way, and may be told to stop. Workers whose number may grow leave at a
@@ -48,8 +48,8 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> Ending:
     torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
     model = prepare_model(task.model, task.lora, task.train)
     collator = Collator(examples, store, task.loss, task.top_k, task.seed, vocab_size_of(model))
-    examiner = Examiner(task, worker, vocab_size_of(model))
-    growth = Growth(task, worker)
+    validator = Validator(task, worker, vocab_size_of(model))
+    growth = ResizeMonitor(task, worker)
 
     student = distribute(StudentWithLoss(model, task.loss), task.train, worker)
     total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
@@ -59,9 +59,9 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> Ending:
     first = Progress(0, SamplerState(task.seed), LossState.first(task.loss))
     done = checkpoints.load(student, optimizer, schedule, worker) or first
     batches = global_batches(len(examples), task.train.batch_rows, done.sampler, task.train.first_epoch == "store_order")
-    goes_on, makes_way = True, False
+    goes_on, resize_requested = True, False
     with closing(MetricsLog.on_first_worker(worker.rank, task, first_step=done.step + 1)) as log:
-        while goes_on and not makes_way and done.step < total_steps:
+        while goes_on and not resize_requested and done.step < total_steps:
             started, step, batch = time.perf_counter(), done.step + 1, next(batches)
             waited_seconds = collator.wait_for(batch, task.wait_seconds)
             worker.seed_step(task.seed, step)
@@ -81,14 +81,14 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> Ending:
             )  # fmt: skip
             log.write(step, metrics | collator.easy_border(batch) | done.loss_state.numbers(task.loss))
             done = Progress(step, batch.after, done.loss_state.after(task.loss, step, total_steps, float(sums.loss)))
-            goes_on = examiner.goes_on(student, step)  # before a checkpoint: what resumes from one has its exam behind it
+            goes_on = validator.goes_on(student, step)  # before a checkpoint: what resumes from one has its exam behind it
             if goes_on and step % task.train.checkpoint_every_steps == 0 and step < total_steps:
                 checkpoints.save(student, optimizer, schedule, done, worker)
-                makes_way = growth.is_due()
+                resize_requested = growth.is_due()
 
-    if task.output is not None and not makes_way:
+    if task.output is not None and not resize_requested:
         write_finished_model(student, task, Path(task.output), worker)
-    return Ending(made_way=makes_way)
+    return WorkerResult(resize_requested=resize_requested)
 
 
 def accumulate_gradients(

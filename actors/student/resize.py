@@ -2,14 +2,14 @@
 
 import time
 
-from actors.placement import free_places, proven_places, read_cluster, worker_need
+from actors.placement import free_places, proven_places, read_cluster, worker_request
 from actors.student.ranks import Worker
 from actors.student.task import TrainingTask
 
 PROOF_SECONDS = 2.0
 
 
-class Growth:
+class ResizeMonitor:
     """Watches for room. While the teacher still scores there is none to take: what is free then is the teacher's.
 
     Args:
@@ -18,7 +18,7 @@ class Growth:
     """
 
     def __init__(self, task: TrainingTask, worker: Worker) -> None:
-        self._task, self._workers, self._worker = task, task.growing, worker
+        self._task, self._workers, self._worker = task, task.elastic, worker
         self._since = time.monotonic()
 
     def is_due(self) -> bool:
@@ -31,5 +31,5 @@ class Growth:
         assert self._workers is not None
         if time.monotonic() - self._since < self._workers.grow_seconds or self._task.beside_teacher:
             return False
-        need = worker_need(self._workers)
+        need = worker_request(self._workers)
         return free_places(need, read_cluster()) > 0 and proven_places(need, 1, PROOF_SECONDS) == 1

@@ -22,7 +22,7 @@ from actors.records import Example, TeacherScores
 from actors.score_store.encoding import STEPS_PER_NAT
 from actors.score_store.store import ScoreStore
 from actors.student.model import StudentWithLoss
-from actors.teacher.parity import Comparison, classes, compare, named_logprobs
+from actors.teacher.parity import ScoreParity, classes, compare, named_logprobs
 from actors.teacher.reference_pass import compare_row, forward_pass
 from losses.config import CoupledLoss
 from losses.distillation import LossSums
@@ -41,7 +41,7 @@ class AttentionFound:
 
 
 @dataclass(frozen=True, slots=True)
-class Measurements(Comparison):
+class SelfDistillationCheck(ScoreParity):
     """Numbers about served scores, over all targets of the rows. Reference: the teacher in float32, one row at a time."""
 
     attention: AttentionFound
@@ -86,7 +86,9 @@ def measure_attention(source: ModelSource, examples_path: str, device: str = "cp
 
 
 @torch.inference_mode()
-def measure(teacher: ModelSource, examples_path: str, alone_path: str, together_path: str, device: str = "cpu") -> Measurements:
+def measure(
+    teacher: ModelSource, examples_path: str, alone_path: str, together_path: str, device: str = "cpu"
+) -> SelfDistillationCheck:
     """Compare stored scores of a few rows with the teacher's own forward pass in float32.
 
     Args:
@@ -111,7 +113,7 @@ def measure(teacher: ModelSource, examples_path: str, alone_path: str, together_
     entropies = [float(_entropy(scores).mean()) for scores in beside]
     likeliest = np.concatenate([named_logprobs(scores).max(axis=1) for scores in beside])
     self_divergence, self_refusal = _self_divergence(model, examples, alone)
-    return Measurements(
+    return SelfDistillationCheck(
         **asdict(comparison),
         attention=attention,
         eager_target_error=eager_target_error,
@@ -139,7 +141,7 @@ def _attention(model: PreTrainedModel, source: ModelSource, rows: Sequence[Examp
     return AttentionFound(used, attention_error(model, used, rows))
 
 
-def _compare(model: PreTrainedModel, rows: Sequence[Example], served: Sequence[TeacherScores]) -> Comparison:
+def _compare(model: PreTrainedModel, rows: Sequence[Example], served: Sequence[TeacherScores]) -> ScoreParity:
     return compare([compare_row(forward_pass(model, row), scores) for row, scores in zip(rows, served, strict=True)])
 
 

@@ -15,7 +15,7 @@ from losses.config import LossConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Exams:
+class ValidationSchedule:
     """When and on what the student of a trial is examined while it learns, and who judges it."""
 
     trial: int
@@ -30,17 +30,17 @@ class Exams:
     """How many of that store's K are used."""
     batch_rows: int
     """Rows of one forward pass."""
-    judge: Any
+    controller: Any
     """Ray actor; its ``measured(trial, rung, step, measures, seconds)`` says whether the trial goes on."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class WorkerResult:
     """How the workers of a training left it."""
 
     error: str | None = None
     """Of a failure that trying again cannot mend."""
-    made_way: bool = False
+    resize_requested: bool = False
     """Whether they left at a checkpoint because there is room for more of them."""
 
 
@@ -78,13 +78,13 @@ class TrainingTask:
     """Folder in which the finished model is written; None to keep nothing but what was measured."""
     dtype: str = "float32"
     """Type of the weights of the finished model: float32, bfloat16 or float16."""
-    exams: Exams | None = None
+    validation: ValidationSchedule | None = None
     """Examinations on the way, for trials."""
     run: str = "unnamed"
     """Name of the run it belongs to, for those who watch."""
     tracking: TrackingConfig = TrackingConfig()
     """Where its steps are shown besides the run's own files."""
-    growing: WorkersConfig | None = None
+    elastic: WorkersConfig | None = None
     """The workers, where they are to make way once there is room for more of them."""
     teacher_done: str | None = None
     """File that stands once the teacher needs its room no more; None where no teacher is at work beside the training."""

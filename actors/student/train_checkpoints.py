@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from actors.student.checkpoint import Progress, load_checkpoint, save_checkpoint
-from actors.student.checkpoint_integrity import damage, seal, set_aside
+from actors.student.checkpoint_integrity import damage, set_aside, write_checksums
 from actors.student.ranks import Worker
 
 
@@ -59,7 +59,7 @@ class RayTrainCheckpoints:
         """Keep a checkpoint; all workers call it together."""
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(Path(folder), student, optimizer, schedule, progress, worker.rank)
-            seal(Path(folder), worker.rank, worker.world_size)
+            write_checksums(Path(folder), worker.rank, worker.world_size)
             ray.train.report({"step": progress.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 

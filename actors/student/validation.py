@@ -10,23 +10,23 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from actors.config.models import TrainConfig
-from actors.evaluation.metrics import HeldoutRows, Tally, batches_by_length
+from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows, batches_by_length
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
 from actors.student.ranks import Worker
-from actors.student.task import Exams, TrainingTask
+from actors.student.task import TrainingTask, ValidationSchedule
 
 
-class Examiner:
-    """Examines the student of a trial; of an ordinary run, which has no exams, never."""
+class Validator:
+    """Examines the student of a trial; of an ordinary run, which has no validation, never."""
 
     def __init__(self, task: TrainingTask, worker: Worker, vocab_size: int) -> None:
-        self._task, self._worker, self._exams = task, worker, task.exams
+        self._task, self._worker, self._schedule = task, worker, task.validation
         self._started = time.monotonic()
-        if self._exams is not None:
-            self._examples = ExampleFile(Path(self._exams.examples))
-            store = ScoreStore(Path(self._exams.store))
-            self._rows = HeldoutRows(self._examples, store, self._exams.top_k, vocab_size)
+        if self._schedule is not None:
+            self._examples = ExampleFile(Path(self._schedule.examples))
+            store = ScoreStore(Path(self._schedule.store))
+            self._rows = HeldoutRows(self._examples, store, self._schedule.top_k, vocab_size)
 
     def goes_on(self, student: nn.Module, step: int) -> bool:
         """Examine the student if an exam is due after this step; return whether training goes on. All workers call it.
@@ -34,20 +34,20 @@ class Examiner:
         Raises:
             ValueError: on all workers, if the logits of any of them are not finite.
         """
-        if self._exams is None or step not in self._exams.steps:
+        if self._schedule is None or step not in self._schedule.steps:
             return True
-        measures = self._measure(student, self._exams)
+        measures = self._measure(student, self._schedule)
         told = True
         if self._worker.rank == 0:
-            rung, seconds = self._exams.steps.index(step), time.monotonic() - self._started
-            told = ray.get(self._exams.judge.measured.remote(self._exams.trial, rung, step, measures, seconds))
+            rung, seconds = self._schedule.steps.index(step), time.monotonic() - self._started
+            told = ray.get(self._schedule.controller.measured.remote(self._schedule.trial, rung, step, measures, seconds))
         return self._worker.agree(told)
 
     @torch.no_grad()
-    def _measure(self, student: nn.Module, exams: Exams) -> dict[str, float]:
+    def _measure(self, student: nn.Module, validation: ValidationSchedule) -> dict[str, float]:
         """Return the means over all held-out targets; each worker takes its share of the batches."""
-        batches = list(batches_by_length(self._examples.lengths, exams.batch_rows))
-        tally, world_size = Tally(), self._worker.world_size
+        batches = list(batches_by_length(self._examples.lengths, validation.batch_rows))
+        heldout, world_size = HeldoutMetrics(), self._worker.world_size
         module = student.module if isinstance(student, DistributedDataParallel) else student
         module.eval()
         for first in range(0, len(batches), world_size):
@@ -57,12 +57,12 @@ class Examiner:
             with _precision(self._task.train, self._worker.device):
                 (logits,) = module(batch, None)
             if mine < len(batches):
-                tally.add_logits(logits, batch)
+                heldout.add_logits(logits, batch)
         module.train()
         if world_size > 1:
-            tally.sum_over_workers(self._worker.device)
-        tally.require_finite(self._task.name)
-        return tally.measures()
+            heldout.sum_over_workers(self._worker.device)
+        heldout.require_finite(self._task.name)
+        return heldout.measures()
 
 
 def _precision(train: TrainConfig, device: torch.device) -> torch.autocast | nullcontext[None]:

@@ -1,9 +1,9 @@
 """What Ray Train runs in each worker. Its controller loads this module too, so the loop is imported only where it runs."""
 
-from actors.student.task import Ending, TrainingDiverged, TrainingTask
+from actors.student.task import TrainingDiverged, TrainingTask, WorkerResult
 
 
-def train_worker(config: dict[str, TrainingTask]) -> Ending:
+def train_worker(config: dict[str, TrainingTask]) -> WorkerResult:
     """Run one worker to the end of its task, or as far as it gets.
 
     Ray Train starts the workers again after whatever is raised.
@@ -15,4 +15,4 @@ def train_worker(config: dict[str, TrainingTask]) -> Ending:
     try:
         return distil(config["task"], RayTrainCheckpoints())
     except (ScoringFailed, TrainingDiverged, TimeoutError, ValueError) as error:
-        return Ending(error=f"{type(error).__name__}: {error}")
+        return WorkerResult(error=f"{type(error).__name__}: {error}")

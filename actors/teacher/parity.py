@@ -14,7 +14,7 @@ EARLIER, RIGHT, LATER = range(3)  # which of the model's predictions a score is 
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ScoreParity:
     """Numbers about served scores, over all targets of the rows. Reference: the teacher in float32, one row at a time."""
 
     targets: int
@@ -64,12 +64,12 @@ class ComparedRow:
     """bool [N, K], which served top-K tokens are among the reference's."""
 
 
-def compare(rows: Sequence[ComparedRow]) -> Comparison:
+def compare(rows: Sequence[ComparedRow]) -> ScoreParity:
     """Return the numbers over all rows."""
     errors = [np.abs(row.target_logprob - row.served.target_logprob) for row in rows]  # [3, N] each
     error = np.concatenate(errors, axis=1)
     slope, correlation = _slope(rows)
-    return Comparison(
+    return ScoreParity(
         targets=error.shape[1],
         largest_target_error=float(error[RIGHT].max()),
         furthest_row=rows[int(np.argmax([one[RIGHT].max() for one in errors]))].row,

@@ -19,7 +19,7 @@ from actors.monitors.prometheus import TeacherMetrics
 from actors.records import Example
 from actors.score_store.leases import LEASE_SECONDS
 from actors.score_store.store import ScoreStore, ScoringFailed
-from actors.teacher.parity import Comparison
+from actors.teacher.parity import ScoreParity
 from actors.teacher.replica import CALLS_AT_ONCE, ShardResult
 from actors.teacher.replica_set import POLL_SECONDS, Replica, Replicas, TeacherFailed
 from actors.teacher.router import RouterLimits
@@ -71,9 +71,9 @@ class TeacherPool:
         self.close()
 
     @property
-    def comparison(self) -> Comparison | str | None:
+    def parity(self) -> ScoreParity | str | None:
         """What came of the probe: numbers, or in words why there are none; nothing without a probe."""
-        return self._replicas.comparison
+        return self._replicas.parity
 
     def score_missing(
         self, examples_path: Path, store: ScoreStore, on_wait: Callable[[int], None] = lambda shards: None

@@ -15,7 +15,7 @@ from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores, check_scores, uncertainty
 from actors.score_store.sanity import ScoreRange
 from actors.score_store.store import ScoreStore, ShardInfo
-from actors.teacher.parity import Comparison, compare
+from actors.teacher.parity import ScoreParity, compare
 
 CALLS_AT_ONCE = 2
 """Calls a replica takes up together: one has the engine, the other encodes and writes."""
@@ -27,7 +27,7 @@ class EngineStarted:
 
     vocab_size: int
     """V, the width of the teacher's logits."""
-    comparison: Comparison | str | None = None
+    parity: ScoreParity | str | None = None
     """Scores of the probe held against a plain forward pass; in words why they could not be; none where no probe was given."""
 
 

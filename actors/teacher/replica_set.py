@@ -14,12 +14,12 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.engines.base import EngineDied, EngineFactory, TeacherSpec, engine_environment
-from actors.placement import read_nodes, replica_need, require_room, reserve
+from actors.placement import read_nodes, replica_request, require_room, reserve
 from actors.records import Example
-from actors.teacher.parity import Comparison
+from actors.teacher.parity import ScoreParity
 from actors.teacher.replica import CALLS_AT_ONCE, EngineStarted, TeacherReplica
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("atkd")
 
 POLL_SECONDS = 1.0
 CLOSE_SECONDS = 10.0
@@ -74,10 +74,10 @@ class Replicas:
         assert isinstance(spec.engine.replicas, int), "auto is settled where it is known what else the run holds"
         self.spec = spec
         self.vocab_size = 0  # V, once an engine is there
-        self.comparison: Comparison | str | None = None  # of the probe, or why there is none
+        self.parity: ScoreParity | str | None = None  # of the probe, or why there is none
         self._probe = probe
         self._on_death = on_death
-        self._need = replica_need(spec.engine)
+        self._need = replica_request(spec.engine)
         self._count = spec.engine.replicas
         self._engine_factory = engine_factory
         self._start_timeout_seconds = start_timeout_seconds
@@ -129,7 +129,7 @@ class Replicas:
         else:
             replica.starting, replica.since = None, time.monotonic()
             self.vocab_size = started.vocab_size
-            self.comparison = self.comparison or started.comparison
+            self.parity = self.parity or started.parity
 
     def check_starts(self, needed: bool = False) -> None:
         """Give up replicas whose engines do not come; raises as ``replace``."""
@@ -156,7 +156,7 @@ class Replicas:
             self.require_open()
             self._replicas.remove(replica)
         max_restarts = self.spec.engine.max_restarts
-        log.warning("teacher replica %d died: %s", replica.number, error)
+        logger.warning("teacher replica %d died: %s", replica.number, error)
         self._on_death(replica.number, error)
         replica.end()
         if replica.deaths < max_restarts:
@@ -202,7 +202,7 @@ class Replicas:
             except BaseException:
                 remove_placement_group(room)
                 raise
-            probe = self._probe if number == 0 and self.comparison is None else ()
+            probe = self._probe if number == 0 and self.parity is None else ()
             self._replicas.append(Replica(number, room, actor, actor.start.remote(probe), time.monotonic(), deaths))
 
     def _no_engine(self, replica: Replica, seconds: float) -> str:

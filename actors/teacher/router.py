@@ -57,7 +57,7 @@ class LostReplica:
 
 
 @dataclass(eq=False, slots=True)
-class _Asked:
+class _Request:
     """A row that somebody waits for."""
 
     example: Example
@@ -74,7 +74,7 @@ class _Replica:
 
     number: int
     actor: Any
-    batches: list[list[_Asked]] = field(default_factory=list)
+    batches: list[list[_Request]] = field(default_factory=list)
     answered: bool = False
     """Whether it has scored anything."""
 
@@ -90,8 +90,8 @@ class ScoreRouter:
     def __init__(self, limits: RouterLimits) -> None:
         self._limits = limits
         self._replicas: dict[int, _Replica] = {}
-        self._asked: dict[str, _Asked] = {}  # by the row's key, until it is scored
-        self._waiting: deque[_Asked] = deque()
+        self._asked: dict[str, _Request] = {}  # by the row's key, until it is scored
+        self._waiting: deque[_Request] = deque()
         self._room = asyncio.Condition()
         self._lost: asyncio.Queue[LostReplica] = asyncio.Queue()
         self._given_up: str | None = None
@@ -156,7 +156,7 @@ class ScoreRouter:
         if self._given_up is not None:
             raise RowFailed(self._given_up)
         if (asked := self._asked.get(example.key)) is None:
-            asked = _Asked(example, asyncio.get_running_loop().create_future())
+            asked = _Request(example, asyncio.get_running_loop().create_future())
             self._asked[example.key] = asked
             self._waiting.append(asked)
             self.most_asked = max(self.most_asked, len(self._asked))
@@ -182,16 +182,16 @@ class ScoreRouter:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _next_batch(self, alone: bool) -> list[_Asked]:
+    def _next_batch(self, alone: bool) -> list[_Request]:
         """Take the rows that waited longest: several, or a single one that must be tried alone, if it can be."""
         if self._waiting[0].alone:
             return [self._waiting.popleft()] if alone else []
-        batch: list[_Asked] = []
+        batch: list[_Request] = []
         while self._waiting and not self._waiting[0].alone and len(batch) < self._limits.rows_per_batch:
             batch.append(self._waiting.popleft())
         return batch
 
-    async def _serve(self, replica: _Replica, batch: list[_Asked]) -> None:
+    async def _serve(self, replica: _Replica, batch: list[_Request]) -> None:
         try:
             rows = [asked.example for asked in batch]
             *scores, done = replica.actor.answer.options(num_returns=len(rows) + 1).remote(rows)
@@ -216,7 +216,7 @@ class ScoreRouter:
             self._room.notify_all()
         self._hand_out()
 
-    def _blame(self, batch: list[_Asked], error: str) -> None:
+    def _blame(self, batch: list[_Request], error: str) -> None:
         """Scoring raised: a row that was alone is to blame, and of several each must show it alone."""
         if len(batch) == 1:
             self._settle(batch[0], error=RowFailed(f"{_named(batch[0].example)}: {error}"))
@@ -240,11 +240,11 @@ class ScoreRouter:
                 self._settle(asked, error=RowFailed(failure))
         replica.batches.clear()
 
-    def _try_alone(self, asked: _Asked) -> None:
+    def _try_alone(self, asked: _Request) -> None:
         asked.alone = True
         self._waiting.append(asked)
 
-    def _settle(self, asked: _Asked, scores: ray.ObjectRef | None = None, error: RowFailed | None = None) -> None:
+    def _settle(self, asked: _Request, scores: ray.ObjectRef | None = None, error: RowFailed | None = None) -> None:
         if self._asked.pop(asked.example.key, None) is None:
             return  # given up meanwhile
         if error is not None:

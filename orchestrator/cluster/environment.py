@@ -36,19 +36,19 @@ class EventLog(Protocol):
         """Append one."""
 
 
-def note_process(books: EventLog) -> None:
+def note_process(run_dir: EventLog) -> None:
     """Write down which command this process was given, and with what it does its work."""
-    books.event(
+    run_dir.event(
         PROCESS, command=command_line(sys.argv), atkd=__version__, **commit_of(SOURCE), python=platform.python_version(),
         platform=platform.platform(), processor=processor(), cpus=psutil.cpu_count(), memory_bytes=psutil.virtual_memory().total,
         packages=installed(PACKAGES),
     )  # fmt: skip
 
 
-def note_cluster(books: EventLog) -> None:
+def note_cluster(run_dir: EventLog) -> None:
     """Write down the nodes of the connected cluster; nothing where there is none."""
     if ray.is_initialized():
-        books.event(CLUSTER, ray=ray.__version__, nodes=[node_facts(node) for node in read_nodes()])
+        run_dir.event(CLUSTER, ray=ray.__version__, nodes=[node_facts(node) for node in read_nodes()])
 
 
 def command_line(arguments: Sequence[str]) -> str:

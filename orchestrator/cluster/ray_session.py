@@ -1,5 +1,6 @@
 """Which Ray a run uses, and whether it has what the run needs."""
 
+import logging
 import math
 import os
 import socket
@@ -19,10 +20,10 @@ from actors.placement import (
     most_replicas,
     plural,
     read_nodes,
-    replica_need,
+    replica_request,
     require_room,
     require_room_together,
-    worker_need,
+    worker_request,
     workers_beside,
 )
 from orchestrator.cluster import signals as sigterm
@@ -93,14 +94,14 @@ def _ray_of_this_process(needed: Demand) -> Iterator[None]:
         try:
             with sigterm.listening_on():
                 if address:
-                    ray.init(log_to_driver=False, logging_level="WARNING")
+                    ray.init(log_to_driver=_verbose(), logging_level="WARNING")
                 else:
                     ray.init(
                         address="local",
                         num_cpus=max(os.cpu_count() or 1, math.ceil(needed.cpus)),
                         include_dashboard=False,
                         object_store_memory=STORE_BYTES,
-                        log_to_driver=False,
+                        log_to_driver=_verbose(),
                         logging_level="ERROR",
                         _temp_dir=folder,
                     )
@@ -110,6 +111,11 @@ def _ray_of_this_process(needed: Demand) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _verbose() -> bool:
+    """Return whether the user wants to see what workers print."""
+    return logging.getLogger("atkd").isEnabledFor(logging.DEBUG)
 
 
 def why_ray_failed(address: str | None, error: Exception) -> str:
@@ -155,15 +161,15 @@ def cluster_address() -> str | None:
 
 def require_places(config: RunConfig, nodes: Sequence[Node]) -> None:
     """Raise a ValueError unless the nodes, were all of them free, could hold each stage of the run."""
-    replica, replicas = replica_need(config.teacher.engine), _replicas(config.teacher.engine)
-    worker, workers = worker_need(config.workers), config.workers.count
+    replica, replicas = replica_request(config.teacher.engine), _replicas(config.teacher.engine)
+    worker, workers = worker_request(config.workers), config.workers.count
     require_room(nodes, replica, replicas)
     require_room(nodes, worker, workers)
     if config.scores.overlap:
         require_room_together(nodes, replica, replicas, worker, workers)
     for role, side in (("teacher", config.teacher), ("student", config.student)):
         if side.finetune:
-            require_room(nodes, worker_need(side.finetune.workers, f"{role}.finetune.workers"), side.finetune.workers.count)
+            require_room(nodes, worker_request(side.finetune.workers, f"{role}.finetune.workers"), side.finetune.workers.count)
     require_room(nodes, evaluator_need(config.evaluate))
 
 
@@ -186,8 +192,8 @@ def settle_replicas(engine: EngineConfig, students: WorkersConfig | None, shards
         shards: shards of the largest store that lack scores.
         cluster: what there is, and what other jobs hold of it.
     """
-    replica, workers = replica_need(engine), students.count if students else 0
-    worker = worker_need(students) if students else None
+    replica, workers = replica_request(engine), students.count if students else 0
+    worker = worker_request(students) if students else None
     beside = workers_beside([(node, node.free) for node in cluster.nodes], replica, worker, shards)
     promised = {resource: workers * amount for resource, amount in worker.amounts.items()} if worker else {}
     left = {resource: amount - promised.get(resource, 0) for resource, amount in cluster.available.items()}

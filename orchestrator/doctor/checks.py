@@ -10,9 +10,9 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from actors.attention import ATTENTION_TOLERANCE
-from actors.student.self_distillation import AttentionFound, Measurements
+from actors.student.self_distillation import AttentionFound, SelfDistillationCheck
 from orchestrator.data.tokenizers import require_same_tokens
-from orchestrator.run.score_parity import Finding, Tolerance, judge_raw, judge_served
+from orchestrator.run.score_parity import Finding, Tolerance, check_raw, check_served
 
 SAME_SPREAD = 1e-4  # nats; below this the teacher says the same of every target
 
@@ -25,7 +25,7 @@ EXPLAINED_BY = {
 """For each check, those whose failure explains its own."""
 
 
-def judge_pair(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Finding | None:
+def check_pair(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Finding | None:
     """Return a failure if the ids of teacher and student mean different tokens, else nothing."""
     try:
         require_same_tokens(teacher, student)
@@ -34,12 +34,12 @@ def judge_pair(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBas
     return None
 
 
-def judge_tokens(
+def check_tokens(
     data: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, *,
     largest_id: int, teacher_vocab: int, student_vocab: int,
 ) -> Finding:  # fmt: skip
-    """Judge whether rows, teacher and student speak of the same tokens, and whether both models know every id of the rows."""
-    if differing := judge_pair(teacher, student):
+    """Check whether rows, teacher and student share their tokens, and whether both models have every id of the rows."""
+    if differing := check_pair(teacher, student):
         return differing
     rows_ids, teacher_ids = data.get_vocab(), teacher.get_vocab()
     if others := {token for token, _ in rows_ids.items() ^ teacher_ids.items()}:
@@ -66,7 +66,7 @@ def judge_tokens(
     return Finding("tokens", "ok", numbers)
 
 
-def judge_refused(reason: str) -> Finding:
+def check_refused(reason: str) -> Finding:
     """Return the failure of scores that no store takes: not finite, uniform, of the wrong shape."""
     return Finding(
         "scores",
@@ -77,16 +77,16 @@ def judge_refused(reason: str) -> Finding:
     )
 
 
-def judge_scores(found: Measurements, tolerance: Tolerance, teacher_vocab: int, student_vocab: int) -> list[Finding]:
-    """Judge what was measured, check by check; a failure that another one explains is called unclear."""
+def check_scores(found: SelfDistillationCheck, tolerance: Tolerance, teacher_vocab: int, student_vocab: int) -> list[Finding]:
+    """Check what was measured, check by check; a failure that another one explains is called unclear."""
     findings = [
-        judge_attention("teacher", found.attention, _side_that_is_off(found, tolerance)),
-        judge_values(found, student_vocab),
-        judge_batch(found, tolerance),
-        judge_raw(found),
-        judge_served(found, tolerance),
-        judge_loss(found, tolerance),
-        judge_teacher(found, teacher_vocab),
+        check_attention("teacher", found.attention, _side_that_is_off(found, tolerance)),
+        check_values(found, student_vocab),
+        check_batch(found, tolerance),
+        check_raw(found),
+        check_served(found, tolerance),
+        check_loss(found, tolerance),
+        check_teacher(found, teacher_vocab),
     ]
     failed = {finding.check for finding in findings if finding.state == "FAILED"}
     return [_explained(finding, failed) for finding in findings]
@@ -99,8 +99,8 @@ def _explained(finding: Finding, failed: set[str]) -> Finding:
     return replace(finding, state="unclear", advice=f"follows from {causes[0]}")
 
 
-def judge_attention(role: str, found: AttentionFound, side: str = "") -> Finding:
-    """Judge whether transformers computes a model's attention as it is defined; ``side`` says more of what is off."""
+def check_attention(role: str, found: AttentionFound, side: str = "") -> Finding:
+    """Check whether transformers computes a model's attention as it is defined; ``side`` says more of what is off."""
     numbers = f"the {role}'s is eager, the model's own definition"
     if found.used != "eager":
         numbers = f"the {role}'s is {found.used}, {found.error:.1e} nats from eager (may {ATTENTION_TOLERANCE:g})"
@@ -110,7 +110,7 @@ def judge_attention(role: str, found: AttentionFound, side: str = "") -> Finding
     return Finding("attention", "FAILED", numbers, advice)
 
 
-def _side_that_is_off(found: Measurements, tolerance: Tolerance) -> str:
+def _side_that_is_off(found: SelfDistillationCheck, tolerance: Tolerance) -> str:
     """Say which of engine and reference to believe, where the reference is not what the model is defined as."""
     if found.eager_target_error is None:
         return ""
@@ -122,8 +122,8 @@ def _side_that_is_off(found: Measurements, tolerance: Tolerance) -> str:
     return f", and the engine serves neither ({numbers})"
 
 
-def judge_values(found: Measurements, student_vocab: int) -> Finding:
-    """Judge whether the scores say something, and of tokens that the student knows."""
+def check_values(found: SelfDistillationCheck, student_vocab: int) -> Finding:
+    """Check whether the scores say something, and of tokens that the student knows."""
     numbers = (
         f"{found.targets} targets, all finite; mean entropy of a row {found.lowest_row_entropy:.3f} to "
         f"{found.highest_row_entropy:.3f} nats, likeliest tokens {found.likeliest_spread:.1e} nats apart"
@@ -143,8 +143,8 @@ def judge_values(found: Measurements, student_vocab: int) -> Finding:
     return Finding("scores", "FAILED", numbers, advice)
 
 
-def judge_batch(found: Measurements, tolerance: Tolerance) -> Finding:
-    """Judge whether a row's scores depend on the rows beside it."""
+def check_batch(found: SelfDistillationCheck, tolerance: Tolerance) -> Finding:
+    """Check whether a row's scores depend on the rows beside it."""
     numbers = f"a row alone and among others differs by at most {found.batch_error:.1e} nats (may {tolerance.largest:g})"
     if found.batch_error <= tolerance.largest:
         return Finding("batch", "ok", numbers)
@@ -152,8 +152,8 @@ def judge_batch(found: Measurements, tolerance: Tolerance) -> Finding:
     return Finding("batch", "FAILED", numbers, advice)
 
 
-def judge_loss(found: Measurements, tolerance: Tolerance) -> Finding:
-    """Judge whether the teacher, as its own student, has nothing to learn from its stored scores."""
+def check_loss(found: SelfDistillationCheck, tolerance: Tolerance) -> Finding:
+    """Check whether the teacher, as its own student, has nothing to learn from its stored scores."""
     numbers = f"the teacher learns {abs(found.self_divergence):.1e} nats a target from itself (may {tolerance.divergence:g})"
     if found.self_refusal:
         return Finding("loss", "FAILED", found.self_refusal, "no student can be taught this: name another teacher.engine.kind")
@@ -166,8 +166,8 @@ def judge_loss(found: Measurements, tolerance: Tolerance) -> Finding:
     return Finding("loss", "FAILED", numbers, advice)
 
 
-def judge_teacher(found: Measurements, teacher_vocab: int) -> Finding:
-    """Judge whether the teacher knows more of the data than that there are V tokens."""
+def check_teacher(found: SelfDistillationCheck, teacher_vocab: int) -> Finding:
+    """Check whether the teacher knows more of the data than that there are V tokens."""
     guessing = math.log(teacher_vocab)
     numbers = f"loss {found.teacher_loss:.3f} nats a target on the data, guessing has {guessing:.3f}"
     if found.teacher_loss < guessing:

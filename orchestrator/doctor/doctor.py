@@ -3,6 +3,7 @@
 It measures here and judges in ``findings``.
 """
 
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,33 +19,27 @@ from actors.examples import ExampleFile, spread_over_lengths, write_examples
 from actors.model_source import ModelSource
 from actors.records import Example
 from actors.score_store.store import ScoreStore
-from actors.student.self_distillation import AttentionFound, Measurements, measure, measure_attention
+from actors.student.self_distillation import AttentionFound, SelfDistillationCheck, measure, measure_attention
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import load_tokenizer
-from orchestrator.doctor.checks import judge_attention, judge_pair, judge_refused, judge_scores, judge_tokens
+from orchestrator.doctor.checks import check_attention, check_pair, check_refused, check_scores, check_tokens
 from orchestrator.doctor.run_checks import check_ends, check_export, check_rows
 from orchestrator.run.models import ROLES, Models, vocab_size_of
-from orchestrator.run.pipeline import life
+from orchestrator.run.pipeline import run_stages
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import pin_revision
 from orchestrator.run.score_parity import TOLERANCES, Finding
 
+logger = logging.getLogger("atkd")
+
 PROBE_ROWS = 8
 
 
-def doctor(config: RunConfig, say: Callable[[str], None]) -> int:
-    """Examine a run and print a line a check; return the exit code: 0 all is well, 1 a check failed."""
-    findings = examine(config, say)
-    for finding in findings:
-        print(finding.line(), flush=True)
-    return int(any(finding.state == "FAILED" for finding in findings))
-
-
-def examine(config: RunConfig, say: Callable[[str], None] = print, engine_factory: EngineFactory = build_engine) -> list[Finding]:
-    """Live the life of a run as far as the fine-tuned teacher, and examine the scores of a few rows.
+def diagnose(config: RunConfig, engine_factory: EngineFactory = build_engine) -> list[Finding]:
+    """Run the stages up to the fine-tuned teacher, and check the scores of a few rows.
 
     The run's score stores are neither opened nor made; what is scored here is deleted.
 
@@ -55,46 +50,46 @@ def examine(config: RunConfig, say: Callable[[str], None] = print, engine_factor
     if all(side.model.kind == "pretrained" for side in (config.teacher, config.student)):
         models = Models(config, config.run_dir)
         teacher, student = (models.own_tokenizer(role) for role in ROLES)
-        if differing := judge_pair(teacher, student):
+        if differing := check_pair(teacher, student):
             return [differing]
-    with RunDir.open(config, say) as books:
-        stages = life(config, books, overlap=False)
+    with RunDir.open(config) as run_dir:
+        stages = run_stages(config, run_dir, overlap=False)
         while next(stages) != "finetune":  # the Ray that stages begin lives as long as they are not let go
             pass
-        findings = _examine_finetuned(config, books, Models(config, books.path), engine_factory)
-        books.event("examined", findings=[asdict(finding) for finding in findings])
+        findings = _diagnose_finetuned(config, run_dir, Models(config, run_dir.path), engine_factory)
+        run_dir.event("examined", findings=[asdict(finding) for finding in findings])
         return findings
 
 
-def _examine_finetuned(config: RunConfig, books: RunDir, models: Models, engine_factory: EngineFactory) -> list[Finding]:
-    splits = [ExampleFile(books.path / "data" / f"{split}.arrow") for split in ("heldout", "train")]
+def _diagnose_finetuned(config: RunConfig, run_dir: RunDir, models: Models, engine_factory: EngineFactory) -> list[Finding]:
+    splits = [ExampleFile(run_dir.path / "data" / f"{split}.arrow") for split in ("heldout", "train")]
     rows = [row for split in splits for row in spread_over_lengths(split, PROBE_ROWS // 2)]
     teacher_vocab, student_vocab = (vocab_size_of(models.ready(role)) for role in ROLES)
-    tokens = judge_tokens(
+    tokens = check_tokens(
         models.tokenizer(), *(tokenizer_of(models.ready(role)) for role in ROLES),
         largest_id=max(largest_id(split) for split in splits), teacher_vocab=teacher_vocab, student_vocab=student_vocab,
     )  # fmt: skip
     if tokens.state != "ok":
         return [tokens]
-    prepared = books.result("prepare")
+    prepared = run_dir.result("prepare")
     assert prepared is not None, "the run was prepared before"
-    findings = [tokens, check_rows(config, books.path), check_ends(models, prepared)]
+    findings = [tokens, check_rows(config, run_dir.path), check_ends(models, prepared)]
     spec = TeacherSpec(
         engine=config.teacher.engine.model_copy(update={"replicas": 1}),
         model=pin_revision(models.ready("teacher")),
         top_k=config.scores.top_k,
         longest_row=max(int(split.lengths.max()) for split in splits),
     )
-    books.say(
+    logger.info(
         f"doctor: scores {len(rows)} rows with {spec.engine.kind} ({spec.engine.dtype}), and again with a plain forward pass"
     )
-    with ray_for(config), tempfile.TemporaryDirectory(prefix="doctor-", dir=books.path, ignore_cleanup_errors=True) as folder:
+    with ray_for(config), tempfile.TemporaryDirectory(prefix="doctor-", dir=run_dir.path, ignore_cleanup_errors=True) as folder:
         found = measure_served(spec, rows, Path(folder), teacher_vocab, engine_factory)
         if isinstance(found, Finding):
             return [*findings, found]
         student = measure_student(config, models.ready("student"), Path(folder))
-        findings += [check_export(config, models, books.path), judge_attention("student", student)]
-    return findings + judge_scores(found, TOLERANCES[spec.engine.dtype], teacher_vocab, student_vocab)
+        findings += [check_export(config, models, run_dir.path), check_attention("student", student)]
+    return findings + check_scores(found, TOLERANCES[spec.engine.dtype], teacher_vocab, student_vocab)
 
 
 def largest_id(examples: ExampleFile) -> int:
@@ -109,7 +104,7 @@ def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
 
 def measure_served(
     spec: TeacherSpec, rows: Sequence[Example], folder: Path, vocab_size: int, engine_factory: EngineFactory
-) -> Measurements | Finding:
+) -> SelfDistillationCheck | Finding:
     """Score rows alone and together in the teacher's pool, and compare with its forward pass; needs Ray.
 
     The way is that of a run: actor, engine, checks, shards on disk, and back. ``folder`` must be one that every node sees.
@@ -130,10 +125,10 @@ def measure_served(
         except TeacherFailed as error:
             if not isinstance(error.__cause__, ValueError):
                 raise
-            return judge_refused(str(error.__cause__))
+            return check_refused(str(error.__cause__))
     gpu = spec.engine.gpu and spec.engine.tensor_parallel == 1  # what one GPU cannot hold in 16 bits, none holds in 32
     task = _task(measure, spec.engine.cpus, gpu, engine_environment(spec.engine)["OMP_NUM_THREADS"])
-    measured: Measurements = ray.get(
+    measured: SelfDistillationCheck = ray.get(
         task.remote(spec.model, str(path), *(str(store.path) for store in stores), "cuda" if gpu else "cpu")
     )
     return measured

@@ -35,7 +35,7 @@ def check_rows(config: RunConfig, run: Path) -> Finding:
 
 
 def check_ends(models: Models, prepared: Facts) -> Finding:
-    """Judge whether answers end where models can learn that they end."""
+    """Check whether answers end where models can learn that they end."""
     tokenizer = models.tokenizer()
     numbers = describe_ends(prepared["answer_ends"], (), tokenizer)[0]
     turns: dict[str, int] = prepared["counts"]["turn_ends"]

@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from actors.config.models import EngineConfig
 from actors.config.workers import WorkersConfig
-from actors.placement import Node, most_replicas, plural, replica_need, worker_need, workers_beside
+from actors.placement import Node, most_replicas, plural, replica_request, worker_request, workers_beside
 from orchestrator.cluster.ray_session import RayFailed, cluster_address, require_places, why_ray_failed
 from orchestrator.config.run import FinetuneConfig, RunConfig
 from orchestrator.planning.jobs import Estimator, trainings
@@ -33,7 +33,7 @@ ENOUGH_CPUS = 1e6
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TargetCluster:
     """A cluster as far as a plan looks at it."""
 
     nodes: Sequence[Node]
@@ -55,7 +55,7 @@ class Place:
         return f"{plural(len(self.nodes), 'node')} with {has}" if self.live else f"{has} on {plural(len(self.nodes), 'node')}"
 
 
-def given_place(gpus: int, gpu_gib: float, gpus_per_node: int) -> Place:
+def given_place(gpus: int, gpu_gib: float, gpus_per_node: int) -> TargetCluster:
     """Return a cluster of equal nodes with as many CPUs as anyone asks for; the last node may have fewer GPUs.
 
     Raises:
@@ -71,10 +71,10 @@ def given_place(gpus: int, gpu_gib: float, gpus_per_node: int) -> Place:
         raise ValueError(f"--gpus-per-node {gpus_per_node} is no node; 8 would do")
     sizes = [min(gpus_per_node, gpus - first) for first in range(0, gpus, gpus_per_node)]
     nodes = [Node(f"node {number}", {"CPU": ENOUGH_CPUS, "GPU": size}) for number, size in enumerate(sizes)]
-    return Place(nodes, gpu_gib * GIB, float("inf"), live=False)
+    return TargetCluster(nodes, gpu_gib * GIB, float("inf"), live=False)
 
 
-def live_place(gpu_gib: float | None, cpus: float = 0.0) -> Place:
+def live_place(gpu_gib: float | None, cpus: float = 0.0) -> TargetCluster:
     """Return the cluster that ``RAY_ADDRESS`` names, or this machine.
 
     This machine has at least ``cpus``: there a run begins a Ray of its own, with as many as it holds at one time.
@@ -102,7 +102,7 @@ def live_place(gpu_gib: float | None, cpus: float = 0.0) -> Place:
         if gpu_gib is None and not torch.cuda.is_available():
             raise ValueError("the cluster has GPUs, and this machine cannot see how large they are; --gpu-memory 80 would say it")
         gpu_bytes = gpu_gib * GIB if gpu_gib else float(torch.cuda.get_device_properties(0).total_memory)
-    return Place(nodes, gpu_bytes, node_bytes, live=True)
+    return TargetCluster(nodes, gpu_bytes, node_bytes, live=True)
 
 
 def with_steady_workers(config: RunConfig) -> RunConfig:
@@ -124,7 +124,7 @@ def _steady_finetune(fit: FinetuneConfig | None) -> FinetuneConfig | None:
     return fit and fit.model_copy(update={"workers": _steady(fit.workers)})
 
 
-def judged_config(config: RunConfig, place: Place) -> RunConfig:
+def planned_config(config: RunConfig, place: TargetCluster) -> RunConfig:
     """Return the configuration as far as the cluster can be asked about it: numbers know no labels or custom resources."""
     if place.live:
         return config
@@ -147,7 +147,7 @@ def _finetune_anywhere(fit: FinetuneConfig | None) -> FinetuneConfig | None:
     return fit and fit.model_copy(update={"workers": _anywhere(fit.workers)})
 
 
-def settled_replicas(config: RunConfig, place: Place, shards: int) -> int:
+def settled_replicas(config: RunConfig, place: TargetCluster, shards: int) -> int:
     """Return the number of replicas, of ``auto`` as many as find room beside the workers and have a shard to score."""
     engine = config.teacher.engine
     if engine.replicas != "auto":
@@ -157,13 +157,13 @@ def settled_replicas(config: RunConfig, place: Place, shards: int) -> int:
     return max(1, min(most, shards))
 
 
-def room_beside(config: RunConfig, place: Place, most: int) -> list[int]:
+def room_beside(config: RunConfig, place: TargetCluster, most: int) -> list[int]:
     """Say for each number of replicas up to ``most`` how many workers fit beside them, were all nodes free."""
     room = [(node, node.total) for node in place.nodes]
-    return workers_beside(room, replica_need(config.teacher.engine), worker_need(config.workers), most)
+    return workers_beside(room, replica_request(config.teacher.engine), worker_request(config.workers), most)
 
 
-def problems(config: RunConfig, place: Place, estimator: Estimator) -> list[str]:
+def problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> list[str]:
     """Return, a line each, why a run does not fit; nothing if it does."""
     found = []
     try:
@@ -178,7 +178,7 @@ def problems(config: RunConfig, place: Place, estimator: Estimator) -> list[str]
     return found + node_problems(config, place, estimator)
 
 
-def teacher_problems(config: RunConfig, place: Place, estimator: Estimator) -> list[str]:
+def teacher_problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> list[str]:
     """Return why a replica does not fit its GPUs: vLLM's share must hold what it knows of, the rest what it does not."""
     engine, shape, longest = config.teacher.engine, estimator.shapes["teacher"], estimator.work.longest
     if not engine.gpu or not place.gpus:
@@ -204,7 +204,7 @@ def teacher_problems(config: RunConfig, place: Place, estimator: Estimator) -> l
     return found
 
 
-def node_problems(config: RunConfig, place: Place, estimator: Estimator) -> list[str]:
+def node_problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> list[str]:
     """Return what exceeds a node's memory among the jobs that run on CPUs; on one node those of one time count together."""
     taken: dict[str, float] = {}
     together = len(place.nodes) == 1
@@ -229,5 +229,5 @@ def gpu_bytes_of(memory: Memory) -> float:
     return memory.total / GPU_USABLE + GPU_PROCESS_BYTES
 
 
-def _too_large(who: str, wanted: float, place: Place) -> str:
+def _too_large(who: str, wanted: float, place: TargetCluster) -> str:
     return f"{who} takes {wanted / GIB:.1f} GiB of a GPU, and each has {place.gpu_bytes / GIB:g}"

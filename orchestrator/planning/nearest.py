@@ -8,7 +8,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.planning.cluster_fit import (
     GIB,
     GPU_PROCESS_BYTES,
-    Place,
+    TargetCluster,
     gpu_bytes_of,
     problems,
     room_beside,
@@ -34,7 +34,7 @@ class Nearest:
     """Where there is none: what the cluster would need."""
 
 
-def nearest_plan(config: RunConfig, place: Place, estimator: Estimator) -> Nearest:
+def nearest_plan(config: RunConfig, place: TargetCluster, estimator: Estimator) -> Nearest:
     """Search for a configuration that fits.
 
     Each part is changed as little as makes it fit, one after the other: how the teacher is served, how each training is cut,
@@ -59,7 +59,7 @@ def nearest_plan(config: RunConfig, place: Place, estimator: Estimator) -> Neare
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _Choice:
     """Something that may have to change, alone."""
 
     fits: str
@@ -76,7 +76,7 @@ def changed(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     return validate(tree)
 
 
-def _fails(part: str, config: RunConfig, overrides: Sequence[str], place: Place, estimator: Estimator) -> bool:
+def _fails(part: str, config: RunConfig, overrides: Sequence[str], place: TargetCluster, estimator: Estimator) -> bool:
     try:
         candidate = changed(config, overrides)
     except ConfigError:
@@ -88,7 +88,7 @@ def _fails(part: str, config: RunConfig, overrides: Sequence[str], place: Place,
     return bool(job.workers.gpus) and gpu_bytes_of(estimator.training(job)) > place.gpu_bytes
 
 
-def _teacher_changes(config: RunConfig, place: Place, heads: int) -> _Part:
+def _teacher_changes(config: RunConfig, place: TargetCluster, heads: int) -> _Choice:
     """More of each node's GPUs a replica, another share for vLLM, or both."""
     engine = config.teacher.engine
     per_node = max((int(node.total.get("GPU", 0)) for node in place.nodes), default=0)
@@ -99,10 +99,10 @@ def _teacher_changes(config: RunConfig, place: Place, heads: int) -> _Part:
     parallel = [[f"teacher.engine.tensor_parallel={size}"] for size in (*larger, *smaller)] if engine.kind == "vllm" else []
     other = [[f"teacher.engine.gpu_memory_utilization={share}"] for share in shares] if engine.kind == "vllm" else []
     half = [["teacher.engine.dtype=bfloat16"]] if engine.dtype == "float32" else []
-    return _Part("teacher", [[], *other, *parallel, *half, *([*one, *two] for one in parallel for two in other)])
+    return _Choice("teacher", [[], *other, *parallel, *half, *([*one, *two] for one in parallel for two in other)])
 
 
-def _training_changes(job: Job) -> _Part:
+def _training_changes(job: Job) -> _Choice:
     """Smaller passes, then checkpointing, then sharding: none changes what is learned."""
     small = [job.train.micro_batch_rows >> halvings for halvings in range(1, job.train.micro_batch_rows.bit_length())]
     cuts = [[f"{job.section}.micro_batch_rows={rows}"] for rows in small]
@@ -110,10 +110,10 @@ def _training_changes(job: Job) -> _Part:
     shard = [f"{job.section}.sharding=fsdp"] if job.train.sharding == "replicate" and job.workers.count > 1 else []
     plain = [[], *cuts]
     tried = [*plain, *([*again, *cut] for cut in plain)]
-    return _Part(job.name, [*tried, *([*shard, *cut] for cut in tried)])
+    return _Choice(job.name, [*tried, *([*shard, *cut] for cut in tried)])
 
 
-def _count_changes(config: RunConfig, place: Place) -> Iterator[list[str]]:
+def _count_changes(config: RunConfig, place: TargetCluster) -> Iterator[list[str]]:
     """Fewer replicas, fewer workers, taking turns; then fewer of both."""
     engine, workers = config.teacher.engine, config.workers.count
     replicas = 1 if engine.replicas == "auto" else engine.replicas
@@ -137,7 +137,7 @@ def _count_changes(config: RunConfig, place: Place) -> Iterator[list[str]]:
         yield [*fits, f"teacher.engine.replicas={both}", f"workers.count={max(1, beside[both])}"]
 
 
-def _finetune_changes(config: RunConfig, place: Place) -> list[str]:
+def _finetune_changes(config: RunConfig, place: TargetCluster) -> list[str]:
     """Fewer workers for the fine-tunings that stand before scoring, where there are more than devices."""
     room = place.gpus
     return [
@@ -147,7 +147,7 @@ def _finetune_changes(config: RunConfig, place: Place) -> list[str]:
     ]
 
 
-def _too_small(config: RunConfig, place: Place, estimator: Estimator) -> str:
+def _too_small(config: RunConfig, place: TargetCluster, estimator: Estimator) -> str:
     """Say what devices would do, with all that can be changed here changed."""
     engine = config.teacher.engine
     least: list[tuple[str, float]] = []

@@ -1,6 +1,5 @@
 """A plan: what a run will take, before anything starts, and whether a cluster has it."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -8,10 +7,10 @@ from actors.placement import plural
 from orchestrator.cluster.ray_session import demand
 from orchestrator.config.run import RunConfig
 from orchestrator.planning.cluster_fit import (
-    Place,
+    TargetCluster,
     given_place,
-    judged_config,
     live_place,
+    planned_config,
     problems,
     settled_replicas,
     with_steady_workers,
@@ -33,12 +32,11 @@ from orchestrator.planning.throughput import (
 )
 from orchestrator.planning.time import Rates, assumptions, scoring_rate, training_rate
 
-Say = Callable[[str], None]
 SHOWN_STUDENTS, SHOWN_REPLICAS = (1, 4, 16, 64, 256, 1024), (1, 4, 16, 64, 256)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PlanOptions:
     """What the user says beside the configuration."""
 
     gpus: int | None = None
@@ -71,7 +69,7 @@ class Plan:
     """Why not."""
     nearest: Nearest | None
     """The nearest plan that fits, where this one does not."""
-    place: Place
+    place: TargetCluster
     """The cluster."""
     work: Workload
     """The rows."""
@@ -112,7 +110,7 @@ class Plan:
         return sum(self.finetune_seconds.values()) + self.pace.scoring_seconds + self.trials * training
 
 
-def make_plan(config: RunConfig, asked: Asked, say: Say) -> Plan:
+def make_plan(config: RunConfig, asked: PlanOptions) -> Plan:
     """Return the plan of a run.
 
     Raises:
@@ -120,12 +118,12 @@ def make_plan(config: RunConfig, asked: Asked, say: Say) -> Plan:
     """
     place = _place(asked, config)
     remarks = _remarks(config, place)
-    config = judged_config(with_steady_workers(config), place)
+    config = planned_config(with_steady_workers(config), place)
     work = _work(config, asked)
     estimator = Estimator(config, work)
     gpu_flops = asked.gpu_tflops * 1e12
     assumed = assumed_rates(config, estimator, gpu_flops)
-    rates = probe(config, estimator, assumed, say) if asked.probe else assumed
+    rates = probe(config, estimator, assumed) if asked.probe else assumed
     found = problems(config, place, estimator)
     nearest = nearest_plan(config, place, estimator) if found else None
     pipe = pipeline_of(work, config.scores, config.train, config.loss, rates)
@@ -154,7 +152,7 @@ def make_plan(config: RunConfig, asked: Asked, say: Say) -> Plan:
     )
 
 
-def _remarks(config: RunConfig, place: Place) -> tuple[str, ...]:
+def _remarks(config: RunConfig, place: TargetCluster) -> tuple[str, ...]:
     """Say for how many workers the plan is where their number may change, and which side takes none of the GPUs there are."""
     elastic = [
         f"{job.name}: planned with {plural(job.workers.count, 'worker')}, its min; up to {job.workers.most} train where there is "
@@ -184,7 +182,7 @@ def assumed_rates(config: RunConfig, estimator: Estimator, gpu_flops: float) -> 
     )  # fmt: skip
 
 
-def _place(asked: Asked, config: RunConfig) -> Place:
+def _place(asked: PlanOptions, config: RunConfig) -> TargetCluster:
     if asked.gpu_tflops <= 0:
         raise ValueError(f"--gpu-tflops {asked.gpu_tflops:g} computes nothing; 312 is an A100's in 16 bits")
     if asked.gpus is None:
@@ -196,7 +194,7 @@ def _place(asked: Asked, config: RunConfig) -> Place:
     return given_place(asked.gpus, asked.gpu_memory, asked.gpus_per_node)
 
 
-def _work(config: RunConfig, asked: Asked) -> Workload:
+def _work(config: RunConfig, asked: PlanOptions) -> Workload:
     if asked.rows is None and asked.row_tokens is None and asked.row_targets is None:
         return read_workload(config)
     if asked.rows is None or asked.row_tokens is None or asked.row_targets is None:
@@ -218,7 +216,7 @@ def _finetune_seconds(
 
 
 def _nearest_pace(
-    nearest: Nearest | None, place: Place, estimator: Estimator, rates: Rates, assumed: Rates, gpu_flops: float
+    nearest: Nearest | None, place: TargetCluster, estimator: Estimator, rates: Rates, assumed: Rates, gpu_flops: float
 ) -> Pace | None:
     """Return the pace of the nearest plan, at rates that follow the measured ones as the assumed ones do."""
     if nearest is None or nearest.config is None:

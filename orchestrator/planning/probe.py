@@ -3,9 +3,9 @@
 Rows are as long as the run's, of random tokens; models made from scratch have random weights. Neither changes how long it takes.
 """
 
+import logging
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from orchestrator.planning.shapes import Workload, plain_tokenizer, scratch_voca
 from orchestrator.planning.time import Rates
 from orchestrator.run.models import Models, Role
 
+logger = logging.getLogger("atkd")
+
 SCORING_SECONDS = 12.0
 """How long scoring should take, at the assumed speed."""
 TRAINING_SECONDS = 10.0
@@ -62,7 +64,6 @@ def probe(
     config: RunConfig,
     estimator: Estimator,
     assumed: Rates,
-    say: Callable[[str], None],
     engine_factory: EngineFactory = build_engine,
 ) -> Rates:
     """Measure one replica and one worker on what the configuration gives them, in the run's Ray.
@@ -82,11 +83,11 @@ def probe(
     with tempfile.TemporaryDirectory(prefix="plan-", dir=output, ignore_cleanup_errors=True) as name, ray_for(config):
         folder = Path(name)
         write_examples(folder / "rows.arrow", examples)
-        say(f"probe: one replica scores {rows} rows, {sum(len(example.token_ids) for example in examples):,} tokens")
+        logger.info(f"probe: one replica scores {rows} rows, {sum(len(example.token_ids) for example in examples):,} tokens")
         scoring = measure_scoring(config, estimator, folder, engine_factory)
-        say(f"probe: {scoring:,.0f} tokens/s; one worker learns from them")
+        logger.info(f"probe: {scoring:,.0f} tokens/s; one worker learns from them")
         training = measure_training(config, work, folder)
-        say(f"probe: {training:,.0f} tokens/s")
+        logger.info(f"probe: {training:,.0f} tokens/s")
     return Rates(scoring, training, "measured now on one replica and one worker")
 
 

@@ -2,34 +2,34 @@
 
 from markupsafe import Markup
 
-from orchestrator.reports.page import Answer, Chart, Column, Grid, Part
+from orchestrator.reports.page import Chart, Column, Grid, Headline, PageSection
 from orchestrator.reports.search_charts import Trace, arms_chart, differences_chart, trace_chart
 from orchestrator.search.analysis import difference_curves, mean_curves, values_of_arms
 from orchestrator.search.ledger import Search
 from orchestrator.search.results import SHOWS, label_of, metrics_of, written_metric
-from orchestrator.search.statistics import Comparison, Summary, compare_arms, summary_of
+from orchestrator.search.statistics import PairedDifference, Summary, compare_arms, summary_of
 
 
-def compare_answer(search: Search) -> Answer:
+def compare_headline(search: Search) -> Headline:
     """Return what can be said of each arm, in words."""
     heading = "What can be said"
-    if search.plan.baseline is None:
-        return Answer(heading, ("No baseline was named: arms are shown side by side, and no difference is tested.",))
+    if search.spec.baseline is None:
+        return Headline(heading, ("No baseline was named: arms are shown side by side, and no difference is tested.",))
     comparisons = comparisons_of(search)
     if not comparisons:
-        return Answer(heading, (f"There is nothing to compare to {search.plan.baseline} yet.",))
+        return Headline(heading, (f"There is nothing to compare to {search.spec.baseline} yet.",))
     arms = "1 arm" if len(comparisons) == 1 else f"{len(comparisons)} arms"
     note = (
-        f"By {label_of(search.plan.metric)}, seed by seed. Better and worse are what a paired t test tells apart at the 5 % "
+        f"By {label_of(search.spec.metric)}, seed by seed. Better and worse are what a paired t test tells apart at the 5 % "
         f"level, corrected by Holm for {arms}. Not distinguishable is not equal: more seeds may tell them apart."
     )
-    return Answer(heading, tuple(sentence_of(search, comparison) for comparison in comparisons), (note,))
+    return Headline(heading, tuple(sentence_of(search, comparison) for comparison in comparisons), (note,))
 
 
-def sentence_of(search: Search, comparison: Comparison) -> str:
+def sentence_of(search: Search, comparison: PairedDifference) -> str:
     """Return the result of one arm in words."""
-    metric, few = search.plan.metric, "; ".join(comparison.notes)
-    words = f"{comparison.arm} is {comparison.verdict} {_preposition(comparison)} {search.plan.baseline}"
+    metric, few = search.spec.metric, "; ".join(comparison.notes)
+    words = f"{comparison.arm} is {comparison.verdict} {_preposition(comparison)} {search.spec.baseline}"
     if comparison.mean is not None:
         words += f": {written_difference(metric, comparison.mean)}"
     if comparison.interval is not None:
@@ -37,48 +37,48 @@ def sentence_of(search: Search, comparison: Comparison) -> str:
     return f"{words} ({few})." if few else f"{words}."
 
 
-def compare_parts(search: Search) -> list[Part]:
+def compare_parts(search: Search) -> list[PageSection]:
     """Return the parts of the page between the words and the table of all trials."""
-    values = {arm: list(of_arm.values()) for arm, of_arm in values_of_arms(search, search.plan.metric).items() if of_arm}
-    label, sign = label_of(search.plan.metric), 1 if search.plan.mode == "min" else -1
+    values = {arm: list(of_arm.values()) for arm, of_arm in values_of_arms(search, search.spec.metric).items() if of_arm}
+    label, sign = label_of(search.spec.metric), 1 if search.spec.mode == "min" else -1
     best_first = dict(sorted(values.items(), key=lambda item: sign * sum(item[1]) / len(item[1])))
     charts = []
     if best_first:
-        drawing = arms_chart("arms", best_first, search.plan.baseline, label)
+        drawing = arms_chart("arms", best_first, search.spec.baseline, label)
         note = "Every seed is a dot, the diamond their mean, the line one standard deviation to either side."
         charts.append(Chart("Mean and deviation", Markup(drawing), note))
     comparisons = comparisons_of(search)
     return [
-        Part("Arms", arms_grid(search, list(best_first)), tuple(charts)),
+        PageSection("Arms", arms_grid(search, list(best_first)), tuple(charts)),
         *([differences_part(search, comparisons)] if comparisons else []),
-        *([Part("Learning", charts=curves)] if (curves := learning_charts(search)) else []),
+        *([PageSection("Learning", charts=curves)] if (curves := learning_charts(search)) else []),
     ]
 
 
-def comparisons_of(search: Search) -> tuple[Comparison, ...]:
+def comparisons_of(search: Search) -> tuple[PairedDifference, ...]:
     """Return each arm against the baseline, by the metric of the comparison; none while the baseline has not begun."""
-    values, baseline = values_of_arms(search, search.plan.metric), search.plan.baseline
-    return compare_arms(values, baseline, search.plan.mode) if baseline in values and baseline is not None else ()
+    values, baseline = values_of_arms(search, search.spec.metric), search.spec.baseline
+    return compare_arms(values, baseline, search.spec.mode) if baseline in values and baseline is not None else ()
 
 
 def arms_grid(search: Search, best_first: list[str]) -> Grid:
     """Return mean and standard deviation of each metric by arm, best first, arms without a completed trial last."""
     by_metric = {metric: values_of_arms(search, metric) for metric in metrics_of(search)}
-    arms = dict.fromkeys([*best_first, *by_metric[search.plan.metric]])
+    arms = dict.fromkeys([*best_first, *by_metric[search.spec.metric]])
     rows = []
     for arm in arms:
         summaries = {metric: summary_of(list(values[arm].values())) for metric, values in by_metric.items()}
         cells = [written_summary(metric, summary) for metric, summary in summaries.items()]
-        name = f"{arm} (baseline)" if arm == search.plan.baseline else arm
-        rows.append((name, str(summaries[search.plan.metric].count), *cells))
+        name = f"{arm} (baseline)" if arm == search.spec.baseline else arm
+        rows.append((name, str(summaries[search.spec.metric].count), *cells))
     columns = (Column("arm"), Column("seeds", True), *(Column(label_of(metric), True) for metric in by_metric))
     note = "Mean ± standard deviation over completed seeds, on held-out rows. Training losses of different kinds differ in scale."
     return Grid(columns, tuple(rows), (note,))
 
 
-def differences_part(search: Search, comparisons: tuple[Comparison, ...]) -> Part:
+def differences_part(search: Search, comparisons: tuple[PairedDifference, ...]) -> PageSection:
     """Return the paired differences to the baseline: numbers, words, and a picture."""
-    metric, baseline = search.plan.metric, search.plan.baseline
+    metric, baseline = search.spec.metric, search.spec.baseline
     rows = []
     for one in comparisons:
         mean = "–" if one.mean is None else written_difference(metric, one.mean)
@@ -100,16 +100,16 @@ def differences_part(search: Search, comparisons: tuple[Comparison, ...]) -> Par
             "differences", {arm: one.mean for arm, one in shown.items() if one.mean is not None},
             {arm: one.interval for arm, one in shown.items()},
             {arm: one.verdict != "not distinguishable" for arm, one in shown.items()},
-            f"arm − {baseline}", search.plan.mode,
+            f"arm − {baseline}", search.spec.mode,
         )  # fmt: skip
         words = "Mean and 95 % interval, coloured where the words are better or worse; a mean without a line has no interval."
         charts.append(Chart("Paired differences", Markup(drawing), words))
-    return Part(f"Differences to {baseline}", Grid(columns, tuple(rows), (note,)), tuple(charts))
+    return PageSection(f"Differences to {baseline}", Grid(columns, tuple(rows), (note,)), tuple(charts))
 
 
 def learning_charts(search: Search) -> tuple[Chart, ...]:
     """Return mean learning curves by arm, and their differences to the baseline, which those would hide."""
-    label, baseline, charts = label_of(search.plan.metric), search.plan.baseline, []
+    label, baseline, charts = label_of(search.spec.metric), search.spec.baseline, []
     means = mean_curves(search)
     if traces := _traces(means):
         drawing = trace_chart("curves", traces, "step", label)
@@ -150,7 +150,7 @@ def written_p(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _preposition(comparison: Comparison) -> str:
+def _preposition(comparison: PairedDifference) -> str:
     return "from" if comparison.verdict == "not distinguishable" else "than"
 
 

@@ -40,7 +40,7 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PageSection:
     """A section of the page: a table, charts, or both."""
 
     heading: str
@@ -50,7 +50,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Headline:
     """What stands first: the result in plain words."""
 
     heading: str

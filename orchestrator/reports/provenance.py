@@ -28,7 +28,7 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class Environment:
     """What one or several processes ran on."""
 
     facts: tuple[tuple[str, str], ...]
@@ -47,7 +47,7 @@ class About:
     changes: tuple[str, ...]
     """What was said otherwise when the run was taken up again, a line for each time."""
 
-    surroundings: tuple[Surroundings, ...]
+    environment: tuple[Environment, ...]
     """Where processes differed in more than their command, one for each; the earliest first."""
 
 
@@ -59,7 +59,7 @@ def about_run(run_path: Path) -> About | None:
     config = without_secrets_within(yaml.safe_load(config_path.read_text(encoding="utf-8")))
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     events = read_json_lines(run_path / "events.jsonl")
-    return About(text, tuple(changes_of(events)), tuple(surroundings_of(events)))
+    return About(text, tuple(changes_of(events)), tuple(environments_of(events)))
 
 
 def changes_of(events: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -71,7 +71,7 @@ def changes_of(events: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def surroundings_of(events: Sequence[Mapping[str, Any]]) -> list[Surroundings]:
+def environments_of(events: Sequence[Mapping[str, Any]]) -> list[Environment]:
     """Return what the processes ran on that finished a stage, and the last one whatever it did."""
     processes: list[tuple[Mapping[str, Any], list[str], list[Mapping[str, Any]]]] = []
     for event in events:
@@ -86,7 +86,7 @@ def surroundings_of(events: Sequence[Mapping[str, Any]]) -> list[Surroundings]:
         if stages or index == len(processes) - 1:
             command = Command(_written_time(process["time"]), process["command"], tuple(stages))
             found.setdefault(facts_of(process, nodes), []).append(command)
-    return [Surroundings(facts, tuple(commands)) for facts, commands in found.items()]
+    return [Environment(facts, tuple(commands)) for facts, commands in found.items()]
 
 
 def facts_of(process: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:

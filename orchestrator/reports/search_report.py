@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
-from orchestrator.reports.compare_report import compare_answer, compare_parts
-from orchestrator.reports.page import Answer, Column, Grid, Part, write_page
+from orchestrator.reports.compare_report import compare_headline, compare_parts
+from orchestrator.reports.page import Column, Grid, PageSection, write_page
 from orchestrator.reports.provenance import about_run
-from orchestrator.reports.tune_report import tune_answer, tune_parts
+from orchestrator.reports.tune_report import tune_headline, tune_parts
 from orchestrator.search.analysis import numeric_axes
 from orchestrator.search.ledger import Search, Trial, read_ledger
 from orchestrator.search.results import axes_of, label_of, metrics_of, ranked, written_metric, written_setting
@@ -50,16 +50,16 @@ def write_search_report(folder: Path) -> Path:
 
 def search_content(search: Search, cost: Cost) -> dict[str, Any]:
     """Return what the template shows, by the names it uses."""
-    tunes = search.plan.kind == "tune"
-    answer: Answer = tune_answer(search) if tunes else compare_answer(search)
+    tunes = search.spec.kind == "tune"
+    headline = tune_headline(search) if tunes else compare_headline(search)
     parts = tune_parts(search) if tunes else compare_parts(search)
     return {
-        "name": search.plan.name,
-        "title": TITLES[search.plan.kind],
+        "name": search.spec.name,
+        "title": TITLES[search.spec.kind],
         "subtitle": subtitle(search),
         "started": datetime.fromisoformat(search.starts[0]).astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "version": __version__,
-        "answer": answer,
+        "headline": headline,
         "parts": [*parts, trials_part(search), cost_part(search, cost)],
         "failures": [(described(trial), search.error(trial)) for trial in search.with_status("failed")],
     }
@@ -67,7 +67,7 @@ def search_content(search: Search, cost: Cost) -> dict[str, Any]:
 
 def subtitle(search: Search) -> str:
     """Return the search in a line: what it goes by, and how its trials stand."""
-    plan = search.plan
+    plan = search.spec
     way = "less is better" if plan.mode == "min" else "more is better"
     counts = [f"{len(search.with_status(status))} {status}" for status in ("completed", "stopped", "failed", "unfinished")]
     standing = [count for count in counts if not count.startswith("0 ")]
@@ -77,9 +77,9 @@ def subtitle(search: Search) -> str:
     return f"{TITLES[plan.kind]} by {label_of(plan.metric)}, {way} · {plan.trials} trials: {', '.join(standing)}{again}"
 
 
-def trials_part(search: Search) -> Part:
+def trials_part(search: Search) -> PageSection:
     """Return all trials, best first."""
-    compares = search.plan.kind == "compare"
+    compares = search.spec.kind == "compare"
     metrics, axes = metrics_of(search), [] if compares else axes_of(search)
     numbers = {"seed", *metrics, *(axis.path for axis in numeric_axes(search))}
     names = [*(["arm", "seed"] if compares else axes), *metrics]
@@ -98,10 +98,10 @@ def trials_part(search: Search) -> Part:
         rows.append((str(trial.number), *settings, *measured, *end))
     note = "Best first. Stopped trials show what they measured last, after fewer steps, and are ordered by how far they came."
     stopped = search.with_status("stopped")
-    return Part("Trials", Grid(columns, tuple(rows), (note,) if stopped else ()), classes="plain trials")
+    return PageSection("Trials", Grid(columns, tuple(rows), (note,) if stopped else ()), classes="plain trials")
 
 
-def cost_part(search: Search, cost: Cost) -> Part:
+def cost_part(search: Search, cost: Cost) -> PageSection:
     """Return what was spent: the teacher's part once, the students' part by trial."""
     ended = [trial.ended for trial in search.trials if trial.ended]
     student_tokens = sum(end.student_tokens for end in ended)
@@ -116,7 +116,7 @@ def cost_part(search: Search, cost: Cost) -> Part:
     notes = ["All trials read the same scores: the teacher's part does not grow with their number."]
     if unfinished := len(search.trials) - len(ended):
         notes.append(f"The tokens of unfinished trials ({unfinished}) are not counted.")
-    return Part("Cost", Grid((Column(""), Column("", True)), tuple(rows), tuple(notes)), classes="plain narrow")
+    return PageSection("Cost", Grid((Column(""), Column("", True)), tuple(rows), tuple(notes)), classes="plain narrow")
 
 
 def described(trial: Trial) -> str:

@@ -15,14 +15,14 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLoc
 from actors.examples import write_atomically
 from orchestrator import __version__
 from orchestrator.reports.compare_report import written_difference, written_interval, written_p, written_summary
-from orchestrator.reports.page import Answer, Chart, Column, Grid, Part, write_page
+from orchestrator.reports.page import Chart, Column, Grid, Headline, PageSection, write_page
 from orchestrator.reports.provenance import about_run
 from orchestrator.reports.search_charts import chart
 from orchestrator.reports.search_report import REPORT, described
 from orchestrator.reports.svg import SERIES, svg_of
 from orchestrator.search.analysis import TaughtBy, values_of_arms
 from orchestrator.search.results import label_of, trial_table, written_metric
-from orchestrator.search.statistics import Comparison, Values, compare_arms, summary_of
+from orchestrator.search.statistics import PairedDifference, Values, compare_arms, summary_of
 
 NO_CHANGE = "(no change)"
 
@@ -54,7 +54,7 @@ def teachers_table(taught: Sequence[TaughtBy]) -> pa.Table:
 def teachers_content(name: str, taught: Sequence[TaughtBy]) -> dict[str, Any]:
     """Return what the template shows, by the names it uses."""
     taught = by_size(taught)
-    plan = taught[0].search.plan
+    plan = taught[0].search.spec
     started = min(one.search.starts[0] for one in taught)
     failures = [
         (f"{one.teacher}: {described(trial)}", one.search.error(trial))
@@ -67,7 +67,7 @@ def teachers_content(name: str, taught: Sequence[TaughtBy]) -> dict[str, Any]:
         "subtitle": f"{plan.trials} trainings under each of {len(taught)} teachers, by {label_of(plan.metric)}",
         "started": datetime.fromisoformat(started).astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "version": __version__,
-        "answer": teachers_answer(taught),
+        "headline": teachers_headline(taught),
         "parts": [curve_part(taught), change_part(taught), teachers_part(taught)],
         "failures": failures,
     }
@@ -78,9 +78,9 @@ def by_size(taught: Sequence[TaughtBy]) -> list[TaughtBy]:
     return sorted(taught, key=lambda one: one.weights)
 
 
-def changes_of(taught: Sequence[TaughtBy]) -> tuple[Comparison, ...]:
+def changes_of(taught: Sequence[TaughtBy]) -> tuple[PairedDifference, ...]:
     """Return, for each arm, the student of the largest teacher against that of the smallest, seed by seed."""
-    plan = taught[0].search.plan
+    plan = taught[0].search.spec
     small, large = (values_of_arms(one.search, plan.metric) for one in (by_size(taught)[0], by_size(taught)[-1]))
     changes: dict[str, Values] = {
         arm: {seed: large[arm][seed] - small[arm][seed] for seed in sorted(small[arm].keys() & large.get(arm, {}).keys())}
@@ -90,9 +90,9 @@ def changes_of(taught: Sequence[TaughtBy]) -> tuple[Comparison, ...]:
     return compare_arms({NO_CHANGE: dict.fromkeys(sorted(seeds), 0.0), **changes}, NO_CHANGE, plan.mode)
 
 
-def teachers_answer(taught: Sequence[TaughtBy]) -> Answer:
+def teachers_headline(taught: Sequence[TaughtBy]) -> Headline:
     """Return in words what becomes of each arm's student from the smallest to the largest teacher."""
-    plan, small, large = taught[0].search.plan, by_size(taught)[0].teacher, by_size(taught)[-1].teacher
+    plan, small, large = taught[0].search.spec, by_size(taught)[0].teacher, by_size(taught)[-1].teacher
     sentences = []
     for change in changes_of(taught):
         told = f"{change.verdict} {'from' if change.verdict == 'not distinguishable' else 'than'} under {small}"
@@ -106,12 +106,12 @@ def teachers_answer(taught: Sequence[TaughtBy]) -> Answer:
         f"By {label_of(plan.metric)}, seed by seed, by the paired t test at the 5 % level, corrected by Holm for all arms. "
         "Each teacher is one training of its size: what is its size's doing and what its own cannot be told apart."
     )
-    return Answer("What the teacher's size does", tuple(sentences), (note,))
+    return Headline("What the teacher's size does", tuple(sentences), (note,))
 
 
-def curve_part(taught: Sequence[TaughtBy]) -> Part:
+def curve_part(taught: Sequence[TaughtBy]) -> PageSection:
     """Return mean and deviation of each arm under each teacher, as a table and as curves over the teacher's weights."""
-    metric = taught[0].search.plan.metric
+    metric = taught[0].search.spec.metric
     values = {one.teacher: values_of_arms(one.search, metric) for one in taught}
     arms = list(dict.fromkeys(arm for of_teacher in values.values() for arm in of_teacher))
     rows = [
@@ -127,12 +127,12 @@ def curve_part(taught: Sequence[TaughtBy]) -> Part:
     drawing = curves_chart("teachers", {arm: curve for arm, curve in curves.items() if curve}, label_of(metric))
     words = "Mean over seeds, the line one standard deviation to either side."
     charts = (Chart("Student by size of its teacher", Markup(drawing), words),)
-    return Part("Students by teacher", Grid(columns, tuple(rows), (note,)), charts)
+    return PageSection("Students by teacher", Grid(columns, tuple(rows), (note,)), charts)
 
 
-def change_part(taught: Sequence[TaughtBy]) -> Part:
+def change_part(taught: Sequence[TaughtBy]) -> PageSection:
     """Return the differences between the students of the largest and of the smallest teacher, in numbers."""
-    metric, small, large = taught[0].search.plan.metric, by_size(taught)[0].teacher, by_size(taught)[-1].teacher
+    metric, small, large = taught[0].search.spec.metric, by_size(taught)[0].teacher, by_size(taught)[-1].teacher
     rows = []
     for one in changes_of(taught):
         mean = "–" if one.mean is None else written_difference(metric, one.mean)
@@ -142,17 +142,17 @@ def change_part(taught: Sequence[TaughtBy]) -> Part:
         Column("arm"), Column("seeds", True), Column("difference", True), Column("95 % interval", True), Column("p", True),
         Column("p (Holm)", True), Column("in words"),
     )  # fmt: skip
-    return Part(f"{large} − {small}", Grid(columns, tuple(rows)))
+    return PageSection(f"{large} − {small}", Grid(columns, tuple(rows)))
 
 
-def teachers_part(taught: Sequence[TaughtBy]) -> Part:
+def teachers_part(taught: Sequence[TaughtBy]) -> PageSection:
     """Return the teachers themselves, and where each one's comparison stands."""
     rows = [
         (one.teacher, f"{one.weights:,}", written_metric("heldout_loss", one.heldout_loss), f"{one.teacher}/compare/{REPORT}")
         for one in taught
     ]
     columns = (Column("teacher"), Column("weights", True), Column("its own held-out loss (nats)", True), Column("its comparison"))
-    return Part("Teachers", Grid(columns, tuple(rows)))
+    return PageSection("Teachers", Grid(columns, tuple(rows)))
 
 
 def short_number(count: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from orchestrator.reports.page import Answer, Chart, Column, Grid, Part
+from orchestrator.reports.page import Chart, Column, Grid, Headline, PageSection
 from orchestrator.reports.search_charts import Trace, trace_chart
 from orchestrator.reports.setting_charts import heat_map, parallel_chart
 from orchestrator.search.analysis import (
@@ -31,21 +31,21 @@ MOST_PARALLEL = 8
 """Axes of the parallel chart; more would not be told apart."""
 
 
-def tune_answer(search: Search) -> Answer:
+def tune_headline(search: Search) -> Headline:
     """Return which trial is the best, by how much, and what to bear in mind."""
     best = best_trial(search)
     if best is None:
-        return Answer("Best trial", ("No trial has come to a measured end yet.",))
+        return Headline("Best trial", ("No trial has come to a measured end yet.",))
     notes = []
     if not completed_trials(search):
         notes.append("No trial was completed; this one came furthest of those that were stopped.")
     if rest := completed_trials(search)[1:]:
-        metric, second = search.plan.metric, rest[0]
+        metric, second = search.spec.metric, rest[0]
         notes.append(f"Second is trial {second.number} with {written_metric(metric, search.value(second))}.")
     if ends := settings_at_an_end(search, best):
         notes.append(f"At an end of what was searched, beyond which there may be better: {', '.join(ends)}.")
     notes.append("Each trial ran once: small differences may be chance, and a comparison with several seeds would tell.")
-    return Answer("Best trial", (f"{describe_best(search, best)}.",), tuple(notes), overrides_of(best))
+    return Headline("Best trial", (f"{describe_best(search, best)}.",), tuple(notes), overrides_of(best))
 
 
 def overrides_of(trial: Trial) -> str:
@@ -54,9 +54,12 @@ def overrides_of(trial: Trial) -> str:
     return " ".join(shlex.quote(f"{path}={_as_yaml(value)}") for path, value in point)
 
 
-def tune_parts(search: Search) -> list[Part]:
+def tune_parts(search: Search) -> list[PageSection]:
     """Return the parts of the page between the best trial and the table of all."""
-    parts = [Part("Settings", charts=tuple(setting_charts(search))), Part("Learning", charts=tuple(learning_charts(search)))]
+    parts = [
+        PageSection("Settings", charts=tuple(setting_charts(search))),
+        PageSection("Learning", charts=tuple(learning_charts(search))),
+    ]
     return [*(part for part in parts if part.charts), importance_part(search)]
 
 
@@ -68,14 +71,14 @@ def setting_charts(search: Search) -> list[Chart]:
     """
     axes, snapshots = numeric_axes(search), [at_the_end(search)]
     early = where_all_were(search)
-    if early is not None and early.step < search.plan.total_steps:
+    if early is not None and early.step < search.spec.total_steps:
         snapshots.append(early)
     charts = []
     for snapshot in snapshots:
         when = f"after {snapshot.step:,} steps"
         if len(axes) > 1 and (places := plane(search, snapshot, axes[0], axes[1])):
-            name, label = f"plane-{snapshot.step}", label_of(search.plan.metric)
-            drawing = heat_map(name, axes[0], axes[1], places, label, search.plan.mode)
+            name, label = f"plane-{snapshot.step}", label_of(search.spec.metric)
+            drawing = heat_map(name, axes[0], axes[1], places, label, search.spec.mode)
             note = f"{_who(snapshot, search)} The best is framed."
             if len(axes_of(search)) > 2:
                 note += " Other settings vary too: each place shows its best trial."
@@ -96,7 +99,7 @@ def parallel_charts(search: Search, snapshot: Snapshot, shown: list[Trial], rows
     values = [snapshot.values[trial.number] for trial in shown]
     drawing = parallel_chart(
         f"parallel-{snapshot.step}", [axes[index] for index in present], [[row[index] for index in present] for row in rows],
-        values, label_of(search.plan.metric), search.plan.mode,
+        values, label_of(search.spec.metric), search.spec.mode,
     )  # fmt: skip
     note = f"{_who(snapshot, search)} A line for each, from the best (blue, thick) to the worst (orange)."
     return [Chart(f"All numeric settings, {when}", Markup(drawing), note)]
@@ -112,11 +115,11 @@ def learning_charts(search: Search) -> list[Chart]:
             traces.append(Trace(f"best: trial {trial.number}", steps, values, look))
     if not traces:
         return []
-    drawing = trace_chart("curves", traces, "step", label_of(search.plan.metric))
+    drawing = trace_chart("curves", traces, "step", label_of(search.spec.metric))
     return [Chart("Learning curves by trial", Markup(drawing), "Measured at each rung; where a trial was stopped, it is marked.")]
 
 
-def importance_part(search: Search) -> Part:
+def importance_part(search: Search) -> PageSection:
     """Return how closely each numeric setting and the metric go together."""
     snapshot = where_all_were(search)
     found = importances(search, snapshot) if snapshot else []
@@ -124,7 +127,7 @@ def importance_part(search: Search) -> Part:
     if not found or snapshot is None:
         few = len(snapshot.values) if snapshot else 0
         needed = f"It takes {FEWEST_FOR_CORRELATION} measured trials with a setting that varies and is a number"
-        return Part(heading, Grid((), (), (f"{needed}; measured so far: {few}.",)))
+        return PageSection(heading, Grid((), (), (f"{needed}; measured so far: {few}.",)))
     rows = tuple(
         (one.path, f"{abs(one.correlation):.2f}", _better_when(one.correlation, search), str(one.trials)) for one in found
     )
@@ -134,12 +137,12 @@ def importance_part(search: Search) -> Part:
         "and only a steady rise or fall: a setting whose best lies in the middle, or that acts together with another, can matter "
         "and be near 0 here. Where the search chose its points by earlier ones, they are no even sample.",
     )
-    return Part(heading, Grid(columns, rows, notes), classes="plain narrow")
+    return PageSection(heading, Grid(columns, rows, notes), classes="plain narrow")
 
 
 def _who(snapshot: Snapshot, search: Search) -> str:
     count = len(snapshot.values)
-    if snapshot.step == search.plan.total_steps:
+    if snapshot.step == search.spec.total_steps:
         return f"{count} completed trials." if search.with_status("stopped") else f"{count} trials."
     return f"{count} trials, stopped ones included, all after the same number of steps."
 
@@ -147,7 +150,7 @@ def _who(snapshot: Snapshot, search: Search) -> str:
 def _better_when(correlation: float, search: Search) -> str:
     if abs(correlation) < HARDLY:
         return "–"
-    return "larger" if (correlation < 0) == (search.plan.mode == "min") else "smaller"
+    return "larger" if (correlation < 0) == (search.spec.mode == "min") else "smaller"
 
 
 def _number_or_nan(value: Any) -> float:

@@ -4,13 +4,16 @@ Ray Train's own numbers that follow the room are not used: they count what nodes
 replicas or other jobs a training waits without end for room that those hold.
 """
 
+import logging
 from collections.abc import Callable
 
 from ray.train import ControllerError, FailureConfig, TrainingFailedError
 
 from actors.config.workers import WorkersConfig
-from actors.placement import plural, proven_places, worker_need
-from actors.student.task import Ending
+from actors.placement import plural, proven_places, worker_request
+from actors.student.task import WorkerResult
+
+logger = logging.getLogger("atkd")
 
 NO_TRY_OF_ITS_OWN = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)
 """Ray Train starts the same number of workers again, and here that number is to be counted anew."""
@@ -20,9 +23,8 @@ public names for these."""
 
 
 def train_in_turns(
-    name: str, workers: WorkersConfig, max_failures: int, train: Callable[[int], Ending], scoring: Callable[[], bool],
-    say: Callable[[str], None],
-) -> Ending:  # fmt: skip
+    name: str, workers: WorkersConfig, max_failures: int, train: Callable[[int], WorkerResult], scoring: Callable[[], bool],
+) -> WorkerResult:  # fmt: skip
     """Train with as many workers as there is room for; whenever they fail or make way, count anew and go on.
 
     Args:
@@ -31,30 +33,30 @@ def train_in_turns(
         max_failures: how often workers may fail.
         train: trains with so many workers from the last checkpoint on, and raises when they fail.
         scoring: whether the teacher still scores; the fewest train then, the room beside them is its own.
-        say: takes a line for the user.
 
     Raises:
         TrainingFailedError: if the workers fail once more than they may, or Ray Train for another reason than a lack of room.
     """
     failures, before = 0, 0
     while True:
-        room = 0 if scoring() else proven_places(worker_need(workers), workers.most)
+        room = 0 if scoring() else proven_places(worker_request(workers), workers.most)
         count = max(room, workers.count)
         if count != before:
-            say(f"{name}: {'goes on' if before else 'begins'} with {plural(count, 'worker')} ({workers.count} to {workers.most})")
+            how = "goes on" if before else "begins"
+            logger.info(f"{name}: {how} with {plural(count, 'worker')} ({workers.count} to {workers.most})")
         before = count
         try:
             ending = train(count)
         except TrainingFailedError as failure:
             if _kind(failure) == NO_ROOM:
-                say(f"{name}: waits for room for {plural(count, 'worker')} of {worker_need(workers)}")
+                logger.info(f"{name}: waits for room for {plural(count, 'worker')} of {worker_request(workers)}")
                 continue
             failures += 1
             if failures > max_failures or _kind(failure) not in ("", LOST_AT_START):
                 raise
-            say(f"{name}: {_why(failure)}; all start again from their last checkpoint")
+            logger.warning(f"{name}: {_why(failure)}; all start again from their last checkpoint")
         else:
-            if not ending.made_way:
+            if not ending.resize_requested:
                 return ending
 
 

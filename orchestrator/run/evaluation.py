@@ -1,6 +1,7 @@
 """The evaluation stage: teacher, student before and student after, each measured by one Ray task, and their table."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import ray
 
 from actors.config.models import EvaluateConfig
-from actors.evaluation.answers import Answer
+from actors.evaluation.answers import GeneratedAnswer
 from actors.evaluation.evaluator import Evaluation, Metrics, evaluate_model
 from actors.evaluation.token_view import TokenView
 from actors.examples import write_atomically
@@ -20,24 +21,28 @@ from orchestrator.run.models import Models
 from orchestrator.run.results_table import METRICS, MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table
 from orchestrator.run.run_dir import Facts, RunDir
 
+logger = logging.getLogger("atkd")
 
-def evaluate(config: RunConfig, books: RunDir, models: Models, heldout_store: ScoreStore) -> Facts:
+
+def evaluate(config: RunConfig, run_dir: RunDir, models: Models, heldout_store: ScoreStore) -> Facts:
     """Measure the three models on the held-out rows and write their table; a model measured before is not measured again."""
     sources = dict(zip(MODEL_NAMES, (models.ready("teacher"), models.ready("student"), models.distilled()), strict=True))
-    folder = books.path / "evaluation"
+    folder = run_dir.path / "evaluation"
     folder.mkdir(exist_ok=True)
     running = {
-        name: evaluate_remote(source, books.path, models.tokenizer_source(), heldout_store, config.evaluate, config.scores.top_k)
+        name: evaluate_remote(
+            source, run_dir.path, models.tokenizer_source(), heldout_store, config.evaluate, config.scores.top_k
+        )
         for name, source in sources.items()
         if not (folder / f"{name}.json").exists()
     }
     for name, reference in running.items():
         evaluation: Evaluation = ray.get(reference)
         write_evaluation(folder / f"{name}.json", evaluation)
-        books.event("model_evaluated", model=name, **asdict(evaluation.metrics))
-        books.say(f"evaluate: {name.replace('_', ' ')} done, held-out loss {evaluation.metrics.heldout_loss:.4f}")
+        run_dir.event("model_evaluated", model=name, **asdict(evaluation.metrics))
+        logger.info(f"evaluate: {name.replace('_', ' ')} done, held-out loss {evaluation.metrics.heldout_loss:.4f}")
     table = comparison_table(*(read_evaluation(folder / f"{name}.json") for name in MODEL_NAMES))
-    write_table(books.path, table)
+    write_table(run_dir.path, table)
     return {"table": [asdict(row) for row in table.rows]}
 
 
@@ -67,7 +72,7 @@ def read_evaluation(path: Path) -> Evaluation:
     """Return what ``write_evaluation`` wrote."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return Evaluation(
-        Metrics(**content["metrics"]), tuple(Answer(**answer) for answer in content["answers"]),
+        Metrics(**content["metrics"]), tuple(GeneratedAnswer(**answer) for answer in content["answers"]),
         tuple(read_view(view) for view in content.get("views", ())),
     )  # fmt: skip
 
@@ -85,7 +90,7 @@ def comparison_table(teacher: Evaluation, before: Evaluation, after: Evaluation)
     return ComparisonTable(metric_rows(metrics), exact_match_by_task([evaluation.answers for evaluation in evaluations]))
 
 
-def exact_match_by_task(answers: Sequence[Sequence[Answer]]) -> tuple[TableRow, ...]:
+def exact_match_by_task(answers: Sequence[Sequence[GeneratedAnswer]]) -> tuple[TableRow, ...]:
     """Return the share of right answers of each model, by kind of task, in the order of their names.
 
     The number of answers stands in the label. Answers of no named task are left out.

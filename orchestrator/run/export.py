@@ -1,6 +1,7 @@
 """The export stage: the student's folder gets a model card, and is loaded once as any user would load it."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +22,22 @@ from orchestrator.run.models import Models
 from orchestrator.run.results_table import ComparisonTable, markdown, read_table
 from orchestrator.run.run_dir import Facts, RunDir
 
+logger = logging.getLogger("atkd")
+
 CARD_SECTIONS = ("name", "seed", "data", "teacher", "student", "loss", "train", "scores", "export")
 
 
-def export(config: RunConfig, books: RunDir, models: Models, training_store: ScoreStore | None) -> Facts:
+def export(config: RunConfig, run_dir: RunDir, models: Models, training_store: ScoreStore | None) -> Facts:
     """Write the model card into the student's folder and check that the folder loads, stops and generates as it should."""
     folder = models.student_folder
     identity = training_store.identity if training_store is not None else None
     tokenizer = models.tokenizer()
-    ends, proof = read_answer_ends(models.tokenizer_folder, tokenizer), read_proof(export_proof_path(books.path))
+    ends, proof = read_answer_ends(models.tokenizer_folder, tokenizer), read_proof(export_proof_path(run_dir.path))
     stored = StoredStudent(models.export_dtype(), [f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends], proof)
-    write_model_card(folder, config, identity, read_table(books.path), stored)
+    write_model_card(folder, config, identity, read_table(run_dir.path), stored)
     remarks = check_export(folder, ends, stored.dtype, trust_remote_code=models.distilled().trust_remote_code)
     for line in [*stored.lines(), *remarks]:
-        books.say(f"export: {line}")
+        logger.info(f"export: {line}")
     return {"folder": str(folder), "dtype": stored.dtype, "answer_ends": list(ends)}
 
 

@@ -1,31 +1,24 @@
-"""Lines that say how far something is while it goes on."""
+"""Logs how far some work is while it goes on."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
-
-class Sight(NamedTuple):
-    """What a look at the work finds."""
-
-    news: object
-    """What must differ from last time for the line to be worth saying."""
-    line: str
-    """For the user."""
+from orchestrator.cluster.logs import ProgressSnapshot, log_progress
 
 
 @contextmanager
-def progress_lines(look: Callable[[], Sight | None], every_seconds: float, say: Callable[[str], None]) -> Iterator[None]:
-    """Look every few seconds while the body runs, and say what is new."""
+def logged_progress(work: str, look: Callable[[], ProgressSnapshot | None], every_seconds: float) -> Iterator[None]:
+    """Look every few seconds while the body runs, and log what is new under the name ``work``."""
     over = threading.Event()
+    last: ProgressSnapshot | None = None
 
     def watch() -> None:
-        told: object = None
+        nonlocal last
         while not over.wait(every_seconds):
-            if (sight := look()) and sight.news != told:
-                told = sight.news
-                say(sight.line)
+            if (snapshot := look()) and (last is None or snapshot.news != last.news):
+                last = snapshot
+                log_progress(snapshot, work)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -34,3 +27,5 @@ def progress_lines(look: Callable[[], Sight | None], every_seconds: float, say: 
     finally:
         over.set()
         thread.join()
+        if last is not None:
+            log_progress(last, work, over=True)

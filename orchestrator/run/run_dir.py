@@ -1,7 +1,7 @@
 """The folder of a run: what was asked, what was done, and what is still to do.
 
 config.yaml     the whole configuration, defaults included
-events.jsonl    a line for whatever happened
+events.jsonl    a line for whatever happened; run.log has the lines of the terminal
 stages/         a file for each finished stage, with what it made
 data/ tokenizer/ models/ scores.json metrics/ checkpoints/ evaluation/ student/ table.json report.html
 """
@@ -9,6 +9,7 @@ data/ tokenizer/ models/ scores.json metrics/ checkpoints/ evaluation/ student/ 
 import copy
 import fcntl
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -21,9 +22,12 @@ import yaml
 
 from actors.config.tracking import require_installed
 from actors.examples import write_atomically
+from orchestrator.cluster.logs import close_log_file, open_log_file
 from orchestrator.cluster.redaction import without_secrets_within
 from orchestrator.config.load import config_difference, dump_config
 from orchestrator.config.run import RunConfig
+
+logger = logging.getLogger("atkd")
 
 CHANGED = "configuration_changed"
 """Name of the event of a start that says something else than the first, as far as it may."""
@@ -60,12 +64,12 @@ class RunDirError(ValueError):
 class RunDir:
     """Books of one run. Only one process at a time may hold them."""
 
-    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.say = say
+        self._log: logging.Handler | None = None
 
     @classmethod
-    def open(cls, config: RunConfig, say: Callable[[str], None] = print) -> "RunDir":
+    def open(cls, config: RunConfig) -> "RunDir":
         """Begin the run's folder, or take it up again.
 
         Raises:
@@ -80,27 +84,28 @@ class RunDir:
             )
         path = config.run_dir
         (path / "stages").mkdir(parents=True, exist_ok=True)
-        books = cls(path, say)
-        books._lock()
+        run_dir = cls(path)
+        run_dir._lock()
+        run_dir._log = open_log_file(path)
         config_path = path / "config.yaml"
         if not config_path.exists():
             write_atomically(config_path, dump_config(config).encode())
-            return books
+            return run_dir
         ours, theirs = config.model_dump(mode="json"), yaml.safe_load(config_path.read_text())
         if lines := config_difference(_of_the_run(ours), _of_the_run(theirs)):
-            books.close()
+            run_dir.close()
             raise RunDirError(
                 f"{path} was made by another configuration; give this run another name (name=...) or delete the folder:\n  "
                 + "\n  ".join(lines)
             )
         if lines := config_difference(ours, theirs, sides=("now", "at first")):
-            books.event(CHANGED, changes=lines)
-        return books
+            run_dir.event(CHANGED, changes=lines)
+        return run_dir
 
     def stage(self, name: str, work: Callable[[], Facts]) -> Facts:
         """Return what a stage made, doing its work only if that is not there yet."""
         if (facts := self.result(name)) is not None:
-            self.say(f"{name}: done before")
+            logger.info(f"{name}: done before")
             return facts
         self.event("stage_started", stage=name)
         started = time.monotonic()
@@ -112,7 +117,7 @@ class RunDir:
         """Record a stage as done."""
         write_atomically(result_path(self.path, name), json.dumps(facts, indent=1).encode())
         self.event("stage_finished", stage=name, **facts)
-        self.say(f"{name}: done in {facts['seconds']:.1f} s")
+        logger.info(f"{name}: done in {facts['seconds']:.1f} s")
 
     def result(self, name: str) -> Facts | None:
         """Return what a finished stage made; None if it is not finished."""
@@ -122,11 +127,14 @@ class RunDir:
     def event(self, name: str, **fields: Any) -> None:
         """Append a line to the event log; it holds no secrets."""
         line = {"time": time.time(), "event": name, **without_secrets_within(fields)}
+        logger.debug(json.dumps({key: value for key, value in line.items() if key != "time"}))
         with open(self.path / "events.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         """Let another process take the folder."""
+        if self._log is not None:
+            close_log_file(self._log)
         self._lock_file.close()
 
     def __enter__(self) -> "RunDir":

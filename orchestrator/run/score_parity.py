@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actors.config.models import DType
-from actors.teacher.parity import Comparison
+from actors.teacher.parity import ScoreParity
 
 MASS_TOLERANCE = 1e-3
 SLOPE_TOLERANCE = 0.01
@@ -54,8 +54,8 @@ class Finding:
         return f"{self.state} {self.check}: {' '.join(text.split())}"
 
 
-def judge_raw(found: Comparison) -> Finding:
-    """Judge whether the scores are the log-softmax of the logits: mass one, and no temperature."""
+def check_raw(found: ScoreParity) -> Finding:
+    """Check whether the scores are the log-softmax of the logits: mass one, and no temperature."""
     numbers = f"mass off by at most {found.mass_error:.1e}, slope {found.slope:.4f} (correlation {found.correlation:.4f})"
     if not found.mass_error <= MASS_TOLERANCE:
         advice = (
@@ -73,8 +73,8 @@ def judge_raw(found: Comparison) -> Finding:
     return Finding("raw", "unclear", numbers, "the scores do not follow the teacher's own, so no temperature can be told")
 
 
-def judge_served(found: Comparison, tolerance: Tolerance) -> Finding:
-    """Judge whether the engine serves what the teacher's plain forward pass in float32 gives."""
+def check_served(found: ScoreParity, tolerance: Tolerance) -> Finding:
+    """Check whether the engine serves what the teacher's plain forward pass in float32 gives."""
     numbers = (
         f"targets differ from a plain forward pass by at most {found.largest_target_error:.1e} nats (may {tolerance.largest:g}), "
         f"furthest in row {found.furthest_row}, mean {found.mean_target_error:.1e} (may {tolerance.mean:g}), "
@@ -86,7 +86,7 @@ def judge_served(found: Comparison, tolerance: Tolerance) -> Finding:
     return Finding("served", "FAILED", numbers, _why_unlike(found, tolerance, near))
 
 
-def _why_unlike(found: Comparison, tolerance: Tolerance, near: bool) -> str:
+def _why_unlike(found: ScoreParity, tolerance: Tolerance, near: bool) -> str:
     if near:
         return "targets are right, but not the tokens named beside them: set teacher.engine.kind=transformers"
     for where, error in (("before", found.error_one_earlier), ("after", found.error_one_later)):

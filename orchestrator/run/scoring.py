@@ -1,6 +1,7 @@
 """The scoring stage of a run: it opens the stores, and fills them before or while the student trains."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +18,11 @@ from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import Cluster, read_cluster
 from actors.records import Example
 from actors.score_store.store import ScoreStore
-from actors.teacher.parity import Comparison
+from actors.teacher.parity import ScoreParity
 from actors.teacher.pool import TeacherPool
 from actors.teacher.reference_pass import beginning
 from actors.teacher.replica_set import TeacherFailed
+from orchestrator.cluster.logs import ProgressSnapshot, log_progress
 from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import tokenizer_hash
@@ -35,7 +37,9 @@ from orchestrator.run.score_identity import (
     score_split,
     store_identity,
 )
-from orchestrator.run.score_parity import TOLERANCES, judge_raw, judge_served
+from orchestrator.run.score_parity import TOLERANCES, check_raw, check_served
+
+logger = logging.getLogger("atkd")
 
 Split = Literal["train", "heldout"]
 PROGRESS_SECONDS = 5.0
@@ -47,9 +51,9 @@ class ScoringStage:
     """The score stores of one run, and the teacher that fills them. Made once the teacher is ready."""
 
     def __init__(
-        self, config: RunConfig, books: RunDir, models: Models, engine_factory: EngineFactory = build_engine
+        self, config: RunConfig, run_dir: RunDir, models: Models, engine_factory: EngineFactory = build_engine
     ) -> None:
-        self.config, self.books = config, books
+        self.config, self.run_dir = config, run_dir
         self._engine_factory = engine_factory
         self._teacher = pin_revision(models.ready("teacher"))
         self._vocab_size = vocab_size_of(self._teacher)
@@ -61,11 +65,11 @@ class ScoringStage:
         pointers = {"heldout": str(self.heldout_store.path)}
         if self.training_store is not None:
             pointers["train"] = str(self.training_store.path)
-        write_atomically(books.path / "scores.json", json.dumps(pointers, indent=1).encode())
+        write_atomically(run_dir.path / "scores.json", json.dumps(pointers, indent=1).encode())
 
     def run(self) -> None:
         """Score what is missing; nothing, and no teacher is started, where both stores are complete."""
-        self.books.stage("score", self._score)
+        self.run_dir.stage("score", self._score)
 
     @contextmanager
     def in_background(self) -> Iterator[None]:
@@ -108,23 +112,23 @@ class ScoringStage:
         if all(store.complete for _, store in stores):
             for split, store in stores:
                 store.verify()
-                self.books.say(f"score: {split} found complete in {store.path}")
+                logger.info(f"score: {split} found complete in {store.path}")
             return facts
         # named before it is entered, so that it can be closed while engines start
         live = TeacherMetrics(self.config.name)
         self._pool = TeacherPool(
             self._spec(stores, cluster), engine_factory=self._engine_factory, probe=self._probe(), live=live,
-            on_death=lambda number, error: self.books.event("replica_died", replica=number, error=error),
+            on_death=lambda number, error: self.run_dir.event("replica_died", replica=number, error=error),
         )  # fmt: skip
         with _telling_followers([store for _, store in stores]), self._pool as pool:
             self._require_right(pool)
             for split, store in stores:
                 self._explain_new(split, store)
                 live.begin(split)
-                progress = ProgressLine(split, self.books, live)
+                progress = ProgressLine(split, self.run_dir, live)
                 summary = score_split(pool, self._examples_path(split), store, progress, progress.waits)
                 facts[split] = asdict(summary)
-                self.books.say(
+                logger.info(
                     f"score: {split} complete, {summary.tokens_per_second:,.0f} tokens/s; {summary.mean_kept:.1f} tokens and "
                     f"{summary.bytes_per_target:.0f} bytes a target hold {100 * (1 - summary.mean_tail_mass):.3f} % of the "
                     "teacher's mass"
@@ -138,17 +142,17 @@ class ScoringStage:
 
     def _require_right(self, pool: TeacherPool) -> None:
         """Refuse a teacher that serves other scores than its plain forward pass gives."""
-        found = pool.comparison
-        if not isinstance(found, Comparison):
+        found = pool.parity
+        if not isinstance(found, ScoreParity):
             why = found or "scores.compare_rows is 0"
-            self.books.say(f"score: served scores are not held against a plain forward pass: {why}")
+            logger.info(f"score: served scores are not held against a plain forward pass: {why}")
             return
-        served = judge_served(found, TOLERANCES[self.config.teacher.engine.dtype])
-        self.books.event("compared", **asdict(found))
-        for finding in (judge_raw(found), served):
+        served = check_served(found, TOLERANCES[self.config.teacher.engine.dtype])
+        self.run_dir.event("compared", **asdict(found))
+        for finding in (check_raw(found), served):
             if finding.state == "FAILED":
                 raise TeacherFailed(f"the scores would not be the teacher's own. {finding.line()}")
-        self.books.say(f"score: {found.targets} {served.numbers}")
+        logger.info(f"score: {found.targets} {served.numbers}")
 
     def _explain_new(self, split: Split, store: ScoreStore) -> None:
         """Where the same rows were scored before, say why those scores do not serve."""
@@ -156,7 +160,7 @@ class ScoringStage:
             return
         path, lines = nearest
         more = f"; and {len(lines) - DIFFERENCES_SHOWN} more" if len(lines) > DIFFERENCES_SHOWN else ""
-        self.books.say(
+        logger.info(
             f"score: these rows of {split} were scored before, into {path}, but not as they are wanted now: "
             + "; ".join(lines[:DIFFERENCES_SHOWN]) + more
         )  # fmt: skip
@@ -171,7 +175,7 @@ class ScoringStage:
         if cluster is not None:
             shards = max(len(store.missing_shards()) for _, store in stores)
             settled = settle_replicas(engine, self.config.workers if self._beside_students else None, shards, cluster)
-            self.books.say(f"teacher: {settled.reason}")
+            logger.info(f"teacher: {settled.reason}")
             engine = engine.model_copy(update={"replicas": settled.count})
         return TeacherSpec(
             engine=engine,
@@ -181,7 +185,7 @@ class ScoringStage:
         )
 
     def _examples_path(self, split: Split) -> Path:
-        return self.books.path / "data" / f"{split}.arrow"
+        return self.run_dir.path / "data" / f"{split}.arrow"
 
 
 @contextmanager
@@ -198,25 +202,31 @@ def _telling_followers(stores: list[ScoreStore]) -> Iterator[None]:
 
 
 class ProgressLine:
-    """Says how far the scoring of a split has come, once in a while."""
+    """Logs how far the scoring of a split has come, once in a while."""
 
-    def __init__(self, split: Split, books: RunDir, live: TeacherMetrics) -> None:
-        self._split, self._books, self._live, self._said = split, books, live, 0.0
+    def __init__(self, split: Split, run_dir: RunDir, live: TeacherMetrics) -> None:
+        self._split, self._run_dir, self._live, self._logged_at = split, run_dir, live, 0.0
 
     def __call__(self, progress: ScoringProgress) -> None:
         """Take note of one more shard."""
         self._live.progress(progress.shards_done, progress.shards_total, progress.tokens_per_second)
-        self._books.event("shard_scored", split=self._split, **asdict(progress))
-        self._say(
-            f"shard {progress.shards_done}/{progress.shards_total}, {progress.tokens_per_second:,.0f} tokens/s, "
+        self._run_dir.event("shard_scored", split=self._split, **asdict(progress))
+        done, total = progress.shards_done, progress.shards_total
+        line = (
+            f"score: {self._split} shard {done}/{total}, {progress.tokens_per_second:,.0f} tokens/s, "
             f"{progress.seconds_left:.0f} s left"
         )
+        if done == total or self._is_time():
+            log_progress(ProgressSnapshot(done, line, done, total), f"score {self._split}", over=done == total)
 
     def waits(self, shards: int) -> None:
-        """Say that nothing is left here but shards that other jobs score."""
-        self._say(f"waits for {shards} shards that another job scores")
+        """Log that nothing is left here but shards that other jobs score."""
+        if self._is_time():
+            logger.info(f"score: {self._split} waits for {shards} shards that another job scores")
 
-    def _say(self, line: str) -> None:
-        if time.monotonic() - self._said > PROGRESS_SECONDS:
-            self._said = time.monotonic()
-            self._books.say(f"score: {self._split} {line}")
+    def _is_time(self) -> bool:
+        """Return whether the last line is long enough ago."""
+        if time.monotonic() - self._logged_at <= PROGRESS_SECONDS:
+            return False
+        self._logged_at = time.monotonic()
+        return True

@@ -1,5 +1,6 @@
-"""The work of each stage that trains or prepares; what it makes goes into the run's folder, what it found into its books."""
+"""The work of each stage that trains or prepares; what it makes goes into the run's folder, what it found into its run_dir."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +19,14 @@ from orchestrator.run.models import ROLES, Models, Role
 from orchestrator.run.run_dir import Facts, RunDir, result_path
 from orchestrator.run.training import train_model
 
+logger = logging.getLogger("atkd")
 
-def prepare(config: RunConfig, books: RunDir, models: Models) -> Facts:
+
+def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
     """Turn rows into token ids and masks, settle where answers end, and draw the weights of models made from scratch."""
     for role in ROLES:
         models.named(role).require_safetensors()
-    data = books.path / "data"
+    data = run_dir.path / "data"
     counts = prepare_data(config.data, models.tokenizer_for, data)
     tokenizer = models.tokenizer()
     ends = models.settle_answer_ends(tokenizer, sorted(counts.turn_ends, key=lambda end: -counts.turn_ends[end]))
@@ -32,7 +35,7 @@ def prepare(config: RunConfig, books: RunDir, models: Models) -> Facts:
     remarks += require_models_fit(config, models, row_limits(config, data))
     remarks += [merged for role in ROLES if (merged := models.merge_adapter(role))]
     for remark in remarks:
-        books.say(f"prepare: {remark}")
+        logger.info(f"prepare: {remark}")
     return {
         "counts": asdict(counts), "source_sha256": source_hash(config.data.source),
         "heldout_sha256": source_hash(config.data.heldout.source) if config.data.heldout else None,
@@ -70,7 +73,7 @@ def require_same_source(config: RunConfig, prepared: Facts) -> None:
             )
 
 
-def finetune(role: Role, config: RunConfig, books: RunDir, models: Models) -> Facts:
+def finetune(role: Role, config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
     """Train a role's model on the data itself, as the paper's teachers are."""
     fitting = models.side(role).finetune
     assert fitting is not None
@@ -81,24 +84,24 @@ def finetune(role: Role, config: RunConfig, books: RunDir, models: Models) -> Fa
         lora=None,
         loss=HardLabelLoss(kind="hard_label"),
         train=fitting.train,
-        examples=str(books.path / "data" / "train.arrow"),
+        examples=str(run_dir.path / "data" / "train.arrow"),
         store=None,
         top_k=config.scores.top_k,
         wait_seconds=config.scores.wait_seconds,
         seed=config.seed,
         threads=int(max(1, fitting.workers.cpus)),
-        metrics=str(books.path / "metrics"),
+        metrics=str(run_dir.path / "metrics"),
         output=str(models.finetuned_folder(role)),
         run=config.name,
         tracking=config.tracking,
     )
-    return train_model(task, fitting.workers, books.path / "checkpoints", books.say)
+    return train_model(task, fitting.workers, run_dir.path / "checkpoints")
 
 
-def train(config: RunConfig, books: RunDir, models: Models, store: ScoreStore | None) -> Facts:
+def train(config: RunConfig, run_dir: RunDir, models: Models, store: ScoreStore | None) -> Facts:
     """Distil the student from the store, which may still be growing."""
-    task = distillation_task(config, books.path, models, store.path if store is not None else None)
-    return train_model(task, config.workers, books.path / "checkpoints", books.say)
+    task = distillation_task(config, run_dir.path, models, store.path if store is not None else None)
+    return train_model(task, config.workers, run_dir.path / "checkpoints")
 
 
 def distillation_task(config: RunConfig, folder: Path, models: Models, store: Path | None) -> TrainingTask:

@@ -1,11 +1,12 @@
 """Trains one model by Ray Train, and shows how far it is."""
 
 import json
+import logging
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +26,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
-from actors.placement import worker_need
+from actors.placement import worker_request
 from actors.student.checkpoint_integrity import damaged_checkpoints
-from actors.student.task import Ending, TrainingTask
+from actors.student.task import TrainingTask, WorkerResult
 from actors.student.worker import train_worker
 from losses.config import AtkdLoss
+from orchestrator.cluster.logs import ProgressSnapshot
 from orchestrator.run.elastic import NO_TRY_OF_ITS_OWN, train_in_turns
-from orchestrator.run.progress import Sight, progress_lines
+from orchestrator.run.progress import logged_progress
+
+logger = logging.getLogger("atkd")
 
 PROGRESS_SECONDS = 10.0
 COUNTED = "checkpoint_manager_snapshot.json"
@@ -42,7 +46,7 @@ class TrainingFailed(RuntimeError):
     """The workers gave up; the message is theirs."""
 
 
-def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, say: Callable[[str], None]) -> dict[str, float]:
+def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -> dict[str, float]:
     """Train until the model is written to ``task.output``; take up again from the latest checkpoint in ``checkpoints``.
 
     Returns:
@@ -56,12 +60,12 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, s
         return summarize(read_metrics(metrics))
     drop_uncounted_checkpoints(checkpoints / task.name)
     with (
-        _telling_damage(task, checkpoints / task.name, say),
-        progress_lines(lambda: _sight(task), PROGRESS_SECONDS, say),
+        _telling_damage(task, checkpoints / task.name),
+        logged_progress(task.name, lambda: _progress(task), PROGRESS_SECONDS),
         _keyboard_interrupt(),
     ):
         try:
-            ending = _train(task, workers, checkpoints, say)
+            ending = _train(task, workers, checkpoints)
         except WorkerGroupError as failure:
             rank, cause = next(iter(failure.worker_failures.items()))
             failure.__cause__ = cause  # the worker's traceback stands in the one, what kind of error it was in the other
@@ -92,23 +96,22 @@ def _remedy(task: TrainingTask, cause: BaseException) -> str:
     return f"; {section}.sharding=fsdp with more workers would do, under another name"
 
 
-def _train(task: TrainingTask, workers: WorkersConfig, checkpoints: Path, say: Callable[[str], None]) -> Ending:
+def _train(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -> WorkerResult:
     """Train by as many workers as are wanted, which Ray Train starts again, or by as many as there is room for."""
     failures = task.train.max_failures
     if not workers.elastic:
         return _fit(task, workers, workers.count, checkpoints, FailureConfig(max_failures=failures))
-    growing = replace(task, growing=workers)
+    growing = replace(task, elastic=workers)
     return train_in_turns(
         task.name,
         workers,
         failures,
         train=lambda count: _fit(growing, workers, count, checkpoints, NO_TRY_OF_ITS_OWN),
         scoring=lambda: task.beside_teacher,
-        say=say,
     )
 
 
-def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: Path, failures: FailureConfig) -> Ending:
+def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: Path, failures: FailureConfig) -> WorkerResult:
     """Have Ray Train train; a training of the same name and place goes on from its latest checkpoint."""
     trainer = TorchTrainer(
         train_worker,
@@ -123,7 +126,7 @@ def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: Pa
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    ending: Ending = trainer.fit().return_value
+    ending: WorkerResult = trainer.fit().return_value
     return ending
 
 
@@ -144,7 +147,7 @@ def scaling_of(workers: WorkersConfig, count: int) -> ScalingConfig:
     return ScalingConfig(
         num_workers=count,
         use_gpu=workers.gpus > 0,
-        resources_per_worker=dict(worker_need(workers).amounts),
+        resources_per_worker=dict(worker_request(workers).amounts),
         label_selector=workers.labels or None,
     )
 
@@ -165,14 +168,16 @@ def summarize(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 @contextmanager
-def _telling_damage(task: TrainingTask, folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _telling_damage(task: TrainingTask, folder: Path) -> Iterator[None]:
     """Say afterwards which checkpoints the workers passed over."""
     before = len(damaged_checkpoints(folder))
     try:
         yield
     finally:
         for line in damaged_checkpoints(folder)[before:]:
-            say(f"{task.name}: a checkpoint was damaged and passed over, the steps since the one before were done again. {line}")
+            logger.warning(
+                f"{task.name}: a checkpoint was damaged and passed over, the steps since the one before were done again. {line}"
+            )
 
 
 @contextmanager
@@ -190,10 +195,13 @@ def _keyboard_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _sight(task: TrainingTask) -> Sight | None:
-    """Look how far the metrics file has come."""
+def _progress(task: TrainingTask) -> ProgressSnapshot | None:
+    """Return how far the metrics file has come."""
     steps = read_metrics(Path(task.metrics) / f"{task.name}.jsonl")
-    return Sight(steps[-1]["step"], f"{task.name}: {progress_line(steps)}") if steps else None
+    if not steps:
+        return None
+    step, total = steps[-1]["step"], steps[-1]["total_steps"]
+    return ProgressSnapshot(step, f"{task.name}: {progress_line(steps)}", step, total)
 
 
 def progress_line(steps: list[dict[str, float]]) -> str:

@@ -70,7 +70,7 @@ class TaughtBy:
 def at_the_end(search: Search) -> Snapshot:
     """Return completed trials with their values."""
     values = {trial.number: search.value(trial) for trial in search.with_status("completed")}
-    return Snapshot(search.plan.total_steps, {number: value for number, value in values.items() if value is not None})
+    return Snapshot(search.spec.total_steps, {number: value for number, value in values.items() if value is not None})
 
 
 def where_all_were(search: Search) -> Snapshot | None:
@@ -86,7 +86,7 @@ def where_all_were(search: Search) -> Snapshot | None:
 
 def learning_curve(search: Search, trial: Trial) -> list[tuple[int, float]]:
     """Return steps and the finite values of the metric that were measured after them."""
-    values = ((rung.step, rung.metrics.get(search.plan.metric)) for rung in trial.rungs)
+    values = ((rung.step, rung.metrics.get(search.spec.metric)) for rung in trial.rungs)
     return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
 
 
@@ -103,7 +103,7 @@ def numeric_axes(search: Search) -> list[Axis]:
 
 def plane(search: Search, snapshot: Snapshot, x: Axis, y: Axis) -> dict[tuple[float, float], float]:
     """Return the best value at each place of two settings, of the trials that have both."""
-    better = min if search.plan.mode == "min" else max
+    better = min if search.spec.mode == "min" else max
     places: dict[tuple[float, float], float] = {}
     for trial in search.trials:
         point = trial.begun.point
@@ -197,7 +197,7 @@ def _is_number(value: Any) -> bool:
 
 def _ranges_of(search: Search, path: str) -> Iterator[Any]:
     """Yield what the space says of a path, once for each branch that has it."""
-    space = search.plan.space
+    space = search.spec.space
     branches = space.get("branches")
     for part in (space, *(branches.values() if isinstance(branches, Mapping) else ())):
         if isinstance(part, Mapping) and path in part:

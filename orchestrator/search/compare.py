@@ -1,6 +1,7 @@
 """``compare``: the same student on the same scores, taught in several ways; whether adaptive teaching helps this pair."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,21 @@ from orchestrator.run.run_dir import RunDir
 from orchestrator.search.arms import loss_of
 from orchestrator.search.bound_space import BoundSpace, require_steady_workers
 from orchestrator.search.controller import Assignment
-from orchestrator.search.driver import Ground, TrialQueue, begin_ledger, note_cost, prepare_ground, run_search
+from orchestrator.search.driver import SharedInputs, TrialQueue, begin_ledger, note_cost, prepare_inputs, run_search
 from orchestrator.search.ledger import Search
-from orchestrator.search.ledger_records import SearchPlan
+from orchestrator.search.ledger_records import SearchSpec
 from orchestrator.search.pruning import StoppingRule
-from orchestrator.search.results import completed_trials
-from orchestrator.search.samplers import ListedPoints
-from orchestrator.search.search_results import show_search
+from orchestrator.search.results import completed_trials, write_results
+from orchestrator.search.samplers import ListSampler
 from tune_spaces.ranges import Choice
 from tune_spaces.space import Point, Space
+
+logger = logging.getLogger("atkd")
 
 RATE = "train.optimizer.learning_rate"
 
 
-def compare(config: RunConfig, say: Callable[[str], None] = print) -> Path:
+def compare(config: RunConfig) -> Path:
     """Train every arm with every seed, going on where an earlier comparison stopped; return the comparison's folder.
 
     Raises:
@@ -34,14 +36,14 @@ def compare(config: RunConfig, say: Callable[[str], None] = print) -> Path:
     points = {arm: {"loss": loss_of(arm, config)} for arm in config.compare.arms}
     bound = bind_arms(config, points)
     folder = config.run_dir / config.compare.name
-    with RunDir.open(config, say) as books, ray_for(config):
-        ground = prepare_ground(config, books)
-        note_cost(books, folder)
+    with RunDir.open(config) as run_dir, ray_for(config):
+        inputs = prepare_inputs(config, run_dir)
+        note_cost(run_dir, folder)
         if config.compare.learning_rates:
-            points = with_best_rates(bound, ground, folder / "learning_rates", points, say)
+            points = with_best_rates(bound, inputs, folder / "learning_rates", points)
         trials = [(arm, config.seed + seed, points[arm]) for seed in range(config.compare.seeds) for arm in points]
-        search = run_all(bound, ground, folder, trials, config.compare.baseline, say)
-    show_search(search, bound, folder, say)
+        search = run_all(bound, inputs, folder, trials, config.compare.baseline)
+    write_results(search, bound, folder)
     return folder
 
 
@@ -59,7 +61,7 @@ def bind_arms(config: RunConfig, points: Mapping[str, Point]) -> BoundSpace:
 
 
 def with_best_rates(
-    bound: BoundSpace, ground: Ground, folder: Path, points: Mapping[str, Point], say: Callable[[str], None]
+    bound: BoundSpace, inputs: SharedInputs, folder: Path, points: Mapping[str, Point]
 ) -> dict[str, Point]:
     """Try each learning rate on each arm with the first seed, and return the arms' points with the best rate of each.
 
@@ -71,7 +73,7 @@ def with_best_rates(
         (arm, config.seed, {**point, RATE: rate}) for arm, point in points.items() for rate in config.compare.learning_rates
     ]
     best: dict[str, Point] = {}
-    for trial in completed_trials(run_all(bound, ground, folder, trials, None, say)):
+    for trial in completed_trials(run_all(bound, inputs, folder, trials, None)):
         arm = trial.begun.arm
         assert arm is not None
         best.setdefault(arm, dict(trial.begun.point))
@@ -81,39 +83,38 @@ def with_best_rates(
                 f"compare.learning_rates: {arm} was completed with none of {list(config.compare.learning_rates)}; {folder} has "
                 "the errors. Lower rates would do, under another compare.name"
             )
-        say(f"compare: {arm} learns with {best[arm][RATE]:g}")
+        logger.info(f"compare: {arm} learns with {best[arm][RATE]:g}")
     return {arm: best[arm] for arm in points}
 
 
 def run_all(
-    bound: BoundSpace, ground: Ground, folder: Path, trials: list[tuple[str, int, Point]], baseline: str | None,
-    say: Callable[[str], None],
+    bound: BoundSpace, inputs: SharedInputs, folder: Path, trials: list[tuple[str, int, Point]], baseline: str | None,
 ) -> Search:  # fmt: skip
     """Run the trials, each given by arm, seed and point, that are not over yet."""
     settings = bound.config.compare
     assignments = [Assignment(number, point, seed, arm) for number, (arm, seed, point) in enumerate(trials)]
-    plan = SearchPlan(
+    spec = SearchSpec(
         kind="compare",
         name=bound.config.name,
         metric=settings.metric,
         mode=settings.direction,
         space={arm: point for arm, _, point in trials} if baseline else _tried(trials),
-        total_steps=ground.total_steps,
-        rungs=rung_steps(ground.total_steps, settings.rungs, "compare"),
+        total_steps=inputs.total_steps,
+        rungs=rung_steps(inputs.total_steps, settings.rungs, "compare"),
         trials=len(trials),
         baseline=baseline,
     )
-    found = begin_ledger(folder, plan, say)
+    found = begin_ledger(folder, spec)
     over = {trial.number for trial in found.with_status("completed", "stopped", "failed")}
     left = [assignment for assignment in assignments if assignment.trial not in over]
     if not left:
         return found
 
-    def queue_of(judge: Any, trials: Path) -> TrialQueue:
-        return TrialQueue(judge, trials, ListedPoints([]), left)
+    def queue_of(controller: Any, trials: Path) -> TrialQueue:
+        return TrialQueue(controller, trials, ListSampler([]), left)
 
     return run_search(
-        bound, ground, folder, plan, StoppingRule("none", settings.direction), say, queue_of,
+        bound, inputs, folder, spec, StoppingRule("none", settings.direction), queue_of,
         in_process=settings.trials_in == "reused_process",
         concurrent=None if settings.concurrent == "auto" else settings.concurrent,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from transformers import AutoConfig
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
 from actors.teacher.reference_pass import count_weights
+from orchestrator.cluster.logs import prefixed
 from orchestrator.config.load import ConfigError, validate
 from orchestrator.config.run import RunConfig
-from orchestrator.reports.teachers_report import write_teachers_report
 from orchestrator.run.models import Models, vocab_size_of
 from orchestrator.run.pipeline import run
 from orchestrator.run.run_dir import RunDir
@@ -22,27 +22,26 @@ from orchestrator.search.compare import compare
 from orchestrator.search.ledger import read_ledger
 
 
-def compare_teachers(config: RunConfig, say: Callable[[str], None] = print) -> Path:
-    """Make the comparison under each teacher in a run of its own, going on where an earlier one stopped; return the folder.
+def compare_teachers(config: RunConfig) -> list[TaughtBy]:
+    """Make the comparison under each teacher in a run of its own, resuming where an earlier one stopped.
 
     Raises:
         ConfigError: naming the teacher whose changes the configuration refuses.
         ValueError: if the teachers do not read the same rows or would not teach the same student; and as ``compare``.
     """
     by_teacher = configs_by_teacher(config)
-    folder = config.run_dir / config.compare.name
-    with RunDir.open(config, say):
-        first, *others = by_teacher
+    first = next(iter(by_teacher))
+    with RunDir.open(config):
         for teacher, its_config in by_teacher.items():
-            run(its_config, "prepare", _told_of(teacher, say))
-            require_same_ground(by_teacher[first], its_config, first, teacher)
+            with prefixed(teacher):
+                run(its_config, "prepare")
+            require_same_rows(by_teacher[first], its_config, first, teacher)
         for teacher, its_config in by_teacher.items():
             if teacher != first and its_config.student.finetune is not None:
                 share_finetuned_student(by_teacher[first], its_config, first)
-            compare(its_config, _told_of(teacher, say))
-        taught = [taught_by(teacher, its_config) for teacher, its_config in by_teacher.items()]
-        say(f"report: {write_teachers_report(config.name, taught, folder)}")
-    return folder
+            with prefixed(teacher):
+                compare(its_config)
+        return [taught_by(teacher, its_config) for teacher, its_config in by_teacher.items()]
 
 
 def configs_by_teacher(config: RunConfig) -> dict[str, RunConfig]:
@@ -71,7 +70,7 @@ def laid_over(base: Any, changes: Any) -> Any:
     return {**base, **{key: laid_over(base.get(key), value) for key, value in changes.items()}}
 
 
-def require_same_ground(first: RunConfig, other: RunConfig, first_name: str, name: str) -> None:
+def require_same_rows(first: RunConfig, other: RunConfig, first_name: str, name: str) -> None:
     """Refuse teachers under whom rows or student would be others.
 
     Raises:
@@ -99,15 +98,15 @@ def rows_of(config: RunConfig) -> list[str]:
 def share_finetuned_student(first: RunConfig, other: RunConfig, first_name: str) -> None:
     """Give a run the student that was fine-tuned under the first teacher: it is the same, and need not be fine-tuned again."""
     theirs, ours = (Models(one, one.run_dir).finetuned_folder("student") for one in (first, other))
-    with RunDir.open(other, say=lambda line: None) as books:
-        if books.result("finetune_student") is not None:
+    with RunDir.open(other) as run_dir:
+        if run_dir.result("finetune_student") is not None:
             return
         copying = ours.with_name(f"{ours.name}.tmp")
         for folder in (copying, ours):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(theirs, copying)
         copying.rename(ours)
-        books.finish("finetune_student", {"copied_from": first_name, "seconds": 0.0})
+        run_dir.finish("finetune_student", {"copied_from": first_name, "seconds": 0.0})
 
 
 def taught_by(teacher: str, config: RunConfig) -> TaughtBy:
@@ -124,7 +123,3 @@ def heldout_loss(config: RunConfig) -> float:
     targets = [len(store.uncertainty_at(position)) for position in range(store.rows)]
     losses = [store.teacher_loss_at(position) * count for position, count in enumerate(targets)]
     return sum(losses) / sum(targets)
-
-
-def _told_of(teacher: str, say: Callable[[str], None]) -> Callable[[str], None]:
-    return lambda line: say(f"{teacher}: {line}")

@@ -1,6 +1,6 @@
-"""The judge of a search: hears what trials measure, writes it into the ledger, and says which of them go on.
+"""The controller of a search: hears what trials measure, writes it into the ledger, and says which of them go on.
 
-It becomes a Ray actor beside the driver. The ledger is all it needs to remember: after a kill another judge reads it and
+It becomes a Ray actor beside the driver. The ledger is all it needs to remember: after a kill another controller reads it and
 goes on.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.search.ledger import Ledger, Search, read_ledger
-from orchestrator.search.ledger_records import Ending, SearchPlan
+from orchestrator.search.ledger_records import FinalStatus, SearchSpec
 from orchestrator.search.pruning import StoppingRule
 
 
@@ -33,25 +33,25 @@ class Assignment:
 class Outcome:
     """How a trial ended."""
 
-    status: Ending
+    status: FinalStatus
     value: float | None
     """What it is compared by, as measured last; None if it never was."""
     rung: int
     """The last rung at which it was measured; -1 if there was none."""
 
 
-class Judge:
+class SearchController:
     """Keeps the books of a search while its trials run.
 
     Args:
         path: the ledger, begun before.
-        plan: what is searched.
+        spec: what is searched.
         rule: which trials go on.
     """
 
-    def __init__(self, path: Path, plan: SearchPlan, rule: StoppingRule) -> None:
+    def __init__(self, path: Path, spec: SearchSpec, rule: StoppingRule) -> None:
         self._ledger = Ledger(path)
-        self._plan, self._rule = plan, rule
+        self._spec, self._rule = spec, rule
         self._assignments: dict[int, Assignment] = {}
         self._begun_at: dict[int, float] = {}
         self._rungs: dict[int, list[dict[str, float]]] = {}  # what was measured of each trial, rung after rung
@@ -61,7 +61,7 @@ class Judge:
             if trial.ended is not None:  # one that was interrupted begins anew, and its rungs with it
                 self._rungs[trial.number] = [dict(rung.metrics) for rung in trial.rungs]  # type: ignore[arg-type]
                 last = len(trial.rungs) - 1
-                self._outcomes[trial.number] = Outcome(trial.ended.status, trial.metrics.get(plan.metric), last)
+                self._outcomes[trial.number] = Outcome(trial.ended.status, trial.metrics.get(spec.metric), last)
 
     def begin(self, assignment: Assignment) -> None:
         """A trial is about to start."""
@@ -84,11 +84,11 @@ class Judge:
         if trial in self._outcomes or rung < len(so_far):
             return trial not in self._outcomes and trial not in self._stopped
         assert rung == len(so_far), f"trial {trial} comes to rung {rung} and was measured at {len(so_far)}"
-        value = measures[self._plan.metric]
+        value = measures[self._spec.metric]
         others = [
-            rungs[rung][self._plan.metric] for other, rungs in self._rungs.items() if other != trial and rung < len(rungs)
+            rungs[rung][self._spec.metric] for other, rungs in self._rungs.items() if other != trial and rung < len(rungs)
         ]
-        nothing_left = rung == len(self._plan.rungs) - 1
+        nothing_left = rung == len(self._spec.rungs) - 1
         goes_on = nothing_left or self._rule.goes_on(value, others)
         self._ledger.rung(trial, rung, step, measures, "continue" if goes_on else "stop", seconds)
         so_far.append(dict(measures))
@@ -97,15 +97,15 @@ class Judge:
         return goes_on
 
     def ended(self, trial: int, step: int, student_tokens: int, error: str | None = None) -> Outcome:
-        """Take down that a trial is over, by its own end, the judge's word or an error."""
+        """Take down that a trial is over, by its own end, the controller's word or an error."""
         if trial in self._outcomes:
             return self._outcomes[trial]
         rungs = self._rungs[trial]
-        status: Ending = "failed" if error is not None else "stopped" if trial in self._stopped else "completed"
+        status: FinalStatus = "failed" if error is not None else "stopped" if trial in self._stopped else "completed"
         measures = rungs[-1] if rungs else {}
         seconds = time.monotonic() - self._begun_at[trial]
         self._ledger.ended(trial, status, step, measures, seconds, student_tokens, error)
-        self._outcomes[trial] = Outcome(status, measures.get(self._plan.metric), len(rungs) - 1)
+        self._outcomes[trial] = Outcome(status, measures.get(self._spec.metric), len(rungs) - 1)
         return self._outcomes[trial]
 
     def search(self) -> Search:

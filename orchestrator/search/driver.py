@@ -1,6 +1,7 @@
 """Many trainings on one scoring: what ``tune`` and ``compare`` have in common, from the complete stores to the ledger."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,25 +16,28 @@ from actors.dataloader.sampler import steps_in
 from actors.examples import ExampleFile, write_atomically
 from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss
+from orchestrator.cluster.logs import ProgressSnapshot
 from orchestrator.config.run import RunConfig
-from orchestrator.run.pipeline import life
-from orchestrator.run.progress import Sight, progress_lines
+from orchestrator.run.pipeline import run_stages
+from orchestrator.run.progress import logged_progress
 from orchestrator.run.run_dir import RunDir, result_path
 from orchestrator.search.bound_space import BoundSpace
-from orchestrator.search.controller import Assignment, Judge, Outcome
+from orchestrator.search.controller import Assignment, Outcome, SearchController
 from orchestrator.search.ledger import Ledger, Search, read_ledger
-from orchestrator.search.ledger_records import SearchPlan
+from orchestrator.search.ledger_records import SearchSpec
 from orchestrator.search.pruning import StoppingRule
 from orchestrator.search.ray_tune import most_at_once, run_trials
-from orchestrator.search.samplers import PointSource
-from orchestrator.search.trial import TrialPlan, spent
+from orchestrator.search.samplers import Sampler
+from orchestrator.search.trial import TrialContext, spent
+
+logger = logging.getLogger("atkd")
 
 PROGRESS_SECONDS = 5.0
 DIED = "the process of the trial ended before it could say why; a lack of memory does that"
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class SharedInputs:
     """What all trials stand on."""
 
     run_folder: Path
@@ -43,33 +47,33 @@ class Ground:
     """Optimizer steps of a trial by the configuration itself."""
 
 
-def prepare_ground(config: RunConfig, books: RunDir) -> Ground:
-    """Live the run as far as its complete score stores: whoever comes first scores, and the teacher's devices are free after.
+def prepare_inputs(config: RunConfig, run_dir: RunDir) -> SharedInputs:
+    """Run the stages up to the complete score stores: whoever comes first scores, and the teacher's devices are free after.
 
     Raises:
         ValueError: if the run was scored before for a loss that needs no teacher.
     """
     taught = config if needs_teacher(config.loss) else config.model_copy(update={"loss": AtkdLoss(kind="atkd")})
-    for finished in life(taught, books, overlap=False):
+    for finished in run_stages(taught, run_dir, overlap=False):
         if finished == "score":
             break
-    stores = json.loads((books.path / "scores.json").read_text())
+    stores = json.loads((run_dir.path / "scores.json").read_text())
     for split, path in stores.items():
         if missing := ScoreStore(Path(path)).missing_shards():
             raise ValueError(
                 f"the scores of {split} at {path} lack {len(missing)} shards, though this run says that it is scored; "
-                f"delete {result_path(books.path, 'score')} and run again"
+                f"delete {result_path(run_dir.path, 'score')} and run again"
             )
-    rows = len(ExampleFile(books.path / "data" / "train.arrow"))
+    rows = len(ExampleFile(run_dir.path / "data" / "train.arrow"))
     total_steps = steps_in(rows, config.train.batch_rows, config.train.epochs)
-    return Ground(books.path, Path(stores["train"]), Path(stores["heldout"]), total_steps)
+    return SharedInputs(run_dir.path, Path(stores["train"]), Path(stores["heldout"]), total_steps)
 
 
-def note_cost(books: RunDir, folder: Path) -> None:
+def note_cost(run_dir: RunDir, folder: Path) -> None:
     """Write down what the scoring cost, beside the ledger: the teacher's tokens once, however many trials follow."""
-    scored = books.result("score") or {}
+    scored = run_dir.result("score") or {}
     splits = [facts for facts in scored.values() if isinstance(facts, dict)]
-    tokens = {split: int(ExampleFile(books.path / "data" / f"{split}.arrow").lengths.sum()) for split in ("train", "heldout")}
+    tokens = {split: int(ExampleFile(run_dir.path / "data" / f"{split}.arrow").lengths.sum()) for split in ("train", "heldout")}
     cost = {
         "teacher_tokens_scored": sum(facts["tokens"] for facts in splits),
         "dataset_tokens": sum(tokens.values()),
@@ -83,7 +87,7 @@ class TrialQueue:
     """Which trial begins next.
 
     Args:
-        judge: handle of the judge.
+        controller: handle of the controller.
         folder: where trials leave their metrics.
         source: gives the points of new trials.
         waiting: trials that are known already, and begin before new ones.
@@ -92,9 +96,9 @@ class TrialQueue:
     """
 
     def __init__(
-        self, judge: Any, folder: Path, source: PointSource, waiting: Sequence[Assignment], first: int = 0, seed: int = 0
+        self, controller: Any, folder: Path, source: Sampler, waiting: Sequence[Assignment], first: int = 0, seed: int = 0
     ) -> None:
-        self._judge, self._folder, self._source = judge, folder, source
+        self._controller, self._folder, self._source = controller, folder, source
         self._waiting, self._next, self._seed = list(waiting), first, seed
         self._under_way: dict[int, Assignment] = {}
 
@@ -103,14 +107,14 @@ class TrialQueue:
         assignment = self._waiting.pop(0) if self._waiting else self._new()
         if assignment is None:
             return None
-        ray.get(self._judge.begin.remote(assignment))
+        ray.get(self._controller.begin.remote(assignment))
         self._under_way[assignment.trial] = assignment
         return assignment.trial
 
     def over(self, trial: int, died: bool) -> None:
         """Hear that a trial is over; ``died`` if its process ended before it could say how."""
         steps, tokens = spent(self._folder, trial) if died else (0, 0)  # else it said so itself, and that stands
-        outcome: Outcome = ray.get(self._judge.ended.remote(trial, steps, tokens, DIED))
+        outcome: Outcome = ray.get(self._controller.ended.remote(trial, steps, tokens, DIED))
         self._source.tell(self._under_way.pop(trial).point, outcome)
 
     def _new(self) -> Assignment | None:
@@ -121,37 +125,39 @@ class TrialQueue:
         return Assignment(self._next - 1, point, point.get("seed", self._seed))
 
 
-def begin_ledger(folder: Path, plan: SearchPlan, say: Callable[[str], None]) -> Search:
+def begin_ledger(folder: Path, spec: SearchSpec) -> Search:
     """Begin the ledger or take it up again, and say which.
 
     Raises:
         ValueError: if it is another search's, or damaged.
     """
-    search = Ledger(folder / "ledger.jsonl").begin_search(plan)
+    search = Ledger(folder / "ledger.jsonl").begin_search(spec)
     if search.trials:
         over = len(search.with_status("completed", "stopped", "failed"))
-        say(f"{plan.kind}: goes on with {over} trials done and {len(search.trials) - over} to begin anew")
+        logger.info(f"{spec.kind}: goes on with {over} trials done and {len(search.trials) - over} to begin anew")
     return search
 
 
 def run_search(
-    bound: BoundSpace, ground: Ground, folder: Path, plan: SearchPlan, rule: StoppingRule, say: Callable[[str], None],
+    bound: BoundSpace, inputs: SharedInputs, folder: Path, spec: SearchSpec, rule: StoppingRule,
     queue_of: Callable[[Any, Path], TrialQueue], *, in_process: bool, concurrent: int | None,
 ) -> Search:  # fmt: skip
-    """Run the trials to their end under a judge, saying how far they are; return what the ledger then holds.
+    """Run the trials to their end under a controller, saying how far they are; return what the ledger then holds.
 
-    ``queue_of`` makes their queue, given the judge and the folder in which trials leave their metrics.
+    ``queue_of`` makes their queue, given the controller and the folder in which trials leave their metrics.
     """
     workers = bound.config.workers
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # the ledger is on this node
-    judge = ray.remote(Judge).options(num_cpus=0, scheduling_strategy=here).remote(folder / "ledger.jsonl", plan, rule)
-    stores = (ground.training_store, ground.heldout_store)
-    trial_plan = TrialPlan(bound, ground.run_folder, folder / "trials", *stores, len(plan.rungs), in_process, judge)
-    at_once = min(most_at_once(workers), concurrent or plan.trials)
-    say(f"{plan.kind}: {plan.trials} trials of {plan.total_steps} steps, {at_once} at a time")
-    with progress_lines(lambda: _sight(folder / "ledger.jsonl", at_once), PROGRESS_SECONDS, say):
-        run_trials(queue_of(judge, trial_plan.folder), trial_plan, workers, at_once)
-    ray.kill(judge)
+    controller = (
+        ray.remote(SearchController).options(num_cpus=0, scheduling_strategy=here).remote(folder / "ledger.jsonl", spec, rule)
+    )
+    stores = (inputs.training_store, inputs.heldout_store)
+    trial_context = TrialContext(bound, inputs.run_folder, folder / "trials", *stores, len(spec.rungs), in_process, controller)
+    at_once = min(most_at_once(workers), concurrent or spec.trials)
+    logger.info(f"{spec.kind}: {spec.trials} trials of {spec.total_steps} steps, {at_once} at a time")
+    with logged_progress(spec.kind, lambda: _progress(folder / "ledger.jsonl", at_once), PROGRESS_SECONDS):
+        run_trials(queue_of(controller, trial_context.folder), trial_context, workers, at_once)
+    ray.kill(controller)
     return read_ledger(folder / "ledger.jsonl")
 
 
@@ -166,17 +172,18 @@ def progress_line(search: Search, at_once: int) -> str:
     over, running = search.with_status("completed", "stopped", "failed"), search.with_status("unfinished")
     counts = {status: len(search.with_status(status)) for status in ("stopped", "failed")}
     said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    parts = [f"{len(over)}/{search.plan.trials} trials done" + (f" ({said})" if said else ""), f"{len(running)} running"]
+    parts = [f"{len(over)}/{search.spec.trials} trials done" + (f" ({said})" if said else ""), f"{len(running)} running"]
     values = [value for trial in search.with_status("completed") if (value := search.value(trial)) is not None]
     if values:
-        best = min(values) if search.plan.mode == "min" else max(values)
-        parts.append(f"best {search.plan.metric} {best:.4f}")
+        best = min(values) if search.spec.mode == "min" else max(values)
+        parts.append(f"best {search.spec.metric} {best:.4f}")
     if over:
         pace = sum(trial.seconds for trial in over) / len(over) / at_once
-        parts.append(f"{time.strftime('%H:%M:%S', time.gmtime(pace * (search.plan.trials - len(over))))} left")
+        parts.append(f"{time.strftime('%H:%M:%S', time.gmtime(pace * (search.spec.trials - len(over))))} left")
     return ", ".join(parts)
 
 
-def _sight(path: Path, at_once: int) -> Sight:
-    line = progress_line(read_ledger(path), at_once)
-    return Sight(line.rsplit(",", 1)[0], line)  # the time left alone is no news
+def _progress(path: Path, at_once: int) -> ProgressSnapshot:
+    search = read_ledger(path)
+    line, over = progress_line(search, at_once), search.with_status("completed", "stopped", "failed")
+    return ProgressSnapshot(line.rsplit(",", 1)[0], line, len(over), search.spec.trials)  # the time left alone is no news

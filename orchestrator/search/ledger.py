@@ -16,11 +16,11 @@ from orchestrator.search.ledger_records import (
     Begun,
     Decision,
     Ended,
-    Ending,
+    FinalStatus,
     Line,
     Measured,
     Rung,
-    SearchPlan,
+    SearchSpec,
     line_of,
     text_of,
 )
@@ -71,7 +71,7 @@ class Trial:
 class Search:
     """A search or comparison as its ledger tells it."""
 
-    plan: SearchPlan
+    spec: SearchSpec
     """What was asked, as said last."""
 
     starts: tuple[str, ...]
@@ -82,7 +82,7 @@ class Search:
 
     def value(self, trial: Trial) -> float | None:
         """Return what the trial is compared by, as measured last; None if it never was or is no finite number."""
-        value = trial.metrics.get(self.plan.metric)
+        value = trial.metrics.get(self.spec.metric)
         return value if value is not None and math.isfinite(value) else None
 
     def error(self, trial: Trial) -> str | None:
@@ -95,7 +95,7 @@ class Search:
             for name, value in metrics.items():
                 if value is not None and not math.isfinite(value):
                     return f"{name} is {value} after {step} steps"
-        return None if self.value(trial) is not None else f"{self.plan.metric} was not measured"
+        return None if self.value(trial) is not None else f"{self.spec.metric} was not measured"
 
     def status(self, trial: Trial) -> Status:
         """Return how the trial stands; ``unfinished`` runs still or was killed."""
@@ -112,18 +112,18 @@ class Search:
 class _Reading:
     """A ledger as far as it has been read."""
 
-    plan: SearchPlan | None = None
+    spec: SearchSpec | None = None
     starts: list[str] = field(default_factory=list)
     trials: dict[int, Trial] = field(default_factory=dict)
 
     def take(self, line: AnyLine) -> None:
         """Take one line in; ValueError if it cannot follow those before."""
-        if isinstance(line, SearchPlan):
-            if self.plan:
-                require_same(self.plan, line)
-            self.plan = line
+        if isinstance(line, SearchSpec):
+            if self.spec:
+                require_same(self.spec, line)
+            self.spec = line
             self.starts.append(line.time)
-        elif self.plan is None:
+        elif self.spec is None:
             raise ValueError(f"{line.event} stands before any line of the event search")
         elif isinstance(line, Begun):
             self.trials[line.trial] = Trial(line)
@@ -151,12 +151,12 @@ def read_ledger(path: Path) -> Search:
             reading.take(line_of(line))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
-    if reading.plan is None:
+    if reading.spec is None:
         raise ValueError(f"{path} holds no search; delete it, and the search begins anew")
-    return Search(reading.plan, tuple(reading.starts), tuple(trial for _, trial in sorted(reading.trials.items())))
+    return Search(reading.spec, tuple(reading.starts), tuple(trial for _, trial in sorted(reading.trials.items())))
 
 
-def require_same(ours: SearchPlan, theirs: SearchPlan) -> None:
+def require_same(ours: SearchSpec, theirs: SearchSpec) -> None:
     """Refuse to mix two searches in one ledger.
 
     Raises:
@@ -183,7 +183,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin_search(self, plan: SearchPlan) -> Search:
+    def begin_search(self, spec: SearchSpec) -> Search:
         """Begin the ledger, or take it up again; return what stands in it.
 
         Raises:
@@ -194,10 +194,10 @@ class Ledger:
         if self.path.exists() and self.path.stat().st_size:
             written = read_ledger(self.path)
             try:
-                require_same(_as_written(plan), written.plan)
+                require_same(_as_written(spec), written.spec)
             except ValueError as error:
-                raise ValueError(f"{self.path}: {error}\n{plan.kind}.name=... gives this one a folder of its own") from None
-        self._append(plan)
+                raise ValueError(f"{self.path}: {error}\n{spec.kind}.name=... gives this one a folder of its own") from None
+        self._append(spec)
         return read_ledger(self.path)
 
     def begun(self, trial: int, point: Mapping[str, Any], seed: int, arm: str | None = None) -> None:
@@ -211,9 +211,15 @@ class Ledger:
         self._append(Rung(trial=trial, rung=rung, step=step, metrics=dict(metrics), decision=decision, seconds=seconds))
 
     def ended(
-        self, trial: int, status: Ending, step: int, metrics: Mapping[str, float | None], seconds: float, student_tokens: int,
+        self,
+        trial: int,
+        status: FinalStatus,
+        step: int,
+        metrics: Mapping[str, float | None],
+        seconds: float,
+        student_tokens: int,
         error: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A trial came to its end; ``error`` says what it failed of."""
         self._append(
             Ended(
@@ -240,10 +246,10 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     return enumerate(whole, start=1)
 
 
-def _as_written(plan: SearchPlan) -> SearchPlan:
-    """Return the plan as a reader gets it: JSON has no tuples."""
-    written = line_of(text_of(plan))
-    assert isinstance(written, SearchPlan)
+def _as_written(spec: SearchSpec) -> SearchSpec:
+    """Return the spec as a reader gets it: JSON has no tuples."""
+    written = line_of(text_of(spec))
+    assert isinstance(written, SearchSpec)
     return written
 
 

@@ -13,7 +13,7 @@ Measured = dict[str, float | None]
 """What was measured on the held-out rows, by name; None where it was not measured."""
 
 Decision = Literal["continue", "stop"]
-Ending = Literal["completed", "stopped", "failed"]
+FinalStatus = Literal["completed", "stopped", "failed"]
 
 
 class Line(BaseModel):
@@ -25,7 +25,7 @@ class Line(BaseModel):
     """When it was written, ISO 8601, UTC."""
 
 
-class SearchPlan(Line):
+class SearchSpec(Line):
     """What is searched or compared, and by what."""
 
     event: Literal["search"] = "search"
@@ -109,7 +109,7 @@ class Ended(Line):
     trial: int = Field(ge=0)
     """Number of the trial."""
 
-    status: Ending
+    status: FinalStatus
     """How it ended."""
 
     step: int = Field(ge=0)
@@ -128,7 +128,7 @@ class Ended(Line):
     """What it failed of."""
 
 
-AnyLine = SearchPlan | Begun | Rung | Ended
+AnyLine = SearchSpec | Begun | Rung | Ended
 
 LINES: TypeAdapter[AnyLine] = TypeAdapter(Annotated[AnyLine, Field(discriminator="event")])
 

@@ -1,6 +1,6 @@
 """Ray Tune: it starts trials where there is room, and begins the next when one is over. All that is Ray Tune's stands here.
 
-Which point is tried next and which trial is stopped is not left to it: trials end by their own return, told by the judge,
+Which point is tried next and which trial is stopped is not left to it: trials end by their own return, told by the controller,
 so that Ray Train frees what it holds; Ray Tune would kill them, and their placement groups would outlive them.
 """
 
@@ -14,8 +14,8 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from actors.config.workers import WorkersConfig
-from actors.placement import read_nodes, settled_places, worker_need
-from orchestrator.search.trial import TrialPlan, run_trial
+from actors.placement import read_nodes, settled_places, worker_request
+from orchestrator.search.trial import TrialContext, run_trial
 
 
 class Trials(Protocol):
@@ -30,18 +30,18 @@ class Trials(Protocol):
         ...
 
 
-def run_trials(trials: Trials, plan: TrialPlan, workers: WorkersConfig, at_once: int) -> None:
+def run_trials(trials: Trials, context: TrialContext, workers: WorkersConfig, at_once: int) -> None:
     """Run trial after trial, up to ``at_once`` at a time, until there is none left."""
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is a KeyboardInterrupt here as everywhere
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other output speaks even when it is told to be silent
     for name in ("ray.tune", "ray.tune.execution.tune_controller", "ray.tune.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a trial's error stands in the ledger
-    storage = plan.folder / "ray_tune"
+    storage = context.folder / "ray_tune"
     shutil.rmtree(storage, ignore_errors=True)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, plan=plan), trial_resources(workers, plan.in_process)),
+        tune.with_resources(tune.with_parameters(run_trial, context=context), trial_resources(workers, context.in_process)),
         tune_config=tune.TuneConfig(
-            search_alg=_InOrder(trials), num_samples=-1, max_concurrent_trials=at_once, reuse_actors=plan.in_process
+            search_alg=_InOrder(trials), num_samples=-1, max_concurrent_trials=at_once, reuse_actors=context.in_process
         ),
         run_config=tune.RunConfig(
             name="trials", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=0)
@@ -66,7 +66,7 @@ def most_at_once(workers: WorkersConfig) -> int:
     Raises:
         ValueError: naming what a trial needs and what there is room for, if there is room for none.
     """
-    need = worker_need(workers)
+    need = worker_request(workers)
     free = settled_places(need, enough=sum(need.times_on(node) for node in read_nodes()))
     if free < workers.count:
         raise ValueError(

@@ -18,6 +18,7 @@ from actors.examples import write_atomically
 from orchestrator.config.load import dump_config
 from orchestrator.config.run import RunConfig
 from orchestrator.run.results_table import METRICS, Show, written
+from orchestrator.search.bound_space import BoundSpace
 from orchestrator.search.ledger import Search, Status, Trial
 
 STATUS_ORDER: dict[Status, int] = {"completed": 0, "stopped": 1, "unfinished": 2, "failed": 3}
@@ -36,7 +37,7 @@ def ranked(search: Search) -> list[Trial]:
     Stopped and unfinished trials are ordered by how far they came, and only then by their value: values after different
     numbers of steps cannot be compared.
     """
-    sign = 1 if search.plan.mode == "min" else -1
+    sign = 1 if search.spec.mode == "min" else -1
 
     def order(trial: Trial) -> tuple[float, ...]:
         status, value = search.status(trial), search.value(trial)
@@ -64,7 +65,7 @@ def axes_of(search: Search) -> list[str]:
 
 def metrics_of(search: Search) -> list[str]:
     """Return the names of what was measured, the metric of the search first."""
-    return list(dict.fromkeys([search.plan.metric, *(name for trial in search.trials for name in trial.metrics)]))
+    return list(dict.fromkeys([search.spec.metric, *(name for trial in search.trials for name in trial.metrics)]))
 
 
 def label_of(metric: str) -> str:
@@ -111,6 +112,13 @@ def trial_table(search: Search) -> pa.Table:
     return pa.table(columns)
 
 
+def write_results(search: Search, space: BoundSpace, folder: Path) -> None:
+    """Write ``trials.csv``, ``trials.parquet`` and, if a trial came to a measured end, ``best.yaml``."""
+    write_trial_tables(search, folder)
+    if (best := best_trial(search)) is not None:
+        write_best(search, space.config_of(best.begun.point), folder / "best.yaml")
+
+
 def write_trial_tables(search: Search, folder: Path) -> None:
     """Write ``trials.csv`` and ``trials.parquet``."""
     table = trial_table(search)
@@ -124,7 +132,7 @@ def print_trial_table(search: Search, console: Console | None = None) -> None:
     """Print the table for people, best first, failed trials last with their errors."""
     console = console or Console()
     console = console if console.is_terminal else Console(file=console.file, width=PLAIN_WIDTH)
-    metrics, axes, compares = metrics_of(search), axes_of(search), search.plan.kind == "compare"
+    metrics, axes, compares = metrics_of(search), axes_of(search), search.spec.kind == "compare"
     shown = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     shown.add_column("trial", justify="right")
     for heading in ["arm", "seed"] if compares else axes:
@@ -159,7 +167,7 @@ def write_best(search: Search, config: RunConfig, path: Path) -> Trial:
     """
     trial = best_trial(search)
     if trial is None:
-        raise ValueError(f"no trial of {search.plan.name} was completed or stopped: there is no best one to write")
+        raise ValueError(f"no trial of {search.spec.name} was completed or stopped: there is no best one to write")
     named = config.model_copy(update={"name": f"{config.name[: LONGEST_NAME - len('-best')]}-best"})
     heading = f"# {describe_best(search, trial)}\n"
     write_atomically(path, (heading + dump_config(named)).encode())
@@ -168,11 +176,11 @@ def write_best(search: Search, config: RunConfig, path: Path) -> Trial:
 
 def describe_best(search: Search, trial: Trial) -> str:
     """Return one sentence about the best trial."""
-    metric = search.plan.metric
+    metric = search.spec.metric
     measured = f"{label_of(metric)} {written_metric(metric, search.value(trial))} after {trial.step} steps"
     count = len(search.with_status("completed"))
     among = f"the best of {count} completed" if count else "stopped early, and no trial was completed"
-    return f"Trial {trial.number} of {search.plan.name}, {among}: {measured}"
+    return f"Trial {trial.number} of {search.spec.name}, {among}: {measured}"
 
 
 def _column(values: Sequence[Any]) -> pa.Array:

@@ -18,7 +18,7 @@ ASKS = 20
 """How often Optuna is asked for a point that was not tried before; a small space has many that were."""
 
 
-class PointSource(Protocol):
+class Sampler(Protocol):
     """Gives points, and hears what came of them."""
 
     def next(self) -> Point | None:
@@ -30,7 +30,7 @@ class PointSource(Protocol):
         ...
 
 
-class ListedPoints:
+class ListSampler:
     """Points that were known from the beginning: a grid, or random draws."""
 
     def __init__(self, points: Iterable[Point], tried: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -44,7 +44,7 @@ class ListedPoints:
         """A list does not learn."""
 
 
-class LearnedPoints:
+class OptunaSampler:
     """Points by Optuna's tree-structured Parzen estimator (Bergstra et al., 2011).
 
     Args:

@@ -35,7 +35,7 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PairedDifference:
     """An arm against the baseline, over the seeds that both completed."""
 
     arm: str
@@ -71,7 +71,7 @@ def summary_of(values: Sequence[float]) -> Summary:
     )
 
 
-def compare_arms(values: Mapping[str, Values], baseline: str, mode: Literal["min", "max"]) -> tuple[Comparison, ...]:
+def compare_arms(values: Mapping[str, Values], baseline: str, mode: Literal["min", "max"]) -> tuple[PairedDifference, ...]:
     """Return each other arm against the baseline, in the order of ``values``.
 
     Args:
@@ -159,13 +159,13 @@ def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:
 
 def _comparison(
     arm: str, by_seed: Values, p: float | None, p_holm: float | None, mode: Literal["min", "max"], left_out: Sequence[int]
-) -> Comparison:
+) -> PairedDifference:
     differences = list(by_seed.values())
     mean = summary_of(differences).mean
     verdict: Verdict = "not distinguishable"
     if p_holm is not None and mean is not None and p_holm < 1 - CONFIDENCE:
         verdict = "better" if (mean < 0) == (mode == "min") else "worse"
-    return Comparison(
+    return PairedDifference(
         arm, tuple(by_seed), mean, confidence_interval(differences), p, p_holm, verdict, tuple(_notes(differences, left_out))
     )
 

@@ -14,7 +14,7 @@ from actors.dataloader.sampler import steps_in
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import read_metrics
 from actors.student.loop import distil
-from actors.student.task import Exams, TrainingTask
+from actors.student.task import TrainingTask, ValidationSchedule
 from actors.student.train_checkpoints import NoCheckpoints
 from orchestrator.config.tune import rung_steps
 from orchestrator.run.models import Models
@@ -25,7 +25,7 @@ from orchestrator.search.controller import Assignment, Outcome
 
 
 @dataclass(frozen=True)
-class TrialPlan:
+class TrialContext:
     """What all trials of a search share; sent to each."""
 
     space: BoundSpace
@@ -42,11 +42,11 @@ class TrialPlan:
     """How often a trial is measured."""
     in_process: bool
     """Train in the trial's own process, which is kept for the next trial, or in Ray Train workers."""
-    judge: Any
-    """Handle of the ``Judge``."""
+    controller: Any
+    """Handle of the ``SearchController``."""
 
     def task(self, assignment: Assignment) -> TrainingTask:
-        """Return the training of a trial, with its exams.
+        """Return the training of a trial, with its validation.
 
         Raises:
             ValueError: if it has fewer steps than there are rungs.
@@ -54,14 +54,14 @@ class TrialPlan:
         config, base = self.space.config_of(assignment.point), self.space.config
         rows = len(ExampleFile(self.run_folder / "data" / "train.arrow"))
         total_steps = steps_in(rows, config.train.batch_rows, config.train.epochs)
-        exams = Exams(
+        validation = ValidationSchedule(
             trial=assignment.trial,
             steps=rung_steps(total_steps, self.rungs),
             examples=str(self.run_folder / "data" / "heldout.arrow"),
             store=str(self.heldout_store),
             top_k=base.scores.top_k,  # not the trial's own: all are measured alike
             batch_rows=base.evaluate.batch_rows,
-            judge=self.judge,
+            controller=self.controller,
         )
         return replace(
             distillation_task(config, self.run_folder, Models(config, self.run_folder), self.training_store),
@@ -69,7 +69,7 @@ class TrialPlan:
             seed=assignment.seed,
             metrics=str(self.trial_folder(assignment.trial)),
             output=None,
-            exams=exams,
+            validation=validation,
         )
 
     def trial_folder(self, trial: int) -> Path:
@@ -81,21 +81,21 @@ class TrialPlan:
         return self.trial_folder(trial) / "checkpoints"
 
 
-def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
+def run_trial(config: dict[str, Any], context: TrialContext) -> None:
     """Train and measure one student; whatever goes wrong with it is the trial's outcome, and the search goes on.
 
-    The function Ray Tune calls: ``config["trial"]`` is the trial's number, all else the judge knows.
+    The function Ray Tune calls: ``config["trial"]`` is the trial's number, all else the controller knows.
     """
     number: int = config["trial"]
-    assignment: Assignment = ray.get(plan.judge.assignment.remote(number))
+    assignment: Assignment = ray.get(context.controller.assignment.remote(number))
     error = None
-    shutil.rmtree(plan.trial_folder(number), ignore_errors=True)  # of one that was interrupted: its measures are void
+    shutil.rmtree(context.trial_folder(number), ignore_errors=True)  # of one that was interrupted: its measures are void
     try:
-        _train(plan, assignment)
+        _train(context, assignment)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
-    outcome: Outcome = ray.get(plan.judge.ended.remote(number, *spent(plan.folder, number), error))
-    shutil.rmtree(plan.checkpoints_folder(number), ignore_errors=True)
+    outcome: Outcome = ray.get(context.controller.ended.remote(number, *spent(context.folder, number), error))
+    shutil.rmtree(context.checkpoints_folder(number), ignore_errors=True)
     _tidy_up()
     ray.tune.report({"status": outcome.status, "value": outcome.value})
 
@@ -114,13 +114,13 @@ def _folder_of(trials: Path, number: int) -> Path:
     return trials / f"{number:04d}"
 
 
-def _train(plan: TrialPlan, assignment: Assignment) -> None:
-    workers = plan.space.config.workers
-    task = plan.task(assignment)
-    if plan.in_process:
+def _train(context: TrialContext, assignment: Assignment) -> None:
+    workers = context.space.config.workers
+    task = context.task(assignment)
+    if context.in_process:
         distil(task, NoCheckpoints())
     else:
-        train_model(task, workers, plan.checkpoints_folder(assignment.trial), say=lambda line: None)
+        train_model(task, workers, context.checkpoints_folder(assignment.trial))
 
 
 def _tidy_up() -> None:

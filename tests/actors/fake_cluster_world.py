@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config.workers import WorkersConfig
 from actors.engines.base import TeacherEngine, TeacherSpec
-from actors.placement import read_cluster, reserve, worker_need
+from actors.placement import read_cluster, reserve, worker_request
 from actors.teacher.pool import TeacherPool
 from orchestrator.cluster.ray_session import settle_replicas
 from tests.fakes import FakeTeacher, fake_examples, fake_spec, fake_store
@@ -81,8 +81,8 @@ def fake_cluster() -> Iterator[Cluster]:
 
 @contextmanager
 def standing_students() -> Iterator[list[str]]:
-    """Place the students and give the names of their nodes."""
-    groups = [reserve(worker_need(STUDENTS)) for _ in range(STUDENTS.count)]
+    """TargetCluster the students and give the names of their nodes."""
+    groups = [reserve(worker_request(STUDENTS)) for _ in range(STUDENTS.count)]
     students = [Student.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote() for group in groups]
     nodes = ray.get([student.where.remote() for student in students], timeout=60)
     names = names_of_nodes()

@@ -26,7 +26,7 @@ from actors.model_source import ModelSource
 from actors.models import load_model
 from actors.records import Example
 from actors.student.model import StudentWithLoss
-from actors.teacher.parity import Comparison
+from actors.teacher.parity import ScoreParity
 from actors.teacher.reference_pass import references
 from actors.teacher.replica import TeacherReplica
 from losses.config import HardLabelLoss
@@ -295,7 +295,7 @@ def test_vllm_serves_soft_caps_as_the_reference_has_them(local_ray: None, folder
     engine = EngineConfig(kind="vllm", dtype="float32", kv_cache_mib=16)
     actor = ray.remote(TeacherReplica).options(num_cpus=1, runtime_env={"env_vars": engine_environment(engine)})
     replica = actor.remote(TeacherSpec(engine, source(folder, "soft_caps"), 8, LONGEST), build_engine)
-    found = ray.get(replica.start.remote(rows), timeout=300).comparison
+    found = ray.get(replica.start.remote(rows), timeout=300).parity
     ray.kill(replica)
-    assert isinstance(found, Comparison)
+    assert isinstance(found, ScoreParity)
     assert found.largest_target_error < 1e-4 and found.topk_agreement == 1.0 and abs(found.slope - 1) < 1e-3

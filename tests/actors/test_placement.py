@@ -12,17 +12,17 @@ from ray.util import placement_group_table, remove_placement_group
 from actors.config.models import EngineConfig, EvaluateConfig
 from actors.config.workers import WorkersConfig
 from actors.placement import (
-    Need,
     Node,
+    ResourceRequest,
     evaluator_need,
     most_replicas,
     read_cluster,
     read_nodes,
-    replica_need,
+    replica_request,
     require_room,
     require_room_together,
     reserve,
-    worker_need,
+    worker_request,
     workers_beside,
 )
 
@@ -36,15 +36,15 @@ def engine(tensor_parallel: int = 4, **settings: object) -> EngineConfig:
     return EngineConfig.model_validate({"gpu": True, "tensor_parallel": tensor_parallel, **settings})
 
 
-def replica(tensor_parallel: int = 4, **settings: object) -> Need:
-    return replica_need(engine(tensor_parallel, **settings))
+def replica(tensor_parallel: int = 4, **settings: object) -> ResourceRequest:
+    return replica_request(engine(tensor_parallel, **settings))
 
 
-def worker(gpus: int = 1, **settings: object) -> Need:
-    return worker_need(WorkersConfig.model_validate({"gpus": gpus, **settings}))
+def worker(gpus: int = 1, **settings: object) -> ResourceRequest:
+    return worker_request(WorkersConfig.model_validate({"gpus": gpus, **settings}))
 
 
-def room_of(nodes: Sequence[Node], first: Need, second: Need | None, most: int = 99) -> list[int]:
+def room_of(nodes: Sequence[Node], first: ResourceRequest, second: ResourceRequest | None, most: int = 99) -> list[int]:
     return workers_beside([(one, one.total) for one in nodes], first, second, most)
 
 
@@ -186,7 +186,9 @@ def test_what_groups_hold_is_not_free() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_never_fits_is_refused_with_what_would_do(nodes: list[Node], need: Need, count: int, message: str) -> None:
+def test_what_never_fits_is_refused_with_what_would_do(
+    nodes: list[Node], need: ResourceRequest, count: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         require_room(nodes, need, count)
 
@@ -234,13 +236,13 @@ def test_nodes_are_read_with_what_groups_hold(local_ray: None) -> None:
     (there,) = read_nodes()
     assert there.total["CPU"] == 4 and "GPU" not in there.total
     before = there.free["CPU"]
-    need = worker_need(WorkersConfig(cpus=0.5, labels={"ray.io/node-id": there.labels["ray.io/node-id"]}))
+    need = worker_request(WorkersConfig(cpus=0.5, labels={"ray.io/node-id": there.labels["ray.io/node-id"]}))
     group = reserve(need)
     ray.get(group.ready(), timeout=30)
     assert placement_group_table(group)["strategy"] == "STRICT_PACK"
     assert read_nodes()[0].free["CPU"] == before - 0.5
     remove_placement_group(group)
     assert read_cluster().nodes[0].free["CPU"] == before
-    elsewhere = reserve(worker_need(WorkersConfig(cpus=0.5, labels={"role": "teacher"})))
+    elsewhere = reserve(worker_request(WorkersConfig(cpus=0.5, labels={"role": "teacher"})))
     assert not elsewhere.wait(0.5)
     remove_placement_group(elsewhere)

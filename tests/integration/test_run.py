@@ -133,9 +133,9 @@ def test_ctrl_c_ends_a_run_with_a_word(before_training: Path, output: Path) -> N
     stopped.send_signal(signal.SIGINT)
     _, errors = stopped.communicate(timeout=120)
     assert stopped.returncode == 130, errors
-    assert "error: interrupted; the same command goes on from where it stopped" in errors and "Traceback" not in errors
+    assert "error: interrupted; the same command resumes where it stopped" in errors and "Traceback" not in errors
     log = output / "undisturbed" / "error.log"
-    assert f"the whole story stands in {log}" in errors and "KeyboardInterrupt" in log.read_text()
+    assert f"the traceback is in {log}" in errors and "KeyboardInterrupt" in log.read_text()
 
 
 def test_a_run_killed_in_training_ends_with_the_weights_of_the_one_that_was_not(

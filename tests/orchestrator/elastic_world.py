@@ -18,6 +18,7 @@ from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
 from orchestrator.run.training import train_model
 from tests.actors.fake_cluster_world import SMALL, SOON, until
+from tests.logs import logged
 from tests.orchestrator.training_world import TRAIN, task_in
 
 LONG = TRAIN.model_copy(update={"epochs": 30, "checkpoint_every_steps": 2})
@@ -36,15 +37,14 @@ def drill(cluster: Cluster, folder: Path, kind: str) -> dict[str, Any]:
         What was said, and the seconds from the loss, or of a steady number from the coming of the other node, to the next step.
     """
     second = add_student_node(cluster)
-    said: list[str] = []
     workers = WorkersConfig(labels={"role": "student"}, **WORKERS[kind])
     task = task_in(folder / kind, folder / "world", train=LONG, name=kind)
 
     def steps() -> int:
         return max((int(line["step"]) for line in read_metrics(Path(task.metrics) / f"{kind}.jsonl")), default=0)
 
-    with ThreadPoolExecutor(1) as other:  # nodes come and go from the main thread only
-        training = other.submit(train_model, task, workers, folder / kind / "checkpoints", said.append)
+    with logged() as said, ThreadPoolExecutor(1) as other:  # nodes come and go from the main thread only
+        training = other.submit(train_model, task, workers, folder / kind / "checkpoints")
         until(lambda: steps() >= LOST_AFTER or training.done(), 120)
         cluster.remove_node(second, allow_graceful=False)
         began, done = time.monotonic(), steps()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.evaluation.answers import Answer
+from actors.evaluation.answers import GeneratedAnswer
 from actors.evaluation.evaluator import Evaluation, Metrics
 from actors.evaluation.token_view import TokenView
 from actors.examples import write_examples
@@ -73,7 +73,9 @@ def whole_run(folder: Path, name: str = "my-run") -> Path:
     evaluations = []
     for model, generated in (("teacher", "right"), ("student_before", EVIL), ("student_after", "")):
         right = generated == "right"
-        answers = tuple(Answer(row, f"task{row % 2}", f"ask {EVIL}", "right", generated, right, None) for row in range(6))
+        answers = tuple(
+            GeneratedAnswer(row, f"task{row % 2}", f"ask {EVIL}", "right", generated, right, None) for row in range(6)
+        )
         metrics = Metrics(0.5, 0.25, 0.75, 0.1, 1.0, None, 1000, 7, 1.0, 2.0)
         evaluations.append(Evaluation(metrics, answers, (token_view(DIVERGENCES[model]),)))
         write_evaluation(run / "evaluation" / f"{model}.json", evaluations[-1])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.search.ledger import Ledger
-from orchestrator.search.ledger_records import SearchPlan
+from orchestrator.search.ledger_records import SearchSpec
 
 RUNGS = (125, 250, 375, 500)
 EASY_RATIO = {"low": 0.1, "high": 0.9, "step": 0.2}
@@ -47,12 +47,12 @@ def fail_trial(
 
 def begin(folder: Path, **changes: Any) -> Ledger:
     """Begin a ledger in the folder; ``changes`` are made to a plan of a search of easy_ratio and easy_weight."""
-    plan: dict[str, Any] = {
+    spec: dict[str, Any] = {
         "kind": "tune", "name": "tiny_cpu", "metric": "heldout_loss", "mode": "min", "total_steps": 500, "rungs": RUNGS,
         "space": {"loss.easy_ratio": EASY_RATIO, "loss.easy_weight": {"low": 0.0, "high": 0.8, "step": 0.2}}, "trials": 12,
     }  # fmt: skip
     ledger = Ledger(folder / "ledger.jsonl")
-    ledger.begin_search(SearchPlan(**{**plan, **changes}))
+    ledger.begin_search(SearchSpec(**{**spec, **changes}))
     return ledger
 
 

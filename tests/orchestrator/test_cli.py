@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers.pre_tokenizers import Whitespace
 
-from orchestrator.cli import COMMANDS, OTHERS, TRIALS, build_parser, main
+from orchestrator.cli import OTHERS, PIPELINE, TRIALS, build_parser, main
 from orchestrator.config.load import load_config
 from orchestrator.run.pipeline import STAGES
 from tests.worlds import tiny_llama, word_tokenizer
@@ -53,7 +53,7 @@ def test_config_prints_what_a_file_could_hold(capsys: pytest.CaptureFixture[str]
 
 
 def test_overrides_may_be_left_out_and_the_usage_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (*COMMANDS, *TRIALS, *OTHERS):
+    for command in (*PIPELINE, *TRIALS, *OTHERS):
         with pytest.raises(SystemExit) as ended:
             main([command])
         assert ended.value.code == 2
@@ -84,7 +84,7 @@ def test_a_library_that_cannot_be_imported_is_named_without_a_traceback(tmp_path
     said, kept = done.stderr.splitlines()[-2:]
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert said.startswith("error: what every command needs cannot be imported (ImportError: libfoo.so is not there); make setup")
-    assert "libfoo.so" in Path(kept.removeprefix("the whole story stands in ")).read_text()
+    assert "libfoo.so" in Path(kept.removeprefix("the traceback is in ")).read_text()
 
 
 def test_a_plan_of_what_cannot_be_leaves_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_plan_says_what_the_models_cannot_take(capsys: pytest.CaptureFixture[s
 
 
 def test_every_command_leads_to_a_stage() -> None:
-    assert {stage for stage, _ in COMMANDS.values()} == set(STAGES)
+    assert {stage for stage, _ in PIPELINE.values()} == {*STAGES, "report"}
 
 
 @pytest.mark.parametrize(

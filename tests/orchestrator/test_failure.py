@@ -17,7 +17,7 @@ from orchestrator.cluster import signals as sigterm
 from orchestrator.cluster.ray_session import RayFailed
 from orchestrator.config.load import load_config
 from orchestrator.error_log import write_traceback, write_traceback_elsewhere
-from orchestrator.failure import Verdict, guarded, judge
+from orchestrator.failure import Verdict, classify, guarded
 from orchestrator.run.run_dir import RunDirError
 from orchestrator.run.training import TrainingFailed
 
@@ -33,7 +33,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/store/shard-00001.arro
 @pytest.mark.parametrize(
     ("error", "exit_code", "message"),
     [
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from where it stopped"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command resumes where it stopped"),
         (ValueError("loss.easy_ratio 3"), 2, "loss.easy_ratio 3"),
         (StoreMismatch("other scores"), 2, "other scores"),
         (RayTaskError("score", "trace", ValueError("row 7 is wrong")), 2, "row 7 is wrong"),
@@ -54,7 +54,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/store/shard-00001.arro
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 def test_each_failure_has_an_exit_code_and_a_few_words(error: BaseException, exit_code: int, message: str) -> None:
-    verdict = judge(error)
+    verdict = classify(error)
     assert verdict.exit_code == exit_code
     assert verdict.message.startswith(message)
 
@@ -70,11 +70,11 @@ def test_the_whole_story_is_kept_where_that_is_possible(tmp_path: Path) -> None:
         elsewhere = write_traceback_elsewhere(error)
         assert elsewhere is not None and "KeyError: 'x'" in elsewhere.read_text() and elsewhere.stat().st_mode & 0o077 == 0
         elsewhere.unlink()
-    assert isinstance(judge(KeyError("x")), Verdict)
+    assert isinstance(classify(KeyError("x")), Verdict)
 
 
-def raising(error: Exception) -> Callable[[Callable[[str], None]], int]:
-    def work(say: Callable[[str], None]) -> int:
+def raising(error: Exception) -> Callable[[], int]:
+    def work() -> int:
         raise error
 
     return work
@@ -93,13 +93,13 @@ def test_an_error_that_says_little_is_kept_somewhere(tmp_path: Path, capsys: pyt
     config = load_config("configs/tiny_cpu.yaml", [f"output={tmp_path}"])
     assert guarded(config, raising(KeyError("x"))) == 1
     said, kept = capsys.readouterr().err.splitlines()
-    log = Path(kept.removeprefix("the whole story stands in "))
+    log = Path(kept.removeprefix("the traceback is in "))
     assert said == "error: KeyError: 'x'" and log.suffix == ".log" and "KeyError: 'x'" in log.read_text()
     log.unlink()
     config.run_dir.mkdir()
     (config.run_dir / "config.yaml").write_text("")
     assert guarded(config, raising(KeyError("x"))) == 1
-    assert capsys.readouterr().err.endswith(f"the whole story stands in {config.run_dir / 'error.log'}\n")
+    assert capsys.readouterr().err.endswith(f"the traceback is in {config.run_dir / 'error.log'}\n")
     (config.run_dir / "error.log").unlink()
     assert guarded(config, raising(ValueError("no")), of_the_run=False) == 2  # a plan is not the run
     assert guarded(config, raising(RunDirError("another process works there"))) == 2
@@ -110,7 +110,7 @@ def test_sigterm_ends_a_command_in_order(tmp_path: Path, capsys: pytest.CaptureF
     before = signal.getsignal(signal.SIGTERM)
     given_back = []
 
-    def work(say: Callable[[str], None]) -> int:
+    def work() -> int:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
@@ -123,7 +123,7 @@ def test_sigterm_ends_a_command_in_order(tmp_path: Path, capsys: pytest.CaptureF
     finally:
         signal.signal(signal.SIGTERM, before)
     assert given_back == [True]
-    assert "error: terminated; the same command goes on from where it stopped" in capsys.readouterr().err
+    assert "error: terminated; the same command resumes where it stopped" in capsys.readouterr().err
 
 
 def test_sigterm_does_what_ctrl_c_would_and_is_told_from_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +135,7 @@ def test_sigterm_does_what_ctrl_c_would_and_is_told_from_it(tmp_path: Path, caps
         called.append(number)
         sys.exit(0)
 
-    def terminated(say: Callable[[str], None]) -> int:
+    def terminated() -> int:
         signal.signal(signal.SIGINT, as_ray_train_does)
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -144,7 +144,7 @@ def test_sigterm_does_what_ctrl_c_would_and_is_told_from_it(tmp_path: Path, caps
             raise TrainingFailed("train: its workers are gone") from None
         return 0
 
-    def failed(say: Callable[[str], None]) -> int:
+    def failed() -> int:
         raise TrainingFailed("train: worker 0 failed")
 
     config.run_dir.mkdir()
@@ -156,9 +156,9 @@ def test_sigterm_does_what_ctrl_c_would_and_is_told_from_it(tmp_path: Path, caps
         for number, handler in zip(before, handlers, strict=True):
             signal.signal(number, handler)
     assert called == [signal.SIGINT]
-    log = f"the whole story stands in {config.run_dir / 'error.log'}"
+    log = f"the traceback is in {config.run_dir / 'error.log'}"
     assert capsys.readouterr().err.splitlines() == [
-        "error: terminated; the same command goes on from where it stopped", log, "error: train: worker 0 failed", log,
+        "error: terminated; the same command resumes where it stopped", log, "error: train: worker 0 failed", log,
     ]  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def task_in(folder: Path, world: Path, **changes: Any) -> TrainingTask:
 
 def trained(task: TrainingTask, folder: Path, workers: int = 1) -> dict[str, torch.Tensor]:
     """Train and return the finished weights."""
-    train_model(task, WorkersConfig(count=workers, cpus=1), folder / "checkpoints", say=lambda line: None)
+    train_model(task, WorkersConfig(count=workers, cpus=1), folder / "checkpoints")
     return weights_of(task)
 
 

@@ -20,12 +20,12 @@ from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
 from orchestrator.search.bound_space import BoundSpace, search_of
-from orchestrator.search.controller import Assignment, Judge
-from orchestrator.search.driver import Ground, TrialQueue, assignments_to_repeat, begin_ledger, run_search
+from orchestrator.search.controller import Assignment, SearchController
+from orchestrator.search.driver import SharedInputs, TrialQueue, assignments_to_repeat, begin_ledger, run_search
 from orchestrator.search.ledger import Ledger, Search
 from orchestrator.search.pruning import StoppingRule
-from orchestrator.search.trial import TrialPlan
-from orchestrator.search.tune import plan_of, source_of
+from orchestrator.search.trial import TrialContext
+from orchestrator.search.tune import source_of, spec_of
 from tests.worlds import VOCAB, random_examples, scores_from_logits, tiny_llama
 
 TRAIN_ROWS, HELDOUT_ROWS, TOP_K = 32, 7, 8
@@ -58,13 +58,15 @@ def config_in(folder: Path, **sections: Any) -> RunConfig:
 def scored_run(folder: Path, **sections: Any) -> RunConfig:
     """Make a run whose scores stand, so that a search begins with its trials; return its configuration."""
     config = unscored_run(folder, **sections)
-    with RunDir.open(config, say=lambda line: None) as books:
-        stage = ScoringStage(config, books, Models(config, books.path))
+    with RunDir.open(
+        config,
+    ) as run_dir:
+        stage = ScoringStage(config, run_dir, Models(config, run_dir.path))
         assert stage.training_store is not None
-        fill(stage.training_store, ExampleFile(books.path / "data" / "train.arrow"), seed=5)
-        fill(stage.heldout_store, ExampleFile(books.path / "data" / "heldout.arrow"), seed=6)
+        fill(stage.training_store, ExampleFile(run_dir.path / "data" / "train.arrow"), seed=5)
+        fill(stage.heldout_store, ExampleFile(run_dir.path / "data" / "heldout.arrow"), seed=6)
         facts = {"tokens": 100, "seconds": 1.0}
-        books.finish("score", {"train": facts, "heldout": facts, "seconds": 2.0})
+        run_dir.finish("score", {"train": facts, "heldout": facts, "seconds": 2.0})
     return config
 
 
@@ -74,14 +76,16 @@ def unscored_run(folder: Path, **sections: Any) -> RunConfig:
         if not (folder / name).exists():
             tiny_llama(folder / name, seed=seed)
     config = config_in(folder, **sections)
-    with RunDir.open(config, say=lambda line: None) as books:
-        (books.path / "data").mkdir()
-        write_examples(books.path / "data" / "train.arrow", random_examples(TRAIN_ROWS, seed=3))
-        write_examples(books.path / "data" / "heldout.arrow", random_examples(HELDOUT_ROWS, seed=4))
-        models = Models(config, books.path)
+    with RunDir.open(
+        config,
+    ) as run_dir:
+        (run_dir.path / "data").mkdir()
+        write_examples(run_dir.path / "data" / "train.arrow", random_examples(TRAIN_ROWS, seed=3))
+        write_examples(run_dir.path / "data" / "heldout.arrow", random_examples(HELDOUT_ROWS, seed=4))
+        models = Models(config, run_dir.path)
         teacher = models.begun("teacher")  # the student may be one that is not there
         load_tokenizer(teacher.name, None, teacher.trust_remote_code).save_pretrained(models.tokenizer_folder)
-        books.finish("prepare", {"counts": {}, "source_sha256": None, "seconds": 0.0})
+        run_dir.finish("prepare", {"counts": {}, "source_sha256": None, "seconds": 0.0})
     return config
 
 
@@ -94,34 +98,37 @@ def fill(store: ScoreStore, examples: ExampleFile, seed: int) -> None:
         store.write_shard(shard, mine, [scores_from_logits(*both, TOP_K) for both in zip(mine, logits, strict=True)])
 
 
-def ground_of(config: RunConfig) -> Ground:
+def ground_of(config: RunConfig) -> SharedInputs:
     """What the trials of a scored run stand on."""
     stores = json.loads((config.run_dir / "scores.json").read_text())
     steps = steps_in(TRAIN_ROWS, config.train.batch_rows, config.train.epochs)
-    return Ground(config.run_dir, Path(stores["train"]), Path(stores["heldout"]), steps)
+    return SharedInputs(config.run_dir, Path(stores["train"]), Path(stores["heldout"]), steps)
 
 
 def search(config: RunConfig, folder: Path, at_once: int = 2) -> Search:
     """Run the search of the section ``tune``, or go on with it, as the command does once the scores stand."""
     bound, ground, tune = search_of(config), ground_of(config), config.tune
-    plan = plan_of(config, ground)
-    found = begin_ledger(folder, plan, say=lambda line: None)
+    spec = spec_of(config, ground)
+    found = begin_ledger(folder, spec)
 
-    def queue_of(judge: Any, trials: Path) -> TrialQueue:
-        return TrialQueue(judge, trials, source_of(bound, found), assignments_to_repeat(found), len(found.trials), config.seed)
+    def queue_of(controller: Any, trials: Path) -> TrialQueue:
+        return TrialQueue(
+            controller, trials, source_of(bound, found), assignments_to_repeat(found), len(found.trials), config.seed
+        )
 
     rule = StoppingRule(tune.scheduler, tune.direction, tune.reduction)
     return run_search(
-        bound, ground, folder, plan, rule, lambda line: None, queue_of, in_process=tune.trials_in == "reused_process",
-        concurrent=at_once,
+        bound, ground, folder, spec, rule, queue_of, in_process=tune.trials_in == "reused_process", concurrent=at_once,
     )  # fmt: skip
 
 
-def trial_plan(config: RunConfig, folder: Path, judge: Any = None) -> TrialPlan:
+def trial_context(config: RunConfig, folder: Path, controller: Any = None) -> TrialContext:
     """What the trials of a search in ``folder`` are told, if they train in the process that is asked."""
     ground, bound = ground_of(config), BoundSpace(config, config.tune.searched)
     stores = (ground.training_store, ground.heldout_store)
-    return TrialPlan(bound, ground.run_folder, folder / "trials", *stores, config.tune.rungs, in_process=True, judge=judge)
+    return TrialContext(
+        bound, ground.run_folder, folder / "trials", *stores, config.tune.rungs, in_process=True, controller=controller
+    )
 
 
 def measures_of(config: RunConfig, folder: Path, assignments: list[Assignment]) -> list[list[dict[str, Any]]]:
@@ -130,14 +137,16 @@ def measures_of(config: RunConfig, folder: Path, assignments: list[Assignment]) 
     from actors.student.train_checkpoints import NoCheckpoints
 
     shutil.rmtree(folder, ignore_errors=True)
-    plan = plan_of(config, ground_of(config))
-    Ledger(folder / "ledger.jsonl").begin_search(plan)
-    judge = ray.remote(Judge).options(num_cpus=0).remote(folder / "ledger.jsonl", plan, StoppingRule("none", "min"))
+    spec = spec_of(config, ground_of(config))
+    Ledger(folder / "ledger.jsonl").begin_search(spec)
+    controller = (
+        ray.remote(SearchController).options(num_cpus=0).remote(folder / "ledger.jsonl", spec, StoppingRule("none", "min"))
+    )
     for assignment in assignments:
-        ray.get(judge.begin.remote(assignment))
-        distil(trial_plan(config, folder, judge).task(assignment), NoCheckpoints())
-        ray.get(judge.ended.remote(assignment.trial, 12, 0))
-    found: Search = ray.get(judge.search.remote())
-    ray.kill(judge)
+        ray.get(controller.begin.remote(assignment))
+        distil(trial_context(config, folder, controller).task(assignment), NoCheckpoints())
+        ray.get(controller.ended.remote(assignment.trial, 12, 0))
+    found: Search = ray.get(controller.search.remote())
+    ray.kill(controller)
     assert all(rung.step == step for trial in found.trials for rung, step in zip(trial.rungs, rung_steps(12, 3), strict=True))
     return [[dict(rung.metrics) for rung in trial.rungs] for trial in found.trials]

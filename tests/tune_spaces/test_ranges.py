@@ -65,7 +65,7 @@ def test_a_logarithmic_range_is_drawn_evenly_in_the_logarithm() -> None:
     assert 400 < ones < 600
 
 
-class Asked:
+class PlanOptions:
     """Picks the last choice and the upper end, and keeps what it was asked."""
 
     def __init__(self) -> None:
@@ -86,11 +86,11 @@ class Asked:
 
 
 def test_a_stepped_draw_is_the_grids_own_number() -> None:
-    assert 0.1 + 3 * 0.2 != 0.7 == Range(low=0.1, high=0.9, step=0.2).suggest(Asked(), "x")
+    assert 0.1 + 3 * 0.2 != 0.7 == Range(low=0.1, high=0.9, step=0.2).suggest(PlanOptions(), "x")
 
 
 def test_a_choice_gives_back_whole_sections_and_is_not_asked_about_one_value() -> None:
-    asked = Asked()
+    asked = PlanOptions()
     assert Choice(values=(None, {"rank": 4})).suggest(asked, "lora") == {"rank": 4}
     assert Choice(values=("batch",)).suggest(asked, "scope") == "batch"
     assert asked.names == ["lora"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.tune_spaces.test_ranges import Asked
+from tests.tune_spaces.test_ranges import PlanOptions
 from tune_spaces.registry import SPACES, space_named
 from tune_spaces.space import Space, read_space
 
@@ -39,7 +39,7 @@ def test_a_knob_exists_only_in_its_branch(space: Space) -> None:
 
 
 def test_a_trial_is_asked_for_the_branch_and_its_own_knobs(space: Space) -> None:
-    asked = Asked()
+    asked = PlanOptions()
     assert space.suggest(asked) == {"common": 1.5, "kind": "knobbed", "kind.knob": 3}
     assert asked.names == ["common", "branch", "knobbed: kind.knob"]
 

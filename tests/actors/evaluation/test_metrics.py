@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.evaluation.metrics import CALIBRATION_BINS, HeldoutRows, Tally, batches_by_length
+from actors.evaluation.metrics import CALIBRATION_BINS, HeldoutMetrics, HeldoutRows, batches_by_length
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
 from tests.worlds import VOCAB, scored_world
@@ -16,7 +16,7 @@ ROWS, TOP_K = 9, 8
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExampleFile, ScoreStore]:
-    path, store = scored_world(tmp_path_factory.mktemp("tally"), ROWS, TOP_K)
+    path, store = scored_world(tmp_path_factory.mktemp("metrics"), ROWS, TOP_K)
     return ExampleFile(path), store
 
 
@@ -29,12 +29,12 @@ def logits_of(positions: np.ndarray, examples: ExampleFile) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def counted(world: tuple[ExampleFile, ScoreStore], batch_rows: int) -> Tally:
+def counted(world: tuple[ExampleFile, ScoreStore], batch_rows: int) -> HeldoutMetrics:
     examples, store = world
-    rows, tally = HeldoutRows(examples, store, TOP_K, VOCAB), Tally()
+    rows, metrics = HeldoutRows(examples, store, TOP_K, VOCAB), HeldoutMetrics()
     for positions in batches_by_length(examples.lengths, batch_rows):
-        tally.add_logits(logits_of(positions, examples), rows.batch(positions))
-    return tally
+        metrics.add_logits(logits_of(positions, examples), rows.batch(positions))
+    return metrics
 
 
 def measured_slowly(examples: ExampleFile, store: ScoreStore) -> dict[str, float]:
@@ -80,15 +80,15 @@ def test_blocks_of_targets_add_up(world: tuple[ExampleFile, ScoreStore], monkeyp
 @pytest.mark.parametrize("spoiled", [math.nan, math.inf])
 def test_one_logit_that_is_not_finite_spoils_the_sums_for_good(world: tuple[ExampleFile, ScoreStore], spoiled: float) -> None:
     examples, store = world
-    tally, positions = counted(world, 4), np.arange(3)
-    tally.require_finite("student")
+    metrics, positions = counted(world, 4), np.arange(3)
+    metrics.require_finite("student")
     logits = logits_of(positions, examples)
     logits[2, 5] = spoiled
     rows = HeldoutRows(examples, store, TOP_K, VOCAB)
-    tally.add_logits(logits, rows.batch(positions))
-    tally.add_logits(logits_of(positions, examples), rows.batch(positions))
+    metrics.add_logits(logits, rows.batch(positions))
+    metrics.add_logits(logits_of(positions, examples), rows.batch(positions))
     with pytest.raises(ValueError, match="the logits of student are not finite on the held-out rows; its training diverged"):
-        tally.require_finite("student")
+        metrics.require_finite("student")
 
 
 def test_batches_hold_every_row_once_the_longest_first() -> None:

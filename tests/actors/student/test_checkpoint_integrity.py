@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.student.checkpoint_integrity import damage, damaged_checkpoints, seal, set_aside
+from actors.student.checkpoint_integrity import damage, damaged_checkpoints, set_aside, write_checksums
 
 
 def checkpoint(folder: Path, workers: int = 2) -> Path:
@@ -19,7 +19,7 @@ def checkpoint(folder: Path, workers: int = 2) -> Path:
         for index in range(3):
             (part / f"__{rank}_{index}.distcp").write_bytes(bytes(range(rank + index, 200)))
         (part / ("progress.json" if rank == 0 else "other.json")).write_text('{"step": 3}')
-        seal(part, rank, workers)
+        write_checksums(part, rank, workers)
         for path in part.iterdir():
             path.rename(whole / path.name)
     return whole
@@ -43,17 +43,17 @@ def lose(folder: Path) -> str:
 
 
 def lose_the_list(folder: Path) -> str:
-    (folder / "seal-1.json").unlink()
+    (folder / "checksums-1.json").unlink()
     return "its list of files cannot be read (FileNotFoundError: "
 
 
 def cut_the_list(folder: Path) -> str:
-    (folder / "seal-0.json").write_text((folder / "seal-0.json").read_text()[:30])
+    (folder / "checksums-0.json").write_text((folder / "checksums-0.json").read_text()[:30])
     return "its list of files cannot be read (JSONDecodeError: "
 
 
 def empty_the_list(folder: Path) -> str:
-    (folder / "seal-0.json").write_text("[]")
+    (folder / "checksums-0.json").write_text("[]")
     return "its list of files cannot be read (TypeError: "
 
 

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from actors.config.models import LoraAdapter, OptimizerConfig, TrainConfig
 from actors.evaluation.evaluator import predict_rows
-from actors.evaluation.metrics import HeldoutRows, Tally
+from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.monitors.metrics_log import read_metrics
 from actors.score_store.store import ScoreStore
 from actors.student.loop import distil
-from actors.student.task import Exams, TrainingTask
+from actors.student.task import TrainingTask, ValidationSchedule
 from actors.student.train_checkpoints import NoCheckpoints
 from losses.config import AtkdLoss
 from tests.actors.witness import Witness
@@ -36,10 +36,16 @@ ADAPTERS = LoraAdapter(rank=2, dropout=0.3)
 CUTS: tuple[Any, ...] = ("replicate", "fsdp")
 
 
-def exams_of(world: Path, judge: Any) -> Exams:
+def exams_of(world: Path, controller: Any) -> ValidationSchedule:
     """Seven rows, three at a time: a second rank has none in the last turn."""
-    return Exams(
-        7, STEPS, str(world / "heldout" / "train.arrow"), str(world / "heldout" / "store"), top_k=8, batch_rows=3, judge=judge
+    return ValidationSchedule(
+        7,
+        STEPS,
+        str(world / "heldout" / "train.arrow"),
+        str(world / "heldout" / "store"),
+        top_k=8,
+        batch_rows=3,
+        controller=controller,
     )
 
 
@@ -54,12 +60,12 @@ def task_in(folder: Path, world: Path, **changes: Any) -> TrainingTask:
 
 @pytest.fixture(scope="module")
 def witness(local_ray: None) -> Any:
-    """One judge for all tests: the start of a process takes longer than any of them."""
-    return ray.remote(Witness).options(num_cpus=0, name="witness", namespace="exams").remote()
+    """One controller for all tests: the start of a process takes longer than any of them."""
+    return ray.remote(Witness).options(num_cpus=0, name="witness", namespace="validation").remote()
 
 
 def heard_of(witness: Any, task: TrainingTask, checkpoints: Any = None, last_rung: int | None = None) -> list[Any]:
-    """Train a student, and return what its judge hears, who says stop at a rung."""
+    """Train a student, and return what its controller hears, who says stop at a rung."""
     ray.get(witness.begin.remote(last_rung))
     distil(task, checkpoints or NoCheckpoints())
     heard: list[Any] = ray.get(witness.heard.remote())
@@ -78,7 +84,7 @@ def steps_of(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, held-out rows, what a random teacher says of them, and a model with dropout in its attention."""
-    folder = tmp_path_factory.mktemp("exams")
+    folder = tmp_path_factory.mktemp("validation")
     scored_world(folder, rows=24)
     scored_world(folder / "heldout", rows=7, seed=9)
     config = tiny_llama(folder / "model", seed=1) / "config.json"
@@ -88,9 +94,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def examined(witness: Any, world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """One worker that goes on to the end; what its judge heard."""
+    """One worker that goes on to the end; what its controller heard."""
     folder = tmp_path_factory.mktemp("examined")
-    return folder, heard_of(witness, task_in(folder, world, exams=exams_of(world, witness)))
+    return folder, heard_of(witness, task_in(folder, world, validation=exams_of(world, witness)))
 
 
 @pytest.mark.ray
@@ -104,8 +110,8 @@ def test_a_student_is_examined_after_the_steps_that_were_named(examined: tuple[P
 def test_it_is_measured_as_the_evaluator_measures_the_finished_model(world: Path, examined: tuple[Path, list[Any]]) -> None:
     folder, heard = examined
     model = AutoModelForCausalLM.from_pretrained(folder / "student").eval()
-    exams = exams_of(world, None)
-    tally = predict_rows(model, ExampleFile(Path(exams.examples)), ScoreStore(Path(exams.store)), 8, 7, "student")
+    validation = exams_of(world, None)
+    tally = predict_rows(model, ExampleFile(Path(validation.examples)), ScoreStore(Path(validation.store)), 8, 7, "student")
     assert heard[-1][2] == pytest.approx(tally.measures(), abs=1e-6)
     assert set(heard[-1][2]) == {"heldout_loss", "kl_to_teacher", "top1_agreement", "calibration_error"}
 
@@ -114,8 +120,8 @@ def test_it_is_measured_as_the_evaluator_measures_the_finished_model(world: Path
 @pytest.mark.parametrize("lora", [None, ADAPTERS], ids=["all weights", "adapters"])
 def test_exams_change_nothing(witness: Any, world: Path, tmp_path: Path, lora: LoraAdapter | None) -> None:
     """Bit for bit, with dropout; the second runs in a process in which a student was trained before, as a trial does."""
-    for name, exams in (("plain", None), ("examined", exams_of(world, witness))):
-        assert bool(heard_of(witness, task_in(tmp_path / name, world, lora=lora, exams=exams))) == (name == "examined")
+    for name, validation in (("plain", None), ("examined", exams_of(world, witness))):
+        assert bool(heard_of(witness, task_in(tmp_path / name, world, lora=lora, validation=validation))) == (name == "examined")
         torch.rand(11)  # another trial of the process draws, too
     plain, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "examined")
     assert all(torch.equal(plain[name], other[name]) for name in plain) and plain.keys() == other.keys()
@@ -126,7 +132,7 @@ def test_exams_change_nothing(witness: Any, world: Path, tmp_path: Path, lora: L
 @pytest.mark.ray
 def test_a_student_that_is_told_to_stop_stops(witness: Any, world: Path, tmp_path: Path) -> None:
     kept = Kept()
-    heard = heard_of(witness, task_in(tmp_path, world, output=None, exams=exams_of(world, witness)), kept, last_rung=0)
+    heard = heard_of(witness, task_in(tmp_path, world, output=None, validation=exams_of(world, witness)), kept, last_rung=0)
     assert steps_of(tmp_path) == [1, 2] and len(heard) == 1
     assert kept.steps == [1], "none after the step that was its last"
     assert not (tmp_path / "student").exists()
@@ -136,16 +142,16 @@ def test_a_student_that_is_told_to_stop_stops(witness: Any, world: Path, tmp_pat
 def test_an_exam_comes_before_the_checkpoint_of_its_step(witness: Any, world: Path, tmp_path: Path) -> None:
     """Workers that take up the checkpoint of a step never come by its exam again."""
     kept = Kept(lambda: len(ray.get(witness.heard.remote())))
-    heard_of(witness, task_in(tmp_path, world, output=None, exams=exams_of(world, witness)), kept)
+    heard_of(witness, task_in(tmp_path, world, output=None, validation=exams_of(world, witness)), kept)
     assert kept.steps == [1, 2, 3, 4, 5] and kept.told == [0, 1, 1, 1, 2]
 
 
 @pytest.mark.ray
 def test_a_student_whose_logits_are_not_finite_is_refused_by_name(witness: Any, world: Path, tmp_path: Path) -> None:
     hot = TRAIN.model_copy(update={"optimizer": OptimizerConfig(learning_rate=1e12, clip_norm=None, warmup_ratio=0.0)})
-    exams = replace(exams_of(world, witness), steps=(1, 6))
+    validation = replace(exams_of(world, witness), steps=(1, 6))
     with pytest.raises(ValueError, match="the logits of train are not finite on the held-out rows; its training diverged"):
-        heard_of(witness, task_in(tmp_path, world, output=None, train=hot, exams=exams))
+        heard_of(witness, task_in(tmp_path, world, output=None, train=hot, validation=validation))
     assert ray.get(witness.heard.remote()) == []
 
 
@@ -170,18 +176,20 @@ def rank_main(rank: int, world: Path, address: str) -> None:
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(world / "rendezvous"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    judge = None
-    if rank == 0:  # who alone speaks to the judge
-        ray.init(address=address, namespace="exams", log_to_driver=False, logging_level="ERROR")
-        judge = ray.get_actor("witness")
+    controller = None
+    if rank == 0:  # who alone speaks to the controller
+        ray.init(address=address, namespace="validation", log_to_driver=False, logging_level="ERROR")
+        controller = ray.get_actor("witness")
     for cut in CUTS:
         train = TRAIN.model_copy(update={"sharding": cut})
-        task = task_in(world / cut, world, model=ModelSource(str(world / "plain")), train=train, exams=exams_of(world, judge))
+        task = task_in(
+            world / cut, world, model=ModelSource(str(world / "plain")), train=train, validation=exams_of(world, controller)
+        )
         distil(task, NoCheckpoints())
         (world / f"{cut} {rank}").touch()
-    exams = exams_of(world, judge)
-    rows = HeldoutRows(ExampleFile(Path(exams.examples)), ScoreStore(Path(exams.store)), 8, VOCAB)
-    batch, tally = rows.batch(np.arange(7)), Tally()
+    validation = exams_of(world, controller)
+    rows = HeldoutRows(ExampleFile(Path(validation.examples)), ScoreStore(Path(validation.store)), 8, VOCAB)
+    batch, tally = rows.batch(np.arange(7)), HeldoutMetrics()
     tally.add_logits(torch.full((len(batch.targets), VOCAB), 0.0 if rank == 0 else torch.nan), batch)
     tally.sum_over_workers(torch.device("cpu"))
     try:
@@ -193,7 +201,7 @@ def rank_main(rank: int, world: Path, address: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(witness: Any, world: Path) -> tuple[Path, list[Any]]:
-    """What two ranks left behind, and what their judge heard."""
+    """What two ranks left behind, and what their controller heard."""
     tiny_llama(world / "plain", seed=1)  # without dropout, which two ranks draw otherwise than one
     address = ray.get_runtime_context().gcs_address
     ray.get(witness.begin.remote(1))
@@ -207,7 +215,7 @@ def test_two_ranks_measure_what_one_does_and_stop_together(
     two_ranks: tuple[Path, list[Any]], witness: Any, cut: str, tmp_path: Path
 ) -> None:
     world, heard = two_ranks
-    task = task_in(tmp_path, world, model=ModelSource(str(world / "plain")), exams=exams_of(world, witness))
+    task = task_in(tmp_path, world, model=ModelSource(str(world / "plain")), validation=exams_of(world, witness))
     alone = heard_of(witness, task, last_rung=1)
     mine = heard[2 * CUTS.index(cut) :][:2]
     for (rung, step, measures), (expected_rung, expected_step, expected) in zip(mine, alone, strict=True):

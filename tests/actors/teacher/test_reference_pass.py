@@ -14,7 +14,7 @@ from actors.engines.build import build_engine
 from actors.model_source import ModelSource
 from actors.records import Example, example_key
 from actors.teacher import reference_pass as forward_pass
-from actors.teacher.parity import Comparison
+from actors.teacher.parity import ScoreParity
 from actors.teacher.reference_pass import PROBE_TARGETS, beginning, count_weights, references
 from actors.teacher.replica import TeacherReplica
 from tests.fakes import fake_spec
@@ -34,14 +34,14 @@ def spec_of(teacher: ModelSource, dtype: DType = "float32") -> TeacherSpec:
 
 def test_a_replica_compares_what_it_serves_when_it_starts(teacher: ModelSource) -> None:
     rows = random_examples(4, seed=2)
-    found = TeacherReplica(spec_of(teacher), build_engine).start(rows).comparison
-    assert isinstance(found, Comparison)
+    found = TeacherReplica(spec_of(teacher), build_engine).start(rows).parity
+    assert isinstance(found, ScoreParity)
     assert found.targets == sum(len(row.targets) for row in rows)
     assert found.largest_target_error < 1e-5 and found.topk_agreement == 1.0 and abs(found.slope - 1) < 1e-4
     assert found.error_one_earlier > 0.1 and found.error_one_later > 0.1
-    rough = TeacherReplica(spec_of(teacher, "bfloat16"), build_engine).start(rows).comparison
-    assert isinstance(rough, Comparison) and 1e-5 < rough.largest_target_error < 0.3
-    assert TeacherReplica(spec_of(teacher), build_engine).start().comparison is None
+    rough = TeacherReplica(spec_of(teacher, "bfloat16"), build_engine).start(rows).parity
+    assert isinstance(rough, ScoreParity) and 1e-5 < rough.largest_target_error < 0.3
+    assert TeacherReplica(spec_of(teacher), build_engine).start().parity is None
 
 
 def test_the_row_that_is_furthest_off_is_named(teacher: ModelSource) -> None:
@@ -59,8 +59,8 @@ def test_the_row_that_is_furthest_off_is_named(teacher: ModelSource) -> None:
                 for row, one in zip(examples, scores, strict=True)
             ]
 
-    found = TeacherReplica(spec_of(teacher), OffInOneRow).start(rows).comparison  # type: ignore[arg-type]
-    assert isinstance(found, Comparison) and found.furthest_row == 102
+    found = TeacherReplica(spec_of(teacher), OffInOneRow).start(rows).parity  # type: ignore[arg-type]
+    assert isinstance(found, ScoreParity) and found.furthest_row == 102
     assert found.largest_target_error == pytest.approx(0.5, abs=1e-4)
 
 
@@ -89,7 +89,7 @@ def test_a_teacher_that_does_not_fit_is_not_compared_and_that_is_said(
     monkeypatch.setattr(forward_pass, "free_memory", lambda device: 1000)
     started = TeacherReplica(spec_of(teacher), build_engine).start(random_examples(2, seed=2))
     assert started.vocab_size == VOCAB
-    assert started.comparison == "in float32 the teacher takes 0.0 GiB, and its replica finds 0.0 GiB free (CPU)"
+    assert started.parity == "in float32 the teacher takes 0.0 GiB, and its replica finds 0.0 GiB free (CPU)"
 
 
 def test_a_quantized_teacher_is_not_compared_and_that_is_said(teacher: ModelSource, tmp_path: Path) -> None:

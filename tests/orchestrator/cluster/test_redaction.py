@@ -66,9 +66,9 @@ def test_no_file_of_a_run_holds_a_secret(
     run = whole_run(tmp_path / "run")
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
     answers = run / "evaluation" / "student_after.json"
-    books = RunDir(run)
-    note_process(books)
-    books.event("something", message=everything, parts=[{"a": everything}])
+    run_dir = RunDir(run)
+    note_process(run_dir)
+    run_dir.event("something", message=everything, parts=[{"a": everything}])
     write_traceback(run, ValueError(everything))
     ledger = begin(run / "tune")
     fail_trial(ledger, 0, {})
@@ -83,9 +83,9 @@ def test_no_file_of_a_run_holds_a_secret(
 
 
 def test_a_run_begun_with_secrets_around_it_writes_none(tmp_path: Path, environment: dict[str, str]) -> None:
-    with RunDir.open(changed(f"output={tmp_path}")) as books:
-        note_process(books)
-    files = [file for file in books.path.rglob("*") if file.is_file()]
+    with RunDir.open(changed(f"output={tmp_path}")) as run_dir:
+        note_process(run_dir)
+    files = [file for file in run_dir.path.rglob("*") if file.is_file()]
     assert {"config.yaml", "events.jsonl"} <= {file.name for file in files}
     for path in files:
         assert not [name for name, value in environment.items() if value.encode() in path.read_bytes()], path

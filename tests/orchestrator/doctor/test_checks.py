@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from actors.config.models import DType
-from actors.student.self_distillation import AttentionFound, Measurements
-from orchestrator.doctor.checks import judge_attention, judge_scores, judge_tokens
+from actors.student.self_distillation import AttentionFound, SelfDistillationCheck
+from orchestrator.doctor.checks import check_attention, check_scores, check_tokens
 from orchestrator.run.score_parity import TOLERANCES, Finding
 from tests.worlds import VOCAB, word_tokenizer
 
-SOUND = Measurements(
+SOUND = SelfDistillationCheck(
     targets=100, largest_target_error=1e-5, furthest_row=7, mean_target_error=1e-6, error_one_earlier=2.0, error_one_later=2.0,
     topk_agreement=1.0, mass_error=1e-5, slope=1.0, correlation=1.0, self_divergence=1e-6, self_refusal="", batch_error=1e-6,
     likeliest_spread=2.0, lowest_row_entropy=0.5, highest_row_entropy=1.5, teacher_loss=1.0, largest_topk_id=VOCAB - 1,
@@ -20,8 +20,8 @@ SOUND = Measurements(
 )  # fmt: skip
 
 
-def judged(found: Measurements, dtype: DType = "float32", student_vocab: int = VOCAB) -> list[Finding]:
-    return judge_scores(found, TOLERANCES[dtype], VOCAB, student_vocab)
+def judged(found: SelfDistillationCheck, dtype: DType = "float32", student_vocab: int = VOCAB) -> list[Finding]:
+    return check_scores(found, TOLERANCES[dtype], VOCAB, student_vocab)
 
 
 def the_failed(findings: list[Finding]) -> Finding:
@@ -74,12 +74,12 @@ def test_the_side_whose_attention_is_off_is_named(served: float, eager: float, s
 
 
 def test_the_attention_of_a_student_is_judged_by_itself() -> None:
-    failed = judge_attention("student", AttentionFound("sdpa", math.nan))
+    failed = check_attention("student", AttentionFound("sdpa", math.nan))
     assert failed.line() == (
         "FAILED attention: the student's is sdpa, nan nats from eager (may 0.001); transformers' sdpa leaves out something of "
         "this model: set student.model.attention=eager"
     )
-    assert judge_attention("student", AttentionFound("eager", 0.0)).line() == (
+    assert check_attention("student", AttentionFound("eager", 0.0)).line() == (
         "ok attention: the student's is eager, the model's own definition"
     )
 
@@ -98,7 +98,7 @@ def test_a_bound_belongs_to_the_type_of_the_engine() -> None:
 
 def tokens_judged(data: int = VOCAB, teacher: int = VOCAB, student: int = VOCAB, **numbers: int) -> Finding:
     settings = {"largest_id": VOCAB - 1, "teacher_vocab": VOCAB, "student_vocab": VOCAB, **numbers}
-    return judge_tokens(word_tokenizer(data), word_tokenizer(teacher), word_tokenizer(student), **settings)
+    return check_tokens(word_tokenizer(data), word_tokenizer(teacher), word_tokenizer(student), **settings)
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,14 @@ from actors.examples import ExampleFile, write_examples
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, example_key
 from actors.score_store.store import ScoreStore
-from actors.student.self_distillation import Measurements, measure
+from actors.student.self_distillation import SelfDistillationCheck, measure
 from actors.teacher.replica import TeacherReplica
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cli import main
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
-from orchestrator.doctor.checks import judge_scores
-from orchestrator.doctor.doctor import examine, largest_id, measure_served, spread_over_lengths
+from orchestrator.doctor.checks import check_scores
+from orchestrator.doctor.doctor import diagnose, largest_id, measure_served, spread_over_lengths
 from orchestrator.run.models import ROLES, Models
 from orchestrator.run.score_parity import TOLERANCES, Finding
 from tests.fakes import FakeTeacher, fake_spec
@@ -75,7 +75,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def measured(
     world: World, folder: Path, engine_factory: EngineFactory, spec: TeacherSpec | None = None, attention: str = "auto"
-) -> Measurements:
+) -> SelfDistillationCheck:
     """What ``measure_served`` does, in this process; ``attention`` is the reference's."""
     spec = spec or world.spec()
     write_examples(folder / "rows.arrow", world.rows)
@@ -90,8 +90,8 @@ def measured(
     return measure(teacher, str(folder / "rows.arrow"), str(folder / "alone"), str(folder / "together"))
 
 
-def judged(found: Measurements, dtype: DType = "float32", student_vocab: int = VOCAB) -> list[Finding]:
-    return judge_scores(found, TOLERANCES[dtype], VOCAB, student_vocab)
+def judged(found: SelfDistillationCheck, dtype: DType = "float32", student_vocab: int = VOCAB) -> list[Finding]:
+    return check_scores(found, TOLERANCES[dtype], VOCAB, student_vocab)
 
 
 def the_failed(findings: list[Finding]) -> Finding:
@@ -257,7 +257,7 @@ def test_the_doctor_passes_a_sound_pair_and_leaves_no_scores(
     ],
 )
 def test_scores_that_no_store_takes_are_a_finding(local_ray: None, arguments: list[str], returns: str, said: str) -> None:
-    findings = examine(config_of(arguments), lambda line: None, FakeTeacher(vocab_size=VOCAB, returns=returns))
+    findings = diagnose(config_of(arguments), FakeTeacher(vocab_size=VOCAB, returns=returns))
     assert [finding.check for finding in findings] == ["tokens", "rows", "ends", "scores"]
     failed = the_failed(findings)
     assert said in failed.line() and "try teacher.engine.dtype=float32" in failed.line()

@@ -10,13 +10,22 @@ from actors.placement import Node
 from orchestrator.cli import main
 from orchestrator.config.run import RunConfig
 from orchestrator.planning import probe as plan_probe
-from orchestrator.planning.cluster_fit import GIB, Place, given_place, gpu_bytes_of, live_place, problems, settled_replicas
+from orchestrator.planning.cluster_fit import (
+    GIB,
+    TargetCluster,
+    given_place,
+    gpu_bytes_of,
+    live_place,
+    problems,
+    settled_replicas,
+)
 from orchestrator.planning.jobs import Estimator, trainings
 from orchestrator.planning.nearest import changed as with_overrides
 from orchestrator.planning.nearest import nearest_plan
-from orchestrator.planning.plan import Asked, Plan, make_plan
+from orchestrator.planning.plan import Plan, PlanOptions, make_plan
 from orchestrator.planning.report import data_lines, duration, size, time_lines, verdict_lines
 from orchestrator.planning.shapes import workload_of
+from tests.logs import logged
 from tests.orchestrator.config.test_run import changed
 
 PAIR = (
@@ -42,7 +51,7 @@ def estimator() -> Estimator:
     return Estimator(config, workload_of(config, 20_000, 300, 150))
 
 
-def fits(config: RunConfig, place: Place, estimator: Estimator) -> bool:
+def fits(config: RunConfig, place: TargetCluster, estimator: Estimator) -> bool:
     """Whether it fits, said again: count devices node by node, and compare each job's bytes with a GPU."""
     per_node = [int(node.total["GPU"]) for node in place.nodes]
     engine, workers = config.teacher.engine, config.workers
@@ -109,7 +118,7 @@ def test_where_nothing_fits_the_least_is_said(estimator: Estimator) -> None:
 
 def test_where_devices_are_too_few_for_anything_it_is_said(estimator: Estimator) -> None:
     config = pair("teacher.engine.labels={role: teacher}")
-    found = nearest_plan(config, Place(given_place(8, 80, 8).nodes, 80 * GIB, float("inf"), live=True), estimator)
+    found = nearest_plan(config, TargetCluster(given_place(8, 80, 8).nodes, 80 * GIB, float("inf"), live=True), estimator)
     assert "no plan for this pair was found for 1 node with 8 GPUs of 80 GiB; more GPUs" in found.otherwise
 
 
@@ -139,7 +148,7 @@ def test_a_node_without_gpus_must_hold_replicas_and_workers_together() -> None:
     estimator = Estimator(config, workload_of(config, 500, 30, 15))
 
     def lines(gib: float, overlap: bool) -> list[str]:
-        place = Place([Node("here", {"CPU": 8.0})], 0.0, gib * GIB, live=True)
+        place = TargetCluster([Node("here", {"CPU": 8.0})], 0.0, gib * GIB, live=True)
         return problems(
             config.model_copy(update={"scores": config.scores.model_copy(update={"overlap": overlap})}), place, estimator
         )
@@ -173,19 +182,22 @@ def test_a_cluster_of_numbers_has_a_smaller_last_node() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (Asked(gpus=8), "--gpus 8 needs --gpu-memory, the GiB of each; 80 for an A100 or H100"),
-        (Asked(gpus=8, gpu_memory=80, probe=True), "--probe measures the machines that are there, and --gpus speaks of others"),
-        (Asked(gpu_tflops=0), "--gpu-tflops 0 computes nothing; 312 is an A100's in 16 bits"),
-        (Asked(rows=5), "--rows, --row-tokens and --row-targets go together"),
+        (PlanOptions(gpus=8), "--gpus 8 needs --gpu-memory, the GiB of each; 80 for an A100 or H100"),
+        (
+            PlanOptions(gpus=8, gpu_memory=80, probe=True),
+            "--probe measures the machines that are there, and --gpus speaks of others",
+        ),
+        (PlanOptions(gpu_tflops=0), "--gpu-tflops 0 computes nothing; 312 is an A100's in 16 bits"),
+        (PlanOptions(rows=5), "--rows, --row-tokens and --row-targets go together"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(asked: Asked, message: str) -> None:
+def test_options_that_contradict_each_other_are_refused(asked: PlanOptions, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_plan(pair(), asked, print)
 
 
 def made(config: RunConfig, **asked: object) -> Plan:
-    return make_plan(config, Asked(rows=20_000, row_tokens=300, row_targets=150, **asked), print)  # type: ignore[arg-type]
+    return make_plan(config, PlanOptions(rows=20_000, row_tokens=300, row_targets=150, **asked), print)  # type: ignore[arg-type]
 
 
 def test_labels_are_not_asked_of_a_cluster_of_numbers() -> None:
@@ -269,10 +281,10 @@ def test_a_probe_measures_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyP
         f"output={tmp_path}", "teacher.engine={kind: transformers, dtype: float32}", "scores.top_k=8", "train.batch_rows=8",
         "loss={kind: atkd, scope: dataset}", "scores.overlap=false",
     )  # fmt: skip
-    said: list[str] = []
-    plan = make_plan(config, Asked(rows=300, row_tokens=20, row_targets=9, probe=True), said.append)
+    with logged() as lines:
+        plan = make_plan(config, PlanOptions(rows=300, row_tokens=20, row_targets=9, probe=True))
     assert plan.rates.scoring > 0 and plan.rates.training > 0 and plan.rates.source.startswith("measured now")
-    assert plan.assumptions == () and len(said) == 3
+    assert plan.assumptions == () and len([line for line in lines if line.startswith("probe: ")]) == 3
     assert list(tmp_path.iterdir()) == [], "what was made for it is gone"
 
 

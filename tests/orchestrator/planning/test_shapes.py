@@ -32,8 +32,8 @@ def test_rows_are_those_a_run_prepares_and_are_read_from_its_folder_once_it_did(
     config = changed(*SMALL, f"output={tmp_path}", "name=planned")
     before = read_workload(config)
     assert not config.run_dir.exists(), "a plan leaves nothing behind"
-    with RunDir.open(config, lambda line: None) as books:
-        facts = books.stage("prepare", lambda: prepare(config, books, Models(config, books.path)))
+    with RunDir.open(config) as run_dir:
+        facts = run_dir.stage("prepare", lambda: prepare(config, run_dir, Models(config, run_dir.path)))
     counts = facts["counts"]
     after = read_workload(config)
     for work in (before, after):

@@ -9,7 +9,7 @@ import pytest
 from actors.placement import Node
 from orchestrator import __version__
 from orchestrator.cluster.environment import command_line, commit_of, installed, node_facts, note_cluster, note_process
-from orchestrator.reports.provenance import Command, about_run, surroundings_of, written_nodes
+from orchestrator.reports.provenance import Command, about_run, environments_of, written_nodes
 from orchestrator.reports.search_report import write_search_report
 from orchestrator.run.run_dir import RunDir
 from tests.orchestrator.config.test_run import changed
@@ -30,28 +30,28 @@ def test_processes_that_ran_on_the_same_stand_together() -> None:
         finished("of an older version"), process(1, "a"), finished("prepare"), finished("finetune"), process(2, "idle"),
         process(3, "b"), finished("score"), process(4, "c", atkd="2"), finished("train"), process(5, "last", atkd="2"),
     ]  # fmt: skip
-    one, two = surroundings_of(events)
+    one, two = environments_of(events)
     assert one.facts == (("atkd", "1"), ("python", "3")) and two.facts == (("atkd", "2"), ("python", "3"))
     assert [(command.command, command.stages) for command in one.commands] == [("a", ("prepare", "finetune")), ("b", ("score",))]
     assert [(command.command, command.stages) for command in two.commands] == [("c", ("train",)), ("last", ())]
-    assert isinstance(one.commands[0], Command) and surroundings_of([]) == []
+    assert isinstance(one.commands[0], Command) and environments_of([]) == []
 
 
 def test_a_process_is_noted_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/x/orchestrator/__main__.py", "run", "a.yaml", "name=my run"])
     run = bare_run(tmp_path / "run")
-    books = RunDir(run)
-    note_process(books)
-    note_cluster(books)
+    run_dir = RunDir(run)
+    note_process(run_dir)
+    note_cluster(run_dir)
     event = json.loads((run / "events.jsonl").read_text().splitlines()[0])
     assert event["command"] == "python -m orchestrator run a.yaml 'name=my run'"
     assert event["packages"]["torch"] and event["cpus"] >= 1 and event["memory_bytes"] > 1 << 28
     about = about_run(run)
     assert about is not None and "easy_ratio: 0.5" in about.config
-    (surroundings,) = about.surroundings
-    facts = dict(surroundings.facts)
+    (environment,) = about.environment
+    facts = dict(environment.facts)
     assert facts["atkd"] == __version__ and facts["torch"] == event["packages"]["torch"]
-    assert surroundings.commands[0].command == event["command"]
+    assert environment.commands[0].command == event["command"]
 
 
 def test_what_was_said_otherwise_later_stands_below_the_configuration(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_pages_of_what_has_hardly_begun(tmp_path: Path) -> None:
     without = Page(content_of(compared(tmp_path / "c", seeds=1, baseline=None)))
     assert "No baseline was named" in without.text and "Paired differences" not in without.text
     ledger = begin(tmp_path / "d")
-    ledger.begin_search(search_of(ledger).plan)
+    ledger.begin_search(search_of(ledger).spec)
     run_trial(ledger, 0, {"loss": {"kind": "atkd"}}, 2.0, rungs=2)
     page = Page(content_of(ledger))
     assert "No trial was completed; this one came furthest" in page.text and "taken up again 1 ×" in page.text

@@ -20,8 +20,8 @@ from ray.util import remove_placement_group
 
 from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
-from actors.placement import proven_places, reserve, worker_need
-from actors.student.task import Ending
+from actors.placement import proven_places, reserve, worker_request
+from actors.student.task import WorkerResult
 from orchestrator.config.load import ConfigError, dump_config, load_config
 from orchestrator.run import elastic
 from orchestrator.run.elastic import train_in_turns
@@ -29,6 +29,7 @@ from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.stages import distillation_task
 from orchestrator.run.training import train_model
+from tests.logs import logged
 from tests.orchestrator.config.test_run import changed
 from tests.orchestrator.elastic_world import LONG, LOST_AFTER
 from tests.orchestrator.training_world import (
@@ -104,10 +105,10 @@ def test_the_number_of_workers_may_change_when_a_run_is_taken_up_again(tmp_path:
 class Turns:
     """Plays Ray Train: each turn ends as it is told to, and notes with how many workers it was."""
 
-    def __init__(self, *ends: Ending | Exception) -> None:
+    def __init__(self, *ends: WorkerResult | Exception) -> None:
         self.ends, self.counts = iter(ends), list[int]()
 
-    def __call__(self, count: int) -> Ending:
+    def __call__(self, count: int) -> WorkerResult:
         self.counts.append(count)
         end = next(self.ends)
         if isinstance(end, Exception):
@@ -125,14 +126,14 @@ def turns(
     """Train where there is room for so many each time it is looked at; return what was said."""
     left: Iterator[int] = iter(rooms)
     monkeypatch.setattr(elastic, "proven_places", lambda need, most: min(next(left), most))
-    said: list[str] = []
-    ending = train_in_turns("train", ONE_TO_FOUR, failures, train, lambda: scoring, said.append)
-    assert ending == Ending()
+    with logged() as said:
+        ending = train_in_turns("train", ONE_TO_FOUR, failures, train, lambda: scoring)
+    assert ending == WorkerResult()
     return said
 
 
 def test_the_number_follows_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    train = Turns(LOST, Ending(made_way=True), Ending())
+    train = Turns(LOST, WorkerResult(resize_requested=True), WorkerResult())
     assert turns(monkeypatch, [3, 2, 9], train) == [
         "train: begins with 3 workers (1 to 4)",
         "train: worker 1 failed (RuntimeError: the node is gone); all start again from their last checkpoint",
@@ -143,14 +144,14 @@ def test_the_number_follows_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_fewest_train_while_the_teacher_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    train = Turns(Ending())
+    train = Turns(WorkerResult())
     assert turns(monkeypatch, [], train, scoring=True) == ["train: begins with 1 worker (1 to 4)"]
     assert train.counts == [1]
 
 
 def test_room_for_the_fewest_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert RAYS.WorkerGroupStartupTimeoutError.__name__ == elastic.NO_ROOM
-    train = Turns(ControllerError(RAYS.WorkerGroupStartupTimeoutError(1)), Ending())
+    train = Turns(ControllerError(RAYS.WorkerGroupStartupTimeoutError(1)), WorkerResult())
     assert turns(monkeypatch, [0, 0], train)[1:] == ["train: waits for room for 1 worker of 1 CPU"]
     assert train.counts == [1, 1]
 
@@ -158,7 +159,7 @@ def test_room_for_the_fewest_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
 def test_workers_that_are_lost_while_they_start_are_a_failure_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = ControllerError(getattr(RAYS, elastic.LOST_AT_START)("the node went"))
     silent = WorkerGroupError("a worker died", {0: AssertionError()})
-    assert turns(monkeypatch, [1, 1, 1], Turns(lost, silent, Ending()))[1:] == [
+    assert turns(monkeypatch, [1, 1, 1], Turns(lost, silent, WorkerResult()))[1:] == [
         "train: workers failed (WorkerGroupStartupFailedError: the node went); all start again from their last checkpoint",
         "train: worker 0 failed (AssertionError: ); all start again from their last checkpoint",
     ]
@@ -201,8 +202,8 @@ def test_workers_become_more_when_the_teacher_is_done_and_the_student_is_the_sam
         give_back(store.path, withheld)
 
     scorer = when(lambda: len(losses_of(tmp_path)) == 3, teacher_is_done)
-    said: list[str] = []
-    train_model(task, WorkersConfig(min=1, max=2, grow_seconds=0.0), tmp_path / "checkpoints", said.append)
+    with logged() as said:
+        train_model(task, WorkersConfig(min=1, max=2, grow_seconds=0.0), tmp_path / "checkpoints")
     scorer.join()
     assert [line for line in said if "worker" in line] == [
         "train: begins with 1 worker (1 to 2)", "train: goes on with 2 workers (1 to 2)",
@@ -218,19 +219,19 @@ def test_workers_become_more_when_the_teacher_is_done_and_the_student_is_the_sam
 
 @pytest.mark.ray
 def test_room_is_proven_by_taking_it(local_ray: None) -> None:
-    need = worker_need(WorkersConfig(cpus=1.5))
+    need = worker_request(WorkersConfig(cpus=1.5))
     assert proven_places(need, 1) == 1
-    held = ray.remote(Held).options(num_cpus=1).remote()  # outside of groups: on no node's books
+    held = ray.remote(Held).options(num_cpus=1).remote()  # outside of groups: on no node's run_dir
     ray.get(held.here.remote())
     assert proven_places(need, 9, seconds=3.0) == 2
     ray.kill(held)
     assert proven_places(need, 2) == 2
-    assert proven_places(worker_need(WorkersConfig(cpus=9)), 1, seconds=0.5) == 0
+    assert proven_places(worker_request(WorkersConfig(cpus=9)), 1, seconds=0.5) == 0
 
 
 class Held:
     def here(self) -> None:
-        """Answer once it stands."""
+        """GeneratedAnswer once it stands."""
 
 
 @pytest.mark.ray
@@ -240,12 +241,12 @@ def test_room_that_does_not_come_in_time_is_waited_for(
     local_ray: None, training_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")  # workers need as long to import
-    everything = reserve(worker_need(WorkersConfig(cpus=4)))
+    everything = reserve(worker_request(WorkersConfig(cpus=4)))
     assert everything.wait(30)
-    said: list[str] = []
-    giver = when(lambda: any("waits for room" in line for line in said), lambda: remove_placement_group(everything))
     task = task_in(tmp_path, training_world)
-    train_model(task, WorkersConfig(min=1, max=2), tmp_path / "checkpoints", said.append)
+    with logged() as said:
+        giver = when(lambda: any("waits for room" in line for line in said), lambda: remove_placement_group(everything))
+        train_model(task, WorkersConfig(min=1, max=2), tmp_path / "checkpoints")
     giver.join()
     assert "train: waits for room for 1 worker of 1 CPU" in said
     assert [step["step"] for step in read_metrics(tmp_path / "metrics" / "train.jsonl")] == list(range(1, 9))

@@ -9,7 +9,7 @@ import pytest
 import ray
 from rich.console import Console
 
-from actors.evaluation.answers import Answer
+from actors.evaluation.answers import GeneratedAnswer
 from actors.evaluation.evaluator import Evaluation, Metrics
 from actors.score_store.store import ScoreStore
 from orchestrator.config.load import validate
@@ -19,6 +19,7 @@ from orchestrator.run.models import Models
 from orchestrator.run.results_table import ComparisonTable, markdown, print_table, read_table, write_table, written
 from orchestrator.run.run_dir import RunDir
 from tests.evaluation_world import World, load, make_world
+from tests.logs import logged
 from tests.orchestrator.training_world import processes, when
 
 
@@ -26,8 +27,8 @@ def metrics(loss: float, exact_match: float | None = 0.5) -> Metrics:
     return Metrics(loss, 0.25, 0.75, 0.0123, exact_match, None, 1_234_567, 42, 1.5, 300.0)
 
 
-def answer(row: int, task: str | None, correct: bool) -> Answer:
-    return Answer(row, task, "p", "r", "<g>", correct, None)
+def answer(row: int, task: str | None, correct: bool) -> GeneratedAnswer:
+    return GeneratedAnswer(row, task, "p", "r", "<g>", correct, None)
 
 
 def three() -> tuple[Evaluation, Evaluation, Evaluation]:
@@ -119,31 +120,31 @@ def settle(world: World, config: RunConfig, models: Models) -> ScoreStore:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_stage_measures_what_is_missing(local_ray: None, tmp_path: Path) -> None:
-    world, config, said = make_world(tmp_path / "world"), run_config(tmp_path), []
-    with RunDir.open(config, said.append) as books:
-        models = Models(config, books.path)
+    world, config = make_world(tmp_path / "world"), run_config(tmp_path)
+    with logged() as said, RunDir.open(config) as run_dir:
+        models = Models(config, run_dir.path)
         store = settle(world, config, models)
-        facts = evaluate(config, books, models, store)
+        facts = evaluate(config, run_dir, models, store)
 
-        rows = {row.metric: row.values for row in read_table(books.path).rows}
+        rows = {row.metric: row.values for row in read_table(run_dir.path).rows}
         assert rows["kl_to_teacher"][0] == rows["kl_to_teacher"][2] == pytest.approx(0.0, abs=1e-6)
         assert rows["kl_to_teacher"][1] > 0.1
         assert rows["top1_agreement"][0] == 1.0 > rows["top1_agreement"][1]
         assert rows["parameters"][0] == sum(weights.numel() for weights in load(world.folder / "teacher").parameters())
         assert [row["metric"] for row in facts["table"]] == list(rows)
-        assert [task.metric for task in read_table(books.path).tasks] == ["t0", "t1"]
-        events = [json.loads(line) for line in (books.path / "events.jsonl").read_text().splitlines()]
+        assert [task.metric for task in read_table(run_dir.path).tasks] == ["t0", "t1"]
+        events = [json.loads(line) for line in (run_dir.path / "events.jsonl").read_text().splitlines()]
         assert [event["model"] for event in events] == ["teacher", "student_before", "student_after"]
         assert len(said) == 3 and said[0].startswith("evaluate: teacher done, held-out loss ")
 
-        kept = books.path / "evaluation" / "teacher.json"
+        kept = run_dir.path / "evaluation" / "teacher.json"
         content = json.loads(kept.read_text())
         content["metrics"]["heldout_loss"] = 123.0
         kept.write_text(json.dumps(content))
-        (books.path / "evaluation" / "student_after.json").unlink()
-        evaluate(config, books, models, store)
+        (run_dir.path / "evaluation" / "student_after.json").unlink()
+        evaluate(config, run_dir, models, store)
         assert len(said) == 4 and said[3].startswith("evaluate: student after done")
-        again = {row.metric: row.values for row in read_table(books.path).rows}
+        again = {row.metric: row.values for row in read_table(run_dir.path).rows}
         assert again["heldout_loss"] == (123.0, *rows["heldout_loss"][1:])
 
 
@@ -158,13 +159,13 @@ def test_an_evaluator_that_is_killed_begins_again(local_ray: None, tmp_path: Pat
             evaluator.kill()
             killed.append(evaluator.pid)
 
-    with RunDir.open(config, lambda line: None) as books:
-        models = Models(config, books.path)
+    with RunDir.open(config) as run_dir:
+        models = Models(config, run_dir.path)
         store = settle(world, config, models)
         killer = when(lambda: len(processes("ray::evaluate")) > 0, kill)
-        evaluate(config, books, models, store)
+        evaluate(config, run_dir, models, store)
         killer.join()
-        rows = {row.metric: row.values for row in read_table(books.path).rows}
+        rows = {row.metric: row.values for row in read_table(run_dir.path).rows}
     assert killed
     assert rows["kl_to_teacher"][0] == rows["kl_to_teacher"][2] == pytest.approx(0.0, abs=1e-6)
 
@@ -173,7 +174,7 @@ def test_an_evaluator_that_is_killed_begins_again(local_ray: None, tmp_path: Pat
 @pytest.mark.slow
 def test_an_error_in_the_task_reaches_the_stage(local_ray: None, tmp_path: Path) -> None:
     world, config = make_world(tmp_path / "world"), run_config(tmp_path, answer_pattern=r"#### (\d+)")
-    with RunDir.open(config, lambda line: None) as books:
-        models = Models(config, books.path)
+    with RunDir.open(config) as run_dir:
+        models = Models(config, run_dir.path)
         with pytest.raises(ray.exceptions.RayTaskError, match="row 100: evaluate.answer_pattern"):
-            evaluate(config, books, models, settle(world, config, models))
+            evaluate(config, run_dir, models, settle(world, config, models))

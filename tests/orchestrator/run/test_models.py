@@ -104,26 +104,26 @@ def test_models_whose_code_is_trusted_are_finetuned_distilled_evaluated_and_expo
         for seed, role in enumerate(ROLES)
     }  # fmt: skip
     config = unscored_run(tmp_path, **trusted, train=short)
-    with RunDir.open(config, say=lambda line: None) as books:
-        models = Models(config, books.path)
+    with RunDir.open(config, ) as run_dir:
+        models = Models(config, run_dir.path)
         for role in ROLES:
-            stages.fit(role, config, books, models)
-        scoring = ScoringStage(config, books, models)
+            stages.finetune(role, config, run_dir, models)
+        scoring = ScoringStage(config, run_dir, models)
         for split, store in (("train", scoring.training_store), ("heldout", scoring.heldout_store)):
             assert store is not None
-            fill(store, ExampleFile(books.path / "data" / f"{split}.arrow"), seed=0)
-        stages.train(config, books, models, scoring.training_store)
-        (books.path / "data" / "heldout_texts.jsonl").write_text(
+            fill(store, ExampleFile(run_dir.path / "data" / f"{split}.arrow"), seed=0)
+        stages.train(config, run_dir, models, scoring.training_store)
+        (run_dir.path / "data" / "heldout_texts.jsonl").write_text(
             "".join(
                 json.dumps({"row": row, "prompt": "w5", "response": "w6"}) + "\n"
-                for row in ExampleFile(books.path / "data" / "heldout.arrow").rows
+                for row in ExampleFile(run_dir.path / "data" / "heldout.arrow").rows
             )
         )
         for source in (models.ready("teacher"), models.ready("student"), models.distilled()):
             assert type(load_model(source)).__name__ == "OwnModel"
             found = evaluate_model(
-                source, models.tokenizer_source(), str(books.path / "data" / "heldout.arrow"), str(scoring.heldout_store.path),
-                str(books.path / "data" / "heldout_texts.jsonl"), EvaluateConfig(generate_rows=1, max_new_tokens=2), TOP_K,
+                source, models.tokenizer_source(), str(run_dir.path / "data" / "heldout.arrow"), str(scoring.heldout_store.path),
+                str(run_dir.path / "data" / "heldout_texts.jsonl"), EvaluateConfig(generate_rows=1, max_new_tokens=2), TOP_K,
             )  # fmt: skip
             assert len(found.answers) == 1
         check_export(models.student_folder, trust_remote_code=models.distilled().trust_remote_code)

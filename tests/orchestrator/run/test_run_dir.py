@@ -12,8 +12,8 @@ from tests.orchestrator.config.test_run import changed
 def test_a_stage_is_done_once_and_its_facts_come_back(tmp_path: Path) -> None:
     config, calls, lines = changed(f"output={tmp_path}"), [], []
     for _ in range(2):
-        with RunDir.open(config, lines.append) as books:
-            facts = books.stage("prepare", lambda: calls.append(1) or {"rows": 3})  # type: ignore[func-returns-value]
+        with RunDir.open(config, lines.append) as run_dir:
+            facts = run_dir.stage("prepare", lambda: calls.append(1) or {"rows": 3})  # type: ignore[func-returns-value]
         assert facts["rows"] == 3
     assert len(calls) == 1
     assert lines[0].startswith("prepare: done in") and lines[1] == "prepare: done before"
@@ -22,10 +22,10 @@ def test_a_stage_is_done_once_and_its_facts_come_back(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_fails_is_not_done(tmp_path: Path) -> None:
-    with RunDir.open(changed(f"output={tmp_path}")) as books:
+    with RunDir.open(changed(f"output={tmp_path}")) as run_dir:
         with pytest.raises(ZeroDivisionError):
-            books.stage("prepare", lambda: {"rows": 1 // 0})
-        assert books.result("prepare") is None
+            run_dir.stage("prepare", lambda: {"rows": 1 // 0})
+        assert run_dir.result("prepare") is None
 
 
 def test_an_error_is_in_the_books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

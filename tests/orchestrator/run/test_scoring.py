@@ -13,6 +13,7 @@ from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
 from tests.faulty_engines import DiesOnce, Serves, ShiftedEngine
+from tests.logs import logged
 from tests.orchestrator.trial_world import unscored_run
 from tests.worlds import tiny_llama
 
@@ -76,11 +77,10 @@ def score(
 ) -> tuple[list[str], list[dict[str, object]]]:
     """Score a run; return what it said, and its events."""
     config = unscored_run(folder, scores={"top_k": 8, "rows_per_shard": 8, **scores})
-    said: list[str] = []
-    with RunDir.open(config, say=said.append) as books:
-        stage = ScoringStage(config, books, Models(config, books.path), engine_factory)
+    with logged() as said, RunDir.open(config) as run_dir:
+        stage = ScoringStage(config, run_dir, Models(config, run_dir.path), engine_factory)
         stage.run()
-        events = [json.loads(line) for line in (books.path / "events.jsonl").read_text().splitlines()]
+        events = [json.loads(line) for line in (run_dir.path / "events.jsonl").read_text().splitlines()]
     return said, events
 
 

@@ -21,7 +21,7 @@ from actors.score_store.store import ScoringFailed
 from actors.student.checkpoint import Progress, load_checkpoint, save_checkpoint
 from actors.student.loop import distil
 from actors.student.ranks import Worker
-from actors.student.task import Ending, TrainingDiverged
+from actors.student.task import TrainingDiverged, WorkerResult
 from actors.student.worker import train_worker
 from losses.config import HardLabelLoss
 from orchestrator.failure import roots
@@ -121,7 +121,7 @@ def test_failures_that_trying_again_cannot_mend_are_told_and_not_raised(
         raise failure("for a reason")
 
     monkeypatch.setattr("actors.student.loop.distil", fails)
-    assert train_worker({"task": task_in(tmp_path, training_world)}) == Ending(error=f"{failure.__name__}: for a reason")
+    assert train_worker({"task": task_in(tmp_path, training_world)}) == WorkerResult(error=f"{failure.__name__}: for a reason")
 
 
 @pytest.mark.ray

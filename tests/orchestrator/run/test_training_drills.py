@@ -14,6 +14,7 @@ from actors.config.workers import WorkersConfig
 from actors.student.checkpoint_integrity import damaged_checkpoints
 from actors.student.task import TrainingTask
 from orchestrator.run.training import TrainingFailed, train_model
+from tests.logs import logged
 from tests.orchestrator.training_world import (
     ROWS,
     TRAIN,
@@ -46,8 +47,8 @@ def withhold(training_world: Path) -> tuple[Path, str]:
 
 def train(task: TrainingTask, folder: Path) -> list[str]:
     """Train and return what was said."""
-    said: list[str] = []
-    train_model(task, WorkersConfig(count=1, cpus=1), folder / "checkpoints", said.append)
+    with logged() as said:
+        train_model(task, WorkersConfig(count=1, cpus=1), folder / "checkpoints")
     return said
 
 
@@ -154,7 +155,7 @@ def test_a_controller_that_is_killed_ends_the_training_with_a_word_and_the_next_
 
 def stands_before_step_4(folder: Path) -> bool:
     """Whether Ray Train has taken up the checkpoint of step 3: it deletes that of step 1 then."""
-    checkpoints = [path.parent for path in (folder / "checkpoints" / "train").glob("checkpoint_*/seal-0.json")]
+    checkpoints = [path.parent for path in (folder / "checkpoints" / "train").glob("checkpoint_*/checksums-0.json")]
     try:
         return sorted(json.loads((one / "progress.json").read_text())["step"] for one in checkpoints) == [2, 3]
     except OSError:  # deleted meanwhile

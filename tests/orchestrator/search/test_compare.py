@@ -9,6 +9,7 @@ from orchestrator.config.load import ConfigError, load_config
 from orchestrator.config.run import RunConfig
 from orchestrator.search.compare import RATE, compare
 from orchestrator.search.ledger import Search, read_ledger
+from tests.logs import logged
 from tests.orchestrator.trial_world import config_in, scored_run
 
 COMPARE: dict[str, Any] = {
@@ -29,8 +30,8 @@ def ended(search: Search) -> list[tuple[str | None, int, str]]:
 @pytest.mark.slow
 def test_a_comparison_from_its_learning_rates_to_more_seeds(local_ray: None, tmp_path: Path) -> None:
     config = scored_run(tmp_path, compare=COMPARE)
-    said: list[str] = []
-    folder = compare(config, said.append)
+    with logged() as said:
+        folder = compare(config)
     rates, search = (read_ledger(path / "ledger.jsonl") for path in (folder / "learning_rates", folder))
     assert ended(rates) == [("forward_kl", 0, "completed")] * 2 + [("atkd", 0, "completed")] * 2
     for arm in COMPARE["arms"]:
@@ -39,22 +40,22 @@ def test_a_comparison_from_its_learning_rates_to_more_seeds(local_ray: None, tmp
         assert [trial.begun.point[RATE] for trial in search.trials if trial.begun.arm == arm] == [best]
         assert f"compare: {arm} learns with {best:g}" in said
     assert ended(search) == [("forward_kl", 0, "completed"), ("atkd", 0, "completed")]
-    assert {path.name for path in folder.iterdir()} >= {"report.html", "trials.csv", "cost.json", "best.yaml"}
+    assert {path.name for path in folder.iterdir()} >= {"trials.csv", "cost.json", "best.yaml"}
     assert load_config(str(folder / "best.yaml")).loss.kind in ("coupled", "atkd")
 
-    compare(comparing(config, seeds=2), said.append)
+    compare(comparing(config, seeds=2))
     more = read_ledger(folder / "ledger.jsonl")
     assert ended(more) == [(arm, seed, "completed") for seed in (0, 1) for arm in COMPARE["arms"]], "arms share each seed"
     assert more.trials[:2] == search.trials, "what was done was not done again"
     assert len({more.value(trial) for trial in more.trials}) == 4
     assert read_ledger(folder / "learning_rates" / "ledger.jsonl").trials == rates.trials
 
-    compare(comparing(config, seeds=2), said.append)  # nothing is left to do
+    compare(comparing(config, seeds=2))  # nothing is left to do
     assert read_ledger(folder / "ledger.jsonl").trials == more.trials
     with pytest.raises(ValueError, match=r"this is the ledger of another search:\n  space.decoupled: .* here, None there"):
-        compare(comparing(config, arms=["forward_kl", "decoupled", "atkd"]), said.append)
+        compare(comparing(config, arms=["forward_kl", "decoupled", "atkd"]))
     with pytest.raises(ValueError, match=r"compare.rungs is 13, but a trial has 12 optimizer steps.*compare.rungs=12 would do"):
-        compare(comparing(config, rungs=13), said.append)
+        compare(comparing(config, rungs=13))
 
 
 @pytest.mark.ray
@@ -64,10 +65,10 @@ def test_an_arm_that_fails_with_every_rate_is_named(local_ray: None, tmp_path: P
         tmp_path, compare={**COMPARE, "learning_rates": [0.9]}, student={"model": {"kind": "pretrained", "name": "/not/there"}}
     )
     with pytest.raises(ValueError, match=r"compare.learning_rates: forward_kl was completed with none of \[0.9\]; .*_rates"):
-        compare(config, say=lambda line: None)
+        compare(config)
 
 
 def test_one_process_holds_one_worker(tmp_path: Path) -> None:
     config = config_in(tmp_path, workers={"count": 2}, compare=COMPARE)
     with pytest.raises(ConfigError, match="compare.trials_in reused_process trains in one process, and workers.count is 2"):
-        compare(config, say=lambda line: None)
+        compare(config)

@@ -10,9 +10,16 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM
 
 from actors.examples import write_examples
+from orchestrator.commands import comparison
 from orchestrator.config.load import ConfigError, load_config, validate
 from orchestrator.config.run import RunConfig
-from orchestrator.reports.teachers_report import changes_of, short_number, teachers_answer, teachers_table, write_teachers_report
+from orchestrator.reports.teachers_report import (
+    changes_of,
+    short_number,
+    teachers_headline,
+    teachers_table,
+    write_teachers_report,
+)
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.search.analysis import TaughtBy
@@ -20,10 +27,11 @@ from orchestrator.search.compare_teachers import (
     compare_teachers,
     configs_by_teacher,
     laid_over,
-    require_same_ground,
+    require_same_rows,
     share_finetuned_student,
 )
 from orchestrator.search.ledger import read_ledger
+from tests.logs import logged
 from tests.orchestrator.searches import EVIL, begin, run_trial
 from tests.worlds import random_examples, tiny_llama, word_tokenizer
 
@@ -67,8 +75,9 @@ def config_of(folder: Path, teachers: dict[str, Any] | None = None, **sections: 
 @pytest.mark.slow
 def test_a_comparison_under_two_teachers_from_rows_to_the_page(local_ray: None, tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    said: list[str] = []
-    folder = compare_teachers(config, said.append)
+    folder = config.run_dir / config.compare.name
+    with logged() as said:
+        assert comparison(config) == 0
     table = pyarrow.parquet.read_table(folder / "teachers.parquet").to_pylist()
     assert sorted((row["teacher"], row["arm"], row["seed"]) for row in table) == [
         (teacher, arm, seed) for teacher in ("large", "small") for arm in ("atkd", "forward_kl") for seed in (0, 1)
@@ -85,13 +94,13 @@ def test_a_comparison_under_two_teachers_from_rows_to_the_page(local_ray: None, 
     assert any(line.startswith("large: score: ") for line in said)
     assert load_config(str(folder / "small" / "compare" / "best.yaml")).teacher == config.teacher
 
-    again: list[str] = []
-    compare_teachers(config, again.append)
+    with logged() as again:
+        compare_teachers(config)
     assert "small: compare: goes on with 4 trials done and 0 to begin anew" in again
     assert not [line for line in again if "trials of" in line], "nothing was trained again"
     swapped = config_of(tmp_path, {"large": {}, "small": {}})
     with pytest.raises(ValueError, match=r"compare/large was made by another configuration(.|\n)*teacher.model.name: "):
-        compare_teachers(swapped, again.append)
+        compare_teachers(swapped)
 
 
 def test_each_teacher_has_a_run_of_its_own_and_shares_the_place_of_the_scores(tmp_path: Path) -> None:
@@ -148,11 +157,11 @@ def prepared(folder: Path, name: str, student_vocab: int = 96, rows_seed: int = 
 
 def test_teachers_with_other_rows_or_another_student_are_refused(tmp_path: Path) -> None:
     first = prepared(tmp_path, "first")
-    require_same_ground(first, prepared(tmp_path, "same"), "first", "same")
+    require_same_rows(first, prepared(tmp_path, "same"), "first", "same")
     with pytest.raises(ValueError, match="first and other cut the rows into other tokens.*with one tokenizer, would do"):
-        require_same_ground(first, prepared(tmp_path, "other", rows_seed=2), "first", "other")
+        require_same_rows(first, prepared(tmp_path, "other", rows_seed=2), "first", "other")
     with pytest.raises(ValueError, match="knows 96 tokens under first and 128 under wide.*a pretrained student, or"):
-        require_same_ground(first, prepared(tmp_path, "wide", student_vocab=128), "first", "wide")
+        require_same_rows(first, prepared(tmp_path, "wide", student_vocab=128), "first", "wide")
 
 
 def test_the_student_is_finetuned_once_for_all_teachers(tmp_path: Path) -> None:
@@ -165,8 +174,10 @@ def test_the_student_is_finetuned_once_for_all_teachers(tmp_path: Path) -> None:
     share_finetuned_student(first, other, "first")
     assert {path.name for path in torn.iterdir()} == {path.name for path in fitted.iterdir()}
     assert (torn / "model.safetensors").read_bytes() == (fitted / "model.safetensors").read_bytes()
-    with RunDir.open(other, say=lambda line: None) as books:
-        assert books.result("finetune_student") == {"copied_from": "first", "seconds": 0.0}
+    with RunDir.open(
+        other,
+    ) as run_dir:
+        assert run_dir.result("finetune_student") == {"copied_from": "first", "seconds": 0.0}
     (torn / "model.safetensors").write_bytes(b"its own")
     share_finetuned_student(first, other, "first")
     assert (torn / "model.safetensors").read_bytes() == b"its own", "what is there is left"
@@ -209,7 +220,7 @@ def test_the_change_from_the_smallest_to_the_largest_teacher_is_told_in_words(tm
     assert {arm: change.verdict for arm, change in by_arm.items()} == {
         "forward_kl": "worse", "atkd": "better", "decoupled": "not distinguishable",
     }  # fmt: skip
-    said = teachers_answer(found).sentences
+    said = teachers_headline(found).sentences
     assert said[0].startswith("forward_kl: under large the student is worse than under small: +0.")
     assert said[1].startswith("atkd: under large the student is better than under small: -0.")
     assert said[2].startswith("decoupled: under large the student is not distinguishable from under small")

@@ -1,4 +1,4 @@
-"""The judge without Ray: what it decides, what it writes, and that another judge knows as much from the ledger alone."""
+"""The controller without Ray: what it decides and writes, and that another one knows as much from the ledger alone."""
 
 import math
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.search.controller import Assignment, Judge, Outcome
+from orchestrator.search.controller import Assignment, Outcome, SearchController
 from orchestrator.search.ledger import Ledger, read_ledger
-from orchestrator.search.ledger_records import SearchPlan
+from orchestrator.search.ledger_records import SearchSpec
 from orchestrator.search.pruning import StoppingRule
 
 RUNGS = (4, 8, 12)
@@ -16,27 +16,27 @@ LOSSES = [[5.0, 4.0, 3.0], [5.5, 5.0, 4.0], [4.0, 3.0, 2.0], [5.2, 4.5, 3.5], [3
 """Of each trial, rung after rung."""
 
 
-def judge_in(folder: Path, scheduler: Any = "asha", mode: Any = "min", metric: str = "heldout_loss") -> Judge:
-    plan = SearchPlan(
+def judge_in(folder: Path, scheduler: Any = "asha", mode: Any = "min", metric: str = "heldout_loss") -> SearchController:
+    spec = SearchSpec(
         kind="tune", name="small", metric=metric, mode=mode, space={"a": [1, 2]}, total_steps=12, rungs=RUNGS, trials=6
     )
-    Ledger(folder / "ledger.jsonl").begin_search(plan)
-    return Judge(folder / "ledger.jsonl", plan, StoppingRule(scheduler, mode))
+    Ledger(folder / "ledger.jsonl").begin_search(spec)
+    return SearchController(folder / "ledger.jsonl", spec, StoppingRule(scheduler, mode))
 
 
-def examine(judge: Judge, trial: int, rung: int, value: float) -> bool:
-    return judge.measured(trial, rung, RUNGS[rung], {"heldout_loss": value, "kl_to_teacher": 1.0}, 1.5)
+def examine(controller: SearchController, trial: int, rung: int, value: float) -> bool:
+    return controller.measured(trial, rung, RUNGS[rung], {"heldout_loss": value, "kl_to_teacher": 1.0}, 1.5)
 
 
-def live(judge: Judge, trial: int) -> Outcome:
+def live(controller: SearchController, trial: int) -> Outcome:
     """A trial from its beginning to its end."""
-    judge.begin(Assignment(trial, {"a": trial}, seed=7))
+    controller.begin(Assignment(trial, {"a": trial}, seed=7))
     step = 0
     for rung, loss in enumerate(LOSSES[trial]):
         step = RUNGS[rung]
-        if not examine(judge, trial, rung, loss):
+        if not examine(controller, trial, rung, loss):
             break
-    return judge.ended(trial, step, 100 * step)
+    return controller.ended(trial, step, 100 * step)
 
 
 def decisions(folder: Path) -> dict[int, list[str]]:
@@ -55,11 +55,11 @@ DECIDED = {
 
 
 def test_trials_are_stopped_as_asha_says_and_the_last_rung_stops_none(tmp_path: Path) -> None:
-    judge = judge_in(tmp_path)
-    outcomes = [live(judge, trial) for trial in range(6)]
+    controller = judge_in(tmp_path)
+    outcomes = [live(controller, trial) for trial in range(6)]
     assert decisions(tmp_path) == DECIDED
     assert outcomes[4] == Outcome("completed", 1.0, 2) and outcomes[5] == Outcome("stopped", 4.5, 0)
-    found = judge.search()
+    found = controller.search()
     assert [found.status(trial) for trial in found.trials] == [
         "completed", "completed", "completed", "stopped", "completed", "stopped",
     ]  # fmt: skip
@@ -68,10 +68,10 @@ def test_trials_are_stopped_as_asha_says_and_the_last_rung_stops_none(tmp_path: 
 
 
 def test_of_a_metric_that_grows_the_largest_goes_on(tmp_path: Path) -> None:
-    judge = judge_in(tmp_path, mode="max")
+    controller = judge_in(tmp_path, mode="max")
     for trial in range(3):
-        judge.begin(Assignment(trial, {}, seed=0))
-    assert [examine(judge, trial, 0, value) for trial, value in enumerate([0.5, 0.6, 0.4])] == [True, True, False]
+        controller.begin(Assignment(trial, {}, seed=0))
+    assert [examine(controller, trial, 0, value) for trial, value in enumerate([0.5, 0.6, 0.4])] == [True, True, False]
 
 
 @pytest.mark.parametrize("cut", range(1, 6))
@@ -87,9 +87,9 @@ def test_another_judge_that_reads_the_ledger_decides_the_same(tmp_path: Path, cu
 
 
 def test_after_any_line_at_which_the_judge_died_the_search_comes_to_the_same_end(tmp_path: Path) -> None:
-    judge = judge_in(tmp_path)
+    controller = judge_in(tmp_path)
     for trial in range(6):
-        live(judge, trial)
+        live(controller, trial)
     whole = (tmp_path / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     for lines in range(1, len(whole)):
         folder = tmp_path / f"cut_{lines}"
@@ -105,57 +105,59 @@ def test_after_any_line_at_which_the_judge_died_the_search_comes_to_the_same_end
 
 
 def test_a_trial_that_begins_anew_begins_with_its_first_rung(tmp_path: Path) -> None:
-    judge = judge_in(tmp_path)
-    live(judge, 0)
-    judge.begin(Assignment(1, {"a": 1}, seed=7))
-    examine(judge, 1, 0, 9.0)
+    controller = judge_in(tmp_path)
+    live(controller, 0)
+    controller.begin(Assignment(1, {"a": 1}, seed=7))
+    examine(controller, 1, 0, 9.0)
     again = judge_in(tmp_path)
     assert live(again, 1).rung == 2
     assert [rung.metrics["heldout_loss"] for rung in again.search().trials[1].rungs] == LOSSES[1]
 
 
 def test_a_rung_counts_once_and_so_does_an_end(tmp_path: Path) -> None:
-    judge = judge_in(tmp_path)
+    controller = judge_in(tmp_path)
     for trial in range(3):
-        judge.begin(Assignment(trial, {}, seed=0))
-    assert [examine(judge, trial, 0, 1.0 + trial) for trial in range(3)] == [True, True, False]
+        controller.begin(Assignment(trial, {}, seed=0))
+    assert [examine(controller, trial, 0, 1.0 + trial) for trial in range(3)] == [True, True, False]
     lines = (tmp_path / "ledger.jsonl").read_bytes()
-    assert [examine(judge, trial, 0, 0.0) for trial in range(3)] == [True, True, False], "what was said the first time stands"
+    assert [examine(controller, trial, 0, 0.0) for trial in range(3)] == [True, True, False], (
+        "what was said the first time stands"
+    )
     assert (tmp_path / "ledger.jsonl").read_bytes() == lines
-    assert judge.ended(2, 4, 400) == judge.ended(2, 12, 1200, "twice") == Outcome("stopped", 3.0, 0)
+    assert controller.ended(2, 4, 400) == controller.ended(2, 12, 1200, "twice") == Outcome("stopped", 3.0, 0)
     assert (tmp_path / "ledger.jsonl").read_bytes().count(b'"ended"') == 1
 
 
 def test_workers_that_outlive_their_trial_are_told_to_stop_and_not_taken_down(tmp_path: Path) -> None:
-    judge = judge_in(tmp_path)
-    judge.begin(Assignment(0, {}, seed=0))
-    assert examine(judge, 0, 0, 1.0)
-    assert judge.ended(0, 0, 0, "its process died") == Outcome("failed", 1.0, 0)
-    assert not examine(judge, 0, 0, 1.0) and not examine(judge, 0, 1, 0.5)
-    assert judge.search().error(judge.search().trials[0]) == "its process died"
+    controller = judge_in(tmp_path)
+    controller.begin(Assignment(0, {}, seed=0))
+    assert examine(controller, 0, 0, 1.0)
+    assert controller.ended(0, 0, 0, "its process died") == Outcome("failed", 1.0, 0)
+    assert not examine(controller, 0, 0, 1.0) and not examine(controller, 0, 1, 0.5)
+    assert controller.search().error(controller.search().trials[0]) == "its process died"
 
 
 def test_a_trial_that_failed_before_any_rung_has_no_value(tmp_path: Path) -> None:
-    judge = judge_in(tmp_path)
-    judge.begin(Assignment(0, {"a": 1}, seed=3))
-    assert judge.assignment(0) == Assignment(0, {"a": 1}, seed=3)
-    assert judge.ended(0, 2, 20, "TrainingDiverged: step 3") == Outcome("failed", None, -1)
+    controller = judge_in(tmp_path)
+    controller.begin(Assignment(0, {"a": 1}, seed=3))
+    assert controller.assignment(0) == Assignment(0, {"a": 1}, seed=3)
+    assert controller.ended(0, 2, 20, "TrainingDiverged: step 3") == Outcome("failed", None, -1)
     assert judge_in(tmp_path).ended(0, 0, 0) == Outcome("failed", None, -1)
 
 
 def test_a_spoiled_measure_stops_its_trial_and_no_other(tmp_path: Path) -> None:
-    judge = judge_in(tmp_path, scheduler="median")
+    controller = judge_in(tmp_path, scheduler="median")
     for trial in range(5):
-        judge.begin(Assignment(trial, {}, seed=0))
-    assert [examine(judge, trial, 0, value) for trial, value in enumerate([2.0, math.nan, 3.0, math.inf, 2.5])] == [
+        controller.begin(Assignment(trial, {}, seed=0))
+    assert [examine(controller, trial, 0, value) for trial, value in enumerate([2.0, math.nan, 3.0, math.inf, 2.5])] == [
         True, False, True, False, True,
     ]  # fmt: skip
-    assert judge.ended(1, 4, 400).status == "stopped"
-    assert judge.search().status(judge.search().trials[1]) == "failed", "the ledger takes it for what it is"
+    assert controller.ended(1, 4, 400).status == "stopped"
+    assert controller.search().status(controller.search().trials[1]) == "failed", "the ledger takes it for what it is"
 
 
 def test_a_rung_cannot_be_left_out(tmp_path: Path) -> None:
-    judge = judge_in(tmp_path)
-    judge.begin(Assignment(0, {}, seed=0))
+    controller = judge_in(tmp_path)
+    controller.begin(Assignment(0, {}, seed=0))
     with pytest.raises(AssertionError, match="trial 0 comes to rung 1 and was measured at 0"):
-        examine(judge, 0, 1, 1.0)
+        examine(controller, 0, 1, 1.0)

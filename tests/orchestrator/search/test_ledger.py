@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.search.ledger import Ledger, Search, read_ledger, require_same
-from orchestrator.search.ledger_records import SearchPlan
+from orchestrator.search.ledger_records import SearchSpec
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -49,18 +49,18 @@ RUBBISH = [
 ]  # fmt: skip
 
 
-def plan_of(**changes: Any) -> SearchPlan:
-    plan = {
+def spec_of(**changes: Any) -> SearchSpec:
+    spec = {
         "kind": "tune", "name": "tiny", "metric": "heldout_loss", "mode": "min", "total_steps": 500, "rungs": (250, 500),
         "space": {"loss.easy_ratio": {"low": 0.1, "high": 0.9}}, "trials": 12,
     }  # fmt: skip
-    return SearchPlan(**{**plan, **changes})
+    return SearchSpec(**{**spec, **changes})
 
 
 def written_ledger(folder: Path) -> Ledger:
     """Two trials: 0 completed, 1 had one rung."""
     ledger = Ledger(folder / "ledger.jsonl")
-    ledger.begin_search(plan_of())
+    ledger.begin_search(spec_of())
     for trial in (0, 1):
         ledger.begun(trial, {"loss.easy_ratio": 0.3}, seed=0)
         ledger.rung(trial, 0, 250, {"heldout_loss": 2.5}, "continue", 1.0)
@@ -73,7 +73,7 @@ def written_ledger(folder: Path) -> Ledger:
 def test_whatever_is_written_is_read_back(events: list[tuple[str, dict[str, Any]]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "deep" / "ledger.jsonl")
-        ledger.begin_search(plan_of())
+        ledger.begin_search(spec_of())
         expected: dict[int, list[tuple[str, dict[str, Any]]]] = {}
         for event, fields in events:
             number = len(expected) - 1
@@ -81,7 +81,7 @@ def test_whatever_is_written_is_read_back(events: list[tuple[str, dict[str, Any]
                 expected[number + 1] = [(event, fields)]
                 ledger.begun(number + 1, **fields)
             elif event == "search":
-                ledger.begin_search(plan_of(trials=20))
+                ledger.begin_search(spec_of(trials=20))
             elif expected and expected[number][-1][0] != "ended":
                 expected[number].append((event, fields))
                 getattr(ledger, event)(number, **fields)
@@ -104,13 +104,13 @@ def test_a_ledger_cut_at_any_byte_of_its_last_line_reads_as_without_it_and_goes_
         ledger.path.write_bytes(content + last[:cut])
         assert read_ledger(ledger.path) == before
         if cut % 10 == 0:
-            again = ledger.begin_search(plan_of())
+            again = ledger.begin_search(spec_of())
             assert again.trials == before.trials and len(again.starts) == 2
 
 
 def test_a_search_killed_in_its_first_line_begins_anew(tmp_path: Path) -> None:
     (tmp_path / "ledger.jsonl").write_text('{"event": "sea')
-    assert Ledger(tmp_path / "ledger.jsonl").begin_search(plan_of()).trials == ()
+    assert Ledger(tmp_path / "ledger.jsonl").begin_search(spec_of()).trials == ()
 
 
 @pytest.mark.parametrize(("rubbish", "words"), RUBBISH)
@@ -143,7 +143,7 @@ def test_no_ledger_and_an_empty_one_are_named(tmp_path: Path) -> None:
 
 def test_another_searchs_ledger_is_refused_with_what_differs(tmp_path: Path) -> None:
     ledger = written_ledger(tmp_path)
-    other = plan_of(
+    other = spec_of(
         kind="compare", name="big", metric="top1_agreement", mode="max", space={"seed": [0, 1]}, total_steps=7, rungs=(7,)
     )
     content = ledger.path.read_bytes()
@@ -157,13 +157,13 @@ def test_another_searchs_ledger_is_refused_with_what_differs(tmp_path: Path) -> 
     ):  # fmt: skip
         assert line in str(caught.value)
     assert ledger.path.read_bytes() == content, "nothing was written"
-    require_same(plan_of(), plan_of(trials=99, baseline="forward_kl"))
+    require_same(spec_of(), spec_of(trials=99, baseline="forward_kl"))
 
 
 def test_two_searches_in_one_file_are_named(tmp_path: Path) -> None:
     ledger = written_ledger(tmp_path)
     other = Ledger(tmp_path / "other.jsonl")
-    other.begin_search(plan_of(name="big"))
+    other.begin_search(spec_of(name="big"))
     ledger.path.write_bytes(ledger.path.read_bytes() + other.path.read_bytes())
     with pytest.raises(ValueError, match=r"jsonl:8: this is the ledger of another search:\n  name: 'tiny' here, 'big' there"):
         read_ledger(ledger.path)
@@ -171,9 +171,9 @@ def test_two_searches_in_one_file_are_named(tmp_path: Path) -> None:
 
 def test_a_space_with_tuples_is_the_same_after_it_was_written(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    plan = plan_of(space={"loss.scope": ("batch", "dataset")})
-    ledger.begin_search(plan)
-    assert ledger.begin_search(plan).plan.space == {"loss.scope": ["batch", "dataset"]}
+    spec = spec_of(space={"loss.scope": ("batch", "dataset")})
+    ledger.begin_search(spec)
+    assert ledger.begin_search(spec).spec.space == {"loss.scope": ["batch", "dataset"]}
 
 
 def test_a_trial_that_begins_again_forgets_what_it_did(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def statuses(search: Search) -> list[str]:
 
 def test_measures_that_are_no_finite_numbers_make_a_trial_fail(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.begin_search(plan_of())
+    ledger.begin_search(spec_of())
     endings: list[dict[str, float | None]] = [
         {"heldout_loss": 2.0, "rouge_l": None}, {"heldout_loss": math.nan}, {"heldout_loss": 2.0, "kl": math.inf}, {"kl": 1.0},
     ]  # fmt: skip

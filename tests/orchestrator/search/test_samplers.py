@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from orchestrator.search.controller import Outcome
-from orchestrator.search.samplers import LearnedPoints, ListedPoints
+from orchestrator.search.samplers import ListSampler, OptunaSampler
 from tune_spaces.registry import SPACES
 from tune_spaces.space import Point, Space, read_space
 
@@ -39,26 +39,26 @@ def all_different(points: list[Point]) -> bool:
     return all(point not in points[:index] for index, point in enumerate(points))
 
 
-def learned(space: Space, count: int, tried: Any = (), seed: int = 0) -> LearnedPoints:
-    return LearnedPoints(space, "min", seed, count, tried)
+def learned(space: Space, count: int, tried: Any = (), seed: int = 0) -> OptunaSampler:
+    return OptunaSampler(space, "min", seed, count, tried)
 
 
 @pytest.mark.parametrize("space", [STEPPED, SECTIONS, SPACES["losses"]], ids=["steps", "sections", "losses"])
 def test_a_grid_is_complete_in_its_order_however_often_it_is_taken_up(space: Space) -> None:
     grid = list(space.grid())
-    assert drawn(ListedPoints(grid)) == grid and len(grid) == space.size()
+    assert drawn(ListSampler(grid)) == grid and len(grid) == space.size()
     tried = [through_the_ledger(point) for point in grid[:3]]
-    assert drawn(ListedPoints(space.grid(), tried)) == grid[3:]
-    assert drawn(ListedPoints(grid, grid)) == []
+    assert drawn(ListSampler(space.grid(), tried)) == grid[3:]
+    assert drawn(ListSampler(grid, grid)) == []
 
 
 def test_random_points_come_once_and_in_the_same_order_after_some_were_tried() -> None:
     draws = STEPPED.sample(20, random.Random(3))
     assert all_different(draws)
     tried = [through_the_ledger(draws[index]) for index in (0, 1, 4)]  # two trials at a time do not end in their order
-    rest = drawn(ListedPoints(STEPPED.sample(20, random.Random(3)), tried))
+    rest = drawn(ListSampler(STEPPED.sample(20, random.Random(3)), tried))
     assert rest == [point for index, point in enumerate(draws) if index not in (0, 1, 4)]
-    assert drawn(ListedPoints(STEPPED.sample(25, random.Random(3)), draws)) == STEPPED.sample(25, random.Random(3))[20:]
+    assert drawn(ListSampler(STEPPED.sample(25, random.Random(3)), draws)) == STEPPED.sample(25, random.Random(3))[20:]
 
 
 @pytest.mark.parametrize("space", [STEPPED, SECTIONS, BRANCHED, *SPACES.values()], ids=["steps", "sections", "branches", *SPACES])
@@ -117,7 +117,7 @@ def test_what_optuna_is_told_is_what_it_would_have_kept_itself() -> None:
 def test_optuna_learns_which_way_is_better() -> None:
     line = read_space({"x": {"low": 0.0, "high": 1.0}})
     for direction, best in (("min", 0.0), ("max", 1.0)):
-        source, last = LearnedPoints(line, direction, 0, 40), []  # type: ignore[arg-type]
+        source, last = OptunaSampler(line, direction, 0, 40), []  # type: ignore[arg-type]
         while (point := source.next()) is not None:
             source.tell(point, Outcome("completed", point["x"], 2))
             last.append(point["x"])

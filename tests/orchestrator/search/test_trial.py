@@ -8,14 +8,14 @@ import ray
 
 from actors.config.workers import WorkersConfig
 from orchestrator.config.run import RunConfig
-from orchestrator.search.controller import Assignment, Judge
+from orchestrator.search.controller import Assignment, SearchController
 from orchestrator.search.driver import DIED, TrialQueue, progress_line
 from orchestrator.search.ledger import Ledger
 from orchestrator.search.pruning import StoppingRule
 from orchestrator.search.ray_tune import trial_resources
-from orchestrator.search.samplers import ListedPoints
-from orchestrator.search.tune import plan_of
-from tests.orchestrator.trial_world import RATE, ground_of, measures_of, scored_run, trial_plan
+from orchestrator.search.samplers import ListSampler
+from orchestrator.search.tune import spec_of
+from tests.orchestrator.trial_world import RATE, ground_of, measures_of, scored_run, trial_context
 
 POINTS = [
     {RATE: 3e-3, "student.lora": {"rank": 2, "dropout": 0.2}},
@@ -41,40 +41,42 @@ def test_a_trial_measures_the_same_whatever_its_process_did_before(local_ray: No
 
 
 def test_the_task_of_a_trial_is_that_of_its_point(config: RunConfig, tmp_path: Path) -> None:
-    plan = trial_plan(config, tmp_path)
-    task = plan.task(Assignment(12, {RATE: 1e-4, "scores.top_k": 4, "train.epochs": 2}, seed=9))
+    spec = trial_context(config, tmp_path)
+    task = spec.task(Assignment(12, {RATE: 1e-4, "scores.top_k": 4, "train.epochs": 2}, seed=9))
     assert task.train.optimizer.learning_rate == 1e-4 and task.top_k == 4 and task.seed == 9 and task.output is None
     assert task.name == "trial_0012" and task.metrics == str(tmp_path / "trials" / "0012")
-    assert task.exams is not None
-    assert task.exams.steps == (2, 5, 8), "rungs of its own length"
-    assert task.exams.top_k == config.scores.top_k, "all trials are measured alike"
+    assert task.validation is not None
+    assert task.validation.steps == (2, 5, 8), "rungs of its own length"
+    assert task.validation.top_k == config.scores.top_k, "all trials are measured alike"
 
 
 def test_a_trial_too_short_for_its_rungs_says_so(config: RunConfig, tmp_path: Path) -> None:
-    plan = trial_plan(config, tmp_path)
+    spec = trial_context(config, tmp_path)
     with pytest.raises(ValueError, match=r"tune.rungs is 3, but a trial has 2 optimizer steps.*tune.rungs=2 would do"):
-        plan.task(Assignment(0, {"train.epochs": 0.5}, seed=0))
+        spec.task(Assignment(0, {"train.epochs": 0.5}, seed=0))
 
 
 @pytest.mark.ray
 def test_interrupted_trials_begin_first_and_a_point_may_set_the_seed(local_ray: None, config: RunConfig, tmp_path: Path) -> None:
-    plan = plan_of(config, ground_of(config))
-    Ledger(tmp_path / "ledger.jsonl").begin_search(plan)
-    judge = ray.remote(Judge).options(num_cpus=0).remote(tmp_path / "ledger.jsonl", plan, StoppingRule("none", "min"))
+    spec = spec_of(config, ground_of(config))
+    Ledger(tmp_path / "ledger.jsonl").begin_search(spec)
+    controller = (
+        ray.remote(SearchController).options(num_cpus=0).remote(tmp_path / "ledger.jsonl", spec, StoppingRule("none", "min"))
+    )
     waiting = [Assignment(1, {RATE: 3e-3}, seed=8)]
-    queue = TrialQueue(judge, tmp_path, ListedPoints([{RATE: 1e-3}, {"seed": 4}]), waiting, first=3, seed=2)
+    queue = TrialQueue(controller, tmp_path, ListSampler([{RATE: 1e-3}, {"seed": 4}]), waiting, first=3, seed=2)
     assert [queue.begin_next() for _ in range(4)] == [1, 3, 4, None]
     (tmp_path / "0001").mkdir()
     steps = [{"step": 1, "tokens": 90}, {"step": 2, "tokens": 60}]
     (tmp_path / "0001" / "trial_0001.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps) + '{"step": 3, "to')
     queue.over(1, died=True)
-    search = ray.get(judge.search.remote())
+    search = ray.get(controller.search.remote())
     ended = search.trials[0].ended
     assert ended is not None and (ended.step, ended.student_tokens) == (2, 150), "what its process had done is on the bill"
     assert [(trial.number, trial.begun.seed) for trial in search.trials] == [(1, 8), (3, 2), (4, 4)]
     assert search.error(search.trials[0]) == DIED
     assert progress_line(search, at_once=2).startswith("1/1 trials done (1 failed), 2 running, 00:00:00 left")
-    ray.kill(judge)
+    ray.kill(controller)
 
 
 def test_a_trial_holds_what_it_needs_and_leaves_the_cpus_to_the_workers_of_ray_train() -> None:

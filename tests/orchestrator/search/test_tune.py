@@ -23,6 +23,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.search.ledger import read_ledger
 from orchestrator.search.ray_tune import most_at_once
 from orchestrator.search.tune import tune
+from tests.logs import logged
 from tests.orchestrator.trial_world import RATE, config_in, scored_run, search
 from tests.recovery import Record, record_until
 
@@ -106,7 +107,7 @@ def kill_the_process_of_a_trial(folder: Path) -> None:
         for trial in at_work(folder):
             process = psutil.Process(pid_of(folder, trial))
             process.suspend()
-            time.sleep(1)  # what it had sent to the judge is in the ledger now
+            time.sleep(1)  # what it had sent to the controller is in the ledger now
             if trial in at_work(folder):
                 process.kill()
                 return
@@ -125,26 +126,26 @@ def at_work(folder: Path) -> list[int]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_command_searches_goes_on_and_ends_in_a_configuration_that_run_accepts(local_ray: None, tmp_path: Path) -> None:
-    said: list[str] = []
     config = scored_run(tmp_path, tune={"space": {RATE: [1e-3, 5e-3]}, "concurrent": 1})
-    folder = tune(config, said.append)
+    with logged() as said:
+        folder = tune(config)
     found = read_ledger(folder / "ledger.jsonl")
     assert [found.status(trial) for trial in found.trials] == ["completed", "completed"]
     assert len({pid_of(folder, trial) for trial in (0, 1)}) == 1, "a process is kept for the next trial"
     print("seconds of trials in one process:", [trial.seconds for trial in found.trials])
     best = load_config(str(folder / "best.yaml"))
     assert best.train.optimizer.learning_rate == 5e-3
-    assert {path.name for path in folder.iterdir()} >= {"report.html", "trials.csv", "trials.parquet", "cost.json", "best.yaml"}
+    assert {path.name for path in folder.iterdir()} >= {"trials.csv", "trials.parquet", "cost.json", "best.yaml"}
     assert json.loads((folder / "cost.json").read_text())["teacher_tokens_scored"] == 200
     assert "tune: 2 trials of 12 steps, 1 at a time" in said
 
-    again: list[str] = []
-    tune(config, again.append)
+    with logged() as again:
+        tune(config)
     assert "tune: goes on with 2 trials done and 0 to begin anew" in again
     assert Counter(line["event"] for line in lines_of(folder))["ended"] == 2
     other = config.model_copy(update={"tune": config.tune.model_copy(update={"space": {RATE: [1e-3, 6e-3]}})})
     with pytest.raises(ValueError, match="this is the ledger of another search"):
-        tune(other, again.append)
+        tune(other)
 
 
 def pid_of(folder: Path, trial: int) -> int:

@@ -1,0 +1,85 @@
+"""The commands: each runs its part, prints what came of it, writes its page, and returns an exit code."""
+
+import json
+import logging
+from pathlib import Path
+
+from orchestrator.config.run import RunConfig
+from orchestrator.doctor.doctor import diagnose
+from orchestrator.planning.plan import PlanOptions, make_plan
+from orchestrator.planning.report import as_plain, print_plan
+from orchestrator.reports.run_report import write_report
+from orchestrator.reports.search_report import write_search_report
+from orchestrator.reports.teachers_report import write_teachers_report
+from orchestrator.run import pipeline
+from orchestrator.run.models import Models
+from orchestrator.run.results_table import print_table, read_table
+from orchestrator.search.compare import compare
+from orchestrator.search.compare_teachers import compare_teachers
+from orchestrator.search.ledger import read_ledger
+from orchestrator.search.results import best_trial, describe_best, print_trial_table
+from orchestrator.search.tune import tune
+
+logger = logging.getLogger("atkd")
+
+
+def run(config: RunConfig, until: str = "report") -> int:
+    """Run the pipeline as far as the stage ``until``; at its end write the page and print the table."""
+    folder = pipeline.run(config, until="export" if until == "report" else until)
+    if until == "report":
+        report = write_report(folder)
+        print_table(read_table(folder))
+        logger.info(f"report: {report}")
+        logger.info(f"student: {Models(config, folder).student_folder}")
+    return 0
+
+
+def search(config: RunConfig) -> int:
+    """Search the space of the section ``tune``; print the trials and write their page."""
+    show_trials(tune(config))
+    return 0
+
+
+def comparison(config: RunConfig) -> int:
+    """Compare the arms of the section ``compare``, under each of its teachers; print the trials and write the pages."""
+    if not config.compare.teachers:
+        show_trials(compare(config))
+        return 0
+    taught = compare_teachers(config)
+    folder = config.run_dir / config.compare.name
+    for one in taught:
+        show_trials(folder / one.teacher / "compare")
+    logger.info(f"report: {write_teachers_report(config.name, taught, folder)}")
+    return 0
+
+
+def show_trials(folder: Path) -> None:
+    """Print the trials of the search in a folder, best first, write its page, and log where things stand."""
+    found = read_ledger(folder / "ledger.jsonl")
+    print_trial_table(found)
+    if (best := best_trial(found)) is not None:
+        logger.info(describe_best(found, best))
+        logger.info(f"its configuration: {folder / 'best.yaml'}")
+    logger.info(f"report: {write_search_report(folder)}")
+
+
+def doctor(config: RunConfig) -> int:
+    """Print a line for each check of a run before its teacher scores; return 1 if one failed."""
+    findings = diagnose(config)
+    for finding in findings:
+        print(finding.line(), flush=True)
+    return int(any(finding.state == "FAILED" for finding in findings))
+
+
+def plan(config: RunConfig, options: PlanOptions) -> int:
+    """Print what a run takes, as JSON if asked; return 0 if the run fits, 1 if it does not.
+
+    Raises:
+        ValueError: naming what is missing or cannot be.
+    """
+    made = make_plan(config, options)
+    if options.as_json:
+        print(json.dumps(as_plain(made), indent=1))
+    else:
+        print_plan(made)
+    return 0 if made.fits else 1
