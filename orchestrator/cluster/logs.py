@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -92,7 +92,8 @@ def open_log_file(folder: Path) -> logging.Handler:
 def close_log_file(handler: logging.Handler) -> None:
     """End what ``open_log_file`` began."""
     logger.removeHandler(handler)
-    handler.close()
+    with suppress(OSError):  # of a full disk the run itself tells
+        handler.close()
 
 
 class LineHandler(logging.StreamHandler[TextIO]):
@@ -158,7 +159,7 @@ class _SecondsFormatter(logging.Formatter):
         self._started = time.time()
 
     def format(self, record: logging.LogRecord) -> str:
-        word = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        word = f"{record.levelname.lower()}: " if record.levelno != logging.INFO else ""
         return f"[{record.created - self._started:6.1f} s] {word}{record.getMessage()}"
 
 

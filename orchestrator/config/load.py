@@ -16,7 +16,7 @@ from orchestrator.config.run import RunConfig
 PATHS = ("output", "root", "path", "name")
 """Names of keys that hold a path, or may."""
 
-RENAMED = {"loss.kind": "loss.kind", "teacher.finetune": "teacher.finetune", "student.finetune": "student.finetune"}
+RENAMED = {"loss.teaching": "loss.kind", "teacher.fit": "teacher.finetune", "student.fit": "student.finetune"}
 """Keys of earlier versions, and what they are called now."""
 
 
