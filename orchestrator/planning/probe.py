@@ -34,7 +34,7 @@ from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.planning.jobs import Estimator
 from orchestrator.planning.shapes import Workload, plain_tokenizer, scratch_vocab_size
-from orchestrator.planning.time import Rates
+from orchestrator.planning.throughput import Rates
 from orchestrator.run.models import Models, Role
 
 SCORING_SECONDS = 12.0
