@@ -26,8 +26,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
 from actors.placement import worker_need
-from actors.student.checkpoint_integrity import damaged_checkpoints
 from actors.student.task import Ending, TrainingTask
+from actors.student.train_checkpoints import damaged_checkpoints
 from actors.student.worker import train_worker
 from losses.config import AtkdLoss
 from orchestrator.run.elastic import NO_TRY_OF_ITS_OWN, train_in_turns

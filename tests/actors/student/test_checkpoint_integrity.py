@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.student.checkpoint_integrity import damage, damaged_checkpoints, seal, set_aside
+from actors.student.train_checkpoints import damage, damaged_checkpoints, seal, set_aside
 
 
 def checkpoint(folder: Path, workers: int = 2) -> Path:
