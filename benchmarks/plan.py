@@ -41,8 +41,7 @@ from actors.student.ranks import Worker
 from benchmarks.bars import Bar, peak_bytes, print_table, report
 from benchmarks.plan_cases import STUDENTS, TEACHERS, TOP_K, Student, Teacher, made_up, model, workload_of, write_world
 from losses.loss_state import LossState
-from orchestrator.planning.activations import saved_bytes
-from orchestrator.planning.memory import chunk_bytes, replica_memory, store_bytes, training_memory
+from orchestrator.planning.memory import chunk_bytes, replica_memory, saved_bytes, store_bytes, training_memory
 from orchestrator.planning.shapes import adapted, passes_of, plain_tokenizer, shape_of
 
 STEPS = 3

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from actors.config.placement import CustomResources, NodeLabels, Replicas
+from actors.config.workers import CustomResources, NodeLabels, Replicas
 from losses.config import AtkdLoss, LossConfig
 from losses.section import Section
 

@@ -20,9 +20,8 @@ from actors.evaluation.answers import AnswerComparison, GeneratedAnswer, Heldout
 from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows, batches_by_length
 from actors.evaluation.token_view import TokenView, view_tokens
 from actors.examples import ExampleFile
-from actors.lm_head import vocab_size_of
 from actors.model_source import ModelSource
-from actors.models import load_model
+from actors.models import load_model, vocab_size_of
 from actors.score_store.store import ScoreStore
 
 

@@ -15,7 +15,7 @@ from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.collator import Collator, MicroBatch
 from actors.dataloader.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
 from actors.examples import ExampleFile
-from actors.lm_head import vocab_size_of
+from actors.models import vocab_size_of
 from actors.monitors.metrics_log import MetricsLog, step_metrics
 from actors.score_store.store import ScoreStore
 from actors.student.checkpoint import Progress

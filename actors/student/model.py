@@ -8,10 +8,9 @@ from transformers import PreTrainedModel
 
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.dataloader.collator import MicroBatch
-from actors.lm_head import head_makes_the_logits, output_head, plain_model
 from actors.lora import add_adapters
 from actors.model_source import ModelSource
-from actors.models import load_model
+from actors.models import head_makes_the_logits, load_model, output_head, plain_model
 from actors.student.ranks import Worker
 from losses.config import LossConfig
 from losses.distillation import LossSums, distillation_loss

@@ -15,9 +15,8 @@ from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_use
 from actors.dataloader.collator import Collator
 from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.examples import ExampleFile
-from actors.lm_head import vocab_size_of
 from actors.model_source import ModelSource
-from actors.models import load_model
+from actors.models import load_model, vocab_size_of
 from actors.records import Example, TeacherScores
 from actors.score_store.encoding import STEPS_PER_NAT
 from actors.score_store.store import ScoreStore

@@ -6,8 +6,7 @@ from typing import Literal
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.config.workers import WorkersConfig
 from orchestrator.config.run import RunConfig
-from orchestrator.planning.activations import saved_bytes
-from orchestrator.planning.memory import Memory, chunk_bytes, replica_memory, store_bytes, training_memory
+from orchestrator.planning.memory import Memory, chunk_bytes, replica_memory, saved_bytes, store_bytes, training_memory
 from orchestrator.planning.shapes import ModelShape, Passes, Workload, adapted, meta_model, passes_of, shape_of
 from orchestrator.run.models import ROLES, Role
 

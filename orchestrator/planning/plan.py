@@ -25,12 +25,15 @@ from orchestrator.planning.throughput import (
     STUDENTS,
     Pace,
     Pipeline,
+    Rates,
+    assumptions,
     pace,
     pipeline_of,
     replicas_that_feed,
+    scoring_rate,
+    training_rate,
     workers_that_are_fed,
 )
-from orchestrator.planning.time import Rates, assumptions, scoring_rate, training_rate
 
 SHOWN_STUDENTS, SHOWN_REPLICAS = (1, 4, 16, 64, 256, 1024), (1, 4, 16, 64, 256)
 

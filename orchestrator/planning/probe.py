@@ -19,9 +19,8 @@ from actors.dataloader.sampler import SamplerState, global_batches
 from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
 from actors.examples import ExampleFile, write_examples
-from actors.lm_head import vocab_size_of
 from actors.model_source import ModelSource
-from actors.models import save_model, scratch_model
+from actors.models import save_model, scratch_model, vocab_size_of
 from actors.records import Example, example_key
 from actors.score_store.store import ScoreStore
 from actors.student.loop import accumulate_gradients
@@ -34,7 +33,7 @@ from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.planning.jobs import Estimator
 from orchestrator.planning.shapes import Workload, plain_tokenizer, scratch_vocab_size
-from orchestrator.planning.time import Rates
+from orchestrator.planning.throughput import Rates
 from orchestrator.run.models import Models, Role
 
 logger = logging.getLogger("atkd")

@@ -27,8 +27,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
 from actors.placement import worker_request
-from actors.student.checkpoint_integrity import damaged_checkpoints
 from actors.student.task import TrainingTask, WorkerResult
+from actors.student.train_checkpoints import damaged_checkpoints
 from actors.student.worker import train_worker
 from losses.config import AtkdLoss
 from orchestrator.cluster.logs import ProgressSnapshot

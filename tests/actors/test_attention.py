@@ -21,9 +21,8 @@ from actors.dataloader.sampler import GlobalBatch, SamplerState
 from actors.engines.base import TeacherSpec, engine_environment
 from actors.engines.build import build_engine
 from actors.examples import ExampleFile, write_examples
-from actors.lm_head import head_makes_the_logits
 from actors.model_source import ModelSource
-from actors.models import load_model
+from actors.models import head_makes_the_logits, load_model
 from actors.records import Example
 from actors.student.model import StudentWithLoss
 from actors.teacher.parity import ScoreParity

@@ -8,10 +8,9 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from actors.config.models import LoraAdapter
-from actors.lm_head import head_makes_the_logits, output_head, vocab_size_of
 from actors.lora import add_adapters, merge_adapters
 from actors.model_source import ModelSource
-from actors.models import load_model
+from actors.models import head_makes_the_logits, load_model, output_head, vocab_size_of
 from tests.worlds import VOCAB, tiny_llama
 
 SHAPE = {

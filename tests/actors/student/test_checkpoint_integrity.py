@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.student.checkpoint_integrity import damage, damaged_checkpoints, set_aside, write_checksums
+from actors.student.train_checkpoints import damage, damaged_checkpoints, set_aside, write_checksums
 
 
 def checkpoint(folder: Path, workers: int = 2) -> Path:

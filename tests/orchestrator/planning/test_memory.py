@@ -16,6 +16,7 @@ from orchestrator.planning.memory import (
     cache_bytes,
     chunk_bytes,
     replica_memory,
+    saved_bytes,
     scoring_bytes,
     store_bytes,
     training_memory,
@@ -63,6 +64,33 @@ def test_workers_keep_copies_or_share_out() -> None:
     outside = shape.weights - 4 * shape.layer_weights
     assert sharded["weights"] == 4 * (shape.weights // 4 + outside + 2 * shape.layer_weights)
     assert memory(alone, sharding="fsdp") == one
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_activations_are_those_that_a_real_model_keeps(bfloat16: bool) -> None:
+    shape = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    real = LlamaForCausalLM(shape).train()
+    with torch.device("meta"):
+        shapes = LlamaForCausalLM(shape).train()
+    weights = {weight.untyped_storage().data_ptr() for weight in real.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    mask = torch.ones(3, 40, dtype=torch.long)
+    mask[0, 30:] = 0
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=bfloat16):
+        outputs = real.model(input_ids=torch.zeros(3, 40, dtype=torch.long), attention_mask=mask, use_cache=False)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    assert outputs.last_hidden_state.shape == (3, 40, 64)
+    assert saved_bytes(shapes, 3, 40, bfloat16) == pytest.approx(measured, rel=0.05)
+    shapes.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert saved_bytes(shapes, 3, 40, bfloat16) < measured / 3
 
 
 @pytest.mark.parametrize(

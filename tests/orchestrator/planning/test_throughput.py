@@ -8,8 +8,7 @@ import pytest
 from actors.config.models import ScoresConfig, TrainConfig
 from losses.config import AtkdLoss, HardLabelLoss
 from orchestrator.planning.shapes import Workload
-from orchestrator.planning.throughput import Pipeline, pace, pipeline_of, replicas_that_feed, workers_that_are_fed
-from orchestrator.planning.time import Rates
+from orchestrator.planning.throughput import Pipeline, Rates, pace, pipeline_of, replicas_that_feed, workers_that_are_fed
 
 ATKD = AtkdLoss(kind="atkd")
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from actors.config.workers import WorkersConfig
-from actors.student.checkpoint_integrity import damaged_checkpoints
 from actors.student.task import TrainingTask
+from actors.student.train_checkpoints import damaged_checkpoints
 from orchestrator.run.training import TrainingFailed, train_model
 from tests.logs import logged
 from tests.orchestrator.training_world import (

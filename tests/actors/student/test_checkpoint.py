@@ -11,8 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from actors.dataloader.sampler import SamplerState
-from actors.student.checkpoint import Progress, load_checkpoint, save_checkpoint
-from actors.student.plain_checkpoint import CONTENTS, read_tensors
+from actors.student.checkpoint import CONTENTS, Progress, load_checkpoint, read_tensors, save_checkpoint
 from losses.loss_state import LossState
 
 
