@@ -10,7 +10,7 @@ from actors.student.train_checkpoints import damage, damaged_checkpoints, set_as
 
 
 def checkpoint(folder: Path, workers: int = 2) -> Path:
-    """A checkpoint as Ray Train puts it together: the files of each worker, who sealed them in a folder of its own."""
+    """A checkpoint as Ray Train puts it together: the files of each worker, who listed them in a folder of its own."""
     whole = folder / "checkpoint_1"
     whole.mkdir(parents=True)
     for rank in range(workers):
@@ -74,7 +74,7 @@ def test_any_harm_is_found_by_one_of_the_readers(tmp_path: Path, harm: Callable[
 
 def test_every_single_byte_of_every_file_counts(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, workers=1)
-    for path in sorted(folder.glob("[!s]*")):
+    for path in [file for file in sorted(folder.iterdir()) if not file.name.startswith("checksums-")]:
         whole = path.read_bytes()
         for place in range(0, len(whole), 7):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
