@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster.ray_session import ray_for
+from orchestrator.config.compare import ARMS
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
 from orchestrator.run.run_dir import RunDir
-from orchestrator.search.arms import loss_of
 from orchestrator.search.bound_space import BoundSpace, require_steady_workers
 from orchestrator.search.controller import Assignment
 from orchestrator.search.driver import SharedInputs, TrialQueue, begin_ledger, note_cost, prepare_inputs, run_search
@@ -45,6 +45,20 @@ def compare(config: RunConfig) -> Path:
         search = run_all(bound, inputs, folder, trials, config.compare.baseline)
     write_results(search, bound, folder)
     return folder
+
+
+def loss_of(arm: str, config: RunConfig) -> dict[str, Any]:
+    """Return the section ``loss`` of an arm; those of ATKD take their knobs from the configuration, if its loss is ATKD."""
+    loss = dict(ARMS[arm])
+    if loss["kind"] == "atkd" and config.loss.kind == "atkd":
+        return {**config.loss.model_dump(mode="json"), "scope": _scope(loss, config), **loss}
+    return loss
+
+
+def _scope(loss: dict[str, Any], config: RunConfig) -> str:
+    """Return the configuration's scope, or the one in which a control's other split can be drawn."""
+    assert config.loss.kind == "atkd"
+    return "batch" if loss["split"] != "uncertainty" and config.loss.scope == "microbatch" else config.loss.scope
 
 
 def bind_arms(config: RunConfig, points: Mapping[str, Point]) -> BoundSpace:

@@ -11,8 +11,7 @@ from losses.config import AtkdLoss, CoupledLoss
 from orchestrator.config.compare import ARMS, CompareConfig
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
-from orchestrator.search.arms import loss_of
-from orchestrator.search.compare import bind_arms
+from orchestrator.search.compare import bind_arms, loss_of
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 LOSSES = [
