@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 
 from actors.config.models import EngineConfig, LoraAdapter, ScoresConfig
 from actors.config.workers import WorkersConfig
-from actors.dataloader.collator import Collator
-from actors.dataloader.sampler import SamplerState, global_batches
+from actors.dataloader.sampler import StepSampler
+from actors.dataloader.scored_rows import StoredRows, all_rows
+from actors.dataloader.step_weights import StepWeights
 from actors.engines.base import TeacherSpec, engine_environment
 from actors.engines.build import build_engine
 from actors.examples import ExampleFile
@@ -86,12 +87,14 @@ def run_student(student: Student, folder: Path, profiled: bool) -> int:
     module, worker = StudentWithLoss(learner, student.loss), Worker(0, 1, torch.device("cpu"))
     optimizer = make_optimizer(module, student.train.optimizer)
     scores = store if student.loss.kind != "hard_label" else None
-    collator = Collator(examples, scores, student.loss, TOP_K, seed=0, vocab_size=student.vocab_size)
-    batches = global_batches(len(examples), student.train.batch_rows, SamplerState(0), store_order_first=True)
+    weights = StepWeights(student.loss, seed=0, dataset=all_rows(examples, scores, TOP_K))
+    rows = StoredRows(examples, scores, TOP_K, StepSampler(len(examples), student.train.batch_rows, 0, store_order_first=True))
+    state = LossState.first(student.loss)
 
     def steps() -> None:
         for step in range(1, STEPS + 1):
-            accumulate_gradients(module, collator, next(batches), step, LossState.first(student.loss), worker, student.train)
+            batch = rows.batch(step)
+            accumulate_gradients(module, batch, weights, student.vocab_size, step, state, worker, student.train)
             clip_gradients(module, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.config.models import OptimizerConfig
-from actors.dataloader.collator import Collator
-from actors.dataloader.sampler import GlobalBatch, SamplerState
+from actors.dataloader.collator import collate
+from actors.dataloader.scored_rows import all_rows
+from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store.store import ScoreStore
@@ -95,7 +96,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         examples, store = write_world(Path(folder))
         loss, state = AtkdLoss(kind="atkd"), LossState()
-        collator = Collator(examples, store, loss, TOP_K, seed=0, vocab_size=VOCAB)
+        batch = all_rows(examples, store, TOP_K)
+        step_weights = StepWeights(loss, seed=0, dataset=batch)
         plain, student = make_model().to(device), StudentWithLoss(make_model(), loss).to(device)
         plain_optimizer, optimizer = (make_optimizer(model, OptimizerConfig()) for model in (plain, student))
         token_ids = torch.from_numpy(np.stack([examples[row].token_ids for row in range(ROWS)]).astype(np.int64)).to(device)
@@ -110,9 +112,8 @@ def main() -> int:
 
         def atkd_step() -> None:
             started = time.perf_counter()
-            batch = GlobalBatch(np.arange(ROWS), SamplerState(seed=0))
-            weights = collator.weights(batch, [[list(range(ROWS))]], step=1, state=state)
-            micro_batch = collator.micro_batch(batch, range(ROWS), weights).to(device)
+            weights = step_weights.of_step(batch, [[list(range(ROWS))]], step=1, state=state)
+            micro_batch = collate(batch, range(ROWS), VOCAB, weights).to(device)
             reading.append(time.perf_counter() - started)
             with precision:
                 sums = LossSums(*student(micro_batch, state))

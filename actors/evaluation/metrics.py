@@ -11,12 +11,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from actors.dataloader.collator import Collator, MicroBatch
-from actors.dataloader.sampler import GlobalBatch, SamplerState
+from actors.dataloader.collator import MicroBatch, collate
+from actors.dataloader.scored_rows import RowBatch
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
-from losses.config import CoupledLoss
-from losses.loss_state import LossState
 from losses.topk_teacher import TopkTeacher
 
 CALIBRATION_BINS = 15
@@ -27,15 +25,11 @@ class HeldoutRows:
     """Held-out rows with the teacher's scores of them, laid out for a model."""
 
     def __init__(self, examples: ExampleFile, store: ScoreStore, top_k: int, vocab_size: int) -> None:
-        # The student's own collator lays rows out and shifts predictions against targets; the weights of its loss are not used.
-        self._loss = CoupledLoss(kind="coupled")
-        self._collator = Collator(examples, store, self._loss, top_k, seed=0, vocab_size=vocab_size)
+        self._examples, self._store, self._top_k, self._vocab_size = examples, store, top_k, vocab_size
 
     def batch(self, positions: np.ndarray) -> MicroBatch:
         """Return the tensors of one forward pass over some of the rows."""
-        batch = GlobalBatch(positions, SamplerState(seed=0))
-        weights = self._collator.weights(batch, layout=[], step=0, state=LossState.first(self._loss))
-        return self._collator.micro_batch(batch, range(len(positions)), weights)
+        return collate(RowBatch(self._examples, self._store, self._top_k, positions), range(len(positions)), self._vocab_size)
 
 
 class HeldoutMetrics:

@@ -10,8 +10,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from actors.config.models import TrainConfig
 from actors.config.tracking import TrackingConfig
-from actors.dataloader.sampler import GlobalBatch
-from actors.examples import ExampleFile
 from actors.monitors.prometheus import StudentMetrics
 from losses.config import LossConfig
 from losses.distillation import LossSums
@@ -147,18 +145,17 @@ def _trackers(task: LoggedTask, folder: Path) -> list[StepLog]:
 
 
 def step_metrics(
-    sums: LossSums, loss: LossConfig, examples: ExampleFile, batch: GlobalBatch, started: float, waited_seconds: float,
-    learning_rate: float, gradient_norm: float, total_steps: int, workers: int,
+    sums: LossSums, loss: LossConfig, tokens: int, epoch: float, started: float, waited_seconds: float, learning_rate: float,
+    gradient_norm: float, total_steps: int, workers: int,
 ) -> dict[str, float]:  # fmt: skip
     """Return what is recorded of a step; terms are means in nats over the tokens they speak of."""
     seconds = time.perf_counter() - started
-    tokens = int(examples.lengths[batch.positions].sum())
     return {
         "loss": float(sums.loss),
         **sums.means(loss),
         "learning_rate": learning_rate,
         "gradient_norm": gradient_norm,
-        "epoch": batch.after.epoch + batch.after.consumed / len(examples),
+        "epoch": epoch,
         "total_steps": total_steps,
         "seconds": seconds,
         "tokens": tokens,

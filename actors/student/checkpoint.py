@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from actors.dataloader.sampler import SamplerState
 from losses.loss_state import LossState
 
 PROGRESS = "progress.json"
@@ -56,8 +55,6 @@ class Progress:
 
     step: int
     """Optimizer steps done."""
-    sampler: SamplerState
-    """Rows done."""
     loss_state: LossState
     """What the loss remembers."""
 
@@ -77,10 +74,7 @@ def save_checkpoint(
         cause, _ = next(iter(error.failures.values()))
         raise cause from None  # the other wraps it in the tracebacks of all workers
     if rank == 0:
-        plain = {
-            "step": progress.step, "sampler": progress.sampler.to_dict(), "schedule": schedule.state_dict(),
-            "loss_state": asdict(progress.loss_state),
-        }  # fmt: skip
+        plain = {"step": progress.step, "schedule": schedule.state_dict(), "loss_state": asdict(progress.loss_state)}
         (folder / PROGRESS).write_text(json.dumps(plain))
 
 
@@ -99,7 +93,7 @@ def load_checkpoint(folder: Path, student: nn.Module, optimizer: Optimizer, sche
     plain = json.loads((folder / PROGRESS).read_text())
     schedule.load_state_dict(plain["schedule"])
     # Version 0.1.0 wrote no loss state: its losses had no memory.
-    return Progress(plain["step"], SamplerState(**plain["sampler"]), LossState(**plain.get("loss_state", {})))
+    return Progress(plain["step"], LossState(**plain.get("loss_state", {})))
 
 
 def whole_weights(student: nn.Module) -> dict[str, Any]:

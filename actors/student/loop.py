@@ -1,7 +1,4 @@
-"""The life of one training worker under Ray Train: the student's, and the teacher's while it is fine-tuned.
-
-The same loop serves both: fine-tuning is distillation with the hard-label loss.
-"""
+"""The training loop of one Ray Train worker: distils the student, and fine-tunes models with the hard-label loss."""
 
 import math
 import time
@@ -12,8 +9,10 @@ import torch
 from torch import nn
 
 from actors.config.models import TrainConfig, needs_teacher
-from actors.dataloader.collator import Collator, MicroBatch
-from actors.dataloader.sampler import GlobalBatch, SamplerState, global_batches, micro_batches, steps_in
+from actors.dataloader.collator import MicroBatch, collate, collate_weightless
+from actors.dataloader.sampler import StepSampler, micro_batches, steps_in
+from actors.dataloader.scored_rows import RowBatch, ScoredRows, StoredRows, all_rows
+from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.models import vocab_size_of
 from actors.monitors.metrics_log import MetricsLog, step_metrics
@@ -37,36 +36,37 @@ from losses.loss_state import LossState
 
 
 def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
-    """Teach the student step by step, from wherever its last checkpoint stands, and write the finished model.
+    """Distil the student from its last checkpoint on, or from the start, and write the finished model.
 
-    The student of a trial is examined on the way, and may be told to stop. Workers whose number may grow leave at a
+    The student of a trial is validated on the way, and may be told to stop. Workers whose number may grow leave at a
     checkpoint when there is room for more of them.
     """
     worker = Worker.here(task.threads)
     examples = ExampleFile(Path(task.examples))
     store = ScoreStore(Path(task.store)) if task.store and needs_teacher(task.loss) else None
+    sampler = StepSampler(len(examples), task.train.batch_rows, task.seed, task.train.first_epoch == "store_order")
+    rows: ScoredRows = StoredRows(examples, store, task.top_k, sampler)
+    step_weights = StepWeights(task.loss, task.seed, all_rows(examples, store, task.top_k))
+
     torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
     model = prepare_model(task.model, task.lora, task.train)
-    collator = Collator(examples, store, task.loss, task.top_k, task.seed, vocab_size_of(model))
-    validator = Validator(task, worker, vocab_size_of(model))
-    growth = ResizeMonitor(task, worker)
-
+    vocab_size = vocab_size_of(model)
     student = distribute(StudentWithLoss(model, task.loss), task.train, worker)
     total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
     optimizer = make_optimizer(student, task.train.optimizer)
     schedule = make_schedule(optimizer, task.train.optimizer, total_steps)
+    validator, resize_monitor = Validator(task, worker, vocab_size), ResizeMonitor(task, worker)
 
-    first = Progress(0, SamplerState(task.seed), LossState.first(task.loss))
-    done = checkpoints.load(student, optimizer, schedule, worker) or first
-    batches = global_batches(len(examples), task.train.batch_rows, done.sampler, task.train.first_epoch == "store_order")
+    done = checkpoints.load(student, optimizer, schedule, worker) or Progress(0, LossState.first(task.loss))
     goes_on, resize_requested = True, False
     with closing(MetricsLog.on_first_worker(worker.rank, task, first_step=done.step + 1)) as log:
         while goes_on and not resize_requested and done.step < total_steps:
-            started, step, batch = time.perf_counter(), done.step + 1, next(batches)
-            waited_seconds = collator.wait_for(batch, task.wait_seconds)
+            started, step = time.perf_counter(), done.step + 1
+            batch = rows.batch(step)
+            waited_seconds = step_weights.wait_for_scores(batch, task.wait_seconds)
             worker.seed_step(task.seed, step)
 
-            sums = accumulate_gradients(student, collator, batch, step, done.loss_state, worker, task.train)
+            sums = accumulate_gradients(student, batch, step_weights, vocab_size, step, done.loss_state, worker, task.train)
             sums = worker.sum_over_workers(sums)
             gradient_norm = clip_gradients(student, task.train.optimizer.clip_norm)
             require_finite(task, step, sums, gradient_norm)
@@ -76,15 +76,15 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
             schedule.step()
 
             metrics = step_metrics(
-                sums, task.loss, examples, batch, started, waited_seconds, learning_rate, gradient_norm, total_steps,
-                worker.world_size,
+                sums, task.loss, int(batch.lengths.sum()), rows.epochs_after(step), started, waited_seconds, learning_rate,
+                gradient_norm, total_steps, worker.world_size,
             )  # fmt: skip
-            log.write(step, metrics | collator.easy_border(batch) | done.loss_state.numbers(task.loss))
-            done = Progress(step, batch.after, done.loss_state.after(task.loss, step, total_steps, float(sums.loss)))
-            goes_on = validator.goes_on(student, step)  # before a checkpoint: what resumes from one has its exam behind it
+            log.write(step, metrics | step_weights.easy_border(batch) | done.loss_state.numbers(task.loss))
+            done = Progress(step, done.loss_state.after(task.loss, step, total_steps, float(sums.loss)))
+            goes_on = validator.goes_on(student, step)  # before a checkpoint: a run that resumes from one is validated there
             if goes_on and step % task.train.checkpoint_every_steps == 0 and step < total_steps:
                 checkpoints.save(student, optimizer, schedule, done, worker)
-                resize_requested = growth.is_due()
+                resize_requested = resize_monitor.is_due()
 
     if task.output is not None and not resize_requested:
         write_finished_model(student, task, Path(task.output), worker)
@@ -92,20 +92,21 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
 
 
 def accumulate_gradients(
-    student: nn.Module, collator: Collator, batch: GlobalBatch, step: int, state: LossState, worker: Worker, train: TrainConfig
-) -> LossSums:
+    student: nn.Module, batch: RowBatch, step_weights: StepWeights, vocab_size: int, step: int, state: LossState, worker: Worker,
+    train: TrainConfig,
+) -> LossSums:  # fmt: skip
     """Run this worker's forward and backward passes of a step; return its sums.
 
     The weights hold the division by the step's tokens already, so losses and gradients simply add up over passes and
     workers. DDP and FSDP take the mean over workers, which the factor ``world_size`` makes a sum.
     """
-    lengths, ranks = collator.examples.lengths[batch.positions], range(worker.world_size)
-    layout = [micro_batches(lengths, rank, worker.world_size, train.micro_batch_rows) for rank in ranks]
-    weights = collator.weights(batch, layout, step, state)
+    ranks = range(worker.world_size)
+    layout = [micro_batches(batch.lengths, rank, worker.world_size, train.micro_batch_rows) for rank in ranks]
+    weights = step_weights.of_step(batch, layout, step, state)
     sums = LossSums.zero(worker.device)
     for index, rows in enumerate(layout[worker.rank]):
         # A worker without rows left still takes part in the collectives: one row, with no weight.
-        micro_batch = collator.micro_batch(batch, rows, weights) if rows else collator.weightless(batch)
+        micro_batch = collate(batch, rows, vocab_size, weights) if rows else collate_weightless(batch, vocab_size)
         set_gradient_sync(student, index == len(layout[worker.rank]) - 1)
         part = forward(student, micro_batch.to(worker.device), state, train)
         (part.loss * worker.world_size).backward()

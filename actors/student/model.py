@@ -48,6 +48,7 @@ class StudentWithLoss(nn.Module):
 
     def loss_sums(self, batch: MicroBatch, state: LossState) -> LossSums:
         """Return the batch's share of the step's loss and the sums for its metrics."""
+        assert batch.weights is not None, "a batch that is learned from has weights"
         taught = (batch.targets, batch.teacher, batch.weights, self.loss, state, batch.row_counts)
         if not self.through_head:
             return distillation_loss(self.target_logits(batch), *taught)

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact
-from actors.dataloader.collator import Collator
-from actors.dataloader.sampler import GlobalBatch, SamplerState
+from actors.dataloader.collator import collate
+from actors.dataloader.scored_rows import all_rows
+from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.models import load_model, vocab_size_of
@@ -159,15 +160,12 @@ def _distance(one: TeacherScores, other: TeacherScores) -> float:
 def _self_divergence(model: PreTrainedModel, examples: ExampleFile, store: ScoreStore) -> tuple[float, str]:
     """Let the teacher be its own student: rows, store, shift, head and loss as in training, one row a forward pass."""
     loss = CoupledLoss(kind="coupled")
-    state, rows = LossState.first(loss), range(len(examples))
-    collator = Collator(examples, store, loss, store.top_k, seed=0, vocab_size=vocab_size_of(model))
-    student = StudentWithLoss(model, loss)
-    batch = GlobalBatch(np.arange(len(examples)), SamplerState(seed=0))
-    weights = collator.weights(batch, [[[row] for row in rows]], step=0, state=state)
+    student, state, batch = StudentWithLoss(model, loss), LossState.first(loss), all_rows(examples, store, store.top_k)
+    weights = StepWeights(loss, seed=0, dataset=batch).of_step(batch, [[[row] for row in range(len(batch))]], 0, state)
     total = LossSums.zero(model.device)
-    for row in rows:
+    for row in range(len(batch)):
         try:
-            micro_batch = collator.micro_batch(batch, [row], weights)
+            micro_batch = collate(batch, [row], vocab_size_of(model), weights)
         except ValueError as error:
             return float("nan"), f"row {examples[row].row}: {error}"
         total = total + student.loss_sums(micro_batch.to(model.device), state)

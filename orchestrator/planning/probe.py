@@ -14,8 +14,9 @@ import ray
 import torch
 
 from actors.config.models import TrainConfig, needs_teacher
-from actors.dataloader.collator import Collator
-from actors.dataloader.sampler import SamplerState, global_batches
+from actors.dataloader.sampler import StepSampler
+from actors.dataloader.scored_rows import StoredRows, all_rows
+from actors.dataloader.step_weights import StepWeights
 from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
 from actors.examples import ExampleFile, write_examples
@@ -147,20 +148,23 @@ def time_steps(student: _Student) -> float:
     model = prepare_model(student.model, config.student.lora, train)
     examples = ExampleFile(Path(student.examples))
     store = ScoreStore(Path(student.store)) if student.store else None
-    collator = Collator(examples, store, config.loss, config.scores.top_k, config.seed, vocab_size_of(model))
+    sampler = StepSampler(len(examples), train.batch_rows, config.seed, store_order_first=True)
+    rows = StoredRows(examples, store, config.scores.top_k, sampler)
+    weights = StepWeights(config.loss, config.seed, all_rows(examples, store, config.scores.top_k))
+    vocab_size, state = vocab_size_of(model), LossState.first(config.loss)
     module = distribute(StudentWithLoss(model, config.loss), train, worker)
     optimizer = make_optimizer(module, train.optimizer)
-    batches = global_batches(len(examples), train.batch_rows, SamplerState(config.seed), store_order_first=True)
     tokens, step, started = 0, 0, 0.0
     while step < 3 or time.perf_counter() - started < student.seconds:
         if step == 1:
             started = time.perf_counter()
-        batch, step = next(batches), step + 1
-        accumulate_gradients(module, collator, batch, step, LossState.first(config.loss), worker, train)
+        step += 1
+        batch = rows.batch(step)
+        accumulate_gradients(module, batch, weights, vocab_size, step, state, worker, train)
         clip_gradients(module, train.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens += int(examples.lengths[batch.positions].sum()) if step > 1 else 0
+        tokens += int(batch.lengths.sum()) if step > 1 else 0
     if worker.device.type == "cuda":
         torch.cuda.synchronize()
     return tokens / (time.perf_counter() - started)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from actors.attention import attention_for
 from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
-from actors.dataloader.sampler import SamplerState, global_batches, micro_batches, steps_in
+from actors.dataloader.sampler import StepSampler, micro_batches, steps_in
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
 from actors.models import scratch_model
@@ -198,12 +198,12 @@ def _counted(folder: Path, source: str) -> Workload:
 
 def passes_of(work: Workload, train: TrainConfig, workers: int, seed: int) -> Passes:
     """Return the forward passes of a training, cut as the student's loop cuts them, for the worker with the longest rows."""
-    batches = global_batches(work.rows, train.batch_rows, SamplerState(seed), train.first_epoch == "store_order")
+    sampler = StepSampler(work.rows, train.batch_rows, seed, train.first_epoch == "store_order")
     largest, most_targets, computed, most_passes = (1, 1), 1, 0, 1
     steps = steps_in(work.rows, train.batch_rows, train.epochs)
     there = 0
-    for _ in range(steps):
-        positions = next(batches).positions
+    for step in range(1, steps + 1):
+        positions = sampler.positions(step)
         mine = [positions[rows] for rows in micro_batches(work.lengths[positions], 0, workers, train.micro_batch_rows) if rows]
         for rows in mine:
             width = int(work.lengths[rows].max())

@@ -16,8 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact, require_attention
 from actors.config.models import EngineConfig, PretrainedModel
-from actors.dataloader.collator import Collator, MicroBatch
-from actors.dataloader.sampler import GlobalBatch, SamplerState
+from actors.dataloader.collator import MicroBatch, collate
+from actors.dataloader.scored_rows import all_rows
 from actors.engines.base import TeacherSpec, engine_environment
 from actors.engines.build import build_engine
 from actors.examples import ExampleFile, write_examples
@@ -29,7 +29,6 @@ from actors.teacher.parity import ScoreParity
 from actors.teacher.reference_pass import references
 from actors.teacher.replica import TeacherReplica
 from losses.config import HardLabelLoss
-from losses.loss_state import LossState
 from tests.worlds import VOCAB, random_examples
 
 WINDOW = 16
@@ -112,9 +111,7 @@ def logits_of(model: PreTrainedModel, row: Example) -> torch.Tensor:
 def padded(rows: list[Example], folder: Path) -> MicroBatch:
     """All rows in one micro-batch, as the student gets them."""
     write_examples(folder / "rows.arrow", rows)
-    collator = Collator(ExampleFile(folder / "rows.arrow"), None, HARD_LABEL, 8, seed=0, vocab_size=VOCAB)
-    batch, places = GlobalBatch(np.arange(len(rows)), SamplerState(seed=0)), list(range(len(rows)))
-    return collator.micro_batch(batch, places, collator.weights(batch, [[places]], step=1, state=LossState()))
+    return collate(all_rows(ExampleFile(folder / "rows.arrow"), None, 8), range(len(rows)), VOCAB)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
-from actors.dataloader.collator import Collator, MicroBatch
-from actors.dataloader.sampler import GlobalBatch, SamplerState
+from actors.dataloader.collator import MicroBatch, collate
+from actors.dataloader.scored_rows import RowBatch
+from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.lora import add_adapters, merge_adapters
 from actors.model_source import ModelSource
@@ -27,9 +28,9 @@ HARD_LABEL = HardLabelLoss(kind="hard_label")
 
 def batch_in(folder: Path) -> MicroBatch:
     path, _ = scored_world(folder, rows=6)
-    collator = Collator(ExampleFile(path), None, HARD_LABEL, 8, seed=0, vocab_size=VOCAB)
-    batch = GlobalBatch(np.array([1, 4, 2]), SamplerState(seed=0))
-    return collator.micro_batch(batch, [0, 1, 2], collator.weights(batch, [[[0, 1, 2]]], step=1, state=LossState()))
+    batch = RowBatch(ExampleFile(path), None, 8, np.array([1, 4, 2]))
+    weights = StepWeights(HARD_LABEL, seed=0, dataset=batch).of_step(batch, [[[0, 1, 2]]], step=1, state=LossState())
+    return collate(batch, [0, 1, 2], VOCAB, weights)
 
 
 def plain_cross_entropy(model: nn.Module, batch: MicroBatch) -> float:

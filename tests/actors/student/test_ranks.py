@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 from torch.distributed.tensor import DTensor
 
 from actors.config.models import LoraAdapter, TrainConfig
-from actors.dataloader.collator import Collator
-from actors.dataloader.sampler import GlobalBatch, SamplerState
+from actors.dataloader.scored_rows import RowBatch, all_rows
+from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.score_store.store import ScoreStore
@@ -54,9 +54,9 @@ def step_gradients(
         if "lora_B" in name:  # they begin at zero, where half of the gradients vanish
             torch.nn.init.normal_(weight, std=0.1)
     student = distribute(StudentWithLoss(model, loss), train, worker)
-    collator = Collator(ExampleFile(folder / "train.arrow"), ScoreStore(folder / "store"), loss, 8, seed=0, vocab_size=VOCAB)
-    batch = GlobalBatch(np.arange(7), SamplerState(seed=0))
-    sums = accumulate_gradients(student, collator, batch, 1, LossState.first(loss), worker, train)
+    examples, store = ExampleFile(folder / "train.arrow"), ScoreStore(folder / "store")
+    batch, weights = RowBatch(examples, store, 8, np.arange(7)), StepWeights(loss, seed=0, dataset=all_rows(examples, store, 8))
+    sums = accumulate_gradients(student, batch, weights, VOCAB, 1, LossState.first(loss), worker, train)
     loss_value = float(worker.sum_over_workers(sums).loss)
     found = {}
     for name, weight in student.named_parameters():
