@@ -49,7 +49,7 @@ def prepared(folder: Path, template: str = ENDED, **sections: Any) -> tuple[RunC
     for section, said in sections.items():
         tree[section] = {**tree.get(section, {}), **said}
     config = validate(tree)
-    with RunDir.open(config, ) as run_dir:
+    with RunDir.open(config) as run_dir:
         models = Models(config, run_dir.path)
         return config, models, run_dir.stage("prepare", lambda: prepare(config, run_dir, models))
 
@@ -68,7 +68,7 @@ def test_rows_with_special_tokens_in_them_are_told(tmp_path: Path) -> None:
     assert found.state == "FAILED" and "train_hash" in found.numbers, "the rows of a file have changed"
     again, _, _ = prepared(tmp_path / "b", template=ENDED)
     (tmp_path / "b" / "rows.jsonl").write_text(text)
-    with RunDir.open(again.model_copy(update={"name": "other"}), ) as run_dir:
+    with RunDir.open(again.model_copy(update={"name": "other"})) as run_dir:
         other = again.model_copy(update={"name": "other"})
         prepare(other, run_dir, Models(other, run_dir.path))
         assert "hold special tokens in people's text (split)" in check_rows(other, run_dir.path).numbers

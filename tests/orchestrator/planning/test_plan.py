@@ -193,11 +193,11 @@ def test_a_cluster_of_numbers_has_a_smaller_last_node() -> None:
 )
 def test_options_that_contradict_each_other_are_refused(asked: PlanOptions, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_plan(pair(), asked, print)
+        make_plan(pair(), asked)
 
 
 def made(config: RunConfig, **asked: object) -> Plan:
-    return make_plan(config, PlanOptions(rows=20_000, row_tokens=300, row_targets=150, **asked), print)  # type: ignore[arg-type]
+    return make_plan(config, PlanOptions(rows=20_000, row_tokens=300, row_targets=150, **asked))  # type: ignore[arg-type]
 
 
 def test_labels_are_not_asked_of_a_cluster_of_numbers() -> None:

@@ -94,12 +94,12 @@ def test_a_loss_that_depends_on_the_number_of_workers_takes_no_range() -> None:
 
 def test_the_number_of_workers_may_change_when_a_run_is_taken_up_again(tmp_path: Path) -> None:
     here = f"output={tmp_path}"
-    RunDir.open(changed(here, "name=batches"), print).close()
-    RunDir.open(changed(here, "name=batches", "workers.count=2"), print).close()
+    RunDir.open(changed(here, "name=batches")).close()
+    RunDir.open(changed(here, "name=batches", "workers.count=2")).close()
     passes = [here, "name=passes", "loss={kind: atkd, scope: microbatch}"]
-    RunDir.open(changed(*passes), print).close()
+    RunDir.open(changed(*passes)).close()
     with pytest.raises(ValueError, match=r"workers\.count: 2 here, 1 there"):
-        RunDir.open(changed(*passes, "workers.count=2"), print)
+        RunDir.open(changed(*passes, "workers.count=2"))
 
 
 class Turns:

@@ -104,7 +104,7 @@ def test_models_whose_code_is_trusted_are_finetuned_distilled_evaluated_and_expo
         for seed, role in enumerate(ROLES)
     }  # fmt: skip
     config = unscored_run(tmp_path, **trusted, train=short)
-    with RunDir.open(config, ) as run_dir:
+    with RunDir.open(config) as run_dir:
         models = Models(config, run_dir.path)
         for role in ROLES:
             stages.finetune(role, config, run_dir, models)

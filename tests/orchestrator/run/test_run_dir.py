@@ -10,13 +10,14 @@ from tests.orchestrator.config.test_run import changed
 
 
 def test_a_stage_is_done_once_and_its_facts_come_back(tmp_path: Path) -> None:
-    config, calls, lines = changed(f"output={tmp_path}"), [], []
+    config, calls = changed(f"output={tmp_path}"), []
     for _ in range(2):
-        with RunDir.open(config, lines.append) as run_dir:
+        with RunDir.open(config) as run_dir:
             facts = run_dir.stage("prepare", lambda: calls.append(1) or {"rows": 3})  # type: ignore[func-returns-value]
         assert facts["rows"] == 3
     assert len(calls) == 1
-    assert lines[0].startswith("prepare: done in") and lines[1] == "prepare: done before"
+    lines = (tmp_path / "small" / "run.log").read_text().splitlines()
+    assert "INFO prepare: done in" in lines[0] and lines[1].endswith("INFO prepare: done before")
     events = [json.loads(line) for line in (tmp_path / "small" / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["stage_started", "stage_finished"]
 
