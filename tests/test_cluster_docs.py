@@ -83,9 +83,3 @@ def test_each_command_that_can_be_a_job_is_shown_as_one() -> None:
     assert {"run", "tune", "compare", "score"} <= shown
 
 
-def test_the_page_lists_what_may_change_between_two_starts() -> None:
-    part = PAGE.split("### What may change between two starts")[1].split("\n## ")[0]
-    listed = "\n".join(line for line in part.split("What comes out is")[0].split("\n- ")[1:])
-    named = set(re.findall(r"`([\w.]+)`", listed))
-    wanted = {path if path in named else path.split(".")[-1] for path in run_dir.MAY_CHANGE}
-    assert wanted <= named <= wanted | {"train", "teacher.finetune.train", "student.finetune.train", "teacher.engine"}

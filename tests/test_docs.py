@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.cli import build_parser
 from orchestrator.config.load import load_config
+from scripts.doc_tables import TABLES, with_tables
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").rglob("*.md"))
@@ -101,3 +102,10 @@ def test_the_makefile_runs_a_configuration_that_loads(monkeypatch: pytest.Monkey
     for one in arguments:
         options = build_parser().parse_args(one)
         load_config(options.config, options.overrides)
+
+
+def test_the_tables_that_follow_from_the_configuration_are_up_to_date() -> None:
+    for page in {page for page, _ in TABLES.values()}:
+        text = (ROOT / page).read_text()
+        assert with_tables(page, text) == text, "python -m scripts.doc_tables writes them"
+        assert with_tables(page, text.replace("<!-- end -->", "| stale | |\n<!-- end -->")) == text

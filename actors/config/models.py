@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from actors.config.workers import CustomResources, NodeLabels, Replicas
 from losses.config import AtkdLoss, LossConfig
-from losses.section import Section
+from losses.section import MayChange, Searchable, Section
 
 DType = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
@@ -117,7 +117,7 @@ class TrainConfig(Section):
     batch_rows: int = Field(default=32, ge=1)
     """Rows of one optimizer step over all workers and accumulation. The loss depends on this number alone."""
 
-    micro_batch_rows: int = Field(default=8, ge=1)
+    micro_batch_rows: Annotated[int, MayChange()] = Field(default=8, ge=1)
     """Rows of one forward pass on one worker; changes memory and speed, not the result."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -126,10 +126,10 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Forward and backward pass; master weights and optimizer state stay in float32."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, MayChange()] = False
     """Trade compute for activation memory."""
 
-    compile: bool = False
+    compile: Annotated[bool, MayChange()] = False
     """Compile the student with torch.compile."""
 
     sharding: Literal["replicate", "fsdp"] = "replicate"
@@ -138,13 +138,13 @@ class TrainConfig(Section):
     first_epoch: Literal["store_order", "permuted"] = "store_order"
     """Read the first epoch in the order in which scores arrive, or permuted by the seed as later epochs are."""
 
-    checkpoint_every_steps: int = Field(default=200, ge=1)
+    checkpoint_every_steps: Annotated[int, MayChange()] = Field(default=200, ge=1)
     """Optimizer steps between checkpoints; a killed run repeats at most this many."""
 
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: Annotated[int, MayChange()] = Field(default=2, ge=1)
     """How many of the latest checkpoints stay on disk."""
 
-    max_failures: int = Field(default=2, ge=0)
+    max_failures: Annotated[int, MayChange()] = Field(default=2, ge=0)
     """How often the workers are started again after one died."""
 
 
@@ -157,35 +157,35 @@ class EngineConfig(Section):
     dtype: DType = "bfloat16"
     """Type of the teacher's weights and activations while it scores."""
 
-    replicas: Replicas = 1
+    replicas: Annotated[Replicas, MayChange()] = 1
     """Number of engines that share the work; ``auto``: as many as the cluster can hold, beside the student if both run at
     one time, and no more than there are shards to score."""
 
-    tensor_parallel: int = Field(default=1, ge=1)
+    tensor_parallel: Annotated[int, MayChange()] = Field(default=1, ge=1)
     """GPUs of one engine; they must stand in one node."""
 
-    cpus: float = Field(default=1.0, gt=0)
+    cpus: Annotated[float, MayChange()] = Field(default=1.0, gt=0)
     """CPUs of each replica, also its number of threads on a machine without GPUs."""
 
-    gpu: bool = False
+    gpu: Annotated[bool, MayChange()] = False
     """Whether replicas take GPUs (``tensor_parallel`` each)."""
 
-    resources: CustomResources = {}
+    resources: Annotated[CustomResources, MayChange()] = {}
     """Ray's custom resources of each replica, such as ``{teacher_node: 1}``; only nodes that offer them hold replicas."""
 
-    labels: NodeLabels = {}
+    labels: Annotated[NodeLabels, MayChange()] = {}
     """Labels a node must have to hold replicas, such as ``{role: teacher}``; ``!student`` and ``in(a, b)`` work too."""
 
-    rows_per_call: int = Field(default=64, ge=1)
+    rows_per_call: Annotated[int, MayChange()] = Field(default=64, ge=1)
     """Rows given to the engine at once."""
 
-    gpu_memory_utilization: float = Field(default=0.8, gt=0.0, lt=1.0)
+    gpu_memory_utilization: Annotated[float, MayChange()] = Field(default=0.8, gt=0.0, lt=1.0)
     """Share of the GPU's memory for weights and cache; the rest is for scoring, which vLLM's own profile leaves out."""
 
-    kv_cache_mib: int = Field(default=64, ge=1)
+    kv_cache_mib: Annotated[int, MayChange()] = Field(default=64, ge=1)
     """Size of the key-value cache on a machine without GPUs."""
 
-    max_restarts: int = Field(default=3, ge=0)
+    max_restarts: Annotated[int, MayChange()] = Field(default=3, ge=0)
     """How often in a row, without scoring a shard in between, a replica that died is started again."""
 
     @model_validator(mode="after")
@@ -200,7 +200,7 @@ class EngineConfig(Section):
 class ScoresConfig(Section):
     """The score store between teacher and student."""
 
-    top_k: int = Field(default=64, ge=1)
+    top_k: Annotated[int, Searchable("up to the configuration's own, which is what the store holds")] = Field(default=64, ge=1)
     """K: how many of the teacher's most likely tokens, the target aside, are kept for each target."""
 
     top_mass: float | None = Field(default=None, gt=0.0, lt=1.0)
@@ -210,7 +210,7 @@ class ScoresConfig(Section):
     rows_per_shard: int = Field(default=256, ge=1)
     """Rows of one shard: the unit of work, of waiting and of resuming."""
 
-    compare_rows: int = Field(default=4, ge=0)
+    compare_rows: Annotated[int, MayChange()] = Field(default=4, ge=0)
     """Rows whose scores are held against the teacher's plain forward pass in float32 each time it starts, before the first
     shard; 0 goes without. Costs a second load of the teacher, on its own device, or on the CPU where it is on many."""
 
@@ -220,10 +220,10 @@ class ScoresConfig(Section):
     path: str | None = None
     """One existing store to read and nothing else; refused if its identity is another."""
 
-    overlap: bool = True
+    overlap: Annotated[bool, MayChange()] = True
     """Start the student while the teacher still scores; needs devices for both."""
 
-    wait_seconds: float = Field(default=1800.0, gt=0)
+    wait_seconds: Annotated[float, MayChange()] = Field(default=1800.0, gt=0)
     """How long a student waits for one shard before it gives up."""
 
     @model_validator(mode="after")
@@ -236,7 +236,7 @@ class ScoresConfig(Section):
 class EvaluateConfig(Section):
     """What is measured on the held-out rows."""
 
-    batch_rows: int = Field(default=16, ge=1)
+    batch_rows: Annotated[int, MayChange()] = Field(default=16, ge=1)
     """Rows of one forward pass."""
 
     generate_rows: int = Field(default=100, ge=0)
@@ -252,10 +252,10 @@ class EvaluateConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations while evaluating."""
 
-    cpus: float = Field(default=1.0, gt=0)
+    cpus: Annotated[float, MayChange()] = Field(default=1.0, gt=0)
     """CPUs of the evaluator."""
 
-    gpus: int = Field(default=0, ge=0, le=1)
+    gpus: Annotated[int, MayChange()] = Field(default=0, ge=0, le=1)
     """GPUs of the evaluator."""
 
     @field_validator("answer_pattern")

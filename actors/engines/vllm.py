@@ -1,49 +1,26 @@
-"""vLLM as a scoring engine; the only file that imports it. L tokens of a prompt, N targets, K top-k.
+"""vLLM as a scoring engine. L tokens of a prompt, N targets, K top-k.
 
 Prompt log-probabilities are asked for K+1 tokens: vLLM computes an array [L-1, K+2] with the prompt's own next token in
-column 0 and the K+1 most likely ones after it; row i speaks of token i+1. Left alone it then turns each entry into a Python
-object. ``_keep_arrays`` replaces that one step; where the installed version does not have it in the expected form (the form
-of 0.9 to 0.32), or a probe comes out differently, the public ``flat_logprobs`` results (0.15 and later) are read instead.
-
-vLLM also multiplies every position of the prompt by the output head, one request at a time, ranks every target and normalises
-the whole vocabulary. ``TargetRows`` does so for the rows that predict targets alone, those of all requests together; where the
-installed version's model runner is not of the expected form, or a probe comes out differently, all rows are computed.
+column 0 and the K+1 most likely ones after it; row i speaks of token i+1. Two patches of its insides (``vllm_patches``) make that
+cheap. Where the installed version does not take one, or a probe comes out differently, the public way is gone: ``flat_logprobs``
+(0.15 and later) is read, and all rows are computed.
 """
 
-import inspect
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import vllm
 from vllm import LLM, SamplingParams
-from vllm.v1.engine import logprobs as vllm_logprobs
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.outputs import LogprobsTensors
 
 from actors.engines.base import EngineDied, TeacherSpec, require_top_k, scores_from_candidates
+from actors.engines.vllm_patches import ROWS_ARGUMENT, PromptArrays, TargetRows, keep_arrays
 from actors.records import Example, TeacherScores
 
 TOKENS_PER_STEP = 8192
 PROBE_TOKENS = 5
 PROBE_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}  # nats; products of other shapes round differently
-ROWS_ARGUMENT = "atkd_target_rows"  # of a request's extra_args: which rows of its prompt are wanted, ascending
-ROWS_AT_ONCE = {"cpu": 128}  # few enough for their logits to stay in the cache
-ROWS_AT_ONCE_ELSEWHERE = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class PromptArrays:
-    """The prompt log-probabilities of one prompt as the engine computed them."""
-
-    token_ids: np.ndarray
-    """int [L-1, K+2], column 0 the prompt's own next token."""
-
-    logprobs: np.ndarray
-    """float32 [L-1, K+2]."""
 
 
 class VllmEngine:
@@ -84,7 +61,7 @@ class VllmEngine:
         self._tolerance = PROBE_TOLERANCES[engine.dtype]
         self.reads_arrays = False
         """Whether results come as the engine's arrays; otherwise through the public flat_logprobs."""
-        self.reads_arrays = _keep_arrays() and self._probe_arrays(min(PROBE_TOKENS, spec.longest_row))
+        self.reads_arrays = keep_arrays() and self._probe_arrays(min(PROBE_TOKENS, spec.longest_row))
         self.skips_prompts = False
         """Whether only the rows that predict targets are multiplied by the output head."""
         self.skips_prompts = self.reads_arrays and self._take_target_rows() and self._probe_rows(spec.longest_row)
@@ -177,122 +154,3 @@ class VllmEngine:
             and np.array_equal(result[1].token_ids[:, 0], flat.token_ids[:, 0])
             and np.allclose(result[1].logprobs, flat.logprobs, atol=self._tolerance)
         )
-
-
-def _keep_arrays() -> bool:
-    """Make vLLM's frontend keep prompt log-probabilities as arrays; return whether this version allows it.
-
-    Requests with ``flat_logprobs`` and arrays of an unexpected form go the way they always went.
-    """
-    processor: Any = getattr(vllm_logprobs, "LogprobsProcessor", None)
-    original = getattr(processor, "_update_prompt_logprobs", None)
-    if original is None or list(inspect.signature(original).parameters) != ["self", "prompt_logprobs_tensors"]:
-        return False
-    if getattr(original, "keeps_arrays", False):
-        return True
-
-    def keep(self: Any, prompt_logprobs_tensors: Any) -> None:
-        token_ids, logprobs = prompt_logprobs_tensors[:2]
-        expected = logprobs.ndim == 2 and token_ids.shape == logprobs.shape and logprobs.shape[1] == self.num_prompt_logprobs + 1
-        if expected and type(self.prompt_logprobs) is list:
-            self.prompt_logprobs.append(PromptArrays(token_ids.cpu().numpy(), logprobs.cpu().float().numpy()))
-        else:
-            original(self, prompt_logprobs_tensors)
-
-    # The signature above stays that of the original, so that a second engine of this process finds it again.
-    keep.keeps_arrays = True  # type: ignore[attr-defined]
-    processor._update_prompt_logprobs = keep
-    return True
-
-
-class TargetRows:
-    """Becomes part of vLLM's worker, beside the model runner: prompt log-probabilities of the wanted rows alone."""
-
-    model_runner: Any
-
-    def take_target_rows(self) -> bool:
-        """Replace the runner's way to prompt log-probabilities; return whether this version allows it."""
-        runner = self.model_runner
-        original = getattr(runner, "_get_prompt_logprobs_dict", None)
-        if original is None or list(inspect.signature(original).parameters) != ["hidden_states", "num_scheduled_tokens"]:
-            return False
-        needed = ("num_prompt_logprobs", "requests", "input_batch", "query_start_loc", "model")
-        if not all(hasattr(runner, name) for name in needed):
-            return False
-
-        def prompt_logprobs(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
-            asked = [(runner.requests[name].sampling_params.extra_args or {}) for name in runner.num_prompt_logprobs]
-            if all(ROWS_ARGUMENT in arguments for arguments in asked):
-                return _logprobs_of_rows(runner, hidden_states, num_scheduled_tokens)
-            return dict(original(hidden_states, num_scheduled_tokens))
-
-        runner._get_prompt_logprobs_dict = prompt_logprobs
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What this step computes of one request."""
-
-    result: Any
-    """LogprobsTensors on the CPU, [N, K+2], filled step by step."""
-
-    first: int
-    """Which of the N rows comes first."""
-
-    hidden: torch.Tensor
-    """[n, H]"""
-
-    next_tokens: list[int]
-    """The prompt's own next token after each of the n rows."""
-
-
-def _logprobs_of_rows(runner: Any, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
-    """Return the results of the requests whose prompts are complete with this step, as the runner's own method would."""
-    finished, parts = {}, []
-    for name, top_k in list(runner.num_prompt_logprobs.items()):
-        scheduled = num_scheduled_tokens.get(name)
-        if scheduled is None:  # put off while its prompt was being read
-            continue
-        request = runner.requests[name]
-        prompt, rows = request.prompt_token_ids, request.sampling_params.extra_args[ROWS_ARGUMENT]
-        result = request.in_progress_prompt_logprobs_cpu
-        if result is None:
-            result = LogprobsTensors.empty_cpu(len(rows), top_k + 1)
-            request.in_progress_prompt_logprobs_cpu = result
-        start = request.num_computed_tokens
-        offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[name]]) - start
-        first, last = bisect_left(rows, start), bisect_left(rows, start + scheduled)
-        if wanted := rows[first:last]:
-            parts.append(
-                _Part(result, first, hidden_states[[offset + row for row in wanted]], [prompt[row + 1] for row in wanted])
-            )
-        if start + scheduled >= len(prompt):
-            finished[name] = result
-            del runner.num_prompt_logprobs[name]
-            request.in_progress_prompt_logprobs_cpu = None
-    if parts:
-        _fill(runner, parts)
-    return finished
-
-
-def _fill(runner: Any, parts: Sequence[_Part]) -> None:
-    """Compute the rows of all requests together, and write them where they belong."""
-    hidden = torch.cat([part.hidden for part in parts])
-    targets = torch.tensor([token for part in parts for token in part.next_tokens], device=hidden.device)
-    top_k = parts[0].result.logprobs.shape[1] - 1
-    at_once = ROWS_AT_ONCE.get(hidden.device.type, ROWS_AT_ONCE_ELSEWHERE)
-    chunks = []
-    for rows, tokens in zip(hidden.split(at_once), targets.split(at_once), strict=True):
-        logits = runner.model.compute_logits(rows).float()
-        normalizer = logits.logsumexp(dim=1, keepdim=True)
-        best = logits.topk(top_k, dim=1)
-        logprobs = torch.cat([logits.gather(1, tokens[:, None]), best.values], dim=1) - normalizer
-        chunks.append((torch.cat([tokens[:, None], best.indices], dim=1).cpu(), logprobs.cpu()))
-    token_ids, logprobs = (torch.cat(columns) for columns in zip(*chunks, strict=True))
-    begin = 0
-    for part in parts:
-        here, there = slice(begin, begin + len(part.next_tokens)), slice(part.first, part.first + len(part.next_tokens))
-        part.result.logprob_token_ids[there].copy_(token_ids[here])
-        part.result.logprobs[there].copy_(logprobs[here])
-        begin = here.stop

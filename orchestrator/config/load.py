@@ -4,13 +4,13 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from losses.section import sections_of
 from orchestrator.config.run import RunConfig
 
 PATHS = ("output", "root", "path", "name")
@@ -201,24 +201,16 @@ def _sections_at(location: Sequence[int | str]) -> list[type[BaseModel]]:
     for step in location:
         fields = [section.model_fields[str(step)] for section in sections if step in section.model_fields]
         if fields:
-            sections = [found for field in fields for found in _model_classes(field.annotation)]
+            sections = [found for field in fields for found in sections_of(field.annotation)]
         else:
             sections = [one for one in sections if any(step in get_args(f.annotation) for f in one.model_fields.values())]
     return sections
 
 
-def _model_classes(annotation: Any) -> list[type[BaseModel]]:
-    if get_origin(annotation) is Annotated:
-        return _model_classes(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [found for part in get_args(annotation) for found in _model_classes(part)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
-
-
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        for section in _model_classes(field.annotation):
+        for section in sections_of(field.annotation):
             yield from _all_keys(section, f"{prefix}{name}.")
 
 

@@ -1,7 +1,7 @@
 """What the user may say about a run: the whole configuration, one section a class. Imports neither torch nor Ray."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,13 +16,12 @@ from actors.config.models import (
 )
 from actors.config.tracking import TrackingConfig
 from actors.config.workers import WorkersConfig
+from actors.engines.vllm_limits import require_cpu_head_size
 from losses.config import AtkdLoss, LossConfig
-from losses.section import LARGEST_SEED, Section
+from losses.section import LARGEST_SEED, MayChange, NotSearchable, Searchable, Section
 from orchestrator.config.compare import CompareConfig
 from orchestrator.config.data import DataConfig
 from orchestrator.config.tune import TuneConfig
-
-VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 class TokenizerConfig(Section):
@@ -38,7 +37,7 @@ class FinetuneConfig(Section):
     train: TrainConfig
     """How much, how large, how often."""
 
-    workers: WorkersConfig = WorkersConfig()
+    workers: Annotated[WorkersConfig, MayChange()] = WorkersConfig()
     """Who does it."""
 
 
@@ -64,7 +63,7 @@ class StudentConfig(Section):
     finetune: FinetuneConfig | None = None
     """Train it on the data first; for students made from scratch, which otherwise know no language."""
 
-    lora: LoraAdapter | None = None
+    lora: Annotated[LoraAdapter | None, Searchable("the student itself is the same in all trials")] = None
     """Train adapters instead of all weights."""
 
 
@@ -78,30 +77,42 @@ class ExportConfig(Section):
 class RunConfig(Section):
     """Everything one run depends on."""
 
-    name: str = Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[
+        str, NotSearchable("it names the search itself")
+    ] = Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
 
-    output: str = "runs"
+    output: Annotated[str, NotSearchable("it says where the search is kept")] = "runs"
     """Folder of runs; on a cluster, one that all nodes see."""
 
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    seed: Annotated[
+        int, Searchable("where both models are pretrained and none is fine-tuned; elsewhere it makes another teacher")
+    ] = Field(default=0, ge=0, le=LARGEST_SEED)
     """Draws initial weights, dropout and the order of later epochs."""
 
-    tokenizer: TokenizerConfig | None = None
+    tokenizer: Annotated[
+        TokenizerConfig | None, NotSearchable("it changes the tokens, and a search shares one score store")
+    ] = None
     """Train a tokenizer; needed when, and only when, the teacher is made from scratch."""
 
-    data: DataConfig = DataConfig()
-    teacher: TeacherConfig
-    scores: ScoresConfig = ScoresConfig()
-    student: StudentConfig
-    loss: LossConfig = AtkdLoss(kind="atkd")
-    train: TrainConfig = TrainConfig()
-    workers: WorkersConfig = WorkersConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    export: ExportConfig = ExportConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    tune: TuneConfig = TuneConfig()
-    compare: CompareConfig = CompareConfig()
+    data: Annotated[
+        DataConfig, NotSearchable("it changes the rows, and a search shares one score store")
+    ] = DataConfig()
+    teacher: Annotated[TeacherConfig, NotSearchable("it changes the scores, and a search shares one score store")]
+    scores: Annotated[
+        ScoresConfig, NotSearchable("it says how the scores are kept, and a search shares one store; scores.top_k alone can vary")
+    ] = ScoresConfig()
+    student: Annotated[StudentConfig, NotSearchable("all trials begin with the same student; student.lora alone can vary")]
+    loss: Annotated[LossConfig, Searchable()] = AtkdLoss(kind="atkd")
+    train: Annotated[TrainConfig, Searchable()] = TrainConfig()
+    workers: Annotated[WorkersConfig, MayChange(), NotSearchable("it says where a student learns, not what")] = WorkersConfig()
+    evaluate: Annotated[EvaluateConfig, NotSearchable("trials are compared by what it measures")] = EvaluateConfig()
+    export: Annotated[ExportConfig, NotSearchable("trials export nothing")] = ExportConfig()
+    tracking: Annotated[
+        TrackingConfig, MayChange(), NotSearchable("it says where steps are shown, not what is learnt")
+    ] = TrackingConfig()
+    tune: Annotated[TuneConfig, MayChange(), NotSearchable("it is the search itself")] = TuneConfig()
+    compare: Annotated[CompareConfig, MayChange(), NotSearchable("it says what is compared")] = CompareConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
@@ -115,12 +126,7 @@ class RunConfig(Section):
             raise ValueError("both models are scratch and tokenizer is null: add a tokenizer section, such as {vocab_size: 2048}")
         engine, shape = self.teacher.engine, self.teacher.model
         if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
-            head_size = shape.hidden_size // shape.heads
-            if head_size not in VLLM_CPU_HEAD_SIZES:
-                raise ValueError(
-                    f"teacher.model has heads of size {head_size} (hidden_size / heads); vLLM on CPUs serves the sizes "
-                    f"{', '.join(map(str, VLLM_CPU_HEAD_SIZES))}: hidden_size {32 * shape.heads} would do"
-                )
+            require_cpu_head_size(shape.hidden_size, shape.heads)
         if "pretrained" in kinds and self.tokenizer is not None:
             raise ValueError(
                 "tokenizer is trained only where both models are made from scratch; a pretrained model brings its own: "

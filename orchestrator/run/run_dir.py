@@ -22,6 +22,7 @@ import yaml
 
 from actors.config.tracking import require_installed
 from actors.examples import write_atomically
+from losses.section import MayChange, marked
 from orchestrator.cluster.logs import close_log_file, open_log_file
 from orchestrator.cluster.redaction import without_secrets_within
 from orchestrator.config.load import config_difference, dump_config
@@ -38,21 +39,8 @@ Facts = dict[str, Any]
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the environment of a driver that was started by ``ray job submit``."""
 
-ENGINE_MAY_CHANGE = (
-    "replicas", "tensor_parallel", "cpus", "gpu", "resources", "labels", "rows_per_call", "gpu_memory_utilization",
-    "kv_cache_mib", "max_restarts",
-)  # fmt: skip
-TRAIN_MAY_CHANGE = (
-    "micro_batch_rows", "gradient_checkpointing", "compile", "checkpoint_every_steps", "keep_checkpoints", "max_failures"
-)  # fmt: skip
-MAY_CHANGE = (
-    "workers", "teacher.finetune.workers", "student.finetune.workers", "tune", "compare", "tracking",
-    *(f"teacher.engine.{key}" for key in ENGINE_MAY_CHANGE),
-    *(f"{role}train.{key}" for role in ("", "teacher.finetune.", "student.finetune.") for key in TRAIN_MAY_CHANGE),
-    "scores.overlap", "scores.wait_seconds", "scores.compare_rows", "evaluate.batch_rows", "evaluate.cpus", "evaluate.gpus",
-)  # fmt: skip
-"""Keys and sections that may change between two starts of a run: they say who does the work and in what pieces, which trials are
-made of the run, or who watches it, and not what comes out but for rounding and the draws of dropout."""
+MAY_CHANGE = tuple(path for path, _ in marked(RunConfig, MayChange))
+"""Keys and sections that may change between two starts of a run."""
 CUT_INTO_PASSES = ("workers.count", "train.micro_batch_rows")
 """What may not after all, where the loss depends on how a step is cut into forward passes."""
 

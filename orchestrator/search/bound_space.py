@@ -11,28 +11,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from losses.section import NotSearchable, Searchable, marked
 from orchestrator.config.load import ConfigError, validate
 from orchestrator.config.run import RunConfig
 from tune_spaces.ranges import Dimension
 from tune_spaces.space import Point, Space
 
-SEARCHABLE = ("loss", "train", "student.lora", "scores.top_k", "seed")
+SEARCHABLE = tuple(path for path, _ in marked(RunConfig, Searchable))
+"""Keys and sections that may differ between trials."""
 
-WHY_NOT = {
-    "name": "it names the search itself",
-    "output": "it says where the search is kept",
-    "tokenizer": "it changes the tokens and with them the scores, and a search shares one score store",
-    "data": "it changes the rows and with them the scores, and a search shares one score store",
-    "teacher": "it changes the scores, and a search shares one score store",
-    "scores": "it says how the scores are kept, and a search shares one store; scores.top_k alone can vary",
-    "student": "all trials begin with the same student; student.lora alone can vary",
-    "workers": "it says where a student learns, not what",
-    "evaluate": "trials are compared by what it measures",
-    "export": "trials export nothing",
-    "tracking": "it says where steps are shown, not what is learnt",
-    "tune": "it is the search itself",
-    "compare": "it says what is compared",
-}
+NOT_SEARCHABLE = {path: mark.reason for path, mark in marked(RunConfig, NotSearchable)}
 """For each section that is the same in all trials, the reason."""
 
 LARGEST_GRID = 10_000
@@ -145,7 +133,7 @@ def _require_searchable(config: RunConfig, path: str) -> None:
         )
     if any(f"{path}.".startswith(f"{section}.") for section in SEARCHABLE):
         return
-    if reason := WHY_NOT.get(path.split(".")[0]):
+    if reason := NOT_SEARCHABLE.get(path.split(".")[0]):
         raise ConfigError(f"tune.space cannot vary {path}: {reason}. What can vary is {', '.join(SEARCHABLE)}")
 
 

@@ -1,0 +1,151 @@
+"""Patches of vLLM's insides, each of which looks first whether the installed version takes it. L tokens, N targets, K top-k.
+
+``keep_arrays``: vLLM turns each prompt log-probability into a Python object; ours keeps its arrays. It looks for the form of
+0.9 to 0.32. ``TargetRows``: vLLM multiplies every position of the prompt by the output head, one request at a time, ranks every
+target and normalises the whole vocabulary; ours does so for the rows that predict targets alone, those of all requests together.
+"""
+
+import inspect
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.engine import logprobs as vllm_logprobs
+from vllm.v1.outputs import LogprobsTensors
+
+ROWS_ARGUMENT = "atkd_target_rows"  # of a request's extra_args: which rows of its prompt are wanted, ascending
+ROWS_AT_ONCE = {"cpu": 128}  # few enough for their logits to stay in the cache
+ROWS_AT_ONCE_ELSEWHERE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PromptArrays:
+    """The prompt log-probabilities of one prompt as the engine computed them."""
+
+    token_ids: np.ndarray
+    """int [L-1, K+2], column 0 the prompt's own next token."""
+
+    logprobs: np.ndarray
+    """float32 [L-1, K+2]."""
+
+
+def keep_arrays() -> bool:
+    """Make vLLM's frontend keep prompt log-probabilities as arrays; return whether this version allows it.
+
+    Requests with ``flat_logprobs`` and arrays of an unexpected form go the way they always went.
+    """
+    processor: Any = getattr(vllm_logprobs, "LogprobsProcessor", None)
+    original = getattr(processor, "_update_prompt_logprobs", None)
+    if original is None or list(inspect.signature(original).parameters) != ["self", "prompt_logprobs_tensors"]:
+        return False
+    if getattr(original, "keeps_arrays", False):
+        return True
+
+    def keep(self: Any, prompt_logprobs_tensors: Any) -> None:
+        token_ids, logprobs = prompt_logprobs_tensors[:2]
+        expected = logprobs.ndim == 2 and token_ids.shape == logprobs.shape and logprobs.shape[1] == self.num_prompt_logprobs + 1
+        if expected and type(self.prompt_logprobs) is list:
+            self.prompt_logprobs.append(PromptArrays(token_ids.cpu().numpy(), logprobs.cpu().float().numpy()))
+        else:
+            original(self, prompt_logprobs_tensors)
+
+    # The signature above stays that of the original, so that a second engine of this process finds it again.
+    keep.keeps_arrays = True  # type: ignore[attr-defined]
+    processor._update_prompt_logprobs = keep
+    return True
+
+
+class TargetRows:
+    """Becomes part of vLLM's worker, beside the model runner: prompt log-probabilities of the wanted rows alone."""
+
+    model_runner: Any
+
+    def take_target_rows(self) -> bool:
+        """Replace the runner's way to prompt log-probabilities; return whether this version allows it."""
+        runner = self.model_runner
+        original = getattr(runner, "_get_prompt_logprobs_dict", None)
+        if original is None or list(inspect.signature(original).parameters) != ["hidden_states", "num_scheduled_tokens"]:
+            return False
+        needed = ("num_prompt_logprobs", "requests", "input_batch", "query_start_loc", "model")
+        if not all(hasattr(runner, name) for name in needed):
+            return False
+
+        def prompt_logprobs(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
+            asked = [(runner.requests[name].sampling_params.extra_args or {}) for name in runner.num_prompt_logprobs]
+            if all(ROWS_ARGUMENT in arguments for arguments in asked):
+                return _logprobs_of_rows(runner, hidden_states, num_scheduled_tokens)
+            return dict(original(hidden_states, num_scheduled_tokens))
+
+        runner._get_prompt_logprobs_dict = prompt_logprobs
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What this step computes of one request."""
+
+    result: Any
+    """LogprobsTensors on the CPU, [N, K+2], filled step by step."""
+
+    first: int
+    """Which of the N rows comes first."""
+
+    hidden: torch.Tensor
+    """[n, H]"""
+
+    next_tokens: list[int]
+    """The prompt's own next token after each of the n rows."""
+
+
+def _logprobs_of_rows(runner: Any, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
+    """Return the results of the requests whose prompts are complete with this step, as the runner's own method would."""
+    finished, parts = {}, []
+    for name, top_k in list(runner.num_prompt_logprobs.items()):
+        scheduled = num_scheduled_tokens.get(name)
+        if scheduled is None:  # put off while its prompt was being read
+            continue
+        request = runner.requests[name]
+        prompt, rows = request.prompt_token_ids, request.sampling_params.extra_args[ROWS_ARGUMENT]
+        result = request.in_progress_prompt_logprobs_cpu
+        if result is None:
+            result = LogprobsTensors.empty_cpu(len(rows), top_k + 1)
+            request.in_progress_prompt_logprobs_cpu = result
+        start = request.num_computed_tokens
+        offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[name]]) - start
+        first, last = bisect_left(rows, start), bisect_left(rows, start + scheduled)
+        if wanted := rows[first:last]:
+            parts.append(
+                _Part(result, first, hidden_states[[offset + row for row in wanted]], [prompt[row + 1] for row in wanted])
+            )
+        if start + scheduled >= len(prompt):
+            finished[name] = result
+            del runner.num_prompt_logprobs[name]
+            request.in_progress_prompt_logprobs_cpu = None
+    if parts:
+        _fill(runner, parts)
+    return finished
+
+
+def _fill(runner: Any, parts: Sequence[_Part]) -> None:
+    """Compute the rows of all requests together, and write them where they belong."""
+    hidden = torch.cat([part.hidden for part in parts])
+    targets = torch.tensor([token for part in parts for token in part.next_tokens], device=hidden.device)
+    top_k = parts[0].result.logprobs.shape[1] - 1
+    at_once = ROWS_AT_ONCE.get(hidden.device.type, ROWS_AT_ONCE_ELSEWHERE)
+    chunks = []
+    for rows, tokens in zip(hidden.split(at_once), targets.split(at_once), strict=True):
+        logits = runner.model.compute_logits(rows).float()
+        normalizer = logits.logsumexp(dim=1, keepdim=True)
+        best = logits.topk(top_k, dim=1)
+        logprobs = torch.cat([logits.gather(1, tokens[:, None]), best.values], dim=1) - normalizer
+        chunks.append((torch.cat([tokens[:, None], best.indices], dim=1).cpu(), logprobs.cpu()))
+    token_ids, logprobs = (torch.cat(columns) for columns in zip(*chunks, strict=True))
+    begin = 0
+    for part in parts:
+        here, there = slice(begin, begin + len(part.next_tokens)), slice(part.first, part.first + len(part.next_tokens))
+        part.result.logprob_token_ids[there].copy_(token_ids[here])
+        part.result.logprobs[there].copy_(logprobs[here])
+        begin = here.stop

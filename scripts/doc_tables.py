@@ -1,0 +1,79 @@
+"""Write the tables of the docs that follow from the configuration, between their markers.
+
+    python -m scripts.doc_tables [--check]
+
+With --check nothing is written, and the exit code is 1 if a page would change.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from losses.section import MayChange, NotSearchable, Searchable, marked
+from orchestrator.config.run import RunConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def may_change() -> list[str]:
+    """Keys that may change between two starts, by the sections they stand in; sections with the same keys share a row."""
+    by_section: dict[str, list[str]] = {}
+    for path, _ in marked(RunConfig, MayChange):
+        section, _, key = path.rpartition(".")
+        by_section.setdefault(section, []).append(key)
+    sections: dict[tuple[str, ...], list[str]] = {}
+    for section, keys in sorted(by_section.items(), key=lambda item: (item[0].count("."), item[0])):
+        sections.setdefault(tuple(keys), []).append(section)
+    rows = [f"| {_names(under) if under != [''] else 'the whole'} | {_names(keys)} |" for keys, under in sections.items()]
+    return ["| under | may change |", "|---|---|", *rows]
+
+
+def searchable() -> list[str]:
+    """Keys and sections that may differ between trials, and in what bounds."""
+    rows = [f"| `{path}` | {mark.limit or 'all in it'} |" for path, mark in marked(RunConfig, Searchable)]
+    return ["| may vary | |", "|---|---|", *rows]
+
+
+def not_searchable() -> list[str]:
+    """Sections that are the same in all trials, and why."""
+    rows = [f"| `{path}` | {mark.reason} |" for path, mark in marked(RunConfig, NotSearchable)]
+    return ["| the same in all trials | since |", "|---|---|", *rows]
+
+
+TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
+    "may_change": ("docs/cluster.md", may_change),
+    "searchable": ("docs/search.md", searchable),
+    "not_searchable": ("docs/search.md", not_searchable),
+}
+"""For each marker, its page and the lines between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
+
+
+def with_tables(page: str, text: str) -> str:
+    """Return the text of a page with its tables as they are to be."""
+    for name, (of_page, lines) in TABLES.items():
+        if of_page == page:
+            before, after = re.split(rf"(?<=<!-- table: {name} -->\n).*?(?=<!-- end -->)", text, flags=re.DOTALL)
+            text = before + "".join(f"{line}\n" for line in lines()) + after
+    return text
+
+
+def main(check: bool) -> int:
+    """Write the tables, or look whether they are as they are to be."""
+    stale = []
+    for page in sorted({page for page, _ in TABLES.values()}):
+        text = (ROOT / page).read_text()
+        if (new := with_tables(page, text)) != text:
+            stale.append(page)
+            if not check:
+                (ROOT / page).write_text(new)
+    print(f"{'stale' if check else 'written'}: {', '.join(stale) or 'none'}")
+    return int(check and bool(stale))
+
+
+def _names(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
