@@ -35,8 +35,8 @@ from actors.lora import add_adapters
 from actors.model_source import ModelSource
 from actors.models import save_model, scratch_model
 from actors.score_store.store import ScoreStore
+from actors.student.causal_lm import CausalStudent
 from actors.student.loop import accumulate_gradients
-from actors.student.model import StudentWithLoss
 from actors.student.optimizer import clip_gradients, make_optimizer
 from actors.student.ranks import Worker
 from benchmarks.bars import Bar, peak_bytes, print_table, report
@@ -84,7 +84,7 @@ def run_student(student: Student, folder: Path, profiled: bool) -> int:
     learner = _ready(
         add_adapters(plain, student.lora) if student.lora else plain, student.lora, student.train.gradient_checkpointing
     )
-    module, worker = StudentWithLoss(learner, student.loss), Worker(0, 1, torch.device("cpu"))
+    module, worker = CausalStudent(learner, student.loss), Worker(0, 1, torch.device("cpu"))
     optimizer = make_optimizer(module, student.train.optimizer)
     scores = store if student.loss.kind != "hard_label" else None
     weights = StepWeights(student.loss, seed=0, dataset=all_rows(examples, scores, TOP_K))

@@ -27,7 +27,7 @@ from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store.store import ScoreStore
-from actors.student.model import StudentWithLoss
+from actors.student.causal_lm import CausalStudent
 from actors.student.optimizer import make_optimizer
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, print_table, report
 from losses.config import AtkdLoss
@@ -98,7 +98,7 @@ def main() -> int:
         loss, state = AtkdLoss(kind="atkd"), LossState()
         batch = all_rows(examples, store, TOP_K)
         step_weights = StepWeights(loss, seed=0, dataset=batch)
-        plain, student = make_model().to(device), StudentWithLoss(make_model(), loss).to(device)
+        plain, student = make_model().to(device), CausalStudent(make_model(), loss).to(device)
         plain_optimizer, optimizer = (make_optimizer(model, OptimizerConfig()) for model in (plain, student))
         token_ids = torch.from_numpy(np.stack([examples[row].token_ids for row in range(ROWS)]).astype(np.int64)).to(device)
         labels = token_ids.masked_fill(torch.arange(TOKENS, device=device) < TOKENS // 2, -100)

@@ -22,8 +22,8 @@ from actors.examples import ExampleFile, write_atomically
 from actors.lora import merge_adapters, shared_with_adapters
 from actors.model_source import ModelSource
 from actors.models import load_model, save_model
+from actors.student.causal_lm import CausalStudent, prepare_model
 from actors.student.checkpoint import whole_weights
-from actors.student.model import StudentWithLoss, prepare_model
 from actors.student.ranks import Worker
 from actors.student.task import TrainingTask
 from losses.token_weights import TokenWeights
@@ -67,7 +67,7 @@ def write_finished_model(student: nn.Module, task: TrainingTask, folder: Path, w
         return
     source = exact(task.model)
     model = prepare_model(source, task.lora, TrainConfig())
-    StudentWithLoss(model, task.loss).load_state_dict(weights)
+    CausalStudent(model, task.loss).load_state_dict(weights)
     untied = shared_with_adapters(model) if task.lora else []
     plain = merge_adapters(model) if task.lora else model
     stop_as_evaluated(plain, Path(task.tokenizer))
@@ -109,7 +109,7 @@ def try_export(task: TrainingTask) -> ExportProof:
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.data = TRIED_ADAPTERS * torch.randn_like(weight)
-    write_finished_model(StudentWithLoss(model, task.loss), task, Path(task.output), worker)
+    write_finished_model(CausalStudent(model, task.loss), task, Path(task.output), worker)
     proof = read_proof(proof_path(task))
     assert proof is not None, "it was written a moment ago"
     return proof

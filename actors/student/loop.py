@@ -17,14 +17,10 @@ from actors.examples import ExampleFile
 from actors.models import vocab_size_of
 from actors.monitors.metrics_log import MetricsLog, step_metrics
 from actors.score_store.store import ScoreStore
+from actors.student.causal_lm import CausalStudent, prepare_model
 from actors.student.checkpoint import Progress
 from actors.student.finished_model import write_finished_model
-from actors.student.model import (
-    StudentWithLoss,
-    distribute,
-    prepare_model,
-    set_gradient_sync,
-)
+from actors.student.model import distribute, set_gradient_sync
 from actors.student.optimizer import clip_gradients, make_optimizer, make_schedule
 from actors.student.ranks import Worker
 from actors.student.resize import ResizeMonitor
@@ -51,7 +47,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
     model = prepare_model(task.model, task.lora, task.train)
     vocab_size = vocab_size_of(model)
-    student = distribute(StudentWithLoss(model, task.loss), task.train, worker)
+    student = distribute(CausalStudent(model, task.loss), task.train, worker)
     total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
     optimizer = make_optimizer(student, task.train.optimizer)
     schedule = make_schedule(optimizer, task.train.optimizer, total_steps)

@@ -21,7 +21,7 @@ from actors.models import load_model, vocab_size_of
 from actors.records import Example, TeacherScores
 from actors.score_store.encoding import STEPS_PER_NAT
 from actors.score_store.store import ScoreStore
-from actors.student.model import StudentWithLoss
+from actors.student.causal_lm import CausalStudent
 from actors.teacher.parity import ScoreParity, classes, compare, named_logprobs
 from actors.teacher.reference_pass import compare_row, forward_pass
 from losses.config import CoupledLoss
@@ -160,7 +160,7 @@ def _distance(one: TeacherScores, other: TeacherScores) -> float:
 def _self_divergence(model: PreTrainedModel, examples: ExampleFile, store: ScoreStore) -> tuple[float, str]:
     """Let the teacher be its own student: rows, store, shift, head and loss as in training, one row a forward pass."""
     loss = CoupledLoss(kind="coupled")
-    student, state, batch = StudentWithLoss(model, loss), LossState.first(loss), all_rows(examples, store, store.top_k)
+    student, state, batch = CausalStudent(model, loss), LossState.first(loss), all_rows(examples, store, store.top_k)
     weights = StepWeights(loss, seed=0, dataset=batch).of_step(batch, [[[row] for row in range(len(batch))]], 0, state)
     total = LossSums.zero(model.device)
     for row in range(len(batch)):

@@ -3,20 +3,31 @@
 Ray Train's controller loads this module as the workers do, so it imports nothing heavy.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.config.tracking import TrackingConfig
 from actors.config.workers import WorkersConfig
+from actors.handles import RemoteMethod
 from actors.model_source import ModelSource
 from losses.config import LossConfig
 
 
+class ValidationController(Protocol):
+    """Handle of the actor that hears what was measured."""
+
+    @property
+    def measured(self) -> RemoteMethod[[int, int, int, Mapping[str, float], float], bool]:
+        """Take trial, rung, step, measures and seconds; return whether the trial goes on."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ValidationSchedule:
-    """When and on what the student of a trial is examined while it learns, and who judges it."""
+    """When the student of a trial is validated while it learns, on what, and who decides whether it goes on."""
 
     trial: int
     """Number of the trial."""
@@ -30,8 +41,8 @@ class ValidationSchedule:
     """How many of that store's K are used."""
     batch_rows: int
     """Rows of one forward pass."""
-    controller: Any
-    """Ray actor; its ``measured(trial, rung, step, measures, seconds)`` says whether the trial goes on."""
+    controller: ValidationController
+    """Decides."""
 
 
 @dataclass(frozen=True, slots=True)

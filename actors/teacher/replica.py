@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from actors.engines.base import EngineFactory, TeacherEngine, TeacherSpec, require_top_k
 from actors.engines.build import build_engine
 from actors.examples import ExampleFile
+from actors.handles import RemoteMethod
 from actors.records import Example, TeacherScores, check_scores, uncertainty
 from actors.score_store.sanity import ScoreRange
 from actors.score_store.store import ScoreStore, ShardInfo
@@ -43,6 +45,30 @@ class ShardResult:
     """From reading the rows to the rename of the shard."""
     mean_uncertainty: float
     """UNC, averaged over the shard's targets."""
+
+
+class ReplicaHandle(Protocol):
+    """Handle of the actor that a ``TeacherReplica`` becomes."""
+
+    @property
+    def start(self) -> RemoteMethod[[Sequence[Example]], EngineStarted]:
+        """See ``TeacherReplica.start``."""
+        ...
+
+    @property
+    def answer(self) -> RemoteMethod[[Sequence[Example]], tuple[TeacherScores | None, ...]]:
+        """See ``TeacherReplica.answer``."""
+        ...
+
+    @property
+    def score_shard(self) -> RemoteMethod[[Path, Path, int, ScoreRange | None], ShardResult]:
+        """See ``TeacherReplica.score_shard``."""
+        ...
+
+    @property
+    def close(self) -> RemoteMethod[[], None]:
+        """See ``TeacherReplica.close``."""
+        ...
 
 
 class TeacherReplica:

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -17,7 +16,7 @@ from actors.engines.base import EngineDied, EngineFactory, TeacherSpec, engine_e
 from actors.placement import read_nodes, replica_request, require_room, reserve
 from actors.records import Example
 from actors.teacher.parity import ScoreParity
-from actors.teacher.replica import CALLS_AT_ONCE, EngineStarted, TeacherReplica
+from actors.teacher.replica import CALLS_AT_ONCE, EngineStarted, ReplicaHandle, TeacherReplica
 
 logger = logging.getLogger("atkd")
 
@@ -36,7 +35,7 @@ class Replica:
     number: int
     room: PlacementGroup
     """Its place in one node."""
-    actor: Any
+    actor: ReplicaHandle
     starting: ray.ObjectRef | None
     """The result of ``start``, until the engine is there."""
     since: float

@@ -8,14 +8,16 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.engines.base import EngineDied
+from actors.handles import RemoteMethod
 from actors.monitors.prometheus import ServiceMetrics
 from actors.records import Example
+from actors.teacher.replica import ReplicaHandle
 from actors.teacher.shard_queue import TRIES
 
 BATCHES_AT_ONCE = 2
@@ -73,7 +75,7 @@ class _Replica:
     """One engine, as the router knows it."""
 
     number: int
-    actor: Any
+    actor: ReplicaHandle
     batches: list[list[_Request]] = field(default_factory=list)
     answered: bool = False
     """Whether it has scored anything."""
@@ -82,6 +84,30 @@ class _Replica:
     def tries_one_alone(self) -> bool:
         """Whether it holds a row that must have it for itself."""
         return any(asked.alone for batch in self.batches for asked in batch)
+
+
+class RouterHandle(Protocol):
+    """Handle of the actor that a ``ScoreRouter`` becomes."""
+
+    @property
+    def score(self) -> RemoteMethod[[Sequence[Example]], list[ray.ObjectRef]]:
+        """See ``ScoreRouter.score``."""
+        ...
+
+    @property
+    def put_replica(self) -> RemoteMethod[[int, ReplicaHandle], None]:
+        """See ``ScoreRouter.put_replica``."""
+        ...
+
+    @property
+    def next_lost(self) -> RemoteMethod[[], LostReplica]:
+        """See ``ScoreRouter.next_lost``."""
+        ...
+
+    @property
+    def give_up(self) -> RemoteMethod[[str], None]:
+        """See ``ScoreRouter.give_up``."""
+        ...
 
 
 class ScoreRouter:
@@ -112,7 +138,7 @@ class ScoreRouter:
         # Shielded: the row may be another caller's too, and is scored even if this one goes away.
         return list(await asyncio.gather(*(asyncio.shield(future) for future in futures)))
 
-    async def put_replica(self, number: int, actor: Any) -> None:
+    async def put_replica(self, number: int, actor: ReplicaHandle) -> None:
         """Take a replica whose engine is there into service."""
         self._replicas[number] = _Replica(number, actor)
         self._hand_out()

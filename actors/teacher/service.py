@@ -5,14 +5,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.records import Example, TeacherScores
 from actors.teacher.replica_set import POLL_SECONDS, Replica, Replicas, TeacherFailed
-from actors.teacher.router import LostReplica, RouterLimits, RowFailed, ScoreRouter
+from actors.teacher.router import LostReplica, RouterHandle, RouterLimits, RowFailed, ScoreRouter
 
 MOST_CALLERS = 1000
 """Calls that wait in the router at one time; more wait outside."""
@@ -33,7 +32,7 @@ def serve(replicas: Replicas, limits: RouterLimits) -> Iterator["ScoreService"]:
         ray.kill(router)
 
 
-def _keep(replicas: Replicas, router: Any, over: threading.Event) -> None:
+def _keep(replicas: Replicas, router: RouterHandle, over: threading.Event) -> None:
     serving: dict[int, Replica] = {}
     lost = router.next_lost.remote()
     try:
@@ -61,7 +60,7 @@ def _keep(replicas: Replicas, router: Any, over: threading.Event) -> None:
 class ScoreService:
     """What a caller holds: it can be sent to any task or actor of the same Ray."""
 
-    router: Any
+    router: RouterHandle
     """Handle of the ``ScoreRouter``."""
 
     def score(self, examples: Sequence[Example], timeout_seconds: float = 600.0) -> dict[str, TeacherScores]:

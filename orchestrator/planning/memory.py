@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from actors.config.models import EngineConfig, ScoresConfig, TrainConfig
 from actors.config.workers import WorkersConfig
 from actors.engines.transformers import MAX_LOGITS
-from actors.student.model import plain_model
+from actors.models import plain_model
 from losses.fused_linear import CACHED_NUMBERS, CHUNK_TARGETS, CHUNK_TARGETS_ELSEWHERE
 from orchestrator.planning.shapes import ModelShape, Passes
 

@@ -24,8 +24,9 @@ from actors.model_source import ModelSource
 from actors.models import save_model, scratch_model, vocab_size_of
 from actors.records import Example, example_key
 from actors.score_store.store import ScoreStore
+from actors.student.causal_lm import CausalStudent, prepare_model
 from actors.student.loop import accumulate_gradients
-from actors.student.model import StudentWithLoss, distribute, prepare_model
+from actors.student.model import distribute
 from actors.student.optimizer import clip_gradients, make_optimizer
 from actors.student.ranks import Worker
 from actors.teacher.pool import TeacherPool
@@ -152,7 +153,7 @@ def time_steps(student: _Student) -> float:
     rows = StoredRows(examples, store, config.scores.top_k, sampler)
     weights = StepWeights(config.loss, config.seed, all_rows(examples, store, config.scores.top_k))
     vocab_size, state = vocab_size_of(model), LossState.first(config.loss)
-    module = distribute(StudentWithLoss(model, config.loss), train, worker)
+    module = distribute(CausalStudent(model, config.loss), train, worker)
     optimizer = make_optimizer(module, train.optimizer)
     tokens, step, started = 0, 0, 0.0
     while step < 3 or time.perf_counter() - started < student.seconds:

@@ -20,8 +20,8 @@ from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
 from actors.dataloader.sampler import StepSampler, micro_batches, steps_in
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
-from actors.models import scratch_model
-from actors.student.model import decoder_layers, plain_model
+from actors.models import plain_model, scratch_model
+from actors.student.causal_lm import decoder_layers
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.run.model_checks import RowLimits, require_models_fit, row_limits

@@ -11,7 +11,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
 from orchestrator.run.run_dir import RunDir
 from orchestrator.search.bound_space import BoundSpace, require_steady_workers
-from orchestrator.search.controller import Assignment
+from orchestrator.search.controller import Assignment, ControllerHandle
 from orchestrator.search.driver import SharedInputs, TrialQueue, begin_ledger, note_cost, prepare_inputs, run_search
 from orchestrator.search.ledger import Search
 from orchestrator.search.ledger_records import SearchSpec
@@ -124,7 +124,7 @@ def run_all(
     if not left:
         return found
 
-    def queue_of(controller: Any, trials: Path) -> TrialQueue:
+    def queue_of(controller: ControllerHandle, trials: Path) -> TrialQueue:
         return TrialQueue(controller, trials, ListSampler([]), left)
 
     return run_search(

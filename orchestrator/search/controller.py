@@ -8,8 +8,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from actors.handles import RemoteMethod
+from actors.student.task import ValidationController
 from orchestrator.search.ledger import Ledger, Search, read_ledger
 from orchestrator.search.ledger_records import FinalStatus, SearchSpec
 from orchestrator.search.pruning import StoppingRule
@@ -38,6 +40,25 @@ class Outcome:
     """What it is compared by, as measured last; None if it never was."""
     rung: int
     """The last rung at which it was measured; -1 if there was none."""
+
+
+class ControllerHandle(ValidationController, Protocol):
+    """Handle of the actor that a ``SearchController`` becomes."""
+
+    @property
+    def begin(self) -> RemoteMethod[[Assignment], None]:
+        """See ``SearchController.begin``."""
+        ...
+
+    @property
+    def assignment(self) -> RemoteMethod[[int], Assignment]:
+        """See ``SearchController.assignment``."""
+        ...
+
+    @property
+    def ended(self) -> RemoteMethod[[int, int, int, str | None], Outcome]:
+        """See ``SearchController.ended``."""
+        ...
 
 
 class SearchController:

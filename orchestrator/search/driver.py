@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -22,7 +21,7 @@ from orchestrator.run.pipeline import run_stages
 from orchestrator.run.progress import logged_progress
 from orchestrator.run.run_dir import RunDir, result_path
 from orchestrator.search.bound_space import BoundSpace
-from orchestrator.search.controller import Assignment, Outcome, SearchController
+from orchestrator.search.controller import Assignment, ControllerHandle, Outcome, SearchController
 from orchestrator.search.ledger import Ledger, Search, read_ledger
 from orchestrator.search.ledger_records import SearchSpec
 from orchestrator.search.pruning import StoppingRule
@@ -96,7 +95,13 @@ class TrialQueue:
     """
 
     def __init__(
-        self, controller: Any, folder: Path, source: Sampler, waiting: Sequence[Assignment], first: int = 0, seed: int = 0
+        self,
+        controller: ControllerHandle,
+        folder: Path,
+        source: Sampler,
+        waiting: Sequence[Assignment],
+        first: int = 0,
+        seed: int = 0,
     ) -> None:
         self._controller, self._folder, self._source = controller, folder, source
         self._waiting, self._next, self._seed = list(waiting), first, seed
@@ -140,7 +145,7 @@ def begin_ledger(folder: Path, spec: SearchSpec) -> Search:
 
 def run_search(
     bound: BoundSpace, inputs: SharedInputs, folder: Path, spec: SearchSpec, rule: StoppingRule,
-    queue_of: Callable[[Any, Path], TrialQueue], *, in_process: bool, concurrent: int | None,
+    queue_of: Callable[[ControllerHandle, Path], TrialQueue], *, in_process: bool, concurrent: int | None,
 ) -> Search:  # fmt: skip
     """Run the trials to their end under a controller, saying how far they are; return what the ledger then holds.
 
@@ -148,7 +153,7 @@ def run_search(
     """
     workers = bound.config.workers
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # the ledger is on this node
-    controller = (
+    controller: ControllerHandle = (
         ray.remote(SearchController).options(num_cpus=0, scheduling_strategy=here).remote(folder / "ledger.jsonl", spec, rule)
     )
     stores = (inputs.training_store, inputs.heldout_store)

@@ -21,7 +21,7 @@ from orchestrator.run.models import Models
 from orchestrator.run.stages import distillation_task
 from orchestrator.run.training import train_model
 from orchestrator.search.bound_space import BoundSpace
-from orchestrator.search.controller import Assignment, Outcome
+from orchestrator.search.controller import Assignment, ControllerHandle, Outcome
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrialContext:
     """How often a trial is measured."""
     in_process: bool
     """Train in the trial's own process, which is kept for the next trial, or in Ray Train workers."""
-    controller: Any
+    controller: ControllerHandle
     """Handle of the ``SearchController``."""
 
     def task(self, assignment: Assignment) -> TrainingTask:

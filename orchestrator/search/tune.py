@@ -2,14 +2,13 @@
 
 import random
 from pathlib import Path
-from typing import Any
 
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
 from orchestrator.run.run_dir import RunDir
 from orchestrator.search.bound_space import BoundSpace, search_of
-from orchestrator.search.controller import Outcome
+from orchestrator.search.controller import ControllerHandle, Outcome
 from orchestrator.search.driver import (
     SharedInputs,
     TrialQueue,
@@ -40,7 +39,7 @@ def tune(config: RunConfig) -> Path:
         found = begin_ledger(folder, spec)
         note_cost(run_dir, folder)
 
-        def queue_of(controller: Any, trials: Path) -> TrialQueue:
+        def queue_of(controller: ControllerHandle, trials: Path) -> TrialQueue:
             return TrialQueue(
                 controller, trials, source_of(bound, found), assignments_to_repeat(found), len(found.trials), config.seed
             )

@@ -24,7 +24,7 @@ from actors.examples import ExampleFile, write_examples
 from actors.model_source import ModelSource
 from actors.models import head_makes_the_logits, load_model
 from actors.records import Example
-from actors.student.model import StudentWithLoss
+from actors.student.causal_lm import CausalStudent
 from actors.teacher.parity import ScoreParity
 from actors.teacher.reference_pass import references
 from actors.teacher.replica import TeacherReplica
@@ -121,7 +121,7 @@ def test_a_model_is_computed_as_it_is_defined(folder: Path, rows: list[Example],
     for row, logprobs in zip(rows, wanted, strict=True):
         torch.testing.assert_close(logits_of(model, row).double().log_softmax(dim=1), logprobs, rtol=0, atol=1e-4)
     with torch.no_grad():
-        student = StudentWithLoss(model, HARD_LABEL)
+        student = CausalStudent(model, HARD_LABEL)
         found = student.target_logits(padded(rows, tmp_path)).double().log_softmax(dim=1)
     at_targets = [logprobs[row.target_positions - 1] for row, logprobs in zip(rows, wanted, strict=True)]
     torch.testing.assert_close(found, torch.cat(at_targets), rtol=0, atol=1e-4)

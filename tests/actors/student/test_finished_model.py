@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.lora import merge_adapters, shared_with_adapters
 from actors.model_source import ModelSource
+from actors.student.causal_lm import prepare_model
 from actors.student.finished_model import ExportDiffers, read_proof, require_near
 from actors.student.loop import distil
-from actors.student.model import prepare_model
 from actors.student.task import TrainingTask
 from actors.student.train_checkpoints import NoCheckpoints
 from losses.config import CoupledLoss

@@ -16,7 +16,8 @@ from actors.examples import ExampleFile
 from actors.lora import add_adapters, merge_adapters
 from actors.model_source import ModelSource
 from actors.models import load_model, save_model, scratch_model
-from actors.student.model import StudentWithLoss, decoder_layers, distribute, prepare_model
+from actors.student.causal_lm import CausalStudent, decoder_layers, prepare_model
+from actors.student.model import distribute
 from actors.student.ranks import Worker
 from losses.config import HardLabelLoss
 from losses.distillation import LossSums
@@ -66,14 +67,14 @@ def gemma(soft_cap: float | None) -> Gemma2ForCausalLM:
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 def test_the_loss_is_that_of_the_models_own_logits(tmp_path: Path, soft_cap: float | None) -> None:
     model, batch = gemma(soft_cap), batch_in(tmp_path)
-    sums = LossSums(*StudentWithLoss(model, HARD_LABEL)(batch, LossState()))
+    sums = LossSums(*CausalStudent(model, HARD_LABEL)(batch, LossState()))
     assert sums.loss.item() == pytest.approx(plain_cross_entropy(model, batch), rel=1e-4)
 
 
 def test_a_llama_with_its_own_head_gives_the_loss_of_its_logits(tmp_path: Path) -> None:
     model = load_model(ModelSource(str(tiny_llama(tmp_path / "model", seed=0, tied=False))))
     batch = batch_in(tmp_path)
-    assert LossSums(*StudentWithLoss(model, HARD_LABEL)(batch, LossState())).loss.item() == pytest.approx(
+    assert LossSums(*CausalStudent(model, HARD_LABEL)(batch, LossState())).loss.item() == pytest.approx(
         plain_cross_entropy(model, batch), rel=1e-5
     )
 
@@ -83,7 +84,7 @@ def test_adapters_train_alone_change_nothing_at_first_and_can_be_merged(tmp_path
     plain, batch = load_model(source), batch_in(tmp_path)
     model = prepare_model(source, LoraAdapter(rank=2), TrainConfig())
     assert all("lora" in name for name, weight in model.named_parameters() if weight.requires_grad)
-    adapted = LossSums(*StudentWithLoss(model, HARD_LABEL)(batch, LossState())).loss
+    adapted = LossSums(*CausalStudent(model, HARD_LABEL)(batch, LossState())).loss
     assert adapted.item() == pytest.approx(plain_cross_entropy(plain, batch), rel=1e-5)
     assert merge_adapters(model).state_dict().keys() == plain.state_dict().keys()
 
@@ -99,7 +100,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = prepare_model(source, None, TrainConfig(gradient_checkpointing=checkpointing))
-        StudentWithLoss(model, HARD_LABEL)(batch, LossState())[0].backward()
+        CausalStudent(model, HARD_LABEL)(batch, LossState())[0].backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name])
@@ -115,7 +116,7 @@ def test_a_model_without_blocks_cannot_be_sharded() -> None:
 
 
 def test_a_lone_worker_gets_the_plain_module(tmp_path: Path) -> None:
-    student = StudentWithLoss(load_model(ModelSource(str(tiny_llama(tmp_path / "model", seed=0)))), HARD_LABEL)
+    student = CausalStudent(load_model(ModelSource(str(tiny_llama(tmp_path / "model", seed=0)))), HARD_LABEL)
     assert distribute(student, TrainConfig(), Worker(0, 1, torch.device("cpu"))) is student
 
 

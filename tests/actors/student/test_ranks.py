@@ -18,8 +18,9 @@ from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.score_store.store import ScoreStore
+from actors.student.causal_lm import CausalStudent, prepare_model
 from actors.student.loop import accumulate_gradients
-from actors.student.model import StudentWithLoss, distribute, prepare_model
+from actors.student.model import distribute
 from actors.student.ranks import Worker
 from losses.config import LossConfig
 from losses.loss_state import LossState
@@ -53,7 +54,7 @@ def step_gradients(
     for name, weight in model.named_parameters():
         if "lora_B" in name:  # they begin at zero, where half of the gradients vanish
             torch.nn.init.normal_(weight, std=0.1)
-    student = distribute(StudentWithLoss(model, loss), train, worker)
+    student = distribute(CausalStudent(model, loss), train, worker)
     examples, store = ExampleFile(folder / "train.arrow"), ScoreStore(folder / "store")
     batch, weights = RowBatch(examples, store, 8, np.arange(7)), StepWeights(loss, seed=0, dataset=all_rows(examples, store, 8))
     sums = accumulate_gradients(student, batch, weights, VOCAB, 1, LossState.first(loss), worker, train)
