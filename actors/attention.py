@@ -40,7 +40,7 @@ def require_attention(
     config: PreTrainedConfig, attention: str, key: str, computed_in: Mapping[str, str], trust_remote_code: bool = False,
     learns_on_cpu: bool = False,
 ) -> None:  # fmt: skip
-    """Refuse an implementation that cannot compute a model as it is defined, from the model's configuration alone.
+    """Raise if an implementation of attention cannot compute a model as it is defined, by its configuration.
 
     Whether its package is installed where it is needed is not asked: the driver's machine may be another.
 

@@ -18,7 +18,7 @@ class ModelSource:
     """How transformers computes its attention."""
 
     def require_safetensors(self) -> None:
-        """Refuse a folder that holds weights in other formats alone: those are pickles, which can run code.
+        """Raise if a folder has weights in other formats alone: those are pickles, which can run code.
 
         Raises:
             ValueError: naming the folder and what would do.

@@ -175,7 +175,7 @@ def reserve(need: ResourceRequest) -> PlacementGroup:
 
 
 def require_room(nodes: Sequence[Node], need: ResourceRequest, count: int = 1) -> None:
-    """Refuse what cannot stand on these nodes even if all of them were free.
+    """Raise if the nodes cannot hold the request even when all of them are free.
 
     What is merely taken at the moment is not refused: it may be waited for.
 
@@ -206,7 +206,7 @@ def require_room(nodes: Sequence[Node], need: ResourceRequest, count: int = 1) -
 def require_room_together(
     nodes: Sequence[Node], replica: ResourceRequest, replicas: int, worker: ResourceRequest, workers: int
 ) -> None:
-    """Refuse a teacher and a student that each fit alone, by ``require_room``, but not at one time.
+    """Raise if teacher and student, which each fit alone by ``require_room``, do not fit together.
 
     Raises:
         ValueError: naming numbers that would do.
@@ -228,7 +228,7 @@ def require_room_together(
 def workers_beside(
     room: Sequence[tuple[Node, Mapping[str, float]]], replica: ResourceRequest, worker: ResourceRequest | None, most: int
 ) -> list[int]:
-    """Say for each number of replicas, from none to ``most``, how many workers fit beside them if all stand well.
+    """Return for each number of replicas, from none to ``most``, how many workers fit beside them at best.
 
     Args:
         room: nodes, and of what is there on each, what may be used.

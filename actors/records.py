@@ -128,7 +128,7 @@ def keep_mass(scores: TeacherScores, share: float) -> TeacherScores:
 
 
 def check_scores(example: Example, scores: TeacherScores, vocab_size: int) -> None:
-    """Refuse scores that cannot come from a working teacher.
+    """Raise if scores cannot come from a working teacher.
 
     Raises:
         ValueError: naming the row, the quantity and the value, if the shapes or the key belong to another example,

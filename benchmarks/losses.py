@@ -156,7 +156,7 @@ def peak_after(problem: Problem, task: Callable[[], object]) -> int:
 
 
 def main() -> int:
-    """Measure, print and judge."""
+    """Measure, print and compare with the bars."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[32_000, 152_000])
     parser.add_argument("--rounds", type=int, default=5)

@@ -220,7 +220,7 @@ def measure_teachers(bars: list[Bar], kinds: set[str]) -> None:
 
 
 def main() -> int:
-    """Measure, print and judge."""
+    """Measure, print and compare with the bars."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--without-vllm", action="store_true", help="leave out the engine that takes longest to start")
     options = parser.parse_args()

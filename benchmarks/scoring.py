@@ -169,7 +169,7 @@ def driver_growth_mib(service: Service, rows: int) -> float:
 
 
 def main() -> int:
-    """Measure, print and judge."""
+    """Measure, print and compare with the bars."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds

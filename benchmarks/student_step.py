@@ -87,7 +87,7 @@ def update(optimizer: Optimizer) -> None:
 
 
 def main() -> int:
-    """Measure, print and judge."""
+    """Measure, print and compare with the bars."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds

@@ -114,7 +114,7 @@ def distillation_loss(
         teacher: what the teacher says at the targets; unused, and may be None, for the kind ``hard_label``.
         weights: of these N tokens, cut from those of the whole step.
         loss: which divergence, and which tokens are taught; the kind's part is in the weights already.
-        state: where losses that change over a run stand; their first step unless said.
+        state: where losses that change over a run stand; defaults to their first step.
         row_counts: number of targets of each row, in order; needed by losses that rank the targets of a row.
 
     Raises:
@@ -150,7 +150,7 @@ def check_teacher_and_weights(
     targets: Tensor, vocab_size: int, teacher: Teacher | None, weights: TokenWeights, loss: LossConfig,
     row_counts: Sequence[int] | None, check_values: bool = True,
 ) -> None:  # fmt: skip
-    """Refuse a teacher, weights or rows that do not belong to the targets [N]; look at the teacher's values if told to.
+    """Raise if teacher, weights or rows do not belong to the targets [N]; checks the teacher's values on request.
 
     Raises:
         ValueError: naming the argument, its shape or value, and the right one.

@@ -108,7 +108,7 @@ def single_tokens(prediction: Prediction, logprobs: Tensor) -> Tensor:
 
 
 def head_of(prediction: Prediction, logprobs: Tensor, mass: float) -> Tensor:
-    """Say which classes form the smallest set of tokens that holds ``mass``, bool [N, C].
+    """Return a bool [N, C] mask of the smallest set of tokens that holds ``mass``.
 
     Tokens that are equal but for rounding are in or out together.
 

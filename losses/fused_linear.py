@@ -51,7 +51,7 @@ def chunked_distillation_loss(
         head: the student's output head.
         targets: int64 [N]; ``teacher``, ``weights``, ``loss``, ``state`` and ``row_counts`` as in ``distillation_loss``.
         chunk_targets: targets of a chunk; memory is chunk_targets * V numbers, and little more. 192 on a CPU and 1024
-            elsewhere unless said.
+            elsewhere by default.
         check_values: False if the caller has passed the same targets and teacher to ``teacher.check`` already, best while
             they were on the CPU: to look at values on an accelerator is to wait for it.
 

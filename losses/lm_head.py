@@ -47,7 +47,7 @@ class LMHead:
         return len(self.weight)
 
     def check(self, hidden: Tensor) -> None:
-        """Refuse hidden states that are not [N, H].
+        """Raise if hidden states are not [N, H].
 
         Raises:
             ValueError: naming the shape and the right one.

@@ -54,7 +54,7 @@ class DenseTeacher:
         return DenseTeacher(self.logits.to(device), self.targets.to(device))
 
     def check(self, targets: Tensor, vocab_size: int) -> None:
-        """Refuse logits of other targets or another vocabulary, or that are no logits.
+        """Raise if the logits are of other targets or another vocabulary, or not valid.
 
         Raises:
             ValueError: naming the field, the value seen and the right one.
@@ -113,7 +113,7 @@ class HiddenTeacher:
         return DenseTeacher(self.head.logits(self.hidden), self.targets)
 
     def check(self, targets: Tensor, vocab_size: int) -> None:
-        """Refuse hidden states of other targets, a head of another vocabulary, or numbers that are not finite.
+        """Raise if the hidden states are of other targets, the head of another vocabulary, or values not finite.
 
         Raises:
             ValueError: naming the field, the value seen and the right one.
@@ -152,7 +152,7 @@ def chunks_of(count: int, size: int) -> list[slice]:
 
 
 def check_belongs(own_targets: Tensor, targets: Tensor, own_vocab: int, vocab_size: int) -> None:
-    """Refuse a teacher of other targets or of another vocabulary.
+    """Raise if a teacher is of other targets or of another vocabulary.
 
     Raises:
         ValueError: naming what differs.

@@ -111,7 +111,7 @@ class TokenWeights:
 
 
 def split_easy(uncertainty: Tensor, loss: AtkdLoss, *, seed: int) -> Tensor:
-    """Say which of N tokens are easy, bool [N]; the others are hard.
+    """Return a bool [N] mask of the easy tokens; the others are hard.
 
     Pass the uncertainty [N] of all tokens the scope ranks together: those of the whole optimizer step (``batch``), of
     the whole score store (``dataset``), or of one device's forward pass (``microbatch``).

@@ -83,7 +83,7 @@ class TopkTeacher:
         )  # fmt: skip
 
     def check(self, targets: Tensor, vocab_size: int) -> None:
-        """Refuse values that no teacher over this vocabulary [V] can have said about these targets [N].
+        """Raise if the values cannot be a teacher's over this vocabulary [V] at these targets [N].
 
         Raises:
             ValueError: naming the field, the value seen and the right one.
@@ -185,7 +185,7 @@ def working_dtype(values: Tensor) -> torch.dtype:
 
 
 def check_targets(logits: Tensor, targets: Tensor, name: str = "student_logits") -> None:
-    """Refuse logits that are not [N, V], or targets that are not N ids of that vocabulary.
+    """Raise if logits are not [N, V], or targets are not N ids of that vocabulary.
 
     Raises:
         ValueError: naming the argument, its shape or value, and the right one.
@@ -196,7 +196,7 @@ def check_targets(logits: Tensor, targets: Tensor, name: str = "student_logits")
 
 
 def check_target_ids(targets: Tensor, count: int, vocab_size: int, where: str, check_values: bool = True) -> None:
-    """Refuse targets that are not ``count`` ids of a vocabulary of ``vocab_size`` tokens; look at the ids if told to.
+    """Raise if targets are not ``count`` ids of a vocabulary of ``vocab_size`` tokens; checks the ids on request.
 
     Raises:
         ValueError: naming the shape or the value, and the right one.

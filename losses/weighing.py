@@ -38,7 +38,7 @@ def selection_factor(row_counts: Sequence[int], fraction: float) -> float:
 
 
 def highest_in_rows(scores: Tensor, row_counts: Sequence[int], fraction: float) -> Tensor:
-    """Say which of N targets are taught, bool [N]: in each row those of the highest score, ties to the earlier position.
+    """Return a bool [N] mask of the targets that are taught: in each row those of the highest score, ties by position.
 
     Args:
         scores: [N], row after row.

@@ -11,12 +11,12 @@ from orchestrator.cluster.places import settle_home
 PIPELINE = {
     "run": ("report", "run the whole pipeline: prepare, finetune, score, train, evaluate, export, report"),
     "prepare": ("prepare", "read the data, make tokens and masks, and show the counts"),
-    "finetune": ("finetune", "go on to the fine-tuned teacher"),
-    "score": ("score", "go on to the complete score store"),
-    "train": ("train", "go on to the distilled student"),
-    "evaluate": ("evaluate", "go on to the table of teacher, student before and student after"),
-    "export": ("export", "go on to the student's folder with its model card"),
-    "report": ("report", "go on to the report page"),
+    "finetune": ("finetune", "run up to the fine-tuned teacher"),
+    "score": ("score", "run up to the complete score store"),
+    "train": ("train", "run up to the distilled student"),
+    "evaluate": ("evaluate", "run up to the table of teacher, student before and student after"),
+    "export": ("export", "run up to the student's folder with its model card"),
+    "report": ("report", "run up to the report page"),
 }
 """For each command that runs the pipeline, the last stage, and its help. What is done is not done again."""
 
@@ -104,7 +104,7 @@ def _require_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> N
 
 
 def _not_begun(error: BaseException) -> int:
-    """Say why the libraries that every command needs are not there; return the exit code."""
+    """Print why the libraries that every command needs cannot be imported; return the exit code."""
     if isinstance(error, KeyboardInterrupt):
         print("error: interrupted before anything was begun", file=sys.stderr)
         return 130
@@ -131,8 +131,8 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, metavar="N", help="plan for a cluster of N GPUs, not for the machines that are there")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="GiB of each GPU")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of each node, with --gpus; 8 unless said")
-    parser.add_argument("--gpu-tflops", type=float, default=312.0, metavar="T", help="16-bit TFLOP/s of a GPU; 312 unless said")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of each node, with --gpus; default 8")
+    parser.add_argument("--gpu-tflops", type=float, default=312.0, metavar="T", help="16-bit TFLOP/s of a GPU; default 312")
     parser.add_argument("--rows", type=int, metavar="N", help="training rows, where the data is not to be read")
     parser.add_argument("--row-tokens", type=float, metavar="T", help="tokens of a row on average, with --rows")
     parser.add_argument("--row-targets", type=float, metavar="N", help="targets of a row on average, with --rows")

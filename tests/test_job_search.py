@@ -59,7 +59,7 @@ def test_a_submitted_comparison_is_stopped_and_submitted_again_and_ends(
         assert cluster.job("second")["status"] == "SUCCEEDED"
         assert_readable([line for line in cluster.said("second") if line.startswith("[")])
         wait_until(lambda: set(cluster.left()) <= RAYS_OWN, 60, "actors or placement groups are not gone")
-    assert f"compare: goes on with {len(before)} trials done" in output
+    assert f"compare: resumes with {len(before)} trials done" in output
     ended = {trial.number: trial.ended for trial in read_ledger(ledger).with_status("completed")}
     assert len(ended) == trials and {number: ended[number] for number in before} == before
     assert (folder / "report.html").exists()

@@ -162,7 +162,7 @@ def _read_dimension(path: Any, said: Any) -> Dimension:
 
 
 def _plainly(error: ValidationError) -> str:
-    """Say what pydantic found wrong with one part, without its headings."""
+    """Return what pydantic found wrong with one part, without its headings."""
     faults = []
     for fault in error.errors():
         place = ".".join(str(step) for step in fault["loc"])

@@ -1,4 +1,4 @@
-"""What the user may say about models, the teacher's engine, the score store and the student loop."""
+"""Configuration schema of models, the teacher's engine, the score store and the student loop."""
 
 import re
 from typing import Annotated, Literal
@@ -47,10 +47,10 @@ class ScratchModel(Section):
     """Number of attention heads."""
 
     kv_heads: int | None = Field(default=None, ge=1)
-    """Number of key and value heads; as many as ``heads`` unless said."""
+    """Number of key and value heads; defaults to ``heads``."""
 
     intermediate_size: int | None = Field(default=None, ge=8)
-    """Width of the feed-forward layer; 3 times ``hidden_size`` unless said."""
+    """Width of the feed-forward layer; defaults to 3 times ``hidden_size``."""
 
     tie_embeddings: bool = True
     """Whether input and output embeddings are one matrix."""
@@ -205,17 +205,17 @@ class ScoresConfig(Section):
 
     top_mass: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Keep for each target only as many of the K as it takes to hold this share of the teacher's mass off the target
-    (0.99): a smaller store, exact where the teacher is sure. All K unless said."""
+    (0.99): a smaller store, exact where the teacher is sure. Defaults to all K."""
 
     rows_per_shard: int = Field(default=256, ge=1)
     """Rows of one shard: the unit of work, of waiting and of resuming."""
 
     compare_rows: Annotated[int, MayChange()] = Field(default=4, ge=0)
-    """Rows whose scores are held against the teacher's plain forward pass in float32 each time it starts, before the first
+    """Rows whose scores are compared with the teacher's plain forward pass in float32 each time it starts, before the first
     shard; 0 goes without. Costs a second load of the teacher, on its own device, or on the CPU where it is on many."""
 
     root: str | None = None
-    """Folder under which stores are kept by their identity, shared between runs; ``scores`` beside the runs unless said."""
+    """Folder under which stores are kept by their identity, shared between runs; defaults to ``scores`` beside the runs."""
 
     path: str | None = None
     """One existing store to read and nothing else; refused if its identity is another."""
@@ -247,7 +247,7 @@ class EvaluateConfig(Section):
 
     answer_pattern: str | None = None
     """Regular expression whose first group is the answer to compare, in response and generated text alike (its last
-    match counts); the whole text unless said."""
+    match counts); defaults to the whole text."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations while evaluating."""

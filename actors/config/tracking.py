@@ -1,4 +1,4 @@
-"""What the user may say about where the steps of a training are shown besides the run's own files."""
+"""Configuration schema of the trackers that show the steps of a training, beside the run's own files."""
 
 from importlib.util import find_spec
 from typing import Literal
@@ -19,7 +19,7 @@ class WandbConfig(Section):
     """Project in which each training becomes a run, grouped by the name of the run here."""
 
     entity: str | None = None
-    """User or team; your default one unless said."""
+    """User or team; defaults to your own."""
 
     mode: Literal["online", "offline"] = "online"
     """Send while training, or keep in ``metrics/wandb`` for ``wandb sync``."""
@@ -59,7 +59,7 @@ class TrackingConfig(Section):
 
 
 def require_installed(tracking: TrackingConfig) -> None:
-    """Refuse a tracker whose package is not there.
+    """Raise if the package of a tracker is not installed.
 
     Raises:
         ValueError: naming the key and the command that installs it.

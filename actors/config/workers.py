@@ -1,4 +1,4 @@
-"""What the user may say about training workers, how many replicas there are, and on which nodes both stand."""
+"""Configuration schema of training workers, the number of replicas, and the nodes of both."""
 
 import re
 from collections.abc import Callable, Mapping

@@ -64,7 +64,7 @@ def engine_environment(engine: EngineConfig) -> dict[str, str]:
 
 
 def require_top_k(top_k: int, vocab_size: int) -> None:
-    """Refuse a K that leaves no room for the target in a vocabulary of V tokens."""
+    """Raise if K leaves no room for the target in a vocabulary of V tokens."""
     if top_k > vocab_size - 1:
         raise ValueError(
             f"scores.top_k {top_k} is too large: a vocabulary of {vocab_size} tokens has {vocab_size - 1} besides the target; "

@@ -71,7 +71,7 @@ class AnswerComparison:
         return None if not matches or matches[-1].group(1) is None else matches[-1].group(1).strip()
 
     def require_answers(self, texts: Sequence[HeldoutText]) -> None:
-        """Refuse references from which no answer can be taken.
+        """Raise if a reference has no answer that the pattern matches.
 
         Raises:
             ValueError: naming the first such row.
@@ -85,7 +85,7 @@ class AnswerComparison:
                 )
 
     def compare(self, text: HeldoutText, generated: str) -> GeneratedAnswer:
-        """Return the judged answer to one prompt."""
+        """Return the scored answer to one prompt."""
         return GeneratedAnswer(
             row=text.row,
             task=text.task,

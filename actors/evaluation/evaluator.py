@@ -120,7 +120,7 @@ def evaluate_model(
 
 
 def require_scores_of(store: ScoreStore, examples: ExampleFile) -> None:
-    """Refuse a store that does not cover the examples; their keys are compared as scores are read."""
+    """Raise if a store does not cover the examples; keys are compared as scores are read."""
     if store.rows != len(examples):
         raise ValueError(f"the store at {store.path} is planned for {store.rows} rows, but there are {len(examples)} held out")
     if missing := store.missing_shards():

@@ -73,7 +73,7 @@ class HeldoutMetrics:
         self._bins = packed[4:].cpu().reshape(self._bins.shape)
 
     def require_finite(self, name: str) -> None:
-        """Refuse sums that logits spoiled; after ``sum_over_workers`` all workers do so together, and none waits for another.
+        """Raise if a logit was not finite; after ``sum_over_workers`` on all workers alike, so that none waits for another.
 
         Raises:
             ValueError: naming the model, ``name``.

@@ -19,7 +19,7 @@ LONGEST_PARAM = 500
 
 
 class MlflowLog:
-    """One run of MLflow, taken up again by the id that stands in ``<name>.mlflow``.
+    """One run of MLflow, resumed by the id that stands in ``<name>.mlflow``.
 
     Steps are sent in the background, some at a time.
 

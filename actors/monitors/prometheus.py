@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: numbers that every node's Ray exports to Prometheus.
+"""What a run shows while it runs: numbers that every node's Ray exports to Prometheus.
 
 The only file that knows ``ray.util.metrics``. Ray puts ``ray_`` before each name, and ``_total`` behind that of a counter. To set
 one takes microseconds and waits for nothing; where no Ray is connected nothing is shown.
@@ -109,7 +109,7 @@ class TeacherMetrics:
         self._replicas: set[int] = set()
 
     def begin(self, split: str) -> None:
-        """Say of which rows everything speaks from now on."""
+        """Set the split that all numbers are of from now on."""
         self._stage = f"score_{split}"
 
     def progress(self, shards_done: int, shards_total: int, tokens_per_second: float) -> None:

@@ -10,7 +10,7 @@ from actors.config.tracking import TrackerFailed, WandbConfig
 
 
 class WandbLog:
-    """One run of Weights & Biases, taken up again by the id that stands in ``<name>.wandb``.
+    """One run of Weights & Biases, resumed by the id that stands in ``<name>.wandb``.
 
     Of steps that are repeated after a kill, Weights & Biases keeps the first.
 

@@ -81,7 +81,7 @@ class ScoreRange:
         return ScoreRange(known.shards + 1, _wider(known.target_logprob, target_logprob), _wider(known.entropy, entropy))
 
     def require(self, rows: Sequence[Example], means: RowMeans) -> None:
-        """Refuse a shard most of whose rows lie outside, on one side.
+        """Raise if most rows of a shard lie outside the range, on one side.
 
         Raises:
             ValueError: naming the row farthest off, its value, the shard's median and the range.
@@ -102,7 +102,7 @@ class ScoreRange:
 
 
 def require_rows_differ(rows: Sequence[Example], scores: Sequence[TeacherScores]) -> None:
-    """Refuse a shard of several rows in which the teacher says the same at every target, whatever comes before it.
+    """Raise if the teacher gives the same distribution at every target of several rows, whatever comes before it.
 
     Raises:
         ValueError: naming the rows and the likeliest tokens' log-probabilities.

@@ -117,7 +117,7 @@ class ScoreStore:
         return store
 
     def require(self, identity: Identity) -> None:
-        """Refuse to be read as something else; a store with a larger K serves a smaller one."""
+        """Raise if the identity is another; a store with a larger K serves a smaller one."""
         wanted, found = dict(identity), dict(self.identity)
         if wanted["top_k"] <= found["top_k"]:
             wanted.pop("top_k"), found.pop("top_k")

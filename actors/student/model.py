@@ -69,7 +69,7 @@ def distribute(student: StudentWithLoss, train: TrainConfig, worker: Worker) -> 
 
 
 def set_gradient_sync(student: nn.Module, sync: bool) -> None:
-    """Say whether the next backward pass reduces gradients over the workers: only the last of a step does."""
+    """Set whether the next backward pass reduces gradients over the workers: only the last of a step does."""
     if isinstance(student, DistributedDataParallel):
         student.require_backward_grad_sync = sync
     elif isinstance(student, FSDPModule):

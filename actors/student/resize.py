@@ -22,7 +22,7 @@ class ResizeMonitor:
         self._since = time.monotonic()
 
     def is_due(self) -> bool:
-        """Say whether to leave, so that more workers can begin here; all workers call it together and hear the same."""
+        """Return whether to leave so that more workers can start; all workers call it together and get the same answer."""
         if self._workers is None or self._worker.world_size >= self._workers.most:
             return False
         return self._worker.agree(self._worker.rank == 0 and self._sees_room())

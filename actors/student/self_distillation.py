@@ -1,6 +1,6 @@
-"""What a teacher served, held against its own plain forward pass and against the student's loop, on a few rows.
+"""What a teacher served, compared with its own plain forward pass and with the student's loop, on a few rows.
 
-Numbers only; nothing is judged here. T tokens of a row, N targets, K top-k, V vocabulary. Logarithms are natural.
+Numbers only; nothing is concluded here. T tokens of a row, N targets, K top-k, V vocabulary. Logarithms are natural.
 """
 
 from collections.abc import Sequence

@@ -21,13 +21,13 @@ class ValidationController(Protocol):
 
     @property
     def measured(self) -> RemoteMethod[[int, int, int, Mapping[str, float], float], bool]:
-        """Take trial, rung, step, measures and seconds; return whether the trial goes on."""
+        """Take trial, rung, step, measures and seconds; return whether the trial continues."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationSchedule:
-    """When the student of a trial is validated while it learns, on what, and who decides whether it goes on."""
+    """When the student of a trial is validated while it learns, on what, and who decides whether it continues."""
 
     trial: int
     """Number of the trial."""

@@ -1,4 +1,4 @@
-"""A student examined while it learns: measured on the held-out rows after some steps, and told whether it goes on."""
+"""Validation while training: the student is measured on the held-out rows after some steps, and told whether to continue."""
 
 import time
 from contextlib import nullcontext
@@ -29,7 +29,7 @@ class Validator:
             self._rows = HeldoutRows(self._examples, store, self._schedule.top_k, vocab_size)
 
     def goes_on(self, student: nn.Module, step: int) -> bool:
-        """Examine the student if an exam is due after this step; return whether training goes on. All workers call it.
+        """Validate the student if that is due after this step; return whether training continues. All workers call it.
 
         Raises:
             ValueError: on all workers, if the logits of any of them are not finite.

@@ -1,4 +1,4 @@
-"""Served scores held against the teacher's own plain forward pass: the numbers. Nothing is judged here.
+"""Served scores compared with the teacher's own plain forward pass: the numbers. Nothing is concluded here.
 
 N targets, K top-k. Logarithms are natural.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from actors.records import LOWEST_COMPARED, TeacherScores
 
-EARLIER, RIGHT, LATER = range(3)  # which of the model's predictions a score is held against: one before, its own, one after
+EARLIER, RIGHT, LATER = range(3)  # which of the model's predictions a score is compared with: one before, its own, one after
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class ScoreParity:
     """Nats, the error averaged over targets."""
 
     error_one_earlier: float
-    """Mean error in nats if scores are held against the prediction one position before; NaN where no target has one."""
+    """Mean error in nats if scores are compared with the prediction one position before; NaN where no target has one."""
 
     error_one_later: float
     """The same for one position after."""

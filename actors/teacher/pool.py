@@ -40,8 +40,8 @@ class TeacherPool:
         start_timeout_seconds: how long replicas may wait for room and load, until their engines are there.
         shard_timeout_seconds: a replica that works longer than this on one shard counts as dead.
         lease_seconds: another job that was silent for so long is taken for dead, and its shards are scored here.
-        probe: rows whose scores are held against the teacher's plain forward pass before the pool is entered.
-        live: where the work is shown while it goes on.
+        probe: rows whose scores are compared with the teacher's plain forward pass before the pool is entered.
+        live: where the work is shown while it runs.
         on_death: hears of each replica that died: its number, and how.
     """
 

@@ -1,4 +1,4 @@
-"""The teacher's plain forward pass over a few rows, which served scores are held against. T tokens, N targets, V vocabulary."""
+"""The teacher's plain forward pass over a few rows, with which served scores are compared. T tokens, N targets, V vocabulary."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def references(teacher: ModelSource, examples: Sequence[Example], device: str) -
         found = [forward_pass(model, example) for example in examples]
     except Exception as error:  # a model's own code may raise anything
         raise ValueError(
-            f"the teacher's scores cannot be held against a plain forward pass, which raised {type(error).__name__}: {error}; "
+            f"the teacher's scores cannot be compared with a plain forward pass, which raised {type(error).__name__}: {error}; "
             "scores.compare_rows 0 goes without"
         ) from error
     del model

@@ -30,7 +30,7 @@ class EngineStarted:
     vocab_size: int
     """V, the width of the teacher's logits."""
     parity: ScoreParity | str | None = None
-    """Scores of the probe held against a plain forward pass; in words why they could not be; none where no probe was given."""
+    """Scores of the probe compared with a plain forward pass; in words why they could not be; none where no probe was given."""
 
 
 @dataclass(frozen=True, slots=True)

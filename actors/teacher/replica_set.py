@@ -167,7 +167,7 @@ class Replicas:
             )
 
     def require_open(self) -> None:
-        """Refuse to go on after ``close``."""
+        """Raise if the pool was closed."""
         if self._closed:
             raise TeacherFailed("the teacher pool was closed while it was in use")
 

@@ -13,7 +13,7 @@ ANSWER_SECONDS = 120.0
 
 
 def require_shared(folders: Sequence[Path]) -> None:
-    """Refuse to begin on a cluster of which a node does not see the folders; a single node always does.
+    """Raise if a node of the cluster does not see the folders; a single node always does.
 
     Raises:
         ValueError: naming the folder, the nodes, and what would do.

@@ -1,4 +1,4 @@
-"""What the user may say about a comparison: the section ``compare``. Imports neither torch nor Ray."""
+"""Configuration schema of a comparison: the section ``compare``. Imports neither torch nor Ray."""
 
 import difflib
 import re

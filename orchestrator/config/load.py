@@ -136,7 +136,7 @@ def _explain(fault: ErrorDetails, tree: Mapping[str, Any]) -> str:
 
 
 def no_such_name(wrong: Any, known: Sequence[str]) -> str:
-    """Say that a name is none of those there are, which is nearest, and which there are."""
+    """Return an error text for an unknown name: the nearest known one, and all that there are."""
     close = difflib.get_close_matches(str(wrong).lower(), known, n=1, cutoff=0.5)
     return f"there is no {wrong!r}; {f'did you mean {close[0]}? ' if close else ''}there are {', '.join(known)}"
 
@@ -147,7 +147,7 @@ def _quoted_names(text: str) -> list[str]:
 
 
 def _require_homes(section: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse a path below ~ where nobody knows what that is, as for a user whom the machine does not know."""
+    """Raise if a path begins with ~ and the user has no home folder."""
     for name, value in section.items():
         if isinstance(value, Mapping):
             _require_homes(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""What the user may say about a run: the whole configuration, one section a class. Imports neither torch nor Ray."""
+"""Configuration schema of a run: the whole configuration, one section a class. Imports neither torch nor Ray."""
 
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,4 +1,4 @@
-"""What the user may say about a search: the section ``tune``. Imports neither torch nor Ray."""
+"""Configuration schema of a search: the section ``tune``. Imports neither torch nor Ray."""
 
 import difflib
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ class TuneConfig(Section):
     """How often a trial is measured, evenly over its steps; the last time at its end."""
 
     reduction: int = Field(default=3, ge=2)
-    """ASHA lets one in so many trials go on from each rung."""
+    """ASHA lets one in so many trials continue from each rung."""
 
     metric: str = "heldout_loss"
     """What trials are compared by; which way is better is known."""

@@ -129,7 +129,7 @@ class ChatTemplate:
         return closed[0] if closed else places[-1]
 
     def _require_no_header(self, conversation: Conversation, turn: int, header: str) -> None:
-        """Refuse a template without a generation prompt: models would be asked without the header that they saw in training."""
+        """Raise if a template has no generation prompt: models would be asked without the header they saw in training."""
         if header.strip() and self._apply(conversation, turn, True) == self._apply(conversation, turn, False):
             raise ValueError(
                 f"the chat template has no generation prompt (add_generation_prompt changes nothing), so {shown(header)} before "
@@ -163,7 +163,7 @@ def with_default_args(template: str, args: dict[str, Any]) -> str:
 
 
 def _require_calls(message: Message, written: str, turn: int) -> None:
-    """Refuse a template that leaves out a call of a tool."""
+    """Raise if a template leaves out a tool call."""
     rest = written.replace(message["content"].strip(), "", 1) if message["content"].strip() else written
     for call in message["tool_calls"]:
         name = call.get("function", call)["name"]

@@ -80,7 +80,7 @@ def require_text(value: Any, what: str) -> str:
 
 
 def require_unicode(text: str) -> str:
-    """Refuse halves of surrogate pairs, which JSON can express and no tokenizer can encode."""
+    """Raise if a text holds half a surrogate pair, which JSON can express and no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -93,7 +93,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def require_same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
-    """Refuse a pair whose ids mean different tokens; return the tokens that only the student has.
+    """Raise if ids mean different tokens to teacher and student; return the tokens that only the student has.
 
     The token-to-id maps are compared, whatever the widths of the models' embeddings, which are often padded. Rows are cut by
     the teacher's tokenizer, so tokens that only the student has stand in none of them.

@@ -72,7 +72,7 @@ def check_refused(reason: str) -> Finding:
         "scores",
         "FAILED",
         reason,
-        "nothing else can be examined; try teacher.engine.dtype=float32 or teacher.engine.kind=transformers, and look at the "
+        "nothing else can be checked; try teacher.engine.dtype=float32 or teacher.engine.kind=transformers, and look at the "
         "files of teacher.model",
     )
 
@@ -111,7 +111,7 @@ def check_attention(role: str, found: AttentionFound, side: str = "") -> Finding
 
 
 def _side_that_is_off(found: SelfDistillationCheck, tolerance: Tolerance) -> str:
-    """Say which of engine and reference to believe, where the reference is not what the model is defined as."""
+    """Return which of engine and reference is right, where the reference is not what the model is defined as."""
     if found.eager_target_error is None:
         return ""
     numbers = f"mean error {found.mean_target_error:.1e} nats, of eager {found.eager_target_error:.1e}"

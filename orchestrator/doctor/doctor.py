@@ -1,6 +1,6 @@
 """The doctor: proves on a few rows that the teacher's scores would be right, before a teacher scores them all.
 
-It measures here and judges in ``findings``.
+It measures here; ``checks`` draws the conclusions.
 """
 
 import logging
@@ -57,7 +57,7 @@ def diagnose(config: RunConfig, engine_factory: EngineFactory = build_engine) ->
         while next(stages) != "finetune":  # the Ray that stages begin lives as long as they are not let go
             pass
         findings = _diagnose_finetuned(config, run_dir, Models(config, run_dir.path), engine_factory)
-        run_dir.event("examined", findings=[asdict(finding) for finding in findings])
+        run_dir.event("diagnosed", findings=[asdict(finding) for finding in findings])
         return findings
 
 

@@ -29,7 +29,7 @@ CPU_USABLE = 0.75
 CPU_PROCESS_BYTES = 700 << 20
 """Of each process on a CPU: Python with torch, transformers and Ray, or vLLM."""
 ENOUGH_CPUS = 1e6
-"""CPUs of a node of a cluster that is given as numbers: they are not judged."""
+"""CPUs of a node of a cluster that is given as numbers: they are not checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class TargetCluster:
     gpu_bytes: float
     """Memory of each GPU; 0 where there is none."""
     node_bytes: float
-    """Memory of each node; infinite where it is not judged."""
+    """Memory of each node; infinite where it is not checked."""
     live: bool
     """Whether it is there, rather than given as numbers."""
 
@@ -158,7 +158,7 @@ def settled_replicas(config: RunConfig, place: TargetCluster, shards: int) -> in
 
 
 def room_beside(config: RunConfig, place: TargetCluster, most: int) -> list[int]:
-    """Say for each number of replicas up to ``most`` how many workers fit beside them, were all nodes free."""
+    """Return for each number of replicas up to ``most`` how many workers fit beside them if all nodes are free."""
     room = [(node, node.total) for node in place.nodes]
     return workers_beside(room, replica_request(config.teacher.engine), worker_request(config.workers), most)
 

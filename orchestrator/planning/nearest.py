@@ -148,7 +148,7 @@ def _finetune_changes(config: RunConfig, place: TargetCluster) -> list[str]:
 
 
 def _too_small(config: RunConfig, place: TargetCluster, estimator: Estimator) -> str:
-    """Say what devices would do, with all that can be changed here changed."""
+    """Return which devices would do once all that can be changed is changed."""
     engine = config.teacher.engine
     least: list[tuple[str, float]] = []
     if engine.gpu:

@@ -156,7 +156,7 @@ def make_plan(config: RunConfig, asked: PlanOptions) -> Plan:
 
 
 def _remarks(config: RunConfig, place: TargetCluster) -> tuple[str, ...]:
-    """Say for how many workers the plan is where their number may change, and which side takes none of the GPUs there are."""
+    """Return lines about how many workers are planned where their number may change, and about GPUs that stay idle."""
     elastic = [
         f"{job.name}: planned with {plural(job.workers.count, 'worker')}, its min; up to {job.workers.most} train where there is "
         "room. What is said of count holds for min"

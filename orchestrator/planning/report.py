@@ -82,7 +82,7 @@ def print_plan(made: Plan, console: Console | None = None) -> None:
 
 
 def data_lines(made: Plan) -> list[str]:
-    """Say what rows there are, and how large the stores will be."""
+    """Return lines about the rows and the size of the stores."""
     work = made.work
     return [
         f"data: {work.rows:,} rows, {work.train_tokens:,} tokens, {work.train_targets:,} targets, longest {work.longest} tokens "
@@ -92,7 +92,7 @@ def data_lines(made: Plan) -> list[str]:
 
 
 def time_lines(made: Plan) -> list[str]:
-    """Say how long each part takes, and who waits for whom."""
+    """Return lines about how long each part takes, and what waits for what."""
     paced, rates = made.pace, made.rates
     lines = [f"speed: a replica scores {rates.scoring:,.0f} tokens/s, a worker learns {rates.training:,.0f} ({rates.source})"]
     lines += [f"{name.replace('_', ' the ')}: {duration(seconds)}" for name, seconds in made.finetune_seconds.items()]
@@ -111,7 +111,7 @@ def time_lines(made: Plan) -> list[str]:
 
 
 def saturation_lines(made: Plan) -> list[str]:
-    """Say where more of one side gains hardly anything."""
+    """Return lines about where more replicas or workers gain hardly anything."""
     found = saturation(made)
     fed = ", ".join(f"{workers}: {count}" for workers, count in found["replicas_for_workers"].items())
     busy = ", ".join(f"{count}: {workers}" for count, workers in found["workers_for_replicas"].items())

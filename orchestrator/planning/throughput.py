@@ -18,7 +18,7 @@ from orchestrator.planning.shapes import ModelShape, Workload
 CPU_FLOPS = 80e9
 """Assumed of one CPU: float32 operations a second at most."""
 GPU_FLOPS = 312e12
-"""Assumed of one GPU unless said: 16-bit operations a second at most, those of an A100."""
+"""Assumed of one GPU by default: 16-bit operations a second at most, those of an A100."""
 GPU_FLOAT32 = 1 / 16
 """What of that remains in float32, without tensor cores."""
 CPU_SHARE = 0.45
@@ -95,7 +95,7 @@ def _cpus(cpus: float) -> float:
 
 
 def assumptions(gpu_flops: float) -> tuple[str, ...]:
-    """Say what the hours rest on where nothing was measured."""
+    """Return what the hours assume where nothing was measured."""
     return (
         f"a GPU does {gpu_flops / 1e12:g} TFLOP/s in 16 bits, {gpu_flops * GPU_FLOAT32 / 1e12:g} in float32; scoring uses "
         f"{SCORING_SHARE:.0%} of it, training {TRAINING_SHARE:.0%}; a CPU does {CPU_FLOPS / 1e9:g} GFLOP/s, "

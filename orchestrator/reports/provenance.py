@@ -45,7 +45,7 @@ class About:
     """The whole configuration as YAML, without secrets, as the run began with it."""
 
     changes: tuple[str, ...]
-    """What was said otherwise when the run was taken up again, a line for each time."""
+    """What was said otherwise when the run was resumed, a line for each time."""
 
     environment: tuple[Environment, ...]
     """Where processes differed in more than their command, one for each; the earliest first."""
@@ -65,7 +65,7 @@ def about_run(run_path: Path) -> About | None:
 def changes_of(events: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return, for each start with another configuration than the first, when it was and what differed."""
     return [
-        f"taken up again {_written_time(event['time'])} with {'; '.join(event['changes'])}"
+        f"resumed {_written_time(event['time'])} with {'; '.join(event['changes'])}"
         for event in events
         if event["event"] == CHANGED
     ]

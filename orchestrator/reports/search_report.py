@@ -73,7 +73,7 @@ def subtitle(search: Search) -> str:
     standing = [count for count in counts if not count.startswith("0 ")]
     if missing := max(0, plan.trials - len(search.trials)):
         standing.append(f"{missing} not begun")
-    again = f" · taken up again {len(search.starts) - 1} ×" if len(search.starts) > 1 else ""
+    again = f" · resumed {len(search.starts) - 1} ×" if len(search.starts) > 1 else ""
     return f"{TITLES[plan.kind]} by {label_of(plan.metric)}, {way} · {plan.trials} trials: {', '.join(standing)}{again}"
 
 

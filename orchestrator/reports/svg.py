@@ -71,7 +71,7 @@ def line_chart(
         x_label: name of the x axis.
         y_label: name of the y axis, with its unit.
         smooth: draw values faintly, and over them their moving average over a fortieth of the curve.
-        y_limits: ends of the y axis; those of the values unless said.
+        y_limits: ends of the y axis; defaults to those of the values.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure, axes = _empty_figure()

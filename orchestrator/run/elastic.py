@@ -25,7 +25,7 @@ public names for these."""
 def train_in_turns(
     name: str, workers: WorkersConfig, max_failures: int, train: Callable[[int], WorkerResult], scoring: Callable[[], bool],
 ) -> WorkerResult:  # fmt: skip
-    """Train with as many workers as there is room for; whenever they fail or make way, count anew and go on.
+    """Train with as many workers as there is room for; whenever they fail or make way, count again and continue.
 
     Args:
         name: of the training, for the user.
@@ -42,7 +42,7 @@ def train_in_turns(
         room = 0 if scoring() else proven_places(worker_request(workers), workers.most)
         count = max(room, workers.count)
         if count != before:
-            how = "goes on" if before else "begins"
+            how = "continues" if before else "starts"
             logger.info(f"{name}: {how} with {plural(count, 'worker')} ({workers.count} to {workers.most})")
         before = count
         try:

@@ -45,7 +45,7 @@ def row_limits(config: RunConfig, data: Path) -> RowLimits:
 
 
 def require_models_fit(config: RunConfig, models: Models, rows: RowLimits) -> list[str]:
-    """Refuse rows that a model cannot read, and attention or adapters that cannot be; return what else the user should know.
+    """Raise if a model cannot read the rows, or its attention or adapters are not possible; return remarks for the user.
 
     Raises:
         ValueError: a line for each fault, naming the key, the value and one that would do.

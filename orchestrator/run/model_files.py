@@ -44,7 +44,7 @@ def base_of_adapter(folder: Path, key: str) -> ModelSource | None:
 
 
 def require_model_folder(path: Path, key: str) -> None:
-    """Refuse a path that is a file, or a folder whose weights are in formats that are not read.
+    """Raise if a model's path is a file, or a folder without safetensors.
 
     Raises:
         ValueError: naming the key, the file and the way to a folder that is.

@@ -1,4 +1,4 @@
-"""Logs how far some work is while it goes on."""
+"""Logs how far some work is while it runs."""
 
 import threading
 from collections.abc import Callable, Iterator

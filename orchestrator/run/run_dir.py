@@ -58,7 +58,7 @@ class RunDir:
 
     @classmethod
     def open(cls, config: RunConfig) -> "RunDir":
-        """Begin the run's folder, or take it up again.
+        """Begin the run's folder, or resume it.
 
         Raises:
             RunDirError: if another process holds it, it was made by another configuration, or it would go with the job.

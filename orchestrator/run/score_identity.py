@@ -165,7 +165,7 @@ def score_split(
                 left, looked = len(store.missing_shards()), time.monotonic()
             seconds, done = time.monotonic() - start, store.shard_count - left
             on_progress(ScoringProgress(done, store.shard_count, tokens, tokens / seconds, seconds / scored * left))
-    except Exception as error:  # not an interrupt: another job that scores the same store goes on with it
+    except Exception as error:  # not an interrupt: another job that scores the same store continues with it
         with suppress(OSError):  # on a full disk the first error matters, not that it could not be written down
             store.declare_failed(describe_failure(error))
         raise

@@ -141,11 +141,11 @@ class ScoringStage:
         return [beginning(row) for row in spread_over_lengths(examples, self.config.scores.compare_rows)]
 
     def _require_right(self, pool: TeacherPool) -> None:
-        """Refuse a teacher that serves other scores than its plain forward pass gives."""
+        """Raise if served scores differ from the teacher's plain forward pass."""
         found = pool.parity
         if not isinstance(found, ScoreParity):
             why = found or "scores.compare_rows is 0"
-            logger.info(f"score: served scores are not held against a plain forward pass: {why}")
+            logger.info(f"score: served scores are not compared with a plain forward pass: {why}")
             return
         served = check_served(found, TOLERANCES[self.config.teacher.engine.dtype])
         self.run_dir.event("compared", **asdict(found))

@@ -55,7 +55,7 @@ def describe_ends(ids: Sequence[int], ignored: Sequence[int], tokenizer: PreTrai
 
 
 def require_same_source(config: RunConfig, prepared: Facts) -> None:
-    """Refuse to go on with the rows of files that were changed since they were read.
+    """Raise if the files of the rows were changed since they were read.
 
     Raises:
         ValueError: naming the files and what to do.

@@ -47,7 +47,7 @@ class TrainingFailed(RuntimeError):
 
 
 def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -> dict[str, float]:
-    """Train until the model is written to ``task.output``; take up again from the latest checkpoint in ``checkpoints``.
+    """Train until the model is written to ``task.output``; resume from the latest checkpoint in ``checkpoints``.
 
     Returns:
         Steps, seconds of the steps themselves, tokens a second, seconds spent waiting for scores, first and last loss.
@@ -84,7 +84,7 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -
 
 
 def _remedy(task: TrainingTask, cause: BaseException) -> str:
-    """Say what would do where a GPU's memory was too small; nothing of other errors."""
+    """Return what would do where a GPU's memory was too small; an empty text for other errors."""
     if not isinstance(cause, torch.OutOfMemoryError):
         return ""
     section = f"{task.name.removeprefix('finetune_')}.finetune.train" if task.name.startswith("finetune_") else "train"
@@ -92,7 +92,7 @@ def _remedy(task: TrainingTask, cause: BaseException) -> str:
     smaller = [f"{section}.micro_batch_rows={rows // 2}"] if rows > 1 and not by_pass else []
     again = [f"{section}.gradient_checkpointing=true"] if not task.train.gradient_checkpointing else []
     if smaller or again:
-        return f"; the same command with {' or '.join([*smaller, *again])} goes on from the last checkpoint"
+        return f"; the same command with {' or '.join([*smaller, *again])} resumes from the last checkpoint"
     return f"; {section}.sharding=fsdp with more workers would do, under another name"
 
 
@@ -112,7 +112,7 @@ def _train(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -> Wor
 
 
 def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: Path, failures: FailureConfig) -> WorkerResult:
-    """Have Ray Train train; a training of the same name and place goes on from its latest checkpoint."""
+    """Have Ray Train train; a training of the same name and place resumes from its latest checkpoint."""
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
@@ -169,7 +169,7 @@ def summarize(steps: list[dict[str, float]]) -> dict[str, float]:
 
 @contextmanager
 def _telling_damage(task: TrainingTask, folder: Path) -> Iterator[None]:
-    """Say afterwards which checkpoints the workers passed over."""
+    """Log afterwards which checkpoints the workers skipped."""
     before = len(damaged_checkpoints(folder))
     try:
         yield

@@ -88,7 +88,7 @@ def search_of(config: RunConfig) -> BoundSpace:
 
 
 def require_steady_workers(config: RunConfig, section: Literal["tune", "compare"]) -> None:
-    """Refuse several workers where the section's trials train in one process, and in any trial a number that changes.
+    """Raise if trials in one process have several workers, or trials have a number of workers that changes.
 
     Raises:
         ConfigError: with what would do.

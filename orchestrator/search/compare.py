@@ -27,7 +27,7 @@ RATE = "train.optimizer.learning_rate"
 
 
 def compare(config: RunConfig) -> Path:
-    """Train every arm with every seed, going on where an earlier comparison stopped; return the comparison's folder.
+    """Train every arm with every seed, resuming where an earlier comparison stopped; return the comparison's folder.
 
     Raises:
         ValueError: if the budget or the devices will not do, or another comparison's ledger stands there.

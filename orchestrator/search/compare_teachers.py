@@ -71,7 +71,7 @@ def laid_over(base: Any, changes: Any) -> Any:
 
 
 def require_same_rows(first: RunConfig, other: RunConfig, first_name: str, name: str) -> None:
-    """Refuse teachers under whom rows or student would be others.
+    """Raise if two teachers would not have the same rows and the same student.
 
     Raises:
         ValueError: naming both teachers, what differs and what would do.

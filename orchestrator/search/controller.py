@@ -1,7 +1,7 @@
-"""The controller of a search: hears what trials measure, writes it into the ledger, and says which of them go on.
+"""The controller of a search: hears what trials measure, writes it into the ledger, and says which of them continue.
 
 It becomes a Ray actor beside the driver. The ledger is all it needs to remember: after a kill another controller reads it and
-goes on.
+resumes.
 """
 
 import time
@@ -67,7 +67,7 @@ class SearchController:
     Args:
         path: the ledger, begun before.
         spec: what is searched.
-        rule: which trials go on.
+        rule: which trials continue.
     """
 
     def __init__(self, path: Path, spec: SearchSpec, rule: StoppingRule) -> None:
@@ -96,7 +96,7 @@ class SearchController:
         return self._assignments[trial]
 
     def measured(self, trial: int, rung: int, step: int, measures: Mapping[str, float], seconds: float) -> bool:
-        """Take down what was measured of a trial at a rung; return whether it goes on.
+        """Take down what was measured of a trial at a rung; return whether it continues.
 
         Workers that were started again may come by a rung once more; what was said there the first time stands. Those of a
         trial that is over, its process having died, are told to stop.

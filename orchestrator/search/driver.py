@@ -117,7 +117,7 @@ class TrialQueue:
         return assignment.trial
 
     def over(self, trial: int, died: bool) -> None:
-        """Hear that a trial is over; ``died`` if its process ended before it could say how."""
+        """Record that a trial is over; ``died`` if its process ended before it could say how."""
         steps, tokens = spent(self._folder, trial) if died else (0, 0)  # else it said so itself, and that stands
         outcome: Outcome = ray.get(self._controller.ended.remote(trial, steps, tokens, DIED))
         self._source.tell(self._under_way.pop(trial).point, outcome)
@@ -131,7 +131,7 @@ class TrialQueue:
 
 
 def begin_ledger(folder: Path, spec: SearchSpec) -> Search:
-    """Begin the ledger or take it up again, and say which.
+    """Begin the ledger or resume it, and say which.
 
     Raises:
         ValueError: if it is another search's, or damaged.
@@ -139,7 +139,7 @@ def begin_ledger(folder: Path, spec: SearchSpec) -> Search:
     search = Ledger(folder / "ledger.jsonl").begin_search(spec)
     if search.trials:
         over = len(search.with_status("completed", "stopped", "failed"))
-        logger.info(f"{spec.kind}: goes on with {over} trials done and {len(search.trials) - over} to begin anew")
+        logger.info(f"{spec.kind}: resumes with {over} trials done and {len(search.trials) - over} to start again")
     return search
 
 

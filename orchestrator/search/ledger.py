@@ -1,6 +1,6 @@
 """The books of a search or a comparison: one file of JSON lines that only grows, and what it says when read back.
 
-A line counts once its newline stands: a last line cut short by a kill is ignored, and written over by whoever goes on.
+A line counts once its newline stands: a last line cut short by a kill is ignored, and written over by whoever resumes.
 """
 
 import math
@@ -75,7 +75,7 @@ class Search:
     """What was asked, as said last."""
 
     starts: tuple[str, ...]
-    """When it was begun and taken up again."""
+    """When it was begun and resumed."""
 
     trials: tuple[Trial, ...] = ()
     """The trials that have begun, by number."""
@@ -157,7 +157,7 @@ def read_ledger(path: Path) -> Search:
 
 
 def require_same(ours: SearchSpec, theirs: SearchSpec) -> None:
-    """Refuse to mix two searches in one ledger.
+    """Raise if a ledger is another search's.
 
     Raises:
         ValueError: with each field that differs, and both values.
@@ -184,7 +184,7 @@ class Ledger:
         self.path = path
 
     def begin_search(self, spec: SearchSpec) -> Search:
-        """Begin the ledger, or take it up again; return what stands in it.
+        """Begin the ledger, or resume it; return what stands in it.
 
         Raises:
             ValueError: if it is another search's, or damaged.

@@ -1,4 +1,4 @@
-"""The lines of a ledger: what a search or a comparison writes down while it goes on. Imports neither torch nor Ray."""
+"""The lines of a ledger: what a search or a comparison writes down while it runs. Imports neither torch nor Ray."""
 
 import json
 from datetime import UTC, datetime
@@ -95,7 +95,7 @@ class Rung(Line):
     """What was measured."""
 
     decision: Decision
-    """Whether the trial may go on."""
+    """Whether the trial may continue."""
 
     seconds: float
     """Time of the trial so far."""

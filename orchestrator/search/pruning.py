@@ -1,4 +1,4 @@
-"""Which trials are worth going on with. Pure rules over what was measured at one rung; nothing here knows of Ray."""
+"""Which trials are worth continuing. Pure rules over what was measured at one rung; nothing here knows of Ray."""
 
 import math
 import statistics
@@ -12,20 +12,20 @@ FEWEST_FOR_MEDIAN = 3
 
 @dataclass(frozen=True, slots=True)
 class StoppingRule:
-    """When a trial that was measured may go on."""
+    """When a trial that was measured may continue."""
 
     scheduler: Literal["asha", "median", "none"]
     """Successive halving without waiting for one another (ASHA, arXiv 1810.05934), the median of the others, or always."""
     mode: Literal["min", "max"]
     """Whether less or more is better."""
     reduction: int = 3
-    """ASHA lets the best of so many go on."""
+    """ASHA lets the best of so many continue."""
 
     def goes_on(self, value: float, others: Sequence[float]) -> bool:
-        """Return whether a trial goes on from a rung.
+        """Return whether a trial continues from a rung.
 
         Args:
-            value: what was measured of it there. What is no finite number is worse than any number, and does not go on.
+            value: what was measured of it there. What is no finite number is worse than any number, and does not continue.
             others: what was measured there of other trials so far.
         """
         if self.scheduler == "none":
@@ -36,7 +36,7 @@ class StoppingRule:
         better = sum(other < cost for other in costs)
         if self.scheduler == "asha":
             together = len(others) + 1
-            # The first ones at a rung go on: with fewer than one in `reduction` nothing can be concluded.
+            # The first ones at a rung continue: with fewer than one in `reduction` nothing can be concluded.
             return together < self.reduction or better < math.floor(together / self.reduction)
         if len(others) < FEWEST_FOR_MEDIAN:
             return True

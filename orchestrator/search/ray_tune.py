@@ -26,7 +26,7 @@ class Trials(Protocol):
         ...
 
     def over(self, trial: int, died: bool) -> None:
-        """Hear that a trial is over; ``died`` if its process ended before it could say how."""
+        """Record that a trial is over; ``died`` if its process ended before it could say how."""
         ...
 
 

@@ -26,7 +26,7 @@ class Sampler(Protocol):
         ...
 
     def tell(self, point: Mapping[str, Any], outcome: Outcome) -> None:
-        """Hear how a trial of this point ended."""
+        """Learn how a trial of this point ended."""
         ...
 
 
@@ -62,7 +62,7 @@ class OptunaSampler:
         self, space: Space, direction: Direction, seed: int, count: int, tried: Sequence[tuple[Point, Outcome | None]] = ()
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # Taken up again, a search must not draw the random points of its beginning a second time.
+        # Resumed, a search must not draw the random points of its beginning a second time.
         sampler = optuna.samplers.TPESampler(seed=seed + len(tried))
         self.study = optuna.create_study(direction="minimize" if direction == "min" else "maximize", sampler=sampler)
         self._space, self._count = space, count

@@ -82,7 +82,7 @@ class TrialContext:
 
 
 def run_trial(config: dict[str, Any], context: TrialContext) -> None:
-    """Train and measure one student; whatever goes wrong with it is the trial's outcome, and the search goes on.
+    """Train and measure one student; whatever goes wrong with it is the trial's outcome, and the search continues.
 
     The function Ray Tune calls: ``config["trial"]`` is the trial's number, all else the controller knows.
     """

@@ -26,7 +26,7 @@ from orchestrator.search.samplers import ListSampler, OptunaSampler, Sampler
 
 
 def tune(config: RunConfig) -> Path:
-    """Search the space of the section ``tune``, going on where an earlier search stopped; return the search's folder.
+    """Search the space of the section ``tune``, resuming where an earlier search stopped; return the search's folder.
 
     Raises:
         ValueError: if the space, the budget or the devices will not do, or another search's ledger stands there.

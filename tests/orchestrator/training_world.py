@@ -34,7 +34,7 @@ TRAIN = TrainConfig(
     epochs=2, batch_rows=8, micro_batch_rows=8, optimizer=OptimizerConfig(learning_rate=3e-3), checkpoint_every_steps=3
 )
 LOSS = AtkdLoss(kind="atkd", tokens=DistantTokens(fraction=0.9, step_size=0.1, tolerance=0.01, momentum=0.0))
-"""Remembers: the share of tokens it teaches follows the loss, so a run that is taken up again must know it."""
+"""Remembers: the share of tokens it teaches follows the loss, so a run that is resumed must know it."""
 ROWS = 30  # the last batch of an epoch holds 6 rows, which do not go round four workers
 
 

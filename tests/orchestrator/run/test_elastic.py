@@ -92,7 +92,7 @@ def test_a_loss_that_depends_on_the_number_of_workers_takes_no_range() -> None:
         changed("workers={min: 1, max: 4}", "loss={kind: atkd, scope: microbatch}")
 
 
-def test_the_number_of_workers_may_change_when_a_run_is_taken_up_again(tmp_path: Path) -> None:
+def test_the_number_of_workers_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
     here = f"output={tmp_path}"
     RunDir.open(changed(here, "name=batches")).close()
     RunDir.open(changed(here, "name=batches", "workers.count=2")).close()
@@ -135,17 +135,17 @@ def turns(
 def test_the_number_follows_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     train = Turns(LOST, WorkerResult(resize_requested=True), WorkerResult())
     assert turns(monkeypatch, [3, 2, 9], train) == [
-        "train: begins with 3 workers (1 to 4)",
+        "train: starts with 3 workers (1 to 4)",
         "train: worker 1 failed (RuntimeError: the node is gone); all start again from their last checkpoint",
-        "train: goes on with 2 workers (1 to 4)",
-        "train: goes on with 4 workers (1 to 4)",
+        "train: continues with 2 workers (1 to 4)",
+        "train: continues with 4 workers (1 to 4)",
     ]
     assert train.counts == [3, 2, 4]
 
 
 def test_the_fewest_train_while_the_teacher_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     train = Turns(WorkerResult())
-    assert turns(monkeypatch, [], train, scoring=True) == ["train: begins with 1 worker (1 to 4)"]
+    assert turns(monkeypatch, [], train, scoring=True) == ["train: starts with 1 worker (1 to 4)"]
     assert train.counts == [1]
 
 
@@ -206,7 +206,7 @@ def test_workers_become_more_when_the_teacher_is_done_and_the_student_is_the_sam
         train_model(task, WorkersConfig(min=1, max=2, grow_seconds=0.0), tmp_path / "checkpoints")
     scorer.join()
     assert [line for line in said if "worker" in line] == [
-        "train: begins with 1 worker (1 to 2)", "train: goes on with 2 workers (1 to 2)",
+        "train: starts with 1 worker (1 to 2)", "train: continues with 2 workers (1 to 2)",
     ]  # fmt: skip
     steps = read_metrics(tmp_path / "metrics" / "train.jsonl")
     assert [step["step"] for step in steps] == list(range(1, 9))
@@ -281,7 +281,7 @@ def test_training_goes_on_when_a_node_is_lost_with_a_worker_on_it(
 
     assert set(counts["steady"]) == {2}
     assert [line for line in said if " with " in line] == [
-        f"elastic: {line} (1 to 2)" for line in ("begins with 2 workers", "goes on with 1 worker", "goes on with 2 workers")
+        f"elastic: {line} (1 to 2)" for line in ("starts with 2 workers", "continues with 1 worker", "continues with 2 workers")
     ]
     assert [count for count, _ in groupby(counts["elastic"])] == [2, 1, 2]
     assert counts["elastic"].index(1) >= LOST_AFTER - 2, "no more is repeated than since the last checkpoint"

@@ -1,4 +1,4 @@
-"""What is said of work while it goes on."""
+"""What is said of work while it runs."""
 
 import time
 from collections.abc import Callable

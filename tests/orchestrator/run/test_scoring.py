@@ -85,7 +85,7 @@ def score(
 
 
 @pytest.mark.ray
-def test_served_scores_are_held_against_a_forward_pass_and_the_run_says_how_near_they_are(
+def test_served_scores_are_compared_with_a_forward_pass_and_the_run_says_how_near_they_are(
     local_ray: None, tmp_path: Path
 ) -> None:
     said, events = score(tmp_path)
@@ -98,7 +98,7 @@ def test_served_scores_are_held_against_a_forward_pass_and_the_run_says_how_near
 @pytest.mark.ray
 def test_a_run_that_wants_no_comparison_says_that_there_is_none(local_ray: None, tmp_path: Path) -> None:
     said, events = score(tmp_path, compare_rows=0)
-    assert any(line.endswith("scores are not held against a plain forward pass: scores.compare_rows is 0") for line in said)
+    assert any(line.endswith("scores are not compared with a plain forward pass: scores.compare_rows is 0") for line in said)
     assert not [event for event in events if event["event"] == "compared"]
 
 

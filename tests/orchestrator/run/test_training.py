@@ -183,13 +183,13 @@ def test_a_training_goes_on_from_its_checkpoint_with_other_passes(
 @pytest.mark.parametrize(
     ("name", "changes", "remedy"),
     [
-        ("train", {}, "the same command with train.micro_batch_rows=4 or train.gradient_checkpointing=true goes on"),
+        ("train", {}, "the same command with train.micro_batch_rows=4 or train.gradient_checkpointing=true resumes"),
         (
             "finetune_teacher",
             {"gradient_checkpointing": True},
-            "the same command with teacher.finetune.train.micro_batch_rows=4 goes on",
+            "the same command with teacher.finetune.train.micro_batch_rows=4 resumes",
         ),
-        ("train", {"micro_batch_rows": 1}, "the same command with train.gradient_checkpointing=true goes on from the last"),
+        ("train", {"micro_batch_rows": 1}, "the same command with train.gradient_checkpointing=true resumes from the last"),
         ("train", {"micro_batch_rows": 1, "gradient_checkpointing": True}, "train.sharding=fsdp with more workers would do"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_comparison_under_two_teachers_from_rows_to_the_page(local_ray: None, 
 
     with logged() as again:
         compare_teachers(config)
-    assert "small: compare: goes on with 4 trials done and 0 to begin anew" in again
+    assert "small: compare: resumes with 4 trials done and 0 to start again" in again
     assert not [line for line in again if "trials of" in line], "nothing was trained again"
     swapped = config_of(tmp_path, {"large": {}, "small": {}})
     with pytest.raises(ValueError, match=r"compare/large was made by another configuration(.|\n)*teacher.model.name: "):

@@ -86,7 +86,7 @@ def test_another_judge_that_reads_the_ledger_decides_the_same(tmp_path: Path, cu
     assert second.ended(0, 0, 0, "a late word") == Outcome("completed", 3.0, 2)
 
 
-def test_after_any_line_at_which_the_judge_died_the_search_comes_to_the_same_end(tmp_path: Path) -> None:
+def test_after_any_line_at_which_the_controller_died_the_search_comes_to_the_same_end(tmp_path: Path) -> None:
     controller = judge_in(tmp_path)
     for trial in range(6):
         live(controller, trial)

@@ -1,4 +1,4 @@
-"""Where points come from: complete, never twice, and the same after the search was taken up again."""
+"""Where points come from: complete, never twice, and the same after the search was resumed."""
 
 import json
 import random
@@ -86,7 +86,7 @@ LARGER = {name: space for name, space in SPACES.items() if space.size() is None 
 
 
 @pytest.mark.parametrize("space", [STEPPED, BRANCHED, *LARGER.values()], ids=["steps", "branches", *LARGER])
-def test_taken_up_again_optuna_knows_what_came_of_the_trials(space: Space) -> None:
+def test_resumed_optuna_knows_what_came_of_the_trials(space: Space) -> None:
     points = space.sample(min(12, space.size() or 12), random.Random(2))
     outcomes: list[Outcome | None] = [Outcome("completed", 1.0 + index, 2) for index in range(len(points))]
     outcomes[1], outcomes[2], outcomes[3] = Outcome("stopped", 7.0, 1), Outcome("failed", 3.0, 0), None

@@ -141,7 +141,7 @@ def test_the_command_searches_goes_on_and_ends_in_a_configuration_that_run_accep
 
     with logged() as again:
         tune(config)
-    assert "tune: goes on with 2 trials done and 0 to begin anew" in again
+    assert "tune: resumes with 2 trials done and 0 to start again" in again
     assert Counter(line["event"] for line in lines_of(folder))["ended"] == 2
     other = config.model_copy(update={"tune": config.tune.model_copy(update={"space": {RATE: [1e-3, 6e-3]}})})
     with pytest.raises(ValueError, match="this is the ledger of another search"):
