@@ -20,7 +20,7 @@ $(1)/python -m pip install --quiet --no-deps $(TORCH) \
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test drills lint lock clean
+.PHONY: help setup distill test quick drills lint lock clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ distill: $(READY)  ## Distil the example: fine-tune teacher, score, train studen
 
 test: $(READY)  ## Run lint and every test; PYTEST_ARGS="tests/losses -k atkd" runs some
 	@failed=0; $(MAKE) --no-print-directory lint || failed=1; $(BIN)/python -m pytest -q $(PYTEST_ARGS) || failed=1; exit $$failed
+
+quick: $(READY)  ## Run lint and the tests that need neither Ray nor long, in parallel
+	@failed=0; $(MAKE) --no-print-directory lint || failed=1; \
+		$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not ray" $(PYTEST_ARGS) || failed=1; exit $$failed
 
 drills: $(READY)  ## Break things on purpose, as docs/reliability.md lists them, and print what came of each
 	@$(BIN)/python scripts/drills.py $(PYTEST_ARGS)

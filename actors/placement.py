@@ -152,7 +152,7 @@ def settled_places(need: ResourceRequest, enough: int) -> int:
 def proven_places(need: ResourceRequest, most: int, seconds: float = SETTLE_SECONDS) -> int:
     """Return how many, up to ``most``, really find room within some seconds: it is taken for a moment, and given back.
 
-    What is free by the books may not be: tasks and actors outside of groups are on no node's, and a node that was lost stays
+    What is counted as free may not be: tasks and actors outside of groups are on no node's, and a node that was lost stays
     there for a while.
     """
     groups = [reserve(need) for _ in range(most)]

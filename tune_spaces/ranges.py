@@ -203,5 +203,5 @@ def share_values(one: Dimension, other: Dimension) -> bool:
 
 
 def label_of(value: Any) -> Any:
-    """A section has its JSON as label: who keeps the books of a search takes texts, numbers, booleans and None."""
+    """A section has its JSON as label: Optuna takes texts, numbers, booleans and None."""
     return value if value is None or isinstance(value, str | int | float) else json.dumps(value, default=list)

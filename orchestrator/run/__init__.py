@@ -1,1 +1,1 @@
-"""The life of a run: its folder, its stages in order, what each makes; no page is written here, and no search."""
+"""A run: its folder, its stages in order, what each makes; no page is written here, and no search."""

@@ -132,9 +132,9 @@ def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: Pa
 
 def drop_uncounted_checkpoints(folder: Path) -> None:
     """Delete checkpoints that no training would take up: whoever wrote them was killed before Ray Train counted them."""
-    book = folder / COUNTED
+    counted_file = folder / COUNTED
     try:
-        counted = json.dumps(json.loads(book.read_text())) if book.exists() else ""
+        counted = json.dumps(json.loads(counted_file.read_text())) if counted_file.exists() else ""
     except ValueError:
         return  # Ray Train says what is wrong with it
     for path in folder.glob("checkpoint_*/"):

@@ -62,7 +62,7 @@ class ControllerHandle(ValidationController, Protocol):
 
 
 class SearchController:
-    """Keeps the books of a search while its trials run.
+    """Records a search while its trials run.
 
     Args:
         path: the ledger, begun before.

@@ -108,7 +108,7 @@ class TrialQueue:
         self._under_way: dict[int, Assignment] = {}
 
     def begin_next(self) -> int | None:
-        """Begin the next trial in the books and return its number; None if there is none left."""
+        """Record the next trial as begun and return its number; None if there is none left."""
         assignment = self._waiting.pop(0) if self._waiting else self._new()
         if assignment is None:
             return None

@@ -1,4 +1,4 @@
-"""The books of a search or a comparison: one file of JSON lines that only grows, and what it says when read back.
+"""The record of a search or a comparison: one file of JSON lines that only grows, and what it says when read back.
 
 A line counts once its newline stands: a last line cut short by a kill is ignored, and written over by whoever resumes.
 """

@@ -22,7 +22,7 @@ class Trials(Protocol):
     """The trials of a search, in the order in which they are to begin."""
 
     def begin_next(self) -> int | None:
-        """Begin the next trial in the books and return its number; None if there is none left."""
+        """Record the next trial as begun and return its number; None if there is none left."""
         ...
 
     def over(self, trial: int, died: bool) -> None:

@@ -1,4 +1,4 @@
-"""The books of a run."""
+"""The folder of a run."""
 
 import json
 from pathlib import Path
