@@ -31,7 +31,8 @@ PACKAGES = (
 """From the top down: a file imports from its own package and from those below it. A room's own files stand beside its folders."""
 REACHES_INSIDE = {"actors/engines/vllm_patches.py"}
 """Files that reach for private names of another library, which they look up by their text and may not find."""
-MOST_FILES = 18
+MOST_FILES = {"losses": 16}
+"""Modules of a folder at most; 15 of any other."""
 HEAVY = {"torch", "ray", "transformers", "vllm", "numpy", "datasets", "pyarrow"}
 LONGEST_FILE_LINES = 320
 TORCH_EXPLAINS = {"forward", "backward"}
@@ -194,7 +195,8 @@ def test_every_package_is_small_and_says_what_lives_there() -> None:
     folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     assert {folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders} == set(PACKAGES)
     for folder in folders:
-        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= MOST_FILES.get(folder.name, 15), folder
         docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
         assert docstring and "\n" not in docstring, folder
 
