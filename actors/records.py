@@ -127,7 +127,7 @@ def keep_mass(scores: TeacherScores, share: float) -> TeacherScores:
     return TeacherScores(scores.key, scores.target_logprob, ids, logprobs, tail)
 
 
-def check_scores(example: Example, scores: TeacherScores, vocab_size: int) -> None:
+def check_scores(example: Example, scores: TeacherScores, ids_below: int) -> None:
     """Raise if scores cannot come from a working teacher.
 
     Raises:
@@ -150,8 +150,8 @@ def check_scores(example: Example, scores: TeacherScores, vocab_size: int) -> No
     mass = np.exp(scores.target_logprob.astype(np.float64)) + np.exp(scores.topk_logprobs.astype(np.float64)).sum(axis=1)
     if (mass > 1 + MASS_TOLERANCE).any():
         raise ValueError(f"{where}: target and top-K hold a mass of {mass.max():.6f}; at most 1 can be right")
-    if (scores.topk_ids < 0).any() or (scores.topk_ids >= vocab_size).any():
-        raise ValueError(f"{where}: topk_ids leave the vocabulary of {vocab_size} tokens")
+    if (scores.topk_ids < 0).any() or (scores.topk_ids >= ids_below).any():
+        raise ValueError(f"{where}: topk_ids holds {scores.topk_ids.max()}; tokens that can be named are below {ids_below}")
     spread = scores.topk_logprobs.max(axis=1) - scores.topk_logprobs.min(axis=1)
     if targets > 1 and top_k > 1 and (spread < UNIFORM_TOLERANCE).all():
         raise ValueError(f"{where}: all {targets} distributions are uniform; the teacher's weights are not what they should be")

@@ -6,7 +6,9 @@ Compared are all weights, tables of models and trials, and recorded steps, as fa
 left out. Exit code 1 if anything differs, with its name.
 """
 
+import csv
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -35,8 +37,8 @@ def content(path: Path) -> Any:
     if path.suffix == ".jsonl":
         return [untimed(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix == ".csv":
-        header, *rows = [line.split(",") for line in path.read_text().splitlines()]
-        kept = [index for index, column in enumerate(header) if column.strip('"') not in TIMES]
+        header, *rows = csv.reader(io.StringIO(path.read_text()))
+        kept = [index for index, column in enumerate(header) if column not in TIMES]
         return [[row[index] for index in kept] for row in [header, *rows]]
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -128,15 +128,15 @@ class FakeTeacher:
             raise ValueError(self.fails_to_start)
         if self.largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        return FakeEngine(self, spec.top_k)
+        return FakeEngine(self, spec)
 
 
 class FakeEngine:
     """An engine that needs no device."""
 
-    def __init__(self, teacher: FakeTeacher, top_k: int) -> None:
+    def __init__(self, teacher: FakeTeacher, spec: TeacherSpec) -> None:
         self._teacher = teacher
-        self._top_k = top_k
+        self._spec = spec
         self._calls = 0
         self.vocab_size = teacher.vocab_size
 
@@ -191,7 +191,9 @@ class FakeEngine:
         if self._teacher.returns == "flat":
             logprobs = 0.1 * logprobs
             logprobs -= np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
-        candidates = np.argsort(-logprobs, axis=1)[:, : self._top_k + 1]
+        candidates = np.argsort(-logprobs, axis=1)
         rows = np.arange(len(logprobs))
         values = np.take_along_axis(logprobs, candidates, axis=1)
-        return scores_from_candidates(example, logprobs[rows, example.targets], candidates, values)
+        scores = scores_from_candidates(example, logprobs[rows, example.targets], candidates, values, self._spec)
+        assert scores is not None
+        return scores

@@ -61,7 +61,9 @@ class ShiftedEngine(TransformersEngine):
         logprobs = logits[example.target_positions].log_softmax(dim=1)
         gold = logprobs.gather(1, torch.from_numpy(example.targets.astype(np.int64))[:, None])[:, 0]
         top = logprobs.topk(TOP_K + 1, dim=1)
-        return scores_from_candidates(example, gold.numpy(), top.indices.numpy(), top.values.numpy())
+        scores = scores_from_candidates(example, gold.numpy(), top.indices.numpy(), top.values.numpy(), self._spec)
+        assert scores is not None
+        return scores
 
 
 class SwappingEngine(TransformersEngine):

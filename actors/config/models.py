@@ -147,6 +147,9 @@ class TrainConfig(Section):
     max_failures: Annotated[int, MayChange()] = Field(default=2, ge=0)
     """How often the workers are started again after one died."""
 
+    collective_seconds: Annotated[int, MayChange()] = Field(default=1800, ge=1)
+    """How long a worker waits for the others in a collective (NCCL's or gloo's timeout) before the training counts as failed."""
+
 
 class EngineConfig(Section):
     """How the teacher is served for scoring."""

@@ -26,6 +26,8 @@ class TeacherSpec:
     """K: tokens other than the target that are kept for each target."""
     longest_row: int
     """Tokens of the longest row that will be scored."""
+    ids_below: int | None = None
+    """Name no token from this id on: the tokenizer or the student has none. Their mass stays in the tail. None names all."""
 
 
 class TeacherEngine(Protocol):
@@ -35,7 +37,7 @@ class TeacherEngine(Protocol):
     """V, the width of the logits."""
 
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
-        """Return the scores of each example, in their order, with exactly K tokens besides the target."""
+        """Return the scores of each example, in their order, with exactly K tokens, below ``ids_below``, besides the target."""
         ...
 
     def close(self) -> None:
@@ -63,8 +65,9 @@ def engine_environment(engine: EngineConfig) -> dict[str, str]:
     return environment
 
 
-def require_top_k(top_k: int, vocab_size: int) -> None:
-    """Raise if K leaves no room for the target in a vocabulary of V tokens."""
+def require_top_k(top_k: int, vocab_size: int, ids_below: int | None = None) -> None:
+    """Raise if K leaves no room for the target among the tokens that are named, of a vocabulary of V."""
+    vocab_size = min(vocab_size, ids_below or vocab_size)
     if top_k > vocab_size - 1:
         raise ValueError(
             f"scores.top_k {top_k} is too large: a vocabulary of {vocab_size} tokens has {vocab_size - 1} besides the target; "
@@ -72,24 +75,37 @@ def require_top_k(top_k: int, vocab_size: int) -> None:
         )
 
 
-def scores_from_candidates(
-    example: Example, target_logprob: np.ndarray, candidate_ids: np.ndarray, candidate_logprobs: np.ndarray
-) -> TeacherScores:
-    """Turn the K+1 most likely tokens of each target's distribution into scores with exactly K non-target tokens.
+def candidates_of(spec: TeacherSpec, vocab_size: int, spare: int | None = None) -> int:
+    """Return how many of the most likely tokens are asked for so that K are left without the target and ids that are not named.
 
-    The target is dropped where it is among the candidates, the least likely candidate where it is not.
+    ``spare`` of those that are not named are reckoned with; None reckons with all there are, and is always enough.
+    """
+    unnamed = max(0, vocab_size - (spec.ids_below or vocab_size))
+    return spec.top_k + 1 + (unnamed if spare is None else min(unnamed, spare))
+
+
+def scores_from_candidates(
+    example: Example, target_logprob: np.ndarray, candidate_ids: np.ndarray, candidate_logprobs: np.ndarray, spec: TeacherSpec
+) -> TeacherScores | None:
+    """Turn the M most likely tokens of each target's distribution into scores with exactly K non-target tokens.
 
     Args:
         example: the row, with N targets.
         target_logprob: [N], log-probability of each target.
-        candidate_ids: [N, K+1], the most likely tokens, most likely first.
-        candidate_logprobs: [N, K+1], their log-probabilities, descending.
+        candidate_ids: [N, M], the most likely tokens, most likely first; M above K.
+        candidate_logprobs: [N, M], their log-probabilities, descending.
+        spec: K, and from which id on no token is named.
+
+    Returns:
+        The scores; None where fewer than K candidates of a target can be named, so that more are to be asked for.
     """
-    is_target = candidate_ids == example.targets[:, None]  # [N, K+1]
-    last = candidate_ids.shape[1] - 1
-    dropped = np.where(is_target.any(axis=1), is_target.argmax(axis=1), last)
-    kept = np.arange(last + 1) != dropped[:, None]  # [N, K+1], K True in each row
+    named = candidate_ids != example.targets[:, None]  # [N, M]
+    if spec.ids_below is not None:
+        named &= candidate_ids < spec.ids_below
+    kept = named & (named.cumsum(axis=1) <= spec.top_k)  # [N, M], K True in each row
+    if not (kept.sum(axis=1) == spec.top_k).all():
+        return None
     target = target_logprob.astype(np.float32)
-    topk_logprobs = candidate_logprobs[kept].reshape(-1, last).astype(np.float32)
-    topk_ids = candidate_ids[kept].reshape(-1, last).astype(np.int32)
+    topk_logprobs = candidate_logprobs[kept].reshape(-1, spec.top_k).astype(np.float32)
+    topk_ids = candidate_ids[kept].reshape(-1, spec.top_k).astype(np.int32)
     return TeacherScores(example.key, target, topk_ids, topk_logprobs, tail_logmass(target, topk_logprobs))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from actors.engines.base import TeacherSpec, require_top_k, scores_from_candidates
+from actors.engines.base import TeacherSpec, candidates_of, require_top_k, scores_from_candidates
 from actors.models import load_model
 from actors.records import Example, TeacherScores
 
@@ -19,9 +19,9 @@ class TransformersEngine:
         self._device = torch.device("cuda" if spec.engine.gpu else "cpu")
         self._model = load_model(spec.model, getattr(torch, spec.engine.dtype))
         self._model.eval().to(self._device)
-        self._top_k = spec.top_k
         self.vocab_size: int = self._model.get_output_embeddings().weight.shape[0]
-        require_top_k(spec.top_k, self.vocab_size)
+        require_top_k(spec.top_k, self.vocab_size, spec.ids_below)
+        self._spec = spec
 
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
         """Return the scores of each example, in their order."""
@@ -64,7 +64,9 @@ class TransformersEngine:
             logprobs = logits[row, before_target].float().log_softmax(dim=-1)  # [N, V]
             targets = torch.from_numpy(example.targets.astype(np.int64)).to(self._device)
             target_logprob = logprobs.gather(1, targets[:, None])[:, 0]
-            top = logprobs.topk(self._top_k + 1, dim=-1)
-            yield scores_from_candidates(
-                example, target_logprob.cpu().numpy(), top.indices.cpu().numpy(), top.values.cpu().numpy()
+            top = logprobs.topk(candidates_of(self._spec, self.vocab_size), dim=-1)
+            scores = scores_from_candidates(
+                example, target_logprob.cpu().numpy(), top.indices.cpu().numpy(), top.values.cpu().numpy(), self._spec
             )
+            assert scores is not None, "enough candidates were asked for"
+            yield scores

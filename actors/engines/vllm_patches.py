@@ -1,4 +1,4 @@
-"""Patches of vLLM's insides, each of which looks first whether the installed version takes it. L tokens, N targets, K top-k.
+"""Patches of vLLM's insides, each of which looks first whether the installed version takes it. L tokens, N targets, M candidates.
 
 ``keep_arrays``: vLLM turns each prompt log-probability into a Python object; ours keeps its arrays. It looks for the form of
 0.9 to 0.32. ``TargetRows``: vLLM multiplies every position of the prompt by the output head, one request at a time, ranks every
@@ -26,10 +26,10 @@ class PromptArrays:
     """The prompt log-probabilities of one prompt as the engine computed them."""
 
     token_ids: np.ndarray
-    """int [L-1, K+2], column 0 the prompt's own next token."""
+    """int [L-1, M+1], column 0 the prompt's own next token."""
 
     logprobs: np.ndarray
-    """float32 [L-1, K+2]."""
+    """float32 [L-1, M+1]."""
 
 
 def keep_arrays() -> bool:
@@ -88,7 +88,7 @@ class _Part:
     """What this step computes of one request."""
 
     result: Any
-    """LogprobsTensors on the CPU, [N, K+2], filled step by step."""
+    """LogprobsTensors on the CPU, [N, M+1], filled step by step."""
 
     first: int
     """Which of the N rows comes first."""
@@ -103,7 +103,7 @@ class _Part:
 def _logprobs_of_rows(runner: Any, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
     """Return the results of the requests whose prompts are complete with this step, as the runner's own method would."""
     finished, parts = {}, []
-    for name, top_k in list(runner.num_prompt_logprobs.items()):
+    for name, candidates in list(runner.num_prompt_logprobs.items()):
         scheduled = num_scheduled_tokens.get(name)
         if scheduled is None:  # put off while its prompt was being read
             continue
@@ -111,7 +111,7 @@ def _logprobs_of_rows(runner: Any, hidden_states: torch.Tensor, num_scheduled_to
         prompt, rows = request.prompt_token_ids, request.sampling_params.extra_args[ROWS_ARGUMENT]
         result = request.in_progress_prompt_logprobs_cpu
         if result is None:
-            result = LogprobsTensors.empty_cpu(len(rows), top_k + 1)
+            result = LogprobsTensors.empty_cpu(len(rows), candidates + 1)
             request.in_progress_prompt_logprobs_cpu = result
         start = request.num_computed_tokens
         offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[name]]) - start
@@ -133,13 +133,13 @@ def _fill(runner: Any, parts: Sequence[_Part]) -> None:
     """Compute the rows of all requests together, and write them where they belong."""
     hidden = torch.cat([part.hidden for part in parts])
     targets = torch.tensor([token for part in parts for token in part.next_tokens], device=hidden.device)
-    top_k = parts[0].result.logprobs.shape[1] - 1
+    candidates = parts[0].result.logprobs.shape[1] - 1
     at_once = ROWS_AT_ONCE.get(hidden.device.type, ROWS_AT_ONCE_ELSEWHERE)
     chunks = []
     for rows, tokens in zip(hidden.split(at_once), targets.split(at_once), strict=True):
         logits = runner.model.compute_logits(rows).float()
         normalizer = logits.logsumexp(dim=1, keepdim=True)
-        best = logits.topk(top_k, dim=1)
+        best = logits.topk(candidates, dim=1)
         logprobs = torch.cat([logits.gather(1, tokens[:, None]), best.values], dim=1) - normalizer
         chunks.append((torch.cat([tokens[:, None], best.indices], dim=1).cpu(), logprobs.cpu()))
     token_ids, logprobs = (torch.cat(columns) for columns in zip(*chunks, strict=True))

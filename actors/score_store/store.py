@@ -89,6 +89,7 @@ class ScoreStore:
             self.top_k: int = self.identity["top_k"]
             self.top_mass: float | None = self.identity.get("top_mass")
             self.vocab_size: int = self.identity["vocab_size"]
+            self.ids_below: int = self.identity.get("ids_below", self.vocab_size)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{manifest_path} is damaged: {type(error).__name__}: {error}; {remedy}") from error
         if manifest.pop("sha256", None) != identity_hash(manifest):
@@ -177,7 +178,7 @@ class ScoreStore:
         """
         assert len(examples) == len(scores) == len(self.positions(shard))
         for example, score in zip(examples, scores, strict=True):
-            check_scores(example, score, self.vocab_size)
+            check_scores(example, score, self.ids_below)
         require_rows_differ(examples, scores)
         means = RowMeans.of(scores)
         if known is not None:

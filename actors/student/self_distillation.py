@@ -104,11 +104,11 @@ def measure(
     examples, alone, together = ExampleFile(Path(examples_path)), ScoreStore(Path(alone_path)), ScoreStore(Path(together_path))
     model, rows = _loaded(teacher, device), _rows(examples)
     singly, beside = ([store.scores_at(at) for at in range(len(rows))] for store in (alone, together))
-    comparison, attention = _compare(model, rows, singly), _attention(model, teacher, rows)
+    comparison, attention = _compare(model, rows, singly, alone.ids_below), _attention(model, teacher, rows)
     eager_target_error = None
     if not attention.error <= ATTENTION_TOLERANCE:
         model.set_attn_implementation("eager")
-        eager_target_error = _compare(model, rows, singly).mean_target_error
+        eager_target_error = _compare(model, rows, singly, alone.ids_below).mean_target_error
         model.set_attn_implementation(attention.used)
     entropies = [float(_entropy(scores).mean()) for scores in beside]
     likeliest = np.concatenate([named_logprobs(scores).max(axis=1) for scores in beside])
@@ -141,8 +141,10 @@ def _attention(model: PreTrainedModel, source: ModelSource, rows: Sequence[Examp
     return AttentionFound(used, attention_error(model, used, rows))
 
 
-def _compare(model: PreTrainedModel, rows: Sequence[Example], served: Sequence[TeacherScores]) -> ScoreParity:
-    return compare([compare_row(forward_pass(model, row), scores) for row, scores in zip(rows, served, strict=True)])
+def _compare(
+    model: PreTrainedModel, rows: Sequence[Example], served: Sequence[TeacherScores], ids_below: int | None
+) -> ScoreParity:
+    return compare([compare_row(forward_pass(model, row), scores, ids_below) for row, scores in zip(rows, served, strict=True)])
 
 
 def _entropy(scores: TeacherScores) -> np.ndarray:

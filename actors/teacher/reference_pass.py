@@ -99,11 +99,11 @@ def forward_pass(model: PreTrainedModel, example: Example) -> Reference:
     return Reference(example, logits[before].log_softmax(dim=1).cpu(), torch.stack(nearby).double().cpu().numpy())
 
 
-def compare_row(reference: Reference, served: TeacherScores) -> ComparedRow:
-    """Read the reference at the tokens that were served."""
+def compare_row(reference: Reference, served: TeacherScores, ids_below: int | None = None) -> ComparedRow:
+    """Read the reference at the tokens that were served, of which none is named from ``ids_below`` on."""
     ids = torch.from_numpy(served.topk_ids.astype(np.int64))  # [N, K]
     targets = torch.from_numpy(reference.example.targets.astype(np.int64))[:, None]
-    best_others = reference.logprobs.scatter(1, targets, -torch.inf).topk(ids.shape[1], dim=1).indices
+    best_others = reference.logprobs.scatter(1, targets, -torch.inf)[:, :ids_below].topk(ids.shape[1], dim=1).indices
     among = torch.zeros_like(reference.logprobs).scatter(1, best_others, 1.0).gather(1, ids) > 0
     topk_logprobs = reference.logprobs.gather(1, ids).double().numpy()
     return ComparedRow(reference.example.row, served, reference.target_logprob, topk_logprobs, among.numpy())

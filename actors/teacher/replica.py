@@ -107,7 +107,7 @@ class TeacherReplica:
         assert self._engine is not None, "start() comes first"
         scores = self.score(examples)
         for example, score in zip(examples, scores, strict=True):
-            check_scores(example, score, self._engine.vocab_size)
+            check_scores(example, score, self._spec.ids_below or self._engine.vocab_size)
         return (*scores, None)
 
     def score_shard(
@@ -148,12 +148,13 @@ class TeacherReplica:
         vocab_size = self._build_engine()
         if isinstance(expected, str):
             return EngineStarted(vocab_size, expected)
-        rows = [compare_row(reference, served) for reference, served in zip(expected, self._scores(probe), strict=True)]
+        pairs = zip(expected, self._scores(probe), strict=True)
+        rows = [compare_row(reference, served, self._spec.ids_below) for reference, served in pairs]
         return EngineStarted(vocab_size, compare(rows))
 
     def _build_engine(self) -> int:
         self._engine = self._engine_factory(self._spec)
-        require_top_k(self._spec.top_k, self._engine.vocab_size)
+        require_top_k(self._spec.top_k, self._engine.vocab_size, self._spec.ids_below)
         return self._engine.vocab_size
 
     def _scores(self, rows: Sequence[Example]) -> list[TeacherScores]:

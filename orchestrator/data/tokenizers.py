@@ -92,6 +92,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
 
 
+def ids_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number above a tokenizer's largest id; models often have more rows in their heads."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def require_same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
     """Raise if ids mean different tokens to teacher and student; return the tokens that only the student has.
 

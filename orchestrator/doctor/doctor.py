@@ -27,7 +27,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import load_tokenizer
 from orchestrator.doctor.checks import check_attention, check_pair, check_refused, check_scores, check_tokens
 from orchestrator.doctor.run_checks import check_ends, check_export, check_rows
-from orchestrator.run.models import ROLES, Models, vocab_size_of
+from orchestrator.run.models import ROLES, Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.pipeline import run_stages
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import pin_revision
@@ -79,6 +79,7 @@ def _diagnose_finetuned(config: RunConfig, run_dir: RunDir, models: Models, engi
         model=pin_revision(models.ready("teacher")),
         top_k=config.scores.top_k,
         longest_row=max(int(split.lengths.max()) for split in splits),
+        ids_below=named_below(ids_below(models), teacher_vocab),
     )
     logger.info(
         f"doctor: scores {len(rows)} rows with {spec.engine.kind} ({spec.engine.dtype}), and again with a plain forward pass"
@@ -112,7 +113,7 @@ def measure_served(
     """
     path = _rows_path(folder)
     write_examples(path, rows)
-    identity = {"top_k": spec.top_k, "vocab_size": vocab_size}
+    identity = {"top_k": spec.top_k, "vocab_size": vocab_size, "ids_below": spec.ids_below or vocab_size}
     stores = [
         ScoreStore.open_or_create(folder / name, identity, len(rows), rows_per_shard)
         for name, rows_per_shard in (("alone", 1), ("together", len(rows)))

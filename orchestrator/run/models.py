@@ -14,7 +14,7 @@ from actors.model_source import ModelSource
 from actors.models import load_model, save_model, scratch_model
 from orchestrator.config.run import RunConfig, StudentConfig, TeacherConfig
 from orchestrator.data.chat_templates import with_default_args
-from orchestrator.data.tokenizers import load_tokenizer, require_same_tokens, train_tokenizer
+from orchestrator.data.tokenizers import ids_of, load_tokenizer, require_same_tokens, train_tokenizer
 from orchestrator.run.model_files import base_of_adapter, stored_dtype
 
 Role = Literal["teacher", "student"]
@@ -166,6 +166,16 @@ class Models:
         if self.config.teacher.model.kind == "scratch":
             return len(tokenizer)
         return max(len(tokenizer), vocab_size_of(self.begun("teacher")))
+
+
+def ids_below(models: Models) -> int:
+    """Return the id from which on no token is named in scores: the run's tokenizer or the student has none there."""
+    return min(ids_of(models.tokenizer()), vocab_size_of(models.begun("student")))
+
+
+def named_below(bound: int, vocab_size: int) -> int | None:
+    """Return the bound where it leaves out any token of a teacher with V tokens; None where it does not."""
+    return bound if bound < vocab_size else None
 
 
 def vocab_size_of(source: ModelSource) -> int:

@@ -78,7 +78,8 @@ def pin_revision(teacher: ModelSource) -> ModelSource:
 
 
 def store_identity(
-    config: RunConfig, teacher: ModelSource, tokenizer_hash: str, examples: ExampleFile, vocab_size: int
+    config: RunConfig, teacher: ModelSource, tokenizer_hash: str, examples: ExampleFile, vocab_size: int,
+    ids_below: int,
 ) -> dict[str, Any]:
     """Return everything the scores of ``examples`` depend on, in plain fields.
 
@@ -87,7 +88,7 @@ def store_identity(
     Raises:
         ValueError: if K is not below the vocabulary size V, or a local folder holds no weights.
     """
-    require_top_k(config.scores.top_k, vocab_size)
+    require_top_k(config.scores.top_k, vocab_size, ids_below)
     engine = config.teacher.engine
     return {
         "teacher": _teacher_identity(teacher),
@@ -96,6 +97,7 @@ def store_identity(
         "top_k": config.scores.top_k,
         "top_mass": config.scores.top_mass,
         "vocab_size": vocab_size,
+        "ids_below": min(ids_below, vocab_size),
         "rows_per_shard": config.scores.rows_per_shard,
         "engine": {
             "kind": engine.kind,

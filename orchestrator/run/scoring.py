@@ -26,7 +26,7 @@ from orchestrator.cluster.logs import ProgressSnapshot, log_progress
 from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import tokenizer_hash
-from orchestrator.run.models import Models, vocab_size_of
+from orchestrator.run.models import Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.run_dir import Facts, RunDir
 from orchestrator.run.score_identity import (
     ScoringProgress,
@@ -58,6 +58,7 @@ class ScoringStage:
         self._teacher = pin_revision(models.ready("teacher"))
         self._vocab_size = vocab_size_of(self._teacher)
         self._tokenizer_hash = tokenizer_hash(models.tokenizer())
+        self._ids_below = ids_below(models)
         self.heldout_store = self._open("heldout")
         self.training_store = self._open("train") if needs_teacher(config.loss) else None
         self._pool: TeacherPool | None = None
@@ -167,7 +168,7 @@ class ScoringStage:
 
     def _open(self, split: Split) -> ScoreStore:
         examples = ExampleFile(self._examples_path(split))
-        identity = store_identity(self.config, self._teacher, self._tokenizer_hash, examples, self._vocab_size)
+        identity = store_identity(self.config, self._teacher, self._tokenizer_hash, examples, self._vocab_size, self._ids_below)
         return open_store(self.config, identity, split)
 
     def _spec(self, stores: list[tuple[Split, ScoreStore]], cluster: Cluster | None) -> TeacherSpec:
@@ -182,6 +183,7 @@ class ScoringStage:
             model=self._teacher,
             top_k=self.config.scores.top_k,
             longest_row=max(int(ExampleFile(self._examples_path(split)).lengths.max()) for split, _ in stores),
+            ids_below=named_below(self._ids_below, self._vocab_size),
         )
 
     def _examples_path(self, split: Split) -> Path:

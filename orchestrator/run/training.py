@@ -29,7 +29,7 @@ from actors.monitors.metrics_log import read_metrics
 from actors.placement import worker_request
 from actors.student.task import TrainingTask, WorkerResult
 from actors.student.train_checkpoints import damaged_checkpoints
-from actors.student.worker import train_worker
+from actors.student.worker import fatal_error_path, read_fatal_error, train_worker
 from losses.config import AtkdLoss
 from orchestrator.cluster.logs import ProgressSnapshot
 from orchestrator.run.elastic import NO_TRY_OF_ITS_OWN, train_in_turns
@@ -59,6 +59,7 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -
     if task.output is not None and Path(task.output).exists():  # written by rename, after the last step
         return summarize(read_metrics(metrics))
     drop_uncounted_checkpoints(checkpoints / task.name)
+    fatal_error_path(task).unlink(missing_ok=True)  # of an earlier start
     with (
         _telling_damage(task, checkpoints / task.name),
         logged_progress(task.name, lambda: _progress(task), PROGRESS_SECONDS),
@@ -66,15 +67,17 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -
     ):
         try:
             ending = _train(task, workers, checkpoints)
-        except WorkerGroupError as failure:
+        except (WorkerGroupError, TrainingFailedError) as failure:
+            if (error := read_fatal_error(task)) is not None:
+                raise TrainingFailed(error) from failure
+            if not isinstance(failure, WorkerGroupError):
+                raise TrainingFailed(f"{task.name}: Ray Train gave up ({' '.join(str(failure).split())})") from failure
             rank, cause = next(iter(failure.worker_failures.items()))
             failure.__cause__ = cause  # the worker's traceback stands in the one, what kind of error it was in the other
             raise TrainingFailed(
                 f"{task.name}: worker {rank} failed more often than train.max_failures {task.train.max_failures}; "
                 f"the last time with {type(cause).__name__}: {cause}{_remedy(task, cause)}"
             ) from failure
-        except TrainingFailedError as failure:
-            raise TrainingFailed(f"{task.name}: Ray Train gave up ({' '.join(str(failure).split())})") from failure
         except RayActorError as failure:  # the actor that holds the workers; they end with it
             raise TrainingFailed(f"{task.name}: Ray Train's controller died ({str(failure).splitlines()[0]})") from failure
     if ending.error:
@@ -116,7 +119,7 @@ def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: Pa
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo", timeout_s=task.train.collective_seconds),
         scaling_config=scaling_of(workers, count),
         run_config=RunConfig(
             name=task.name,

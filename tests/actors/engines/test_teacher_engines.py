@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from actors.config.models import EngineConfig
-from actors.engines.base import TeacherSpec, engine_environment, require_top_k, scores_from_candidates
+from actors.engines.base import TeacherSpec, candidates_of, engine_environment, require_top_k, scores_from_candidates
 from actors.engines.build import build_engine
 from actors.engines.transformers import TransformersEngine
 from actors.examples import write_examples
@@ -21,8 +22,10 @@ from actors.records import Example, TeacherScores, check_scores, example_key
 from actors.score_store.store import ScoreStore
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica import EngineStarted, TeacherReplica
+from tests.fakes import fake_spec
 
 VOCAB, TOP_K, LONGEST = 700, 8, 48
+FEWER = 500  # of the 17 likeliest tokens some five are beyond, and sometimes more than the eight that are reckoned with
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 
@@ -62,8 +65,7 @@ def spec(model_folder: Path, kind: str = "transformers", top_k: int = TOP_K, **e
     return TeacherSpec(settings, ModelSource(str(model_folder)), top_k, LONGEST)
 
 
-@pytest.fixture(scope="module")
-def reference(model_folder: Path, examples: list[Example]) -> list[TeacherScores]:
+def read_off_full_logits(model_folder: Path, examples: list[Example], ids_below: int = VOCAB) -> list[TeacherScores]:
     """Scores read off the full logits in float64, one row and one target at a time."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64).eval()
     scores = []
@@ -77,14 +79,21 @@ def reference(model_folder: Path, examples: list[Example]) -> list[TeacherScores
             logprobs = logits[position - 1] - torch.logsumexp(logits[position - 1], 0)
             gold = int(example.token_ids[position])
             order = [token for token in logprobs.argsort(descending=True).tolist() if token != gold]
+            named = [token for token in order if token < ids_below][:TOP_K]
             target.append(float(logprobs[gold]))
-            ids.append(order[:TOP_K])
-            values.append([float(logprobs[token]) for token in order[:TOP_K]])
-            tail.append(float(torch.logsumexp(logprobs[order[TOP_K:]], 0)))
+            ids.append(named)
+            values.append([float(logprobs[token]) for token in named])
+            tail.append(float(torch.logsumexp(logprobs[[token for token in order if token not in named]], 0)))
         scores.append(
             TeacherScores(example.key, np.float32(target), np.array(ids, np.int32), np.float32(values), np.float32(tail))
         )
     return scores
+
+
+@pytest.fixture(scope="module")
+def reference(model_folder: Path, examples: list[Example]) -> list[TeacherScores]:
+    """Scores of all tokens."""
+    return read_off_full_logits(model_folder, examples)
 
 
 def assert_agree(found: list[TeacherScores], wanted: list[TeacherScores], atol: float = 1e-4) -> None:
@@ -119,6 +128,28 @@ def test_transformers_gives_what_the_full_logits_say(
     engine.close()
 
 
+def test_tokens_that_the_tokenizer_has_not_join_the_tail(model_folder: Path, examples: list[Example]) -> None:
+    bounded = replace(spec(model_folder), ids_below=FEWER)
+    found = build_engine(bounded).score(examples)
+    assert_agree(found, read_off_full_logits(model_folder, examples, FEWER))
+    for example, scores in zip(examples, found, strict=True):
+        check_scores(example, scores, FEWER)
+    with pytest.raises(ValueError, match="scores.top_k 10 is too large: a vocabulary of 10 tokens has 9 besides the target"):
+        build_engine(replace(spec(model_folder, top_k=10), ids_below=10))
+
+
+def test_more_candidates_are_asked_for_where_too_few_can_be_named(model_folder: Path) -> None:
+    bounded = replace(spec(model_folder, top_k=2), ids_below=10)
+    assert [candidates_of(bounded, vocab_size, 3) for vocab_size in (10, 12, 90)] == [3, 5, 6]
+    assert candidates_of(bounded, 90) == 83 and candidates_of(replace(bounded, ids_below=None), 90) == 3
+    example = Example(np.array([0, 4], np.int32), np.array([False, True]), "k", 0)
+    ids, logprobs = np.array([[4, 11, 1, 12, 2]]), np.log([[0.4, 0.3, 0.1, 0.1, 0.05]])
+    assert scores_from_candidates(example, np.log([0.4]), ids[:, :4], logprobs[:, :4], bounded) is None
+    scores = scores_from_candidates(example, np.log([0.4]), ids, logprobs, bounded)
+    assert scores is not None and scores.topk_ids.tolist() == [[1, 2]]
+    np.testing.assert_allclose(np.exp(scores.tail_logmass), [0.45], rtol=1e-5)
+
+
 def test_transformers_scores_do_not_depend_on_the_batch(
     model_folder: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +176,8 @@ def test_the_target_is_dropped_from_the_candidates_or_else_the_last_of_them() ->
     example = Example(np.array([0, 4, 9, 2], np.int32), np.array([False, True, True, True]), "k", 0)
     ids = np.array([[4, 1, 2], [1, 2, 3], [5, 6, 2]])
     logprobs = np.log([[0.5, 0.2, 0.1], [0.4, 0.3, 0.1], [0.4, 0.3, 0.2]])
-    scores = scores_from_candidates(example, np.log([0.5, 0.05, 0.2]), ids, logprobs)
+    scores = scores_from_candidates(example, np.log([0.5, 0.05, 0.2]), ids, logprobs, fake_spec(top_k=2))
+    assert scores is not None
     assert scores.topk_ids.tolist() == [[1, 2], [1, 2], [5, 6]]
     np.testing.assert_allclose(np.exp(scores.topk_logprobs), [[0.2, 0.1], [0.4, 0.3], [0.4, 0.3]], rtol=1e-6)
     np.testing.assert_allclose(np.exp(scores.tail_logmass), [0.2, 0.25, 0.1], rtol=1e-5)
@@ -244,8 +276,10 @@ def test_every_way_to_vllms_results_gives_the_same(vllm_replica: Any, examples: 
 @needs_vllm
 @pytest.mark.ray
 @pytest.mark.slow
-def test_rows_of_prompts_read_in_pieces_are_those_of_whole_prompts(local_ray: None, model_folder: Path) -> None:
-    """Twenty rows of 36 tokens do not fit a step of 40: vLLM reads some in two pieces."""
+def test_rows_read_in_pieces_are_those_of_whole_prompts_and_name_no_token_beyond_the_bound(
+    local_ray: None, model_folder: Path
+) -> None:
+    """Twenty rows of 36 tokens do not fit a step of 40: vLLM reads some in two pieces. Of some, more candidates are asked for."""
     rng = np.random.default_rng(3)
     rows = []
     for row in range(20):
@@ -256,12 +290,12 @@ def test_rows_of_prompts_read_in_pieces_are_those_of_whole_prompts(local_ray: No
     actor = (
         ray.remote(NarrowVllm)
         .options(num_cpus=1, runtime_env={"env_vars": engine_environment(engine)})
-        .remote(TeacherSpec(engine, ModelSource(str(model_folder)), TOP_K, 37))
+        .remote(TeacherSpec(engine, ModelSource(str(model_folder)), TOP_K, 37, ids_below=FEWER))
     )
     assert ray.get(actor.start.remote(), timeout=300) == EngineStarted(VOCAB)
     found = ray.get(actor.score.remote(rows), timeout=300)
     ray.kill(actor)
-    assert_agree(found, build_engine(spec(model_folder)).score(rows))
+    assert_agree(found, build_engine(replace(spec(model_folder), ids_below=FEWER)).score(rows))
 
 
 @needs_vllm

@@ -56,7 +56,7 @@ def examples_path(tmp_path: Path, examples: list[Example]) -> Path:
 
 
 def identity_of(config: RunConfig, teacher: ModelSource, examples_path: Path) -> dict[str, Any]:
-    return store_identity(config, teacher, "tokens", ExampleFile(examples_path), FAKE_VOCAB)
+    return store_identity(config, teacher, "tokens", ExampleFile(examples_path), FAKE_VOCAB, FAKE_VOCAB)
 
 
 def fill(store: ScoreStore, examples: list[Example]) -> None:
@@ -98,10 +98,10 @@ def test_whatever_changes_the_scores_changes_the_identity(tmp_path: Path, teache
     assert difference(run_config(tmp_path, top_mass=0.9)) == ["top_mass: wanted 0.9, the store has None"]
     assert difference(run_config(tmp_path, top_k=4)) == ["top_k: wanted 4, the store has 5"]
     assert difference(run_config(tmp_path, {"replicas": 2, "rows_per_call": 7}, wait_seconds=5)) == []
-    other = store_identity(run_config(tmp_path), teacher, "other tokens", ExampleFile(examples_path), FAKE_VOCAB)
+    other = store_identity(run_config(tmp_path), teacher, "other tokens", ExampleFile(examples_path), FAKE_VOCAB, FAKE_VOCAB)
     (line,) = identity_difference(other, before)
     assert line == "tokenizer: wanted 'other tokens', the store has 'tokens' (other ids for the tokens)"
-    other = store_identity(run_config(tmp_path), teacher, "tokens", write_examples_of(tmp_path, 3), FAKE_VOCAB)
+    other = store_identity(run_config(tmp_path), teacher, "tokens", write_examples_of(tmp_path, 3), FAKE_VOCAB, FAKE_VOCAB)
     assert "another prompt or chat template" in identity_difference(other, before)[0]
 
 

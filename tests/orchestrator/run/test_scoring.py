@@ -4,18 +4,22 @@ import json
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from actors.engines.base import EngineFactory
 from actors.engines.build import build_engine
+from actors.score_store.store import ScoreStore
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
 from tests.faulty_engines import DiesOnce, Serves, ShiftedEngine
 from tests.logs import logged
-from tests.orchestrator.trial_world import unscored_run
-from tests.worlds import tiny_llama
+from tests.orchestrator.trial_world import config_in, unscored_run
+from tests.worlds import VOCAB, tiny_llama
 
 
 class Pool:
@@ -126,3 +130,21 @@ def test_a_run_stops_before_the_first_shard_of_a_teacher_that_serves_other_score
         score(tmp_path, {"shifted": ShiftedEngine, "another": another}[fault])
     stores = list((tmp_path / "runs" / "scores").iterdir())
     assert len(stores) == 2 and not [path for store in stores for path in store.glob("*.arrow*")]
+
+
+@pytest.mark.ray
+def test_tokens_beyond_the_tokenizer_are_never_named(local_ray: None, tmp_path: Path) -> None:
+    """As of Qwen2.5: heads are padded, of larger models further, and the untrained rows have probability."""
+    teacher = LlamaForCausalLM.from_pretrained(tiny_llama(tmp_path / "teacher", seed=1))
+    teacher.resize_token_embeddings(VOCAB + 28)
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight[VOCAB:] = 3 * teacher.get_output_embeddings().weight[:28]
+    teacher.save_pretrained(tmp_path / "teacher")
+    score(tmp_path)
+    stores = json.loads((config_in(tmp_path).run_dir / "scores.json").read_text())
+    for store in (ScoreStore(Path(path)) for path in stores.values()):
+        assert (store.identity["vocab_size"], store.identity["ids_below"]) == (VOCAB + 28, VOCAB)
+        scores = [store.scores_at(position) for position in range(store.rows)]
+        assert max(int(one.topk_ids.max()) for one in scores) < VOCAB
+        largest_tails = max(float(np.exp(one.tail_logmass - one.topk_logprobs[:, 0]).max()) for one in scores)
+        assert largest_tails > 1, "what would have been the likeliest token is in the tail"

@@ -3,14 +3,19 @@
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from actors.config.workers import WorkersConfig
+from actors.dataloader.sampler import micro_batches
+from actors.examples import ExampleFile, write_examples
+from actors.records import Example, example_key
 from actors.student.task import TrainingTask
 from actors.student.train_checkpoints import damaged_checkpoints
 from orchestrator.run.training import TrainingFailed, train_model
@@ -167,3 +172,28 @@ def forbid_large_files() -> None:
     assert (workers := processes("TrainWorker"))
     for worker in workers:
         worker.rlimit(psutil.RLIMIT_FSIZE, (10_000, worker.rlimit(psutil.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.drill)])
+def test_an_error_on_one_rank_ends_the_training_with_its_words(
+    local_ray: None, training_world: Path, tmp_path: Path, record_property: Record, count: int
+) -> None:
+    """The others wait for that rank in the next collective, where nothing but its timeout of half an hour would end them."""
+    path, _ = scored_world(training_world, ROWS)
+    rows = [ExampleFile(path)[position] for position in range(ROWS)]
+    in_step_3 = rows[16:24]
+    of_last_rank = micro_batches(np.array([len(row.token_ids) for row in in_step_3]), count - 1, count, 8)[0][0]
+    old = in_step_3[of_last_rank]
+    token_ids = old.token_ids.copy()
+    token_ids[0] += 1
+    rows[16 + of_last_rank] = Example(token_ids, old.loss_mask, example_key(token_ids, old.loss_mask), old.row)
+    write_examples(tmp_path / "changed.arrow", rows)
+
+    started = time.monotonic()
+    task = task_in(tmp_path, training_world, examples=str(tmp_path / "changed.arrow"))
+    with pytest.raises(TrainingFailed, match=rf"^ValueError: row {old.row} has key .* the store belongs to other data"):
+        train_model(task, WorkersConfig(count=count, cpus=1), tmp_path / "checkpoints")
+    record_property("seconds until the command ended", time.monotonic() - started)
+    assert len(losses_of(tmp_path)) == 2 and not Path(str(task.output)).exists()
