@@ -7,7 +7,7 @@ target and normalises the whole vocabulary; ours does so for the rows that predi
 
 import inspect
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from vllm.v1.outputs import LogprobsTensors
 ROWS_ARGUMENT = "atkd_target_rows"  # of a request's extra_args: which rows of its prompt are wanted, ascending
 ROWS_AT_ONCE = {"cpu": 128}  # few enough for their logits to stay in the cache
 ROWS_AT_ONCE_ELSEWHERE = 1024
+
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]
+"""From hidden states [n, H] to logits [n, V]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class TargetRows:
     def take_target_rows(self) -> bool:
         """Replace the runner's way to prompt log-probabilities; return whether this version allows it."""
         runner = self.model_runner
+        if (worker := getattr(runner, "prompt_logprobs_worker", None)) is not None:
+            return take_target_rows_v2(worker)
         original = getattr(runner, "_get_prompt_logprobs_dict", None)
         if original is None or list(inspect.signature(original).parameters) != ["hidden_states", "num_scheduled_tokens"]:
             return False
@@ -125,11 +130,68 @@ def _logprobs_of_rows(runner: Any, hidden_states: torch.Tensor, num_scheduled_to
             del runner.num_prompt_logprobs[name]
             request.in_progress_prompt_logprobs_cpu = None
     if parts:
-        _fill(runner, parts)
+        _fill(runner.model.compute_logits, parts)
     return finished
 
 
-def _fill(runner: Any, parts: Sequence[_Part]) -> None:
+V2_ARGUMENTS = ["logits_fn", "hidden_states", "input_batch", "all_token_ids", "num_computed_tokens", "prompt_lens"]
+
+
+def take_target_rows_v2(worker: Any) -> bool:
+    """Do the same for vLLM's second model runner, whose prompt log-probabilities are made by a worker of their own.
+
+    vLLM takes that runner where Triton is, as on GPUs. Return whether this version allows it.
+    """
+    add, remove, compute = (getattr(worker, name, None) for name in ("add_request", "remove_request", "compute_prompt_logprobs"))
+    if add is None or remove is None or compute is None or list(inspect.signature(compute).parameters) != V2_ARGUMENTS:
+        return False
+    rows_of: dict[str, list[int]] = {}
+    results: dict[str, Any] = {}
+
+    def add_request(req_id: str, req_idx: int, sampling_params: Any) -> None:
+        if ROWS_ARGUMENT in (sampling_params.extra_args or {}):
+            rows_of[req_id] = sampling_params.extra_args[ROWS_ARGUMENT]
+        add(req_id, req_idx, sampling_params)
+
+    def remove_request(req_id: str) -> None:
+        rows_of.pop(req_id, None)
+        results.pop(req_id, None)
+        remove(req_id)
+
+    def compute_prompt_logprobs(
+        logits_fn: LogitsOf, hidden_states: torch.Tensor, input_batch: Any, all_token_ids: torch.Tensor,
+        num_computed_tokens: torch.Tensor, prompt_lens: np.ndarray,
+    ) -> dict[str, Any]:  # fmt: skip
+        slots = input_batch.idx_mapping_np
+        asking = [index for index, slot in enumerate(slots) if worker.uses_prompt_logprobs[slot]]
+        if not all(input_batch.req_ids[index] in rows_of for index in asking):
+            return dict(compute(logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, prompt_lens))
+        finished, parts = {}, []
+        for index in asking:
+            name, slot, start = input_batch.req_ids[index], slots[index], int(input_batch.num_computed_prefill_tokens_np[index])
+            stop, length = start + int(input_batch.num_scheduled_tokens[index]), int(prompt_lens[slot])
+            if start >= length:  # the prompt was read before
+                continue
+            rows = rows_of[name]
+            if name not in results:
+                results[name] = LogprobsTensors.empty_cpu(len(rows), int(worker.num_prompt_logprobs[slot]) + 1)
+            first, last = bisect_left(rows, start), bisect_left(rows, stop)
+            if wanted := rows[first:last]:
+                offset = int(input_batch.query_start_loc_np[index]) - start
+                next_tokens = all_token_ids[slot, [row + 1 for row in wanted]].tolist()
+                parts.append(_Part(results[name], first, hidden_states[[offset + row for row in wanted]], next_tokens))
+            if stop >= length:
+                finished[name] = results.pop(name)
+        if parts:
+            _fill(logits_fn, parts)
+        return finished
+
+    worker.add_request, worker.remove_request = add_request, remove_request
+    worker.compute_prompt_logprobs = compute_prompt_logprobs
+    return True
+
+
+def _fill(logits_of: LogitsOf, parts: Sequence[_Part]) -> None:
     """Compute the rows of all requests together, and write them where they belong."""
     hidden = torch.cat([part.hidden for part in parts])
     targets = torch.tensor([token for part in parts for token in part.next_tokens], device=hidden.device)
@@ -137,7 +199,7 @@ def _fill(runner: Any, parts: Sequence[_Part]) -> None:
     at_once = ROWS_AT_ONCE.get(hidden.device.type, ROWS_AT_ONCE_ELSEWHERE)
     chunks = []
     for rows, tokens in zip(hidden.split(at_once), targets.split(at_once), strict=True):
-        logits = runner.model.compute_logits(rows).float()
+        logits = logits_of(rows).float()
         normalizer = logits.logsumexp(dim=1, keepdim=True)
         best = logits.topk(candidates, dim=1)
         logprobs = torch.cat([logits.gather(1, tokens[:, None]), best.values], dim=1) - normalizer
