@@ -139,6 +139,7 @@ class FakeEngine:
         self._spec = spec
         self._calls = 0
         self.vocab_size = teacher.vocab_size
+        self.way = "fake"
 
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
         """Score, or misbehave as told."""

@@ -224,7 +224,7 @@ def test_replicas_for_which_there_is_no_room_are_not_waited_for_without_end(loca
             match=r"no room within 2 s: 2 replicas of 2 CPUs are wanted, other work leaves room for 0 now; wait until it "
             r"ends, or lower teacher\.engine\.replicas or what each wants",
         ),
-        TeacherPool(fake_spec(cpus=2, replicas=2), engine_factory=FakeTeacher(), start_timeout_seconds=2.0),
+        TeacherPool(fake_spec(cpus=2, replicas=2, start_seconds=2.0), engine_factory=FakeTeacher()),
     ):
         raise AssertionError("the pool must not come up")
     remove_placement_group(others)
@@ -235,7 +235,7 @@ def test_replicas_for_which_there_is_no_room_are_not_waited_for_without_end(loca
 def test_an_engine_that_does_not_come_is_told_from_room_that_does_not_come(local_ray: None) -> None:
     with (
         pytest.raises(TeacherFailed, match=r"no engine within 2 s, though it has its 0\.5 CPUs; it loads for longer, or hangs"),
-        TeacherPool(fake_spec(), engine_factory=never_there, start_timeout_seconds=2.0),
+        TeacherPool(fake_spec(start_seconds=2.0), engine_factory=never_there),
     ):
         raise AssertionError("the pool must not come up")
     assert rooms_taken() == 0
