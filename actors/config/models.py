@@ -243,6 +243,10 @@ class ScoresConfig(Section):
 class EvaluateConfig(Section):
     """What is measured on the held-out rows."""
 
+    teacher: Literal["model", "scores"] = "model"
+    """Where the teacher's row of the table comes from: the model itself, loaded on one device, with answers; or its scores in the
+    store, for a teacher that no single device holds, without answers and texts."""
+
     batch_rows: Annotated[int, MayChange()] = Field(default=16, ge=1)
     """Rows of one forward pass."""
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from actors.config.models import EvaluateConfig
 from actors.dataloader.collator import PADDING, MicroBatch
+from actors.dataloader.scored_rows import all_rows
 from actors.evaluation.answer_ends import read_answer_ends
 from actors.evaluation.answers import AnswerComparison, GeneratedAnswer, HeldoutText, read_heldout_texts
 from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows, batches_by_length
@@ -117,6 +118,34 @@ def evaluate_model(
         tokens_per_second=int(examples.lengths.sum()) / (predicted - started),
     )
     return Evaluation(metrics, tuple(answers), view_rows(network, tokenizer, examples, store, all_texts, top_k))
+
+
+def evaluate_from_scores(examples_path: str, store_path: str, top_k: int, parameters: int) -> Evaluation:
+    """Measure the teacher by its own scores of the held-out rows; nothing is loaded, answered or shown token by token.
+
+    Args:
+        examples_path: the held-out rows as token ids.
+        store_path: the complete store of the teacher's scores of these rows.
+        top_k: how many of the store's K are used.
+        parameters: weights of the teacher.
+
+    Raises:
+        ValueError: if store and examples do not belong together.
+    """
+    started = time.perf_counter()
+    examples, store = ExampleFile(Path(examples_path)), ScoreStore(Path(store_path))
+    require_scores_of(store, examples)
+    batch, heldout = all_rows(examples, store, top_k), HeldoutMetrics()
+    for row in range(len(batch)):
+        teacher = batch.teacher([row])
+        assert teacher is not None, "the batch has a store"
+        heldout.add_teacher(teacher, torch.from_numpy(batch.example(row).targets.astype(np.int64)))
+    seconds = time.perf_counter() - started
+    metrics = Metrics(
+        **heldout.measures(), exact_match=None, rouge_l=None, parameters=parameters, targets=heldout.targets, seconds=seconds,
+        tokens_per_second=int(examples.lengths.sum()) / seconds,
+    )  # fmt: skip
+    return Evaluation(metrics, ())
 
 
 def require_scores_of(store: ScoreStore, examples: ExampleFile) -> None:

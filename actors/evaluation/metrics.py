@@ -63,6 +63,14 @@ class HeldoutMetrics:
                 return
             self.add(logprobs, batch.targets[some], batch.teacher.select(some))
 
+    def add_teacher(self, teacher: TopkTeacher, targets: Tensor) -> None:
+        """Add the teacher itself at the targets [N], from its stored scores: its most likely token is target or top-K."""
+        predicted, best = most_likely(teacher, targets), torch.maximum(teacher.target_logprob, teacher.topk_logprobs.amax(dim=1))
+        self.targets += len(targets)
+        self.cross_entropy -= float(teacher.target_logprob.double().sum())
+        self.agreements += len(targets)
+        self._bins += calibration_bins(best.exp(), predicted == targets)
+
     def sum_over_workers(self, device: torch.device) -> None:
         """Add up what the workers of a distributed run have counted; all of them call it together."""
         counts = torch.tensor([self.targets, self.cross_entropy, self.forward_kl, self.agreements], dtype=torch.float64)

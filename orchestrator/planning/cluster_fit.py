@@ -17,6 +17,7 @@ from orchestrator.cluster.ray_session import RayFailed, cluster_address, require
 from orchestrator.config.run import FinetuneConfig, RunConfig
 from orchestrator.planning.jobs import Estimator, trainings
 from orchestrator.planning.memory import Memory, forward_bytes, scoring_bytes, weights_bytes
+from orchestrator.run.models import ROLES
 
 Placed = TypeVar("Placed", EngineConfig, WorkersConfig)
 GIB = 2**30
@@ -175,7 +176,21 @@ def problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> l
         memory = estimator.training(job)
         if job.workers.gpus and place.gpus and gpu_bytes_of(memory) > place.gpu_bytes:
             found.append(f"{job.section}: {_too_large('each worker', gpu_bytes_of(memory), place)}, at {memory.moment}")
+    found += evaluator_problems(config, place, estimator)
     return found + node_problems(config, place, estimator)
+
+
+def evaluator_problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> list[str]:
+    """Return which models one GPU does not hold to evaluate them."""
+    if not config.evaluate.gpus or not place.gpus:
+        return []
+    found = []
+    for role in ROLES:
+        wanted = gpu_bytes_of(estimator.evaluator(config, role))
+        if wanted > place.gpu_bytes and not (role == "teacher" and config.evaluate.teacher == "scores"):
+            remedy = "; evaluate.teacher=scores takes its measures from the store" if role == "teacher" else ""
+            found.append(f"evaluate: {_too_large(f'the evaluator with the {role}', wanted, place)}{remedy}")
+    return found
 
 
 def teacher_problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> list[str]:

@@ -6,7 +6,15 @@ from typing import Literal
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.config.workers import WorkersConfig
 from orchestrator.config.run import RunConfig
-from orchestrator.planning.memory import Memory, chunk_bytes, replica_memory, saved_bytes, store_bytes, training_memory
+from orchestrator.planning.memory import (
+    Memory,
+    chunk_bytes,
+    evaluator_memory,
+    replica_memory,
+    saved_bytes,
+    store_bytes,
+    training_memory,
+)
 from orchestrator.planning.shapes import ModelShape, Passes, Workload, adapted, meta_model, passes_of, shape_of
 from orchestrator.run.models import ROLES, Role
 
@@ -99,6 +107,10 @@ class Estimator:
         work = self.work
         most = int(work.targets.max()) * work.longest // int(work.lengths.max())
         return replica_memory(self.shapes["teacher"], config.teacher.engine, work.longest, most, device_bytes)
+
+    def evaluator(self, config: RunConfig, role: Role) -> Memory:
+        """Return what the evaluator of a role's model takes."""
+        return evaluator_memory(self.shapes[role], config.evaluate, self.work.longest)
 
     def store(self, config: RunConfig) -> dict[str, int]:
         """Return the bytes of the stores of training and held-out rows."""

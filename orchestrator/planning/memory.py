@@ -16,9 +16,10 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from actors.config.models import EngineConfig, ScoresConfig, TrainConfig
+from actors.config.models import EngineConfig, EvaluateConfig, ScoresConfig, TrainConfig
 from actors.config.workers import WorkersConfig
 from actors.engines.transformers import MAX_LOGITS
+from actors.evaluation.metrics import LOGPROBS_AT_ONCE
 from actors.models import plain_model
 from losses.fused_linear import CACHED_NUMBERS, CHUNK_TARGETS, CHUNK_TARGETS_ELSEWHERE
 from orchestrator.planning.shapes import ModelShape, Passes
@@ -251,6 +252,18 @@ def replica_memory(
         "scoring": scoring_bytes(shape, engine, longest, targets_of_longest),
     }  # fmt: skip
     return Memory({name: count for name, count in parts.items() if count}, "scoring")
+
+
+def evaluator_memory(shape: ModelShape, evaluate: EvaluateConfig, longest: int) -> Memory:
+    """Return what an evaluator takes on its device: one model, and a forward pass over the longest rows."""
+    number = 2 if evaluate.precision == "bfloat16" else 4
+    rows = evaluate.batch_rows * longest
+    parts = {
+        "weights": number * shape.weights,
+        "logits of the longest rows": number * rows * shape.vocab_size,
+        "their log-probabilities": 8 * min(LOGPROBS_AT_ONCE, rows * shape.vocab_size),
+    }
+    return Memory(parts, "while the longest rows are predicted")
 
 
 def store_bytes(scores: ScoresConfig, vocab_size: int, rows: int, targets: int) -> int:

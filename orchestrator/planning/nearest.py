@@ -9,6 +9,7 @@ from orchestrator.planning.cluster_fit import (
     GIB,
     GPU_PROCESS_BYTES,
     TargetCluster,
+    evaluator_problems,
     gpu_bytes_of,
     problems,
     room_beside,
@@ -44,6 +45,7 @@ def nearest_plan(config: RunConfig, place: TargetCluster, estimator: Estimator) 
     for part in (
         _teacher_changes(config, place, estimator.shapes["teacher"].heads),
         *(_training_changes(job) for job in trainings(config)),
+        _Choice("evaluate", [[], ["evaluate.precision=bfloat16"], ["evaluate.teacher=scores"], [*EVALUATOR_AT_LEAST]]),
     ):
         fitting = next(
             (tried for tried in part.tried if not _fails(part.fits, config, [*changes, *tried], place, estimator)), None
@@ -58,12 +60,15 @@ def nearest_plan(config: RunConfig, place: TargetCluster, estimator: Estimator) 
     return Nearest((), None, _too_small(config, place, estimator))
 
 
+EVALUATOR_AT_LEAST = ("evaluate.precision=bfloat16", "evaluate.teacher=scores")
+
+
 @dataclass(frozen=True, slots=True)
 class _Choice:
     """Something that may have to change, alone."""
 
     fits: str
-    """``teacher``, or the name of a training."""
+    """``teacher``, ``evaluate``, or the name of a training."""
     tried: Sequence[list[str]]
     """What to change, the least first."""
 
@@ -84,6 +89,8 @@ def _fails(part: str, config: RunConfig, overrides: Sequence[str], place: Target
     if part == "teacher":
         stands = len(room_beside(candidate, place, most=1)) > 1
         return not stands or bool(teacher_problems(candidate, place, estimator))
+    if part == "evaluate":
+        return bool(evaluator_problems(candidate, place, estimator))
     job = next(job for job in trainings(candidate) if job.name == part)
     return bool(job.workers.gpus) and gpu_bytes_of(estimator.training(job)) > place.gpu_bytes
 

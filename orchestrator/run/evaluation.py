@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
+from ray.exceptions import RayTaskError
 
 from actors.config.models import EvaluateConfig
 from actors.environment import task_environment
 from actors.evaluation.answers import GeneratedAnswer
-from actors.evaluation.evaluator import Evaluation, Metrics, evaluate_model
+from actors.evaluation.evaluator import Evaluation, Metrics, evaluate_from_scores, evaluate_model
 from actors.evaluation.token_view import TokenView
 from actors.examples import write_atomically
 from actors.model_source import ModelSource
 from actors.score_store.store import ScoreStore
+from actors.teacher.reference_pass import count_weights
 from orchestrator.config.run import RunConfig
-from orchestrator.run.models import Models
+from orchestrator.run.models import Models, config_of
 from orchestrator.run.results_table import METRICS, MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table
 from orchestrator.run.run_dir import Facts, RunDir
 
@@ -30,21 +33,41 @@ def evaluate(config: RunConfig, run_dir: RunDir, models: Models, heldout_store: 
     sources = dict(zip(MODEL_NAMES, (models.ready("teacher"), models.ready("student"), models.distilled()), strict=True))
     folder = run_dir.path / "evaluation"
     folder.mkdir(exist_ok=True)
+    missing = {name: source for name, source in sources.items() if not (folder / f"{name}.json").exists()}
+    if config.evaluate.teacher == "scores" and (teacher := missing.pop("teacher", None)) is not None:
+        parameters = count_weights(config_of(teacher), teacher.trust_remote_code)
+        rows, store = str(run_dir.path / "data" / "heldout.arrow"), str(heldout_store.path)
+        keep_evaluation(run_dir, "teacher", evaluate_from_scores(rows, store, config.scores.top_k, parameters))
+    settings, top_k, tokenizer = config.evaluate, config.scores.top_k, models.tokenizer_source()
     running = {
-        name: evaluate_remote(
-            source, run_dir.path, models.tokenizer_source(), heldout_store, config.evaluate, config.scores.top_k
-        )
-        for name, source in sources.items()
-        if not (folder / f"{name}.json").exists()
+        name: evaluate_remote(source, run_dir.path, tokenizer, heldout_store, settings, top_k) for name, source in missing.items()
     }
     for name, reference in running.items():
-        evaluation: Evaluation = ray.get(reference)
-        write_evaluation(folder / f"{name}.json", evaluation)
-        run_dir.event("model_evaluated", model=name, **asdict(evaluation.metrics))
-        logger.info(f"evaluate: {name.replace('_', ' ')} done, held-out loss {evaluation.metrics.heldout_loss:.4f}")
+        keep_evaluation(run_dir, name, _evaluated(name, reference))
     table = comparison_table(*(read_evaluation(folder / f"{name}.json") for name in MODEL_NAMES))
     write_table(run_dir.path, table)
     return {"table": [asdict(row) for row in table.rows]}
+
+
+def keep_evaluation(run_dir: RunDir, name: str, evaluation: Evaluation) -> None:
+    """Write down and log what was measured of a model."""
+    write_evaluation(run_dir.path / "evaluation" / f"{name}.json", evaluation)
+    run_dir.event("model_evaluated", model=name, **asdict(evaluation.metrics))
+    logger.info(f"evaluate: {name.replace('_', ' ')} done, held-out loss {evaluation.metrics.heldout_loss:.4f}")
+
+
+def _evaluated(name: str, reference: ray.ObjectRef) -> Evaluation:
+    try:
+        found: Evaluation = ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, torch.OutOfMemoryError):
+            remedy = "evaluate.teacher=scores, or " if name == "teacher" else ""
+            raise ValueError(
+                f"evaluate: one GPU does not hold the {name.replace('_', ' ')} ({error.cause}): {remedy}"
+                "evaluate.precision=bfloat16, or evaluate.gpus=0, would do"
+            ) from error
+        raise
+    return found
 
 
 def evaluate_remote(

@@ -148,7 +148,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train = {"epochs": 60, "batch_rows": 8, "micro_batch_rows": 8, "optimizer": {"learning_rate": 1e-2}}
     task = TrainingTask(
         "train", student, str(folder / "tokenizer"), None, HardLabelLoss(kind="hard_label"),
-        TrainConfig.model_validate(train), str(folder / "train.arrow"), None, 8, 1.0, 0, 1, str(folder / "metrics"),
+        TrainConfig.model_validate(train), str(folder / "train.arrow"), None, 8, 1.0, 0, 1, False, str(folder / "metrics"),
         str(folder / "out"),
     )  # fmt: skip
     distil(task, NoCheckpoints())

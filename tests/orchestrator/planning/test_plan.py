@@ -211,6 +211,16 @@ def test_gpus_that_stay_idle_are_spoken_of() -> None:
     assert made(pair(), gpus=12, gpu_memory=80.0).remarks == ()
 
 
+def test_an_evaluator_that_one_gpu_does_not_hold_is_a_problem_with_a_way_out() -> None:
+    plan = made(pair("evaluate={gpus: 1, batch_rows: 64}"), gpus=12, gpu_memory=10.0)
+    assert list(plan.problems) == [
+        "evaluate: the evaluator with the teacher takes 10.8 GiB of a GPU, and each has 10; evaluate.teacher=scores takes its "
+        "measures from the store"
+    ]
+    assert plan.nearest and plan.nearest.overrides == ("evaluate.precision=bfloat16",)
+    assert made(pair("evaluate={gpus: 1, batch_rows: 64, teacher: scores}"), gpus=12, gpu_memory=10.0).fits
+
+
 def test_where_workers_may_be_more_the_plan_is_for_the_fewest() -> None:
     elastic = made(pair("workers={min: 2, max: 8, gpus: 1, cpus: 4}", "train.sharding=fsdp"), gpus=12, gpu_memory=80.0)
     steady = made(pair("workers={count: 2, gpus: 1, cpus: 4}", "train.sharding=fsdp"), gpus=12, gpu_memory=80.0)

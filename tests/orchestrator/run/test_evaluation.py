@@ -147,6 +147,15 @@ def test_the_stage_measures_what_is_missing(local_ray: None, tmp_path: Path) -> 
         again = {row.metric: row.values for row in read_table(run_dir.path).rows}
         assert again["heldout_loss"] == (123.0, *rows["heldout_loss"][1:])
 
+        kept.unlink()
+        by_scores = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"teacher": "scores"})})
+        evaluate(by_scores, run_dir, models, store)
+        table = read_table(run_dir.path)
+        for metric, values in {row.metric: row.values for row in table.rows}.items():
+            wanted = None if metric in ("exact_match", "rouge_l") else pytest.approx(rows[metric][0], abs=1e-3)
+            assert values == (wanted, *rows[metric][1:])
+        assert [task.values[0] for task in table.tasks] == [None, None]
+
 
 @pytest.mark.ray
 @pytest.mark.slow
