@@ -159,10 +159,14 @@ class Gradients:
 
     @staticmethod
     def like(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]) -> "Gradients":
-        """Return room for those that are wanted; zeros where there are no targets to fill it."""
+        """Return room for those that are wanted; zeros where there are no targets to fill it.
+
+        What is summed over chunks is float32 at least: of hundreds of 16-bit parts the last would be rounded away.
+        """
         make = torch.empty_like if len(hidden) else torch.zeros_like
-        pairs = zip((hidden, weight, bias), wanted, strict=True)
-        return Gradients(*(make(value) if value is not None and want else None for value, want in pairs))
+        dtypes = (hidden.dtype, working_dtype(weight), working_dtype(weight))
+        values = zip((hidden, weight, bias), wanted, dtypes, strict=True)
+        return Gradients(*(make(value, dtype=dtype) if value is not None and want else None for value, want, dtype in values))
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from actors.score_store.store import ScoreStore
 from actors.student.causal_lm import CausalStudent, prepare_model
 from actors.student.checkpoint import Progress
 from actors.student.finished_model import write_finished_model
-from actors.student.model import distribute, set_gradient_sync
+from actors.student.model import autocast, distribute, set_gradient_sync
 from actors.student.optimizer import clip_gradients, make_optimizer, make_schedule
 from actors.student.ranks import Worker
 from actors.student.resize import ResizeMonitor
@@ -113,8 +113,7 @@ def accumulate_gradients(
 
 def forward(student: nn.Module, batch: MicroBatch, state: LossState, train: TrainConfig) -> LossSums:
     """Run one forward pass in the configured precision."""
-    device = batch.token_ids.device.type
-    with torch.autocast(device, torch.bfloat16) if train.precision == "bfloat16" else nullcontext():
+    with autocast(train, batch.token_ids.device):
         return LossSums(*student(batch, state))
 
 

@@ -5,10 +5,12 @@ What kind of model it is stands in a file of its own (``causal_lm``). N targets,
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from actors.config.models import TrainConfig
@@ -56,21 +58,35 @@ class StudentWithLoss(nn.Module, ABC):
 
 
 def distribute(student: StudentWithLoss, train: TrainConfig, worker: Worker) -> nn.Module:
-    """Replicate the student over the workers, or shard it; a lone worker with ``replicate`` gets the plain module."""
-    student.to(worker.device)
+    """Replicate the student over the workers, or shard it; a lone worker with ``replicate`` gets the plain module.
+
+    Sharding takes a block at a time to the device, and keeps this worker's share of it there. In bfloat16 the shares stay
+    float32, and blocks are gathered in 16 bits; gradients are reduced in float32.
+    """
     if train.sharding == "fsdp":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        settings: dict[str, Any] = {"mp_policy": policy} if train.precision == "bfloat16" else {}
         for block in student.blocks():
-            fully_shard(block)
-        fully_shard(student)
+            fully_shard(block, **settings)
+        fully_shard(student, **settings)
         return student
+    student.to(worker.device)
     if worker.world_size == 1:
         return student
     return DistributedDataParallel(student)
 
 
 def set_gradient_sync(student: nn.Module, sync: bool) -> None:
-    """Set whether the next backward pass reduces gradients over the workers: only the last of a step does."""
+    """Set whether the next backward pass reduces gradients over the workers: of replicas only the last of a step does.
+
+    Shards reduce them in each pass: kept until the last, they would be whole on every device.
+    """
     if isinstance(student, DistributedDataParallel):
         student.require_backward_grad_sync = sync
-    elif isinstance(student, FSDPModule):
-        student.set_requires_gradient_sync(sync)
+
+
+def autocast(train: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of a forward pass in the configured precision; shards have theirs from ``distribute``."""
+    if train.precision == "bfloat16" and train.sharding == "replicate":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()

@@ -1,7 +1,6 @@
 """Validation while training: the student is measured on the held-out rows after some steps, and told whether to continue."""
 
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import ray
@@ -9,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from actors.config.models import TrainConfig
 from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows, batches_by_length
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
+from actors.student.model import autocast
 from actors.student.ranks import Worker
 from actors.student.task import TrainingTask, ValidationSchedule
 
@@ -54,7 +53,7 @@ class Validator:
             mine = first + self._worker.rank
             # Where the students are sharded, all workers take part in each forward pass, those without a batch too.
             batch = self._rows.batch(batches[min(mine, len(batches) - 1)]).to(self._worker.device)
-            with _precision(self._task.train, self._worker.device):
+            with autocast(self._task.train, self._worker.device):
                 (logits,) = module(batch, None)
             if mine < len(batches):
                 heldout.add_logits(logits, batch)
@@ -63,7 +62,3 @@ class Validator:
             heldout.sum_over_workers(self._worker.device)
         heldout.require_finite(self._task.name)
         return heldout.measures()
-
-
-def _precision(train: TrainConfig, device: torch.device) -> torch.autocast | nullcontext[None]:
-    return torch.autocast(device.type, torch.bfloat16) if train.precision == "bfloat16" else nullcontext()

@@ -63,7 +63,7 @@ def training_memory(
     Weights, gradients and AdamW's two moments are float32. Activations are what the decoder keeps for its backward pass,
     and what flows through one block of it. The loss holds the gradient of the head and one chunk of logits. DDP keeps the
     gradients once more, in its buckets; FSDP shares weights, gradients and moments out over the workers, and gathers the
-    embeddings and two blocks at a time.
+    embeddings and two blocks at a time, in the type in which they compute.
 
     Args:
         shape: the model, adapters included.
@@ -86,7 +86,7 @@ def training_memory(
     largest = FLOAT * max(shape.head_weights if head else 0, shape.hidden_size * shape.intermediate_size) // shards
     stepping = trained if workers.gpus else min(2 * largest, 2 * trained)  # AdamW: all weights at once, or one after the other
     always = {
-        "weights": FLOAT * (shape.weights // shards + gathered),
+        "weights": FLOAT * (shape.weights // shards) + SIZES[train.precision] * gathered,
         "optimizer": 2 * trained,
         "copies for exchange": trained if train.sharding == "replicate" and workers.count > 1 else 0,
     }

@@ -162,3 +162,19 @@ def test_a_gpu_gives_what_the_cpu_gives(loss: LossConfig) -> None:
     )
     found = [gradient.cpu() for gradient in torch.autograd.grad(sums.loss, there)]
     torch.testing.assert_close(found, list(expected), rtol=1e-9, atol=1e-12)
+
+
+def test_the_gradient_of_a_16_bit_head_loses_nothing_over_many_chunks() -> None:
+    """Its parts are summed in float32: rounded once, at the end, and not with every chunk."""
+    hidden, head, _, targets, teacher, weights = (
+        value if not isinstance(value, Tensor) else value.detach() for value in problem(600, LOSSES[2])
+    )
+    in_16_bits = [hidden.bfloat16(), head.bfloat16()]
+    exact_leaf = in_16_bits[1].double().requires_grad_()
+    whole = distillation_loss(in_16_bits[0].double() @ exact_leaf.T, targets, teacher, weights, LOSSES[2])
+    (exact,) = torch.autograd.grad(whole.loss, exact_leaf)
+    leaf = in_16_bits[1].requires_grad_()
+    sums = chunked_distillation_loss(in_16_bits[0], LMHead(leaf), targets, teacher, weights, LOSSES[2], chunk_targets=2)
+    (found,) = torch.autograd.grad(sums.loss, leaf)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - exact).norm() / exact.norm() < 5e-3

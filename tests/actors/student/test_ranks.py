@@ -13,14 +13,15 @@ from pydantic import TypeAdapter
 from torch.distributed.tensor import DTensor
 
 from actors.config.models import LoraAdapter, TrainConfig
+from actors.dataloader.collator import collate
 from actors.dataloader.scored_rows import RowBatch, all_rows
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.score_store.store import ScoreStore
 from actors.student.causal_lm import CausalStudent, prepare_model
-from actors.student.loop import accumulate_gradients
-from actors.student.model import distribute
+from actors.student.loop import accumulate_gradients, forward
+from actors.student.model import distribute, set_gradient_sync
 from actors.student.ranks import Worker
 from losses.config import LossConfig
 from losses.loss_state import LossState
@@ -44,11 +45,12 @@ Gradients = dict[str, torch.Tensor]
 
 
 def step_gradients(
-    folder: Path, worker: Worker, settings: dict[str, Any], sharding: Any, rows: int, lora: LoraAdapter | None
-) -> tuple[float, Gradients]:
+    folder: Path, worker: Worker, settings: dict[str, Any], sharding: Any, rows: int, lora: LoraAdapter | None,
+    precision: Any = "float32",
+) -> tuple[float, Gradients]:  # fmt: skip
     """The loss of one step and its gradients, summed over workers."""
     loss = LOSS.validate_python(settings)
-    train = TrainConfig(batch_rows=7, micro_batch_rows=rows, sharding=sharding)
+    train = TrainConfig(batch_rows=7, micro_batch_rows=rows, sharding=sharding, precision=precision)
     torch.manual_seed(0)
     model = prepare_model(ModelSource(str(folder / "model")), lora, train)
     for name, weight in model.named_parameters():
@@ -79,9 +81,27 @@ def rank_main(rank: int, folder: Path) -> None:
         for case, settings in CASES.items()
         for index, cut in enumerate(CUTS)
     }
+    for sharding in ("replicate", "fsdp"):
+        found[f"bfloat16 {sharding}"] = step_gradients(folder, worker, CASES["atkd"], sharding, 1, None, "bfloat16")
+    found["what stays between passes"] = between_passes(folder, worker)
     if rank == 0:
         torch.save(found, folder / "found.pt")
     torch.distributed.destroy_process_group()
+
+
+def between_passes(folder: Path, worker: Worker) -> dict[str, tuple[int, int, str]]:
+    """Numbers of each weight's gradient on this rank after the first of several sharded passes, of its share, and its type."""
+    examples, store = ExampleFile(folder / "train.arrow"), ScoreStore(folder / "store")
+    train, loss = TrainConfig(sharding="fsdp", precision="bfloat16"), LOSS.validate_python(CASES["atkd"])
+    student = distribute(CausalStudent(prepare_model(ModelSource(str(folder / "model")), None, train), loss), train, worker)
+    batch = RowBatch(examples, store, 8, np.arange(2))
+    weights = StepWeights(loss, seed=0, dataset=batch).of_step(batch, [[[0], [1]]], 1, LossState.first(loss))
+    set_gradient_sync(student, False)
+    forward(student, collate(batch, [worker.rank], VOCAB, weights), LossState.first(loss), train).loss.backward()
+    return {
+        name: (weight.grad.to_local().numel(), weight.to_local().numel(), str(weight.grad.dtype))  # type: ignore[union-attr]
+        for name, weight in student.named_parameters()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +124,18 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(world: Path, case: str, cu
     assert found.keys() == expected.keys() and any("lm_head" in name for name in found)
     assert all(gradient.any() for name, gradient in expected.items()), "every trained weight has a gradient"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_shards_compute_in_16_bits_as_replicas_do_and_keep_no_whole_gradient(world: Path) -> None:
+    found = torch.load(world / "found.pt")
+    (whole, replicated), (loss, sharded) = found["bfloat16 replicate"], found["bfloat16 fsdp"]
+    exact, gradients = step_gradients(world, Worker(0, 1, torch.device("cpu")), CASES["atkd"], "replicate", 7, None)
+    assert whole == pytest.approx(exact, rel=2e-2) and loss == pytest.approx(exact, rel=2e-2)
+    for name, gradient in gradients.items():
+        off = (sharded[name] - gradient).norm() / gradient.norm()
+        assert off < 0.05 and off < 4 * (replicated[name] - gradient).norm() / gradient.norm(), name
+    for name, (there, share, dtype) in found["what stays between passes"].items():
+        assert (there, dtype) == (share, "torch.float32"), name
 
 
 def test_a_worker_that_is_to_have_a_gpu_and_sees_none_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def test_the_row_that_is_furthest_off_is_named(teacher: ModelSource) -> None:
     class OffInOneRow:
         def __init__(self, spec: TeacherSpec) -> None:
             self._engine = build_engine(spec)
-            self.vocab_size = self._engine.vocab_size
+            self.vocab_size, self.way = self._engine.vocab_size, self._engine.way
 
         def score(self, examples):  # type: ignore[no-untyped-def]
             scores = self._engine.score(examples)
@@ -103,7 +103,7 @@ def test_a_quantized_teacher_is_not_compared_and_that_is_said(teacher: ModelSour
 
 def test_a_teacher_that_transformers_cannot_load_is_an_error_that_says_how_to_go_without(tmp_path: Path) -> None:
     AutoConfig.from_pretrained(tiny_llama(tmp_path / "whole", seed=1)).save_pretrained(tmp_path / "empty")
-    message = r"cannot be held against a plain forward pass, which raised ValueError: .*; scores.compare_rows 0 goes without"
+    message = r"cannot be compared with a plain forward pass, which raised ValueError: .*; scores.compare_rows 0 goes without"
     with pytest.raises(ValueError, match=message):
         references(ModelSource(str(tmp_path / "empty")), random_examples(1, seed=2), "cpu")
 

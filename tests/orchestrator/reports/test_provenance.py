@@ -60,7 +60,7 @@ def test_what_was_said_otherwise_later_stands_below_the_configuration(tmp_path: 
     about = about_run(tmp_path / "small")
     assert about is not None and "micro_batch_rows: 8" in about.config
     (change,) = about.changes
-    assert change.startswith("taken up again 20")
+    assert change.startswith("resumed 20")
     assert change.endswith(" with train.micro_batch_rows: 2 now, 8 at first; tune.rungs: 3 now, 4 at first")
 
 

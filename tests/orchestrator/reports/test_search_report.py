@@ -177,7 +177,7 @@ def test_pages_of_what_has_hardly_begun(tmp_path: Path) -> None:
     ledger.begin_search(search_of(ledger).spec)
     run_trial(ledger, 0, {"loss": {"kind": "atkd"}}, 2.0, rungs=2)
     page = Page(content_of(ledger))
-    assert "No trial was completed; this one came furthest" in page.text and "taken up again 1 ×" in page.text
+    assert "No trial was completed; this one came furthest" in page.text and "resumed 1 ×" in page.text
     assert "It takes 8 measured trials with a setting that varies and is a number; measured so far: 1." in page.text
 
 
