@@ -13,7 +13,7 @@ from actors.config.models import EvaluateConfig
 from actors.evaluation.answers import GeneratedAnswer
 from actors.evaluation.evaluator import Evaluation, Metrics, evaluate_model
 from actors.evaluation.token_view import TokenView
-from actors.examples import write_atomically
+from actors.files import write_atomically
 from actors.model_source import ModelSource
 from actors.score_store.store import ScoreStore
 from orchestrator.config.run import RunConfig
