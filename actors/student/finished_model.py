@@ -26,6 +26,7 @@ from actors.student.causal_lm import CausalStudent, prepare_model
 from actors.student.checkpoint import whole_weights
 from actors.student.ranks import Worker
 from actors.student.task import TrainingTask
+from losses.terms import categorical_kl
 from losses.token_weights import TokenWeights
 
 PROOF_TOKENS = 64
@@ -160,7 +161,7 @@ def require_near(trained: Tensor, found: Tensor, tolerance: float, what: str) ->
 
 def mean_kl(trained: Tensor, found: Tensor) -> float:
     """Return the mean over positions of KL(trained || found), both float64 [T, V] log-probabilities."""
-    return float((trained.exp() * (trained - found)).sum(dim=-1).mean())
+    return float(categorical_kl(trained, found).mean())
 
 
 def _whole_row(token_ids: Tensor) -> MicroBatch:
