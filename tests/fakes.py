@@ -104,6 +104,8 @@ class FakeTeacher:
     """End the process."""
     engine_dies_on_call: int | None = None
     """Report that the engine's own process is gone."""
+    device_fails_on_call: int | None = None
+    """Raise what torch raises when a GPU fails, and let the engine fail to start once after that."""
     hangs_on_call: int | None = None
     """Never answer."""
     only_once: Path | None = None
@@ -126,6 +128,11 @@ class FakeTeacher:
     def __call__(self, spec: TeacherSpec) -> "FakeEngine":
         if self.fails_to_start:
             raise ValueError(self.fails_to_start)
+        if self.device_fails_on_call is not None and self.only_once is not None and self.only_once.exists():
+            not_yet = self.only_once.with_suffix(".free")
+            if not not_yet.exists():
+                not_yet.touch()
+                raise ValueError("Free memory on device is less than desired")
         if self.largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return FakeEngine(self, spec)
@@ -139,6 +146,7 @@ class FakeEngine:
         self._spec = spec
         self._calls = 0
         self.vocab_size = teacher.vocab_size
+        self.way = "fake"
 
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
         """Score, or misbehave as told."""
@@ -165,7 +173,8 @@ class FakeEngine:
     def _misbehave(self) -> None:
         teacher, call = self._teacher, self._calls
         if call not in (
-            teacher.fails_on_call, teacher.dies_on_call, teacher.engine_dies_on_call, teacher.hangs_on_call
+            teacher.fails_on_call, teacher.dies_on_call, teacher.engine_dies_on_call, teacher.device_fails_on_call,
+            teacher.hangs_on_call,
         ):  # fmt: skip
             return
         if teacher.only_once is not None:
@@ -178,6 +187,10 @@ class FakeEngine:
             os._exit(1)
         if call == teacher.engine_dies_on_call:
             raise EngineDied("the engine's process is gone")
+        if call == teacher.device_fails_on_call:
+            import torch
+
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         time.sleep(3600)
 
     def _score(self, example: Example) -> TeacherScores:

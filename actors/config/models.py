@@ -188,6 +188,10 @@ class EngineConfig(Section):
     kv_cache_mib: Annotated[int, MayChange()] = Field(default=64, ge=1)
     """Size of the key-value cache on a machine without GPUs."""
 
+    start_seconds: Annotated[float, MayChange()] = Field(default=1800.0, gt=0)
+    """How long a replica may take, once it has its devices, until its engine is there: loading, comparing and compiling; and how
+    long it may wait for devices."""
+
     max_restarts: Annotated[int, MayChange()] = Field(default=3, ge=0)
     """How often in a row, without scoring a shard in between, a replica that died is started again."""
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from actors.config.models import EngineConfig
+from actors.environment import task_environment
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, tail_logmass
 
@@ -36,6 +37,9 @@ class TeacherEngine(Protocol):
     vocab_size: int
     """V, the width of the logits."""
 
+    way: str
+    """How it comes to its scores, in words; what is slower than it might be begins with ``slow:``."""
+
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
         """Return the scores of each example, in their order, with exactly K tokens, below ``ids_below``, besides the target."""
         ...
@@ -54,9 +58,9 @@ EngineFactory = Callable[[TeacherSpec], TeacherEngine]
 
 def engine_environment(engine: EngineConfig) -> dict[str, str]:
     """Return the environment variables that must be set before the process of an engine imports anything."""
-    environment = {"OMP_NUM_THREADS": str(max(1, int(engine.cpus))), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**task_environment(engine.cpus, engine.gpu), "TOKENIZERS_PARALLELISM": "false"}
     if engine.kind == "vllm":
-        environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+        environment |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1"}
         if engine.tensor_parallel == 1:
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the replica's own process is enough for one device
         if not engine.gpu:

@@ -22,6 +22,7 @@ class TransformersEngine:
         self.vocab_size: int = self._model.get_output_embeddings().weight.shape[0]
         require_top_k(spec.top_k, self.vocab_size, spec.ids_below)
         self._spec = spec
+        self.way = f"transformers, {spec.engine.dtype}"
 
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
         """Return the scores of each example, in their order."""

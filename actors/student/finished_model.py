@@ -97,7 +97,7 @@ def try_export(task: TrainingTask) -> ExportProof:
         ExportDiffers: if the folder does not hold what would have been trained.
     """
     assert task.output is not None, "it is written somewhere"
-    worker = Worker.here(task.threads)
+    worker = Worker.here(task.threads, gpu=False)
     model = prepare_model(task.model, task.lora, TrainConfig())
     if task.lora is not None:
         torch.manual_seed(task.seed)

@@ -37,7 +37,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     The student of a trial is validated on the way, and may be told to stop. Workers whose number may grow leave at a
     checkpoint when there is room for more of them.
     """
-    worker = Worker.here(task.threads)
+    worker = Worker.here(task.threads, task.gpu)
     examples = ExampleFile(Path(task.examples))
     store = ScoreStore(Path(task.store)) if task.store and needs_teacher(task.loss) else None
     sampler = StepSampler(len(examples), task.train.batch_rows, task.seed, task.train.first_epoch == "store_order")

@@ -17,14 +17,23 @@ class Worker:
     device: torch.device
 
     @staticmethod
-    def here(threads: int) -> "Worker":
-        """Describe the worker that calls, and give it ``threads`` CPU threads."""
+    def here(threads: int, gpu: bool) -> "Worker":
+        """Describe the worker that calls, and give it ``threads`` CPU threads.
+
+        Raises:
+            ValueError: if it is to have a GPU and sees none.
+        """
+        if gpu and not torch.cuda.is_available():
+            raise ValueError(
+                "workers.gpus is 1, but this worker's torch sees no GPU: workers.gpus=0, or a torch built for this machine's "
+                f"driver ({torch.__version__} is installed), would do"
+            )
         torch.set_num_threads(threads)
         distributed = torch.distributed.is_initialized()
         return Worker(
             rank=torch.distributed.get_rank() if distributed else 0,
             world_size=torch.distributed.get_world_size() if distributed else 1,
-            device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
+            device=torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"),
         )
 
     def seed_step(self, seed: int, step: int) -> None:

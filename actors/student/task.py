@@ -83,6 +83,8 @@ class TrainingTask:
     """Draws the order of epochs, dropout and random splits."""
     threads: int
     """CPU threads of a worker."""
+    gpu: bool
+    """Whether each worker has a GPU."""
     metrics: str
     """Folder of metrics."""
     output: str | None

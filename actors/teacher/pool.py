@@ -37,12 +37,12 @@ class TeacherPool:
     Args:
         spec: what each replica's engine is built from; its number of replicas is settled, not ``auto``.
         engine_factory: builds the engine inside the replica; picklable.
-        start_timeout_seconds: how long replicas may wait for room and load, until their engines are there.
         shard_timeout_seconds: a replica that works longer than this on one shard counts as dead.
         lease_seconds: another job that was silent for so long is taken for dead, and its shards are scored here.
         probe: rows whose scores are compared with the teacher's plain forward pass before the pool is entered.
         live: where the work is shown while it runs.
         on_death: hears of each replica that died: its number, and how.
+        logs: folder in which each replica leaves what its engine prints; one that every node sees.
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class TeacherPool:
         spec: TeacherSpec,
         *,
         engine_factory: EngineFactory = build_engine,
-        start_timeout_seconds: float = 600.0,
         shard_timeout_seconds: float = 3600.0,
         lease_seconds: float = LEASE_SECONDS,
         probe: Sequence[Example] = (),
         live: TeacherMetrics | None = None,
         on_death: Callable[[int, str], None] = lambda number, error: None,
+        logs: Path | None = None,
     ) -> None:
         self.spec = spec
         self._live = live or TeacherMetrics("unnamed")
         self._shard_timeout_seconds = shard_timeout_seconds
         self._lease_seconds = lease_seconds
-        self._replicas = Replicas(spec, engine_factory, start_timeout_seconds, probe, on_death)
+        self._replicas = Replicas(spec, engine_factory, probe, on_death, logs)
 
     def __enter__(self) -> "TeacherPool":
         self._replicas.start()
@@ -74,6 +74,11 @@ class TeacherPool:
     def parity(self) -> ScoreParity | str | None:
         """What came of the probe: numbers, or in words why there are none; nothing without a probe."""
         return self._replicas.parity
+
+    @property
+    def way(self) -> str:
+        """How the engines come to their scores, in words."""
+        return self._replicas.way
 
     def score_missing(
         self, examples_path: Path, store: ScoreStore, on_wait: Callable[[int], None] = lambda shards: None

@@ -1,16 +1,17 @@
 """The replica: one engine that scores shards of example files into score stores. N targets of a row, V vocabulary."""
 
+import os
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from actors.engines.base import EngineFactory, TeacherEngine, TeacherSpec, require_top_k
+from actors.engines.base import EngineDied, EngineFactory, TeacherEngine, TeacherSpec, require_top_k
 from actors.engines.build import build_engine
 from actors.examples import ExampleFile
 from actors.handles import RemoteMethod
@@ -29,6 +30,8 @@ class EngineStarted:
 
     vocab_size: int
     """V, the width of the teacher's logits."""
+    way: str = field(default="", compare=False)
+    """How the engine comes to its scores, in words."""
     parity: ScoreParity | str | None = None
     """Scores of the probe compared with a plain forward pass; in words why they could not be; none where no probe was given."""
 
@@ -45,6 +48,21 @@ class ShardResult:
     """From reading the rows to the rename of the shard."""
     mean_uncertainty: float
     """UNC, averaged over the shard's targets."""
+
+
+def is_device_fault(error: Exception) -> bool:
+    """Return whether a device is to blame, or the connection of several, so that another replica can take over."""
+    import torch.distributed
+
+    return isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError, torch.distributed.DistBackendError))
+
+
+def print_into(log: Path) -> None:
+    """Let this process and those it starts print into a file, those of C++ libraries included."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
 
 
 class ReplicaHandle(Protocol):
@@ -78,8 +96,13 @@ class TeacherReplica:
     The engine itself lives in a thread of its own.
     """
 
-    def __init__(self, spec: TeacherSpec, engine_factory: EngineFactory = build_engine) -> None:
-        self._spec = spec
+    def __init__(
+        self, spec: TeacherSpec, engine_factory: EngineFactory = build_engine, log: Path | None = None, pause_seconds: float = 0.0
+    ) -> None:
+        """``log`` takes what the engine prints, in this process and its own; ``pause_seconds`` pass before it is built."""
+        self._spec, self._pause_seconds = spec, pause_seconds
+        if log is not None:
+            print_into(log)
         self._engine_factory = engine_factory
         self._engine: TeacherEngine | None = None
         self._engine_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
@@ -137,7 +160,7 @@ class TeacherReplica:
 
     def _build(self, probe: Sequence[Example]) -> EngineStarted:
         if not probe:
-            return EngineStarted(self._build_engine())
+            return EngineStarted(self._build_engine(), self._way())
         from actors.teacher.reference_pass import (  # here, so that only a replica that compares waits for them
             compare_row,
             references,
@@ -147,21 +170,31 @@ class TeacherReplica:
         expected = references(self._spec.model, probe, "cuda" if on_gpu else "cpu")  # first: an engine takes all memory there is
         vocab_size = self._build_engine()
         if isinstance(expected, str):
-            return EngineStarted(vocab_size, expected)
+            return EngineStarted(vocab_size, self._way(), expected)
         pairs = zip(expected, self._scores(probe), strict=True)
         rows = [compare_row(reference, served, self._spec.ids_below) for reference, served in pairs]
-        return EngineStarted(vocab_size, compare(rows))
+        return EngineStarted(vocab_size, self._way(), compare(rows))
 
     def _build_engine(self) -> int:
+        time.sleep(self._pause_seconds)
         self._engine = self._engine_factory(self._spec)
         require_top_k(self._spec.top_k, self._engine.vocab_size, self._spec.ids_below)
         return self._engine.vocab_size
 
+    def _way(self) -> str:
+        assert self._engine is not None, "it was built"
+        return self._engine.way
+
     def _scores(self, rows: Sequence[Example]) -> list[TeacherScores]:
         assert self._engine is not None, "start() comes first"
         step, found = self._spec.engine.rows_per_call, []
-        for first in range(0, len(rows), step):
-            found += self._engine.score(rows[first : first + step])
+        try:
+            for first in range(0, len(rows), step):
+                found += self._engine.score(rows[first : first + step])
+        except Exception as error:
+            if is_device_fault(error):
+                raise EngineDied(f"its device failed: {type(error).__name__}: {error}") from error
+            raise
         return found
 
     def _open(self, examples_path: Path, store_path: Path) -> tuple[ExampleFile, ScoreStore]:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -22,6 +23,8 @@ logger = logging.getLogger("atkd")
 
 POLL_SECONDS = 1.0
 CLOSE_SECONDS = 10.0
+LOG_LINES = 3  # quoted in an error
+PAUSE_SECONDS = 3.0  # before the engine of a replica that died starts again: its device may not be free yet
 
 
 class TeacherFailed(RuntimeError):
@@ -42,12 +45,25 @@ class Replica:
     """Monotonic time at which it was started, or at which it took up its oldest shard."""
     deaths: int = 0
     """Since it last scored a shard."""
+    has_room: bool = False
+    """Whether it was seen with its devices."""
+    log: Path | None = None
+    """Where its engine prints."""
     in_flight: dict[ray.ObjectRef, int] = field(default_factory=dict)
     """Result to shard, oldest first."""
 
     def awaited(self) -> list[ray.ObjectRef]:
         """What is under way here."""
         return [self.starting] if self.starting else list(self.in_flight)
+
+    def last_words(self) -> str:
+        """Return where its engine prints and the last lines of that, to follow an error; an empty text where there are none."""
+        try:
+            lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()] if self.log else []
+        except OSError:
+            return ""
+        last = [line for line in lines if line][-LOG_LINES:]
+        return f" ({self.log} ends with: {' | '.join(last)})" if last else ""
 
     def end(self) -> None:
         """End its process and give its room back."""
@@ -61,25 +77,26 @@ class Replicas:
     Args:
         spec: what each replica's engine is built from; its number of replicas is settled, not ``auto``.
         engine_factory: builds the engine inside the replica; picklable.
-        start_timeout_seconds: how long replicas may wait for room and load, until their engines are there.
         probe: rows whose scores the first replica holds against the teacher's plain forward pass when it starts.
         on_death: hears of each replica that died: its number, and how.
+        logs: folder in which each replica leaves what its engine prints.
     """
 
     def __init__(
-        self, spec: TeacherSpec, engine_factory: EngineFactory, start_timeout_seconds: float, probe: Sequence[Example] = (),
-        on_death: Callable[[int, str], None] = lambda number, error: None,
+        self, spec: TeacherSpec, engine_factory: EngineFactory, probe: Sequence[Example] = (),
+        on_death: Callable[[int, str], None] = lambda number, error: None, logs: Path | None = None,
     ) -> None:  # fmt: skip
         assert isinstance(spec.engine.replicas, int), "auto is settled where it is known what else the run holds"
         self.spec = spec
         self.vocab_size = 0  # V, once an engine is there
         self.parity: ScoreParity | str | None = None  # of the probe, or why there is none
+        self.way = ""  # how engines come to their scores, in words
         self._probe = probe
         self._on_death = on_death
         self._need = replica_request(spec.engine)
         self._count = spec.engine.replicas
         self._engine_factory = engine_factory
-        self._start_timeout_seconds = start_timeout_seconds
+        self._logs = logs
         self._replicas: list[Replica] = []
         self._lock = threading.Lock()  # close() may come while a replica is being replaced
         self._closed = False
@@ -120,21 +137,27 @@ class Replicas:
             started: EngineStarted = ray.get(replica.starting)
         except RayTaskError as error:
             if not isinstance(error.cause, EngineDied):
-                message = f"the teacher could not start: {type(error.cause).__name__}: {error.cause}"
-                raise TeacherFailed(message) from error.cause
-            self.replace(replica, str(error.cause), needed=needed)
+                message = f"{type(error.cause).__name__}: {error.cause}"
+                if self.vocab_size == 0:  # no engine of this teacher ever started: it is the teacher, not the device
+                    raise TeacherFailed(f"the teacher could not start: {message}{replica.last_words()}") from error.cause
+                self.replace(replica, message, needed=needed)
+            else:
+                self.replace(replica, str(error.cause), needed=needed)
         except RayError as error:
             self.replace(replica, f"{type(error).__name__}: {error}", needed=needed)
         else:
             replica.starting, replica.since = None, time.monotonic()
             self.vocab_size = started.vocab_size
             self.parity = self.parity or started.parity
+            self.way = started.way
 
     def check_starts(self, needed: bool = False) -> None:
         """Give up replicas whose engines do not come; raises as ``replace``."""
         for replica in self:
+            if replica.starting and not replica.has_room and placement_group_table(replica.room)["state"] == "CREATED":
+                replica.has_room, replica.since = True, time.monotonic()  # what it loads from now on is its own time
             seconds = time.monotonic() - replica.since
-            if replica.starting and seconds > self._start_timeout_seconds:
+            if replica.starting and seconds > self.spec.engine.start_seconds:
                 replica.deaths = self.spec.engine.max_restarts  # trying again would wait again
                 self.replace(replica, self._no_engine(replica, seconds), needed=needed)
 
@@ -163,7 +186,7 @@ class Replicas:
         elif needed or not self._replicas:
             raise TeacherFailed(
                 f"teacher replica {replica.number} died {replica.deaths + 1} times in a row{held} and is not started again "
-                f"(teacher.engine.max_restarts {max_restarts}); its last error: {error}{aside}"
+                f"(teacher.engine.max_restarts {max_restarts}); its last error: {error}{replica.last_words()}{aside}"
             )
 
     def require_open(self) -> None:
@@ -197,16 +220,20 @@ class Replicas:
                 runtime_env={"env_vars": engine_environment(engine)},
             )
             try:
-                actor = actor_class.remote(self.spec, self._engine_factory)
+                log = self._logs / f"replica-{number}.log" if self._logs else None
+                actor = actor_class.remote(self.spec, self._engine_factory, log, pause_seconds=PAUSE_SECONDS * min(deaths, 10))
             except BaseException:
                 remove_placement_group(room)
                 raise
             probe = self._probe if number == 0 and self.parity is None else ()
-            self._replicas.append(Replica(number, room, actor, actor.start.remote(probe), time.monotonic(), deaths))
+            self._replicas.append(Replica(number, room, actor, actor.start.remote(probe), time.monotonic(), deaths, log=log))
 
     def _no_engine(self, replica: Replica, seconds: float) -> str:
-        if placement_group_table(replica.room)["state"] == "CREATED":
-            return f"no engine within {seconds:.0f} s, though it has its {self._need}; it loads for longer, or hangs"
+        if replica.has_room:
+            return (
+                f"no engine within {seconds:.0f} s, though it has its {self._need}; it loads for longer, or hangs: a larger "
+                "teacher.engine.start_seconds gives it more time"
+            )
         free = sum(self._need.times_in(node.free) for node in read_nodes() if self._need.may_stand_on(node))
         return (
             f"no room within {seconds:.0f} s: {self._need.many(self._count)} are wanted, other work leaves room for {free} now; "

@@ -13,8 +13,9 @@ from typing import Any
 import ray
 from transformers import PreTrainedTokenizerBase
 
-from actors.engines.base import EngineFactory, TeacherSpec, engine_environment
+from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
+from actors.environment import task_environment
 from actors.examples import ExampleFile, spread_over_lengths, write_examples
 from actors.model_source import ModelSource
 from actors.records import Example
@@ -128,7 +129,7 @@ def measure_served(
                 raise
             return check_refused(str(error.__cause__))
     gpu = spec.engine.gpu and spec.engine.tensor_parallel == 1  # what one GPU cannot hold in 16 bits, none holds in 32
-    task = _task(measure, spec.engine.cpus, gpu, engine_environment(spec.engine)["OMP_NUM_THREADS"])
+    task = _task(measure, spec.engine.cpus, gpu)
     measured: SelfDistillationCheck = ray.get(
         task.remote(spec.model, str(path), *(str(store.path) for store in stores), "cuda" if gpu else "cpu")
     )
@@ -139,7 +140,7 @@ def measure_student(config: RunConfig, student: ModelSource, folder: Path) -> At
     """Compare the student's attention with its definition where it would be trained, on rows that ``measure_served`` left."""
     workers = config.workers
     gpu = workers.gpus > 0
-    task = _task(measure_attention, workers.cpus, gpu, str(max(1, int(workers.cpus))))
+    task = _task(measure_attention, workers.cpus, gpu)
     found: AttentionFound = ray.get(task.remote(student, str(_rows_path(folder)), "cuda" if gpu else "cpu"))
     return found
 
@@ -148,7 +149,7 @@ def _rows_path(folder: Path) -> Path:
     return folder / "rows.arrow"
 
 
-def _task(measuring: Callable[..., Any], cpus: float, gpu: bool, threads: str) -> Any:
+def _task(measuring: Callable[..., Any], cpus: float, gpu: bool) -> Any:
     return ray.remote(measuring).options(
-        name="doctor", num_cpus=cpus, num_gpus=int(gpu), runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}}
+        name="doctor", num_cpus=cpus, num_gpus=int(gpu), runtime_env={"env_vars": task_environment(cpus, gpu)}
     )

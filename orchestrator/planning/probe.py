@@ -19,6 +19,7 @@ from actors.dataloader.scored_rows import StoredRows, all_rows
 from actors.dataloader.step_weights import StepWeights
 from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
+from actors.environment import task_environment
 from actors.examples import ExampleFile, write_examples
 from actors.model_source import ModelSource
 from actors.models import save_model, scratch_model, vocab_size_of
@@ -137,7 +138,7 @@ def measure_training(config: RunConfig, work: Workload, folder: Path) -> float:
         num_gpus=config.workers.gpus,
         resources=dict(config.workers.resources),
         label_selector=dict(config.workers.labels),
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(config.workers.cpus)))}},
+        runtime_env={"env_vars": task_environment(config.workers.cpus, config.workers.gpus > 0)},
     )
     return float(ray.get(task.remote(student)))
 
@@ -145,7 +146,7 @@ def measure_training(config: RunConfig, work: Workload, folder: Path) -> float:
 def time_steps(student: _Student) -> float:
     """Return the tokens a second of optimizer steps, the first left out."""
     config, train = student.config, student.train
-    worker = Worker.here(int(max(1, config.workers.cpus)))
+    worker = Worker.here(int(max(1, config.workers.cpus)), config.workers.gpus > 0)
     model = prepare_model(student.model, config.student.lora, train)
     examples = ExampleFile(Path(student.examples))
     store = ScoreStore(Path(student.store)) if student.store else None

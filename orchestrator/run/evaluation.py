@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from actors.config.models import EvaluateConfig
+from actors.environment import task_environment
 from actors.evaluation.answers import GeneratedAnswer
 from actors.evaluation.evaluator import Evaluation, Metrics, evaluate_model
 from actors.evaluation.token_view import TokenView
@@ -50,12 +51,11 @@ def evaluate_remote(
     source: ModelSource, run_path: Path, tokenizer: ModelSource, store: ScoreStore, settings: EvaluateConfig, top_k: int
 ) -> ray.ObjectRef:
     """Begin to measure a model in a Ray task that holds what the configuration gives the evaluator; see ``evaluate_model``."""
-    threads = str(max(1, int(settings.cpus)))
     task = ray.remote(evaluate_model).options(
         name=f"evaluate {Path(source.name).name}",
         num_cpus=settings.cpus,
         num_gpus=settings.gpus,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+        runtime_env={"env_vars": task_environment(settings.cpus, settings.gpus > 0)},
     )
     data = run_path / "data"
     return task.remote(

@@ -121,8 +121,10 @@ class ScoringStage:
         self._pool = TeacherPool(
             self._spec(stores, cluster), engine_factory=self._engine_factory, probe=self._probe(), live=live,
             on_death=lambda number, error: self.run_dir.event("replica_died", replica=number, error=error),
+            logs=self.run_dir.path / "logs",
         )  # fmt: skip
         with _telling_followers([store for _, store in stores]), self._pool as pool:
+            logger.log(logging.WARNING if pool.way.startswith("slow:") else logging.INFO, f"teacher: {pool.way}")
             self._require_right(pool)
             for split, store in stores:
                 self._explain_new(split, store)

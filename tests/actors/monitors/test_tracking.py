@@ -28,8 +28,8 @@ WANDB = TrackingConfig(tensorboard=False, wandb=WandbConfig(project="p", mode="o
 def task_in(folder: Path, tracking: TrackingConfig) -> TrainingTask:
     return TrainingTask(
         name="train", model=ModelSource("none"), tokenizer="none", lora=None, loss=HardLabelLoss(kind="hard_label"),
-        train=TrainConfig(), examples="none", store=None, top_k=8, wait_seconds=1.0, seed=7, threads=1, metrics=str(folder),
-        output=None, run="watched", tracking=tracking,
+        train=TrainConfig(), examples="none", store=None, top_k=8, wait_seconds=1.0, seed=7, threads=1, gpu=False,
+        metrics=str(folder), output=None, run="watched", tracking=tracking,
     )  # fmt: skip
 
 

@@ -104,3 +104,11 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(world: Path, case: str, cu
     assert found.keys() == expected.keys() and any("lm_head" in name for name in found)
     assert all(gradient.any() for name, gradient in expected.items()), "every trained weight has a gradient"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_worker_that_is_to_have_a_gpu_and_sees_none_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"workers\.gpus is 1, but this worker's torch sees no GPU: workers\.gpus=0, or a torch"):
+        Worker.here(threads=torch.get_num_threads(), gpu=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a node has GPUs, and the worker asked for none
+    assert Worker.here(threads=torch.get_num_threads(), gpu=False).device == torch.device("cpu")

@@ -53,7 +53,7 @@ def task_in(folder: Path, world: Path, **changes: Any) -> TrainingTask:
     task = TrainingTask(
         name="train", model=ModelSource(str(world / "model")), tokenizer=str(world / "model"), lora=None,
         loss=AtkdLoss(kind="atkd"), train=TRAIN, examples=str(world / "train.arrow"), store=str(world / "store"), top_k=8,
-        wait_seconds=5.0, seed=5, threads=1, metrics=str(folder / "metrics"), output=str(folder / "student"),
+        wait_seconds=5.0, seed=5, threads=1, gpu=False, metrics=str(folder / "metrics"), output=str(folder / "student"),
     )  # fmt: skip
     return replace(task, **changes)
 

@@ -1,9 +1,11 @@
 """The pool with a fake teacher: what it hands out, and what is left on disk whatever happens to its replicas."""
 
+import subprocess
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.util import placement_group, placement_group_table, remove_placement_group
@@ -224,7 +226,7 @@ def test_replicas_for_which_there_is_no_room_are_not_waited_for_without_end(loca
             match=r"no room within 2 s: 2 replicas of 2 CPUs are wanted, other work leaves room for 0 now; wait until it "
             r"ends, or lower teacher\.engine\.replicas or what each wants",
         ),
-        TeacherPool(fake_spec(cpus=2, replicas=2), engine_factory=FakeTeacher(), start_timeout_seconds=2.0),
+        TeacherPool(fake_spec(cpus=2, replicas=2, start_seconds=2.0), engine_factory=FakeTeacher()),
     ):
         raise AssertionError("the pool must not come up")
     remove_placement_group(others)
@@ -235,7 +237,7 @@ def test_replicas_for_which_there_is_no_room_are_not_waited_for_without_end(loca
 def test_an_engine_that_does_not_come_is_told_from_room_that_does_not_come(local_ray: None) -> None:
     with (
         pytest.raises(TeacherFailed, match=r"no engine within 2 s, though it has its 0\.5 CPUs; it loads for longer, or hangs"),
-        TeacherPool(fake_spec(), engine_factory=never_there, start_timeout_seconds=2.0),
+        TeacherPool(fake_spec(start_seconds=2.0), engine_factory=never_there),
     ):
         raise AssertionError("the pool must not come up")
     assert rooms_taken() == 0
@@ -276,6 +278,45 @@ def test_an_engine_that_died_inside_a_living_replica_is_replaced(
         list(pool.score_missing(examples_path, store))
     record_next_shard(record_property, tmp_path / "died", store)
     assert_complete(store, examples)
+
+
+@pytest.mark.ray
+def test_a_device_that_fails_is_a_death_of_its_replica_and_may_not_be_free_at_once(
+    local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example], tmp_path: Path, record_property: Record
+) -> None:
+    deaths: list[str] = []
+    teacher = FakeTeacher(device_fails_on_call=2, only_once=tmp_path / "failed")
+    with TeacherPool(fake_spec(TOP_K), engine_factory=teacher, on_death=lambda number, error: deaths.append(error)) as pool:
+        list(pool.score_missing(examples_path, store))
+    record_next_shard(record_property, tmp_path / "failed", store)
+    assert_complete(store, examples)
+    assert deaths == [
+        "its device failed: AcceleratorError: CUDA error: an illegal memory access was encountered",
+        "ValueError: Free memory on device is less than desired",
+    ]
+
+
+class Chatty(FakeTeacher):
+    """Prints from Python and from a process of its own, and cannot start."""
+
+    def __call__(self, spec: TeacherSpec) -> Any:
+        print("loading weights", flush=True)
+        subprocess.run(["sh", "-c", "echo the cause, from a process of the engine >&2"], check=True)
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+
+
+@pytest.mark.ray
+def test_what_an_engine_prints_is_kept_and_ends_the_error(local_ray: None, tmp_path: Path) -> None:
+    with (
+        pytest.raises(TeacherFailed) as failed,
+        TeacherPool(fake_spec(), engine_factory=Chatty(), logs=tmp_path / "logs"),
+    ):
+        raise AssertionError("the pool must not come up")
+    log = tmp_path / "logs" / "replica-0.log"
+    assert str(failed.value) == (
+        "the teacher could not start: RuntimeError: Engine core initialization failed. See root cause above. "
+        f"({log} ends with: loading weights | the cause, from a process of the engine)"
+    )
 
 
 @pytest.mark.ray
