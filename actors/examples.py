@@ -1,13 +1,12 @@
 """Tokenized rows on disk, memory-mapped: one Arrow IPC file a split, read by teachers and students alike."""
 
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from actors.files import write_atomically
 from actors.records import Example, examples_hash
 
 SCHEMA = pa.schema(
@@ -18,20 +17,6 @@ SCHEMA = pa.schema(
         ("loss_mask", pa.list_(pa.uint8())),
     ]
 )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it: it is whole or it is not there."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # process ids repeat between nodes
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:

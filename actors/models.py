@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from actors.attention import attention_for
 from actors.config.models import ScratchModel
+from actors.files import whole_folder
 from actors.lora import adapted_weight
 from actors.model_source import ModelSource
 from losses.lm_head import LMHead
@@ -63,14 +64,12 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Path
 
     A tokenizer that stands in a folder is copied from there, so that no code that came with it is run.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    if isinstance(tokenizer, Path):
-        shutil.copytree(tokenizer, temporary)
-    else:
-        tokenizer.save_pretrained(temporary)
-    model.save_pretrained(temporary)
-    temporary.rename(folder)
+    with whole_folder(folder) as temporary:
+        if isinstance(tokenizer, Path):
+            shutil.copytree(tokenizer, temporary)
+        else:
+            tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
 
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from ray.util.placement_group import PlacementGroup
 
 from actors.config.models import EngineConfig, EvaluateConfig
 from actors.config.workers import WorkersConfig
+from actors.format import plural
 
 SMALLEST_AMOUNT = 1e-4
 """Ray counts resources in steps of this size."""
@@ -254,11 +255,6 @@ def workers_beside(
 def most_replicas(beside: Sequence[int], workers: int) -> int:
     """Return the most replicas beside which so many workers fit; ``beside`` is what ``workers_beside`` found."""
     return max((count for count, room in enumerate(beside) if room >= workers), default=0)
-
-
-def plural(count: int, noun: str) -> str:
-    """``1 node``, ``2 nodes``."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _amounts(cpus: float, gpus: int, custom: Mapping[str, float]) -> dict[str, float]:

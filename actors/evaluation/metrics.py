@@ -15,6 +15,7 @@ from actors.dataloader.collator import MicroBatch, collate
 from actors.dataloader.scored_rows import RowBatch
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
+from losses.terms import categorical_kl
 from losses.topk_teacher import TopkTeacher
 
 CALIBRATION_BINS = 15
@@ -120,7 +121,8 @@ def forward_kl_to_teacher(logprobs: Tensor, targets: Tensor, teacher: TopkTeache
         ours = torch.cat([ours, our_tail], dim=1)
         theirs = torch.cat([theirs, teacher.tail_logmass[:, None].double()], dim=1)
     theirs = theirs.log_softmax(dim=1)
-    return torch.where(theirs == -torch.inf, 0.0, theirs.exp() * (theirs - ours)).sum(dim=1)
+    empty = theirs == -torch.inf  # a class of no mass costs nothing, whatever the model gives it
+    return categorical_kl(theirs.masked_fill(empty, 0.0), ours.masked_fill(empty, 0.0))
 
 
 def most_likely(teacher: TopkTeacher, targets: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from actors.config.models import TrainConfig
 from actors.config.tracking import TrackingConfig
+from actors.files import write_atomically
 from actors.monitors.prometheus import StudentMetrics
 from losses.config import LossConfig
 from losses.distillation import LossSums
@@ -89,9 +90,7 @@ class JsonLines:
         path = folder / f"{name}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] < first_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  # closed in close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

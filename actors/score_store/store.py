@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actors.examples import write_atomically
+from actors.files import write_atomically
 from actors.records import NO_TOKEN, Example, TeacherScores, check_scores, keep_mass, truncate_scores
 from actors.score_store.encoding import ShardView, encode_shard
 from actors.score_store.identity import Identity, StoreMismatch, identity_difference, identity_hash

@@ -4,7 +4,6 @@ T tokens, V vocabulary. Logarithms are natural.
 """
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from actors.attention import exact
 from actors.config.models import TrainConfig
 from actors.dataloader.collator import MicroBatch
 from actors.evaluation.answer_ends import stop_as_evaluated
-from actors.examples import ExampleFile, write_atomically
+from actors.examples import ExampleFile
+from actors.files import whole_folder, write_atomically
 from actors.lora import merge_adapters, shared_with_adapters
 from actors.model_source import ModelSource
 from actors.models import load_model, save_model
@@ -26,6 +26,7 @@ from actors.student.causal_lm import CausalStudent, prepare_model
 from actors.student.checkpoint import whole_weights
 from actors.student.ranks import Worker
 from actors.student.task import TrainingTask
+from losses.terms import categorical_kl
 from losses.token_weights import TokenWeights
 
 PROOF_TOKENS = 64
@@ -79,20 +80,14 @@ def write_finished_model(student: nn.Module, task: TrainingTask, folder: Path, w
     for weight in plain.parameters():  # and no buffers: those that are not stored, as rotary frequencies, are made anew
         weight.data = weight.data.to(dtype).float()
     rounded = logprobs_of(plain, token_ids)
-    temporary = folder.with_name(folder.name + ".unproved")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        save_model(plain.to(dtype), Path(task.tokenizer), temporary)
+    with whole_folder(folder) as unproved:
+        save_model(plain.to(dtype), Path(task.tokenizer), unproved)
         del plain, model
-        again = ModelSource(str(temporary), None, source.trust_remote_code, source.attention)
+        again = ModelSource(str(unproved), None, source.trust_remote_code, source.attention)
         written = logprobs_of(load_model(again), token_ids)
         require_near(rounded, written, TOLERANCE, f"written in {task.dtype} and loaded again")
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    proof = ExportProof(token_ids.shape[1], task.dtype, kl_of_merging, mean_kl(trained, written), tuple(untied))
-    write_atomically(proof_path(task), json.dumps(asdict(proof), indent=1).encode())
-    temporary.rename(folder)
+        proof = ExportProof(token_ids.shape[1], task.dtype, kl_of_merging, mean_kl(trained, written), tuple(untied))
+        write_atomically(proof_path(task), json.dumps(asdict(proof), indent=1).encode())
 
 
 def try_export(task: TrainingTask) -> ExportProof:
@@ -166,7 +161,7 @@ def require_near(trained: Tensor, found: Tensor, tolerance: float, what: str) ->
 
 def mean_kl(trained: Tensor, found: Tensor) -> float:
     """Return the mean over positions of KL(trained || found), both float64 [T, V] log-probabilities."""
-    return float((trained.exp() * (trained - found)).sum(dim=-1).mean())
+    return float(categorical_kl(trained, found).mean())
 
 
 def _whole_row(token_ids: Tensor) -> MicroBatch:

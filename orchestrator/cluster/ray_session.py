@@ -13,12 +13,12 @@ from ray.exceptions import AuthenticationError, RayError
 
 from actors.config.models import EngineConfig
 from actors.config.workers import WorkersConfig
+from actors.format import plural
 from actors.placement import (
     Cluster,
     Node,
     evaluator_need,
     most_replicas,
-    plural,
     read_nodes,
     replica_request,
     require_room,

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from actors.examples import write_atomically, write_examples
+from actors.examples import write_examples
+from actors.files import write_atomically
 from actors.records import examples_hash
 from orchestrator.config.data import DataConfig
 from orchestrator.data.counts import DataCounts, count_data

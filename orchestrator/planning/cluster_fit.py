@@ -12,7 +12,8 @@ from ray.exceptions import RayError
 
 from actors.config.models import EngineConfig
 from actors.config.workers import WorkersConfig
-from actors.placement import Node, most_replicas, plural, replica_request, worker_request, workers_beside
+from actors.format import GIB, plural
+from actors.placement import Node, most_replicas, replica_request, worker_request, workers_beside
 from orchestrator.cluster.ray_session import RayFailed, cluster_address, require_places, why_ray_failed
 from orchestrator.config.run import FinetuneConfig, RunConfig
 from orchestrator.planning.jobs import Estimator, trainings
@@ -20,7 +21,6 @@ from orchestrator.planning.memory import Memory, forward_bytes, scoring_bytes, w
 from orchestrator.run.models import ROLES
 
 Placed = TypeVar("Placed", EngineConfig, WorkersConfig)
-GIB = 2**30
 GPU_PROCESS_BYTES = GIB
 """Assumed of each process on a GPU: the context, libraries' workspaces, communication."""
 GPU_USABLE = 0.95

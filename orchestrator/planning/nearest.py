@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from actors.format import GIB
 from orchestrator.config.load import ConfigError, apply_override, validate
 from orchestrator.config.run import RunConfig
 from orchestrator.planning.cluster_fit import (
-    GIB,
     GPU_PROCESS_BYTES,
     TargetCluster,
     evaluator_problems,

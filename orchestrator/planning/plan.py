@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from actors.placement import plural
+from actors.format import plural
 from orchestrator.cluster.ray_session import demand
 from orchestrator.config.run import RunConfig
 from orchestrator.planning.cluster_fit import (

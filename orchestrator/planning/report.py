@@ -7,8 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from actors.placement import plural
-from orchestrator.planning.cluster_fit import GIB
+from actors.format import duration, plural, size
 from orchestrator.planning.memory import Memory
 from orchestrator.planning.plan import SHOWN_REPLICAS, SHOWN_STUDENTS, Plan, saturation, sweep
 from orchestrator.planning.throughput import Pace, pace
@@ -136,21 +135,6 @@ def verdict_lines(made: Plan) -> list[str]:
         *lines,
         f"nearest plan that fits: {' '.join(made.nearest.overrides)} ({duration(made.nearest_pace.seconds)} to score and train)",
     ]
-
-
-def size(count: float) -> str:
-    """Write bytes."""
-    for unit, factor in (("GiB", GIB), ("MiB", 2**20)):
-        if count >= 0.1 * factor:
-            return f"{count / factor:,.2f} {unit}" if count < 10 * factor else f"{count / factor:,.0f} {unit}"
-    return f"{count / 1024:,.1f} KiB"
-
-
-def duration(seconds: float) -> str:
-    """Write a time: seconds below two minutes, minutes below two hours, hours above."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def _table(console: Console, *columns: str) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from actors.examples import write_atomically
+from actors.files import write_atomically
 from orchestrator.cluster.redaction import without_private_values
 
 

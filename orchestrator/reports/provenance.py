@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
+from actors.format import GIB
 from orchestrator.cluster.environment import CLUSTER, PROCESS
 from orchestrator.cluster.redaction import without_secrets_within
 from orchestrator.reports.page import read_json_lines
 from orchestrator.run.run_dir import CHANGED
 
-GIB = 1 << 30
 SHORT_COMMIT = 12
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from actors.format import duration
 from orchestrator import __version__
 from orchestrator.reports.page import Chart, read_json_lines, write_page
 from orchestrator.reports.provenance import about_run
@@ -52,10 +53,7 @@ class StageTime:
     @property
     def duration(self) -> str:
         """The time as people write it."""
-        if self.seconds < 60:
-            return f"{self.seconds:.1f} s"
-        minutes, seconds = divmod(round(self.seconds), 60)
-        return f"{minutes} min {seconds:02} s"
+        return duration(self.seconds)
 
 
 def write_report(run_path: Path) -> Path:

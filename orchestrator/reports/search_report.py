@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from actors.format import duration
 from orchestrator import __version__
 from orchestrator.reports.compare_report import compare_headline, compare_parts
 from orchestrator.reports.page import Column, Grid, PageSection, write_page
@@ -94,7 +95,7 @@ def trials_part(search: Search) -> PageSection:
             written_setting(point[path]) if path in point else "" for path in axes
         ]  # fmt: skip
         measured = [written_metric(metric, trial.metrics.get(metric)) for metric in metrics]
-        end = [f"{trial.step:,}", written_time(trial.seconds), search.status(trial)]
+        end = [f"{trial.step:,}", duration(trial.seconds), search.status(trial)]
         rows.append((str(trial.number), *settings, *measured, *end))
     note = "Best first. Stopped trials show what they measured last, after fewer steps, and are ordered by how far they came."
     stopped = search.with_status("stopped")
@@ -108,10 +109,10 @@ def cost_part(search: Search, cost: Cost) -> PageSection:
     seconds = sum(trial.seconds for trial in search.trials)
     rows = [
         ("teacher: tokens scored", _tokens(cost.teacher_tokens_scored, cost.dataset_tokens)),
-        ("teacher: time of scoring", written_time(cost.scoring_seconds)),
+        ("teacher: time of scoring", duration(cost.scoring_seconds)),
         ("students: tokens trained on, all trials", _tokens(student_tokens, cost.dataset_tokens)),
-        ("students: time, summed over trials", written_time(seconds)),
-        ("students: time of a trial, mean", written_time(seconds / len(search.trials) if search.trials else None)),
+        ("students: time, summed over trials", duration(seconds)),
+        ("students: time of a trial, mean", duration(seconds / len(search.trials) if search.trials else None)),
     ]
     notes = ["All trials read the same scores: the teacher's part does not grow with their number."]
     if unfinished := len(search.trials) - len(ended):
@@ -141,15 +142,6 @@ def read_cost(path: Path) -> Cost:
         return Cost(**{name: None if said.get(name) is None else float(said[name]) for name in Cost.__slots__})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} holds no object of numbers, such as {{"dataset_tokens": 812000}}: {error}') from None
-
-
-def written_time(seconds: float | None) -> str:
-    """Return a time as people write it."""
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
 
 
 def _tokens(count: float | None, of: float | None) -> str:

@@ -12,7 +12,7 @@ import pyarrow.parquet
 from markupsafe import Markup
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
 
-from actors.examples import write_atomically
+from actors.files import write_atomically
 from orchestrator import __version__
 from orchestrator.reports.compare_report import written_difference, written_interval, written_p, written_summary
 from orchestrator.reports.page import Chart, Column, Grid, Headline, PageSection, write_page

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.format import percent
 from orchestrator.run.results_table import COLUMNS, MODEL_NAMES
 
 LISTED = 5
@@ -229,9 +230,3 @@ def _favourite(view: View, index: int) -> str:
 
 def _quoted(piece: str) -> str:
     return f"‘{piece.translate(VISIBLE).translate(CONTROL_PICTURES)}’" if piece else "(part of a character)"
-
-
-def percent(share: float) -> str:
-    """Return a share such as ``12.3 %``, a tiny one with two digits: ``0.042 %``."""
-    number = f"{100 * share:.1f}" if share >= 0.001 else f"{100 * share:.2g}"
-    return f"{number}\u00a0%"

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from ray.train import ControllerError, FailureConfig, TrainingFailedError
 
 from actors.config.workers import WorkersConfig
-from actors.placement import plural, proven_places, worker_request
+from actors.format import plural
+from actors.placement import proven_places, worker_request
 from actors.student.task import WorkerResult
 
 logger = logging.getLogger("atkd")

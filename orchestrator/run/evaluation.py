@@ -16,7 +16,7 @@ from actors.environment import task_environment
 from actors.evaluation.answers import GeneratedAnswer
 from actors.evaluation.evaluator import Evaluation, Metrics, evaluate_from_scores, evaluate_model
 from actors.evaluation.token_view import TokenView
-from actors.examples import write_atomically
+from actors.files import write_atomically
 from actors.model_source import ModelSource
 from actors.score_store.store import ScoreStore
 from actors.teacher.reference_pass import count_weights

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.config.models import ModelConfig
 from actors.evaluation.answer_ends import read_answer_ends
-from actors.examples import write_atomically
+from actors.files import write_atomically
 from actors.score_store.identity import Identity, identity_hash
 from actors.score_store.store import ScoreStore
 from actors.student.finished_model import ExportProof, read_proof

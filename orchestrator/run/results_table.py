@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from actors.examples import write_atomically
+from actors.files import write_atomically
 
 MODEL_NAMES = ("teacher", "student_before", "student_after")
 """The models, as their files are called."""

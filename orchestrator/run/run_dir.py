@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from actors.config.tracking import require_installed
-from actors.examples import write_atomically
+from actors.files import write_atomically
 from losses.section import MayChange, marked
 from orchestrator.cluster.logs import close_log_file, open_log_file
 from orchestrator.cluster.redaction import without_secrets_within

@@ -13,7 +13,8 @@ from typing import Literal
 from actors.config.models import needs_teacher
 from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
-from actors.examples import ExampleFile, spread_over_lengths, write_atomically
+from actors.examples import ExampleFile, spread_over_lengths
+from actors.files import write_atomically
 from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import Cluster, read_cluster
 from actors.records import Example

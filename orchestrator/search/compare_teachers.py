@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from actors.examples import ExampleFile
+from actors.files import whole_folder
 from actors.score_store.store import ScoreStore
 from actors.teacher.reference_pass import count_weights
 from orchestrator.cluster.logs import prefixed
@@ -101,11 +102,9 @@ def share_finetuned_student(first: RunConfig, other: RunConfig, first_name: str)
     with RunDir.open(other) as run_dir:
         if run_dir.result("finetune_student") is not None:
             return
-        copying = ours.with_name(f"{ours.name}.tmp")
-        for folder in (copying, ours):
-            shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(theirs, copying)
-        copying.rename(ours)
+        shutil.rmtree(ours, ignore_errors=True)
+        with whole_folder(ours) as copying:
+            shutil.copytree(theirs, copying)
         run_dir.finish("finetune_student", {"copied_from": first_name, "seconds": 0.0})
 
 

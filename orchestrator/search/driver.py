@@ -12,7 +12,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.config.models import needs_teacher
 from actors.dataloader.sampler import steps_in
-from actors.examples import ExampleFile, write_atomically
+from actors.examples import ExampleFile
+from actors.files import write_atomically
 from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss
 from orchestrator.cluster.logs import ProgressSnapshot

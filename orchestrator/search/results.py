@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actors.examples import write_atomically
+from actors.files import write_atomically
 from orchestrator.config.load import dump_config
 from orchestrator.config.run import RunConfig
 from orchestrator.run.results_table import METRICS, Show, written

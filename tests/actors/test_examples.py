@@ -1,10 +1,8 @@
-import resource
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from actors.examples import ExampleFile, write_atomically, write_examples
+from actors.examples import ExampleFile, write_examples
 from actors.records import examples_hash
 from tests.fakes import fake_examples
 
@@ -36,17 +34,3 @@ def test_arrays_are_views_into_the_mapped_file(tmp_path: Path) -> None:
     file = ExampleFile(tmp_path / "train.arrow")
     assert np.shares_memory(file[0].token_ids, file[0].token_ids)
     assert not file[0].token_ids.flags.writeable
-
-
-def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write_atomically(path, b"new" * 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

@@ -10,7 +10,7 @@ import yaml
 
 from orchestrator.config.load import apply_override
 from orchestrator.reports.search_charts import Trace, trace_chart
-from orchestrator.reports.search_report import read_cost, write_search_report, written_time
+from orchestrator.reports.search_report import read_cost, write_search_report
 from orchestrator.reports.setting_charts import heat_map, parallel_chart, short_names
 from orchestrator.reports.tune_report import overrides_of
 from orchestrator.search.analysis import (
@@ -268,10 +268,6 @@ def test_a_damaged_cost_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "cost.json").write_text(text)
     with pytest.raises(ValueError, match=r"cost\.json holds no object of numbers, such as \{\"dataset_tokens\": 812000\}: "):
         read_cost(tmp_path / "cost.json")
-
-
-def test_times_are_written_as_people_do() -> None:
-    assert [written_time(seconds) for seconds in (None, 59.0, 90, 7200)] == ["–", "59.0 s", "1.5 min", "2.0 h"]
 
 
 def test_drawings_take_the_colours_of_the_page_and_write_labels_as_text() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.reports.run_report import write_report
-from orchestrator.reports.token_texts import Reading, divergence_scale, groups_of, percent, read_reading
+from orchestrator.reports.token_texts import Reading, divergence_scale, groups_of, read_reading
 from orchestrator.run.evaluation import read_evaluation
 from tests.orchestrator.pages import EVIL, Page, bare_run, whole_run
 
@@ -18,14 +18,6 @@ def reading_of(run: Path, border: float | None = 0.5) -> Reading:
     reading = read_reading(run, border)
     assert reading is not None
     return reading
-
-
-@pytest.mark.parametrize(
-    ("share", "written"),
-    [(1.0, "100.0"), (0.99951, "100.0"), (0.5, "50.0"), (0.0123, "1.2"), (0.001, "0.1"), (0.00042, "0.042"), (0.0, "0")],
-)
-def test_shares_are_written_as_percentages(share: float, written: str) -> None:
-    assert percent(share) == f"{written}\u00a0%"
 
 
 def test_every_target_has_its_shades_and_numbers(tmp_path: Path) -> None:
