@@ -5,7 +5,7 @@ Of Ray Tune's schedulers those are here that decide by stopping alone, each with
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
@@ -13,7 +13,7 @@ from losses.section import Section
 
 OwnScheduler = Literal["asha", "median", "none"]
 
-OWN = ("asha", "median", "none")
+OWN: tuple[str, ...] = get_args(OwnScheduler)
 """Schedulers that are written as a name alone."""
 
 SET_BY_SEARCH = {
@@ -90,7 +90,7 @@ def readable_scheduler(value: Any) -> Any:
     return said
 
 
-def name_of(scheduler: "str | NativeScheduler") -> str:
+def name_of(scheduler: str | NativeScheduler) -> str:
     """Return the name of a scheduler, whatever its arguments."""
     return scheduler if isinstance(scheduler, str) else scheduler.kind
 
