@@ -120,6 +120,10 @@ class TrainConfig(Section):
     micro_batch_rows: Annotated[int, MayChange()] = Field(default=8, ge=1)
     """Rows of one forward pass on one worker; changes memory and speed, not the result."""
 
+    micro_batch_tokens: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
+    """Tokens of one forward pass, padding included, in the place of ``micro_batch_rows``: many short rows or few long ones, and
+    passes equally large. A longer row is a pass by itself."""
+
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer, schedule and clipping."""
 
@@ -281,6 +285,13 @@ class EvaluateConfig(Section):
         if groups == 0:
             raise ValueError(rf"answer_pattern {pattern!r} has no group for the answer; one like '#### (-?\d+)' would do")
         return pattern
+
+
+def pass_size(train: TrainConfig) -> tuple[str, int]:
+    """Return the key that says how large forward passes are, and its value."""
+    if train.micro_batch_tokens is not None:
+        return "micro_batch_tokens", train.micro_batch_tokens
+    return "micro_batch_rows", train.micro_batch_rows
 
 
 def needs_teacher(loss: LossConfig) -> bool:

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from actors.config.models import TrainConfig
+
 
 class StepSampler:
     """Deals rows into optimizer steps, epoch after epoch; an epoch's last step may hold fewer rows.
@@ -47,12 +49,36 @@ def steps_in(rows: int, batch_rows: int, epochs: float) -> int:
     return whole * math.ceil(rows / batch_rows) + math.ceil(round(fraction * rows, 6) / batch_rows)
 
 
-def micro_batches(lengths: np.ndarray, rank: int, world_size: int, micro_batch_rows: int) -> list[list[int]]:
-    """Return which rows of a step a worker takes, by their index in it, cut into forward passes.
+Layout = list[list[list[int]]]
+"""For each worker, for each of its forward passes, the rows of the step it takes, by their index in the step."""
+
+
+def layout_of(lengths: np.ndarray, world_size: int, train: TrainConfig) -> Layout:
+    """Cut the rows of a step into the forward passes of its workers.
 
     Rows are dealt by length, int64 [R], so that workers get equally much to do and the rows of a pass need little
     padding. Every worker gets equally many passes, as collectives need; a pass may be empty where rows do not go round.
     """
-    mine = np.argsort(-lengths, kind="stable")[rank::world_size].tolist()
-    most = math.ceil(len(lengths) / world_size)
-    return [mine[start : start + micro_batch_rows] for start in range(0, most, micro_batch_rows)]
+    order = np.argsort(-lengths, kind="stable")
+    of_workers = [order[rank::world_size].tolist() for rank in range(world_size)]
+    if train.micro_batch_tokens is None:
+        layout = [_cut_by_rows(rows, train.micro_batch_rows) for rows in of_workers]
+    else:
+        layout = [_cut_by_tokens(rows, lengths, train.micro_batch_tokens) for rows in of_workers]
+    most = max(len(passes) for passes in layout)
+    return [passes + [[] for _ in range(most - len(passes))] for passes in layout]
+
+
+def _cut_by_rows(rows: list[int], count: int) -> list[list[int]]:
+    return [rows[start : start + count] for start in range(0, len(rows), count)]
+
+
+def _cut_by_tokens(rows: list[int], lengths: np.ndarray, tokens: int) -> list[list[int]]:
+    """Cut rows, the longest first, into passes of at most so many tokens with padding, or of one row."""
+    passes: list[list[int]] = []
+    for row in rows:
+        if passes and (len(passes[-1]) + 1) * lengths[passes[-1][0]] <= tokens:
+            passes[-1].append(row)
+        else:
+            passes.append([row])
+    return passes

@@ -5,15 +5,13 @@ from collections.abc import Sequence
 import torch
 
 from actors.config.models import needs_complete_store
+from actors.dataloader.sampler import Layout
 from actors.dataloader.scored_rows import RowBatch
 from losses.config import AtkdLoss, HardLabelLoss, LossConfig
 from losses.loss_state import LossState
 from losses.token_weights import TokenWeights, easy_border, split_easy, token_weights
 from losses.weighing import sample_weights, selection_factor
 from losses.weighing_config import AllTokens, TeacherLossSamples
-
-Layout = Sequence[Sequence[Sequence[int]]]
-"""For each worker, for each of its forward passes, the rows of the step it takes."""
 
 
 class StepWeights:

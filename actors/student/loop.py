@@ -10,7 +10,7 @@ from torch import nn
 
 from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.collator import MicroBatch, collate, collate_weightless
-from actors.dataloader.sampler import StepSampler, micro_batches, steps_in
+from actors.dataloader.sampler import StepSampler, layout_of, steps_in
 from actors.dataloader.scored_rows import RowBatch, ScoredRows, StoredRows, all_rows
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
@@ -96,8 +96,7 @@ def accumulate_gradients(
     The weights hold the division by the step's tokens already, so losses and gradients simply add up over passes and
     workers. DDP and FSDP take the mean over workers, which the factor ``world_size`` makes a sum.
     """
-    ranks = range(worker.world_size)
-    layout = [micro_batches(batch.lengths, rank, worker.world_size, train.micro_batch_rows) for rank in ranks]
+    layout = layout_of(batch.lengths, worker.world_size, train)
     weights = step_weights.of_step(batch, layout, step, state)
     sums = LossSums.zero(worker.device)
     for index, rows in enumerate(layout[worker.rank]):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from actors.config.models import pass_size
 from actors.format import GIB
 from orchestrator.config.load import ConfigError, apply_override, validate
 from orchestrator.config.run import RunConfig
@@ -111,8 +112,8 @@ def _teacher_changes(config: RunConfig, place: TargetCluster, heads: int) -> _Ch
 
 def _training_changes(job: Job) -> _Choice:
     """Smaller passes, then checkpointing, then sharding: none changes what is learned."""
-    small = [job.train.micro_batch_rows >> halvings for halvings in range(1, job.train.micro_batch_rows.bit_length())]
-    cuts = [[f"{job.section}.micro_batch_rows={rows}"] for rows in small]
+    key, size = pass_size(job.train)
+    cuts = [[f"{job.section}.{key}={size >> halvings}"] for halvings in range(1, size.bit_length())]
     again = [f"{job.section}.gradient_checkpointing=true"] if not job.train.gradient_checkpointing else []
     shard = [f"{job.section}.sharding=fsdp"] if job.train.sharding == "replicate" and job.workers.count > 1 else []
     plain = [[], *cuts]

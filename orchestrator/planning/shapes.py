@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from actors.attention import attention_for
 from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
-from actors.dataloader.sampler import StepSampler, micro_batches, steps_in
+from actors.dataloader.sampler import StepSampler, layout_of, steps_in
 from actors.examples import ExampleFile
 from actors.lora import add_adapters
 from actors.models import plain_model, scratch_model
@@ -204,7 +204,7 @@ def passes_of(work: Workload, train: TrainConfig, workers: int, seed: int) -> Pa
     there = 0
     for step in range(1, steps + 1):
         positions = sampler.positions(step)
-        mine = [positions[rows] for rows in micro_batches(work.lengths[positions], 0, workers, train.micro_batch_rows) if rows]
+        mine = [positions[rows] for rows in layout_of(work.lengths[positions], workers, train)[0] if rows]
         for rows in mine:
             width = int(work.lengths[rows].max())
             computed, there = computed + len(rows) * width, there + int(work.lengths[rows].sum())

@@ -41,7 +41,7 @@ SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 MAY_CHANGE = tuple(path for path, _ in marked(RunConfig, MayChange))
 """Keys and sections that may change between two starts of a run."""
-CUT_INTO_PASSES = ("workers.count", "train.micro_batch_rows")
+CUT_INTO_PASSES = ("workers.count", "train.micro_batch_rows", "train.micro_batch_tokens")
 """What may not after all, where the loss depends on how a step is cut into forward passes."""
 
 

@@ -24,6 +24,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from actors.config.models import pass_size
 from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
 from actors.placement import worker_request
@@ -91,8 +92,9 @@ def _remedy(task: TrainingTask, cause: BaseException) -> str:
     if not isinstance(cause, torch.OutOfMemoryError):
         return ""
     section = f"{task.name.removeprefix('finetune_')}.finetune.train" if task.name.startswith("finetune_") else "train"
-    rows, by_pass = task.train.micro_batch_rows, isinstance(task.loss, AtkdLoss) and task.loss.scope == "microbatch"
-    smaller = [f"{section}.micro_batch_rows={rows // 2}"] if rows > 1 and not by_pass else []
+    key, size = pass_size(task.train)
+    by_pass = isinstance(task.loss, AtkdLoss) and task.loss.scope == "microbatch"
+    smaller = [f"{section}.{key}={size // 2}"] if size > 1 and not by_pass else []
     again = [f"{section}.gradient_checkpointing=true"] if not task.train.gradient_checkpointing else []
     if smaller or again:
         return f"; the same command with {' or '.join([*smaller, *again])} resumes from the last checkpoint"

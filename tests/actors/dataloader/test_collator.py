@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from actors.config.models import TrainConfig
 from actors.dataloader.collator import collate, collate_weightless
-from actors.dataloader.sampler import micro_batches
+from actors.dataloader.sampler import layout_of
 from actors.dataloader.scored_rows import RowBatch, all_rows
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile, write_examples
@@ -35,13 +36,13 @@ def some_of(rows: RowBatch, *positions: int) -> RowBatch:
     return replace(rows, positions=np.array(positions))
 
 
-def layout_of(rows: int, world_size: int, micro_batch_rows: int) -> list[list]:
-    return [micro_batches(np.full(rows, 7), rank, world_size, micro_batch_rows) for rank in range(world_size)]
+def layout(rows: int, world_size: int, micro_batch_rows: int) -> list[list]:
+    return layout_of(np.full(rows, 7), world_size, TrainConfig(micro_batch_rows=micro_batch_rows))
 
 
 def test_predictions_stand_one_before_their_targets(tmp_path: Path) -> None:
     batch, weigher = scored(tmp_path, ATKD, 3, 1)
-    found = collate(batch, [0, 1], VOCAB, weigher.of_step(batch, layout_of(2, 1, 2), step=1, state=LossState()))
+    found = collate(batch, [0, 1], VOCAB, weigher.of_step(batch, layout(2, 1, 2), step=1, state=LossState()))
     index = 0
     for row, position in enumerate(batch.positions):
         example = batch.examples[int(position)]
@@ -58,7 +59,7 @@ def test_predictions_stand_one_before_their_targets(tmp_path: Path) -> None:
 
 def test_scores_stand_beside_their_targets(tmp_path: Path) -> None:
     batch, weigher = scored(tmp_path, ATKD, 7, 2, top_k=5)
-    teacher = collate(batch, [1], VOCAB, weigher.of_step(batch, layout_of(2, 1, 2), step=1, state=LossState())).teacher
+    teacher = collate(batch, [1], VOCAB, weigher.of_step(batch, layout(2, 1, 2), step=1, state=LossState())).teacher
     assert teacher is not None and batch.store is not None
     expected = batch.store.scores_at(2, top_k=5)
     assert np.array_equal(teacher.target_logprob.numpy(), expected.target_logprob)
@@ -88,9 +89,9 @@ def test_a_store_that_keeps_a_share_gives_what_the_whole_one_gives_cut_to_that_s
 )
 def test_weights_of_a_step_do_not_depend_on_how_it_is_cut(tmp_path: Path, loss: LossConfig) -> None:
     batch, weigher = scored(tmp_path, loss, 0, 1, 2, 3, 4, 5)
-    whole = weigher.of_step(batch, layout_of(6, 1, 6), step=1, state=LossState())
-    cut = weigher.of_step(batch, layout_of(6, 3, 1), step=1, state=LossState())
-    for one, other in zip(whole, cut, strict=True):
+    whole = weigher.of_step(batch, layout(6, 1, 6), step=1, state=LossState())
+    parted = weigher.of_step(batch, layout(6, 3, 1), step=1, state=LossState())
+    for one, other in zip(whole, parted, strict=True):
         for name in ("target", "diversity", "cross_entropy", "easy"):
             assert torch.equal(getattr(one, name), getattr(other, name))
 
@@ -98,7 +99,7 @@ def test_weights_of_a_step_do_not_depend_on_how_it_is_cut(tmp_path: Path, loss: 
 def test_atkd_ranks_over_the_whole_step(tmp_path: Path) -> None:
     batch, weigher = scored(tmp_path, ATKD, 0, 1, 2, 3)
     assert batch.store is not None
-    easy = torch.cat([weights.easy for weights in weigher.of_step(batch, layout_of(4, 2, 1), step=1, state=LossState())]).numpy()
+    easy = torch.cat([weights.easy for weights in weigher.of_step(batch, layout(4, 2, 1), step=1, state=LossState())]).numpy()
     uncertainty = np.concatenate([batch.store.uncertainty_at(position) for position in range(4)])
     assert easy.sum() == round(0.5 * len(easy))
     assert uncertainty[easy].max() <= uncertainty[~easy].min()
@@ -107,7 +108,7 @@ def test_atkd_ranks_over_the_whole_step(tmp_path: Path) -> None:
 def test_scope_microbatch_ranks_each_pass_and_takes_the_mean_over_passes(tmp_path: Path) -> None:
     batch, weigher = scored(tmp_path, AtkdLoss(kind="atkd", scope="microbatch"), 0, 1, 2)
     assert batch.store is not None
-    for row, weights in enumerate(weigher.of_step(batch, layout_of(3, 3, 1), step=1, state=LossState())):
+    for row, weights in enumerate(weigher.of_step(batch, layout(3, 3, 1), step=1, state=LossState())):
         uncertainty = batch.store.uncertainty_at(row)
         lower_median = np.sort(uncertainty)[(len(uncertainty) - 1) // 2]
         hard = uncertainty >= lower_median
@@ -120,7 +121,7 @@ def test_scope_dataset_ranks_over_the_store(tmp_path: Path) -> None:
     assert batch.store is not None
     batches = [some_of(batch, *range(5)), some_of(batch, *range(5, 10))]
     easy = np.concatenate(
-        [w.easy.numpy() for half in batches for w in weigher.of_step(half, layout_of(5, 1, 5), step=1, state=LossState())]
+        [w.easy.numpy() for half in batches for w in weigher.of_step(half, layout(5, 1, 5), step=1, state=LossState())]
     )
     uncertainty = np.concatenate([batch.store.uncertainty_at(position) for position in range(10)])
     assert easy.sum() == round(0.25 * len(easy))
@@ -153,7 +154,7 @@ def test_where_no_uncertainty_parts_the_step_there_is_no_border(tmp_path: Path, 
 def test_a_random_split_differs_from_step_to_step_and_comes_again(tmp_path: Path) -> None:
     batch, weigher = scored(tmp_path, AtkdLoss(kind="atkd", split="random"), *range(10))
     first, second, again = (
-        torch.cat([weights.easy for weights in weigher.of_step(batch, layout_of(10, 1, 10), step=step, state=LossState())])
+        torch.cat([weights.easy for weights in weigher.of_step(batch, layout(10, 1, 10), step=step, state=LossState())])
         for step in (1, 2, 1)
     )
     assert not torch.equal(first, second)
@@ -195,9 +196,9 @@ def test_rows_weigh_by_the_teachers_own_loss_and_what_they_lose_goes_to_cross_en
     assert batch.store is not None
     _, plain = scored(tmp_path, CoupledLoss(kind="coupled", cross_entropy_weight=0.5))
     state = LossState(progress=0.25)  # the threshold stands at 4.5
-    rows = weigher.of_step(batch, layout_of(3, 1, 3), step=1, state=state)
+    rows = weigher.of_step(batch, layout(3, 1, 3), step=1, state=state)
     for position, (row, unweighed) in enumerate(
-        zip(rows, plain.of_step(batch, layout_of(3, 1, 3), step=1, state=state), strict=True)
+        zip(rows, plain.of_step(batch, layout(3, 1, 3), step=1, state=state), strict=True)
     ):
         teacher_loss = -batch.store.scores_at(position).target_logprob.astype(float).mean()
         share = math.exp(-1 / math.sqrt(math.exp(-0.7 * (teacher_loss - 4.5))))
@@ -208,7 +209,7 @@ def test_rows_weigh_by_the_teachers_own_loss_and_what_they_lose_goes_to_cross_en
 def test_taught_tokens_weigh_more_by_what_the_others_do_not_weigh(tmp_path: Path) -> None:
     loss = CoupledLoss(kind="coupled", tokens=UncertainStudentTokens(fraction=0.4))
     batch, weigher = scored(tmp_path, loss, 0, 1, 2)
-    rows = weigher.of_step(batch, layout_of(3, 1, 3), step=1, state=LossState.first(loss))
+    rows = weigher.of_step(batch, layout(3, 1, 3), step=1, state=LossState.first(loss))
     counts = [len(row) for row in rows]
     taught = sum(max(1, round(0.4 * count)) for count in counts)
     assert torch.cat([row.divergence for row in rows]).tolist() == pytest.approx([1 / taught] * sum(counts))

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.dataloader.sampler import StepSampler, micro_batches, steps_in
+from actors.config.models import TrainConfig
+from actors.dataloader.sampler import StepSampler, layout_of, steps_in
 
 
 def take(count: int, rows: int, batch_rows: int, seed: int, store_order_first: bool = True) -> list[np.ndarray]:
@@ -46,7 +47,7 @@ def test_workers_share_a_batch_without_gap_or_overlap_and_run_equally_many_passe
     rows: int, world_size: int, micro_batch_rows: int
 ) -> None:
     lengths = np.random.default_rng(rows).integers(1, 50, rows)
-    layout = [micro_batches(lengths, rank, world_size, micro_batch_rows) for rank in range(world_size)]
+    layout = layout_of(lengths, world_size, TrainConfig(micro_batch_rows=micro_batch_rows))
     assert sorted(row for worker in layout for part in worker for row in part) == list(range(rows))
     assert len({len(worker) for worker in layout}) == 1
     assert all(len(part) <= micro_batch_rows for worker in layout for part in worker)
@@ -54,8 +55,30 @@ def test_workers_share_a_batch_without_gap_or_overlap_and_run_equally_many_passe
 
 def test_the_rows_of_a_pass_are_of_like_length_and_workers_have_like_work() -> None:
     lengths = np.array([5, 40, 6, 39, 7, 38, 8, 37])
-    layout = [micro_batches(lengths, rank, world_size=2, micro_batch_rows=2) for rank in range(2)]
+    layout = layout_of(lengths, 2, TrainConfig(micro_batch_rows=2))
     assert [[lengths[part].tolist() for part in worker] for worker in layout] == [[[40, 38], [8, 6]], [[39, 37], [7, 5]]]
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), world_size=st.integers(1, 5), tokens=st.integers(1, 120))
+def test_passes_of_so_many_tokens_hold_as_many_rows_as_fit(lengths: list[int], world_size: int, tokens: int) -> None:
+    layout = layout_of(np.array(lengths), world_size, TrainConfig(micro_batch_tokens=tokens))
+    assert sorted(row for worker in layout for part in worker for row in part) == list(range(len(lengths)))
+    assert len({len(worker) for worker in layout}) == 1
+    for worker in layout:
+        passes = [[lengths[row] for row in part] for part in worker if part]
+        assert all(len(part) == 1 or len(part) * max(part) <= tokens for part in passes)
+        for part, following in itertools.pairwise(passes):
+            assert (len(part) + 1) * max(part) > tokens, "one row more would not fit"
+            assert min(part) >= max(following)
+
+
+def test_passes_of_so_many_tokens_are_nearly_equal_where_those_of_rows_are_not() -> None:
+    lengths = np.array([100] * 4 + [10] * 40)
+    of_rows, of_tokens = (layout_of(lengths, 1, TrainConfig.model_validate(cut))[0] for cut in (
+        {"micro_batch_rows": 8}, {"micro_batch_tokens": 400},
+    ))  # fmt: skip
+    assert [int(lengths[part].sum()) for part in of_tokens] == [400, 400]
+    assert [len(part) * int(lengths[part].max()) for part in of_rows] == [800, 80, 80, 80, 80, 40]
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 4), (2, 8), (0.5, 2), (1.5, 6), (0.01, 1)])

@@ -46,11 +46,11 @@ Gradients = dict[str, torch.Tensor]
 
 def step_gradients(
     folder: Path, worker: Worker, settings: dict[str, Any], sharding: Any, rows: int, lora: LoraAdapter | None,
-    precision: Any = "float32",
+    precision: Any = "float32", tokens: int | None = None,
 ) -> tuple[float, Gradients]:  # fmt: skip
     """The loss of one step and its gradients, summed over workers."""
     loss = LOSS.validate_python(settings)
-    train = TrainConfig(batch_rows=7, micro_batch_rows=rows, sharding=sharding, precision=precision)
+    train = TrainConfig(batch_rows=7, micro_batch_rows=rows, sharding=sharding, precision=precision, micro_batch_tokens=tokens)
     torch.manual_seed(0)
     model = prepare_model(ModelSource(str(folder / "model")), lora, train)
     for name, weight in model.named_parameters():
@@ -123,6 +123,14 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(world: Path, case: str, cu
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert found.keys() == expected.keys() and any("lm_head" in name for name in found)
     assert all(gradient.any() for name, gradient in expected.items()), "every trained weight has a gradient"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_passes_of_so_many_tokens_give_the_same(world: Path) -> None:
+    alone = Worker(0, 1, torch.device("cpu"))
+    expected_loss, expected = step_gradients(world, alone, CASES["atkd"], "replicate", 7, None)
+    loss, found = step_gradients(world, alone, CASES["atkd"], "replicate", 7, None, tokens=30)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 

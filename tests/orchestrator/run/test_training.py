@@ -189,6 +189,7 @@ def test_a_training_goes_on_from_its_checkpoint_with_other_passes(
             {"gradient_checkpointing": True},
             "the same command with teacher.finetune.train.micro_batch_rows=4 resumes",
         ),
+        ("train", {"micro_batch_tokens": 4096}, "the same command with train.micro_batch_tokens=2048 or train.gradient"),
         ("train", {"micro_batch_rows": 1}, "the same command with train.gradient_checkpointing=true resumes from the last"),
         ("train", {"micro_batch_rows": 1, "gradient_checkpointing": True}, "train.sharding=fsdp with more workers would do"),
     ],

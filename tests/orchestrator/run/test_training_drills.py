@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from actors.config.workers import WorkersConfig
-from actors.dataloader.sampler import micro_batches
+from actors.dataloader.sampler import layout_of
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, example_key
 from actors.student.task import TrainingTask
@@ -184,7 +184,7 @@ def test_an_error_on_one_rank_ends_the_training_with_its_words(
     path, _ = scored_world(training_world, ROWS)
     rows = [ExampleFile(path)[position] for position in range(ROWS)]
     in_step_3 = rows[16:24]
-    of_last_rank = micro_batches(np.array([len(row.token_ids) for row in in_step_3]), count - 1, count, 8)[0][0]
+    of_last_rank = layout_of(np.array([len(row.token_ids) for row in in_step_3]), count, TRAIN)[count - 1][0][0]
     old = in_step_3[of_last_rank]
     token_ids = old.token_ids.copy()
     token_ids[0] += 1

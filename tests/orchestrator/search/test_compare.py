@@ -1,5 +1,6 @@
 """Comparisons on a real Ray: every arm with every seed, each arm's best learning rate, and more seeds later."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from orchestrator.search.compare import RATE, compare
 from orchestrator.search.ledger import Search, read_ledger
 from tests.logs import logged
 from tests.orchestrator.trial_world import config_in, scored_run
+from tests.worlds import tiny_llama
 
 COMPARE: dict[str, Any] = {
     "arms": ["forward_kl", "atkd"], "seeds": 1, "learning_rates": [1e-3, 1e-2], "rungs": 2, "concurrent": 1,
@@ -61,9 +63,10 @@ def test_a_comparison_from_its_learning_rates_to_more_seeds(local_ray: None, tmp
 @pytest.mark.ray
 @pytest.mark.slow
 def test_an_arm_that_fails_with_every_rate_is_named(local_ray: None, tmp_path: Path) -> None:
-    config = scored_run(
-        tmp_path, compare={**COMPARE, "learning_rates": [0.9]}, student={"model": {"kind": "pretrained", "name": "/not/there"}}
-    )
+    shutil.copytree(tiny_llama(tmp_path / "student", seed=2), tmp_path / "emptied")
+    (tmp_path / "emptied" / "model.safetensors").unlink()
+    emptied = {"model": {"kind": "pretrained", "name": str(tmp_path / "emptied")}}
+    config = scored_run(tmp_path, compare={**COMPARE, "learning_rates": [0.9]}, student=emptied)
     with pytest.raises(ValueError, match=r"compare.learning_rates: forward_kl was completed with none of \[0.9\]; .*_rates"):
         compare(config)
 
