@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from losses.section import LARGEST_SEED, Section
+from orchestrator.config.schedulers import SchedulerConfig, name_of
 from tune_spaces.registry import space_named
 from tune_spaces.space import Space, read_space
 
@@ -39,8 +40,9 @@ class TuneConfig(Section):
     trials: int | None = Field(default=None, ge=1)
     """How many points are tried; null for all points of a grid, and in other searches for 12, or all where there are fewer."""
 
-    scheduler: Literal["asha", "median", "none"] = "asha"
-    """Which trials are stopped early: all but the best of each rung (ASHA), those below the median of the others, or none."""
+    scheduler: SchedulerConfig = "asha"
+    """Which trials are stopped early: all but the best of each rung (ASHA), those below the median of the others, or none; or a
+    scheduler of Ray Tune with its arguments, ``{kind: async_hyperband, reduction_factor: 2}``."""
 
     rungs: int = Field(default=4, ge=1)
     """How often a trial is measured, evenly over its steps; the last time at its end."""
@@ -88,10 +90,15 @@ class TuneConfig(Section):
             raise ValueError(
                 f"search grid tries every point, and trials is {self.trials}: set trials to null, or search to random for so many"
             )
-        if self.scheduler != "none" and self.rungs == 1:
+        scheduler = name_of(self.scheduler)
+        if scheduler != "none" and self.rungs == 1:
             raise ValueError(
-                f"scheduler {self.scheduler} stops trials between rungs, and rungs is 1: set rungs to 2 or more, or scheduler "
-                "to none"
+                f"scheduler {scheduler} stops trials between rungs, and rungs is 1: set rungs to 2 or more, or scheduler to none"
+            )
+        if not isinstance(self.scheduler, str) and self.scheduler.grace_period >= self.rungs:
+            raise ValueError(
+                f"scheduler {scheduler} stops no trial before rung {self.scheduler.grace_period}, its grace_period, and rungs is "
+                f"{self.rungs}: grace_period {self.rungs - 1} would do, or more rungs"
             )
         return self
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.config.workers import WorkersConfig
 from orchestrator.config.run import RunConfig
@@ -120,12 +122,15 @@ class Estimator:
         return {"train": train, "heldout": heldout}
 
     def _traced(self, job: Job, passes: Passes, checkpointing: bool) -> int:
-        key = (job.role, job.lora, passes.rows, passes.tokens, job.train.precision, checkpointing)
+        key = (job.role, job.lora, passes.rows, passes.tokens, job.train.precision, job.train.sharding, checkpointing)
         if key not in self._saved:
             model = adapted(meta_model(self._config, job.role, self.work), job.lora)
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 if job.lora is not None:
                     model.enable_input_require_grads()
-            self._saved[key] = saved_bytes(model, passes.rows, passes.tokens, job.train.precision == "bfloat16")
+            in_16_bits = job.train.precision == "bfloat16"
+            if in_16_bits and job.train.sharding == "fsdp":  # gathered in 16 bits, and let go: no copy stays
+                model, in_16_bits = model.to(torch.bfloat16), False
+            self._saved[key] = saved_bytes(model, passes.rows, passes.tokens, in_16_bits)
         return self._saved[key]

@@ -15,9 +15,9 @@ from orchestrator.search.controller import Assignment, ControllerHandle
 from orchestrator.search.driver import SharedInputs, TrialQueue, begin_ledger, note_cost, prepare_inputs, run_search
 from orchestrator.search.ledger import Search
 from orchestrator.search.ledger_records import SearchSpec
-from orchestrator.search.pruning import StoppingRule
 from orchestrator.search.results import completed_trials, write_results
 from orchestrator.search.samplers import ListSampler
+from orchestrator.search.schedulers import RuleScheduler, StoppingRule
 from tune_spaces.ranges import Choice
 from tune_spaces.space import Point, Space
 
@@ -128,7 +128,7 @@ def run_all(
         return TrialQueue(controller, trials, ListSampler([]), left)
 
     return run_search(
-        bound, inputs, folder, spec, StoppingRule("none", settings.direction), queue_of,
+        bound, inputs, folder, spec, RuleScheduler(StoppingRule("none", settings.direction)), queue_of,
         in_process=settings.trials_in == "reused_process",
         concurrent=None if settings.concurrent == "auto" else settings.concurrent,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from actors.handles import RemoteMethod
 from actors.student.task import ValidationController
 from orchestrator.search.ledger import Ledger, Search, read_ledger
 from orchestrator.search.ledger_records import FinalStatus, SearchSpec
-from orchestrator.search.pruning import StoppingRule
+from orchestrator.search.schedulers import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,12 @@ class SearchController:
     Args:
         path: the ledger, begun before.
         spec: what is searched.
-        rule: which trials continue.
+        scheduler: says which trials continue.
     """
 
-    def __init__(self, path: Path, spec: SearchSpec, rule: StoppingRule) -> None:
+    def __init__(self, path: Path, spec: SearchSpec, scheduler: Scheduler) -> None:
         self._ledger = Ledger(path)
-        self._spec, self._rule = spec, rule
+        self._spec, self._scheduler = spec, scheduler
         self._assignments: dict[int, Assignment] = {}
         self._begun_at: dict[int, float] = {}
         self._rungs: dict[int, list[dict[str, float]]] = {}  # what was measured of each trial, rung after rung
@@ -81,6 +81,8 @@ class SearchController:
         for trial in read_ledger(path).trials:
             if trial.ended is not None:  # one that was interrupted begins anew, and its rungs with it
                 self._rungs[trial.number] = [dict(rung.metrics) for rung in trial.rungs]  # type: ignore[arg-type]
+                for number, rung in enumerate(self._rungs[trial.number]):
+                    self._scheduler.take_down(trial.number, number, rung[spec.metric])
                 last = len(trial.rungs) - 1
                 self._outcomes[trial.number] = Outcome(trial.ended.status, trial.metrics.get(spec.metric), last)
 
@@ -89,6 +91,7 @@ class SearchController:
         self._assignments[assignment.trial] = assignment
         self._begun_at[assignment.trial] = time.monotonic()
         self._rungs[assignment.trial] = []
+        self._scheduler.begin(assignment.trial)
         self._ledger.begun(assignment.trial, assignment.point, assignment.seed, assignment.arm)
 
     def assignment(self, trial: int) -> Assignment:
@@ -105,17 +108,18 @@ class SearchController:
         if trial in self._outcomes or rung < len(so_far):
             return trial not in self._outcomes and trial not in self._stopped
         assert rung == len(so_far), f"trial {trial} comes to rung {rung} and was measured at {len(so_far)}"
-        value = measures[self._spec.metric]
-        others = [
-            rungs[rung][self._spec.metric] for other, rungs in self._rungs.items() if other != trial and rung < len(rungs)
-        ]
-        nothing_left = rung == len(self._spec.rungs) - 1
-        goes_on = nothing_left or self._rule.goes_on(value, others)
+        goes_on = self._decided(trial, rung, measures[self._spec.metric])
         self._ledger.rung(trial, rung, step, measures, "continue" if goes_on else "stop", seconds)
         so_far.append(dict(measures))
         if not goes_on:
             self._stopped.add(trial)
         return goes_on
+
+    def _decided(self, trial: int, rung: int, value: float) -> bool:
+        if rung < len(self._spec.rungs) - 1:
+            return self._scheduler.goes_on(trial, rung, value)
+        self._scheduler.take_down(trial, rung, value)  # nothing is left that could be stopped
+        return True
 
     def ended(self, trial: int, step: int, student_tokens: int, error: str | None = None) -> Outcome:
         """Take down that a trial is over, by its own end, the controller's word or an error."""

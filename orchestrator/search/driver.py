@@ -25,9 +25,9 @@ from orchestrator.search.bound_space import BoundSpace
 from orchestrator.search.controller import Assignment, ControllerHandle, Outcome, SearchController
 from orchestrator.search.ledger import Ledger, Search, read_ledger
 from orchestrator.search.ledger_records import SearchSpec
-from orchestrator.search.pruning import StoppingRule
 from orchestrator.search.ray_tune import most_at_once, run_trials
 from orchestrator.search.samplers import Sampler
+from orchestrator.search.schedulers import Scheduler
 from orchestrator.search.trial import TrialContext, spent
 
 logger = logging.getLogger("atkd")
@@ -145,7 +145,7 @@ def begin_ledger(folder: Path, spec: SearchSpec) -> Search:
 
 
 def run_search(
-    bound: BoundSpace, inputs: SharedInputs, folder: Path, spec: SearchSpec, rule: StoppingRule,
+    bound: BoundSpace, inputs: SharedInputs, folder: Path, spec: SearchSpec, scheduler: Scheduler,
     queue_of: Callable[[ControllerHandle, Path], TrialQueue], *, in_process: bool, concurrent: int | None,
 ) -> Search:  # fmt: skip
     """Run the trials to their end under a controller, saying how far they are; return what the ledger then holds.
@@ -154,9 +154,8 @@ def run_search(
     """
     workers = bound.config.workers
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # the ledger is on this node
-    controller: ControllerHandle = (
-        ray.remote(SearchController).options(num_cpus=0, scheduling_strategy=here).remote(folder / "ledger.jsonl", spec, rule)
-    )
+    actor = ray.remote(SearchController).options(num_cpus=0, scheduling_strategy=here)
+    controller: ControllerHandle = actor.remote(folder / "ledger.jsonl", spec, scheduler)
     stores = (inputs.training_store, inputs.heldout_store)
     trial_context = TrialContext(bound, inputs.run_folder, folder / "trials", *stores, len(spec.rungs), in_process, controller)
     at_once = min(most_at_once(workers), concurrent or spec.trials)

@@ -58,6 +58,9 @@ class SearchSpec(Line):
     baseline: str | None = None
     """The arm that the others are compared to."""
 
+    scheduler: str | dict[str, Any] | None = None
+    """What says which trials continue: a name, or ``kind`` with arguments; None where all do or it was not written down."""
+
 
 class Begun(Line):
     """A trial starts, or starts anew: whatever it did before is void."""

@@ -1,7 +1,8 @@
-"""Ray Tune: it starts trials where there is room, and begins the next when one is over. All that is Ray Tune's stands here.
+"""Ray Tune: it starts trials where there is room, and begins the next when one is over.
 
-Which point is tried next and which trial is stopped is not left to it: trials end by their own return, told by the controller,
-so that Ray Train frees what it holds; Ray Tune would kill them, and their placement groups would outlive them.
+Which point is tried next and how a trial is stopped is not left to it: trials end by their own return, told by the controller,
+so that Ray Train frees what it holds; Ray Tune would kill them, and their placement groups would outlive them. A scheduler of
+Ray Tune is asked by the controller.
 """
 
 import logging

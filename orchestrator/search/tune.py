@@ -20,9 +20,9 @@ from orchestrator.search.driver import (
 )
 from orchestrator.search.ledger import Search, Trial
 from orchestrator.search.ledger_records import SearchSpec
-from orchestrator.search.pruning import StoppingRule
 from orchestrator.search.results import write_results
 from orchestrator.search.samplers import ListSampler, OptunaSampler, Sampler
+from orchestrator.search.schedulers import scheduler_of
 
 
 def tune(config: RunConfig) -> Path:
@@ -46,7 +46,7 @@ def tune(config: RunConfig) -> Path:
 
         settings = config.tune
         search = run_search(
-            bound, inputs, folder, spec, StoppingRule(settings.scheduler, settings.direction, settings.reduction), queue_of,
+            bound, inputs, folder, spec, scheduler_of(settings), queue_of,
             in_process=settings.trials_in == "reused_process",
             concurrent=None if settings.concurrent == "auto" else settings.concurrent,
         )  # fmt: skip
@@ -70,6 +70,7 @@ def spec_of(config: RunConfig, inputs: SharedInputs) -> SearchSpec:
         total_steps=inputs.total_steps,
         rungs=rung_steps(inputs.total_steps, settings.rungs),
         trials=(size or 0) if settings.search == "grid" else settings.draws,
+        scheduler=settings.model_dump(include={"scheduler"})["scheduler"],
     )
 
 

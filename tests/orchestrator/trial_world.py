@@ -23,7 +23,7 @@ from orchestrator.search.bound_space import BoundSpace, search_of
 from orchestrator.search.controller import Assignment, SearchController
 from orchestrator.search.driver import SharedInputs, TrialQueue, assignments_to_repeat, begin_ledger, run_search
 from orchestrator.search.ledger import Ledger, Search
-from orchestrator.search.pruning import StoppingRule
+from orchestrator.search.schedulers import RuleScheduler, StoppingRule, scheduler_of
 from orchestrator.search.trial import TrialContext
 from orchestrator.search.tune import source_of, spec_of
 from tests.worlds import VOCAB, random_examples, scores_from_logits, tiny_llama
@@ -116,9 +116,9 @@ def search(config: RunConfig, folder: Path, at_once: int = 2) -> Search:
             controller, trials, source_of(bound, found), assignments_to_repeat(found), len(found.trials), config.seed
         )
 
-    rule = StoppingRule(tune.scheduler, tune.direction, tune.reduction)
     return run_search(
-        bound, ground, folder, spec, rule, queue_of, in_process=tune.trials_in == "reused_process", concurrent=at_once,
+        bound, ground, folder, spec, scheduler_of(tune), queue_of,
+        in_process=tune.trials_in == "reused_process", concurrent=at_once,
     )  # fmt: skip
 
 
@@ -139,9 +139,8 @@ def measures_of(config: RunConfig, folder: Path, assignments: list[Assignment]) 
     shutil.rmtree(folder, ignore_errors=True)
     spec = spec_of(config, ground_of(config))
     Ledger(folder / "ledger.jsonl").begin_search(spec)
-    controller = (
-        ray.remote(SearchController).options(num_cpus=0).remote(folder / "ledger.jsonl", spec, StoppingRule("none", "min"))
-    )
+    none = RuleScheduler(StoppingRule("none", "min"))
+    controller = ray.remote(SearchController).options(num_cpus=0).remote(folder / "ledger.jsonl", spec, none)
     for assignment in assignments:
         ray.get(controller.begin.remote(assignment))
         distil(trial_context(config, folder, controller).task(assignment), NoCheckpoints())

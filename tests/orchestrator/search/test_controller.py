@@ -6,14 +6,27 @@ from typing import Any
 
 import pytest
 
+from orchestrator.config.schedulers import AsyncHyperBand, MedianStopping, NativeScheduler
 from orchestrator.search.controller import Assignment, Outcome, SearchController
 from orchestrator.search.ledger import Ledger, read_ledger
 from orchestrator.search.ledger_records import SearchSpec
-from orchestrator.search.pruning import StoppingRule
+from orchestrator.search.schedulers import RayScheduler, RuleScheduler, StoppingRule
 
 RUNGS = (4, 8, 12)
 LOSSES = [[5.0, 4.0, 3.0], [5.5, 5.0, 4.0], [4.0, 3.0, 2.0], [5.2, 4.5, 3.5], [3.0, 2.0, 1.0], [4.5, 2.5, 1.5]]
 """Of each trial, rung after rung."""
+
+
+NATIVE: dict[str, NativeScheduler] = {
+    "halving": AsyncHyperBand(kind="async_hyperband", reduction_factor=2, grace_period=1),
+    "median": MedianStopping(kind="median_stopping_rule", min_samples_required=2),
+}
+
+
+def native_judge_in(folder: Path, name: str) -> SearchController:
+    judge_in(folder)
+    spec = read_ledger(folder / "ledger.jsonl").spec
+    return SearchController(folder / "ledger.jsonl", spec, RayScheduler(NATIVE[name], "min", len(RUNGS)))
 
 
 def judge_in(folder: Path, scheduler: Any = "asha", mode: Any = "min", metric: str = "heldout_loss") -> SearchController:
@@ -21,7 +34,7 @@ def judge_in(folder: Path, scheduler: Any = "asha", mode: Any = "min", metric: s
         kind="tune", name="small", metric=metric, mode=mode, space={"a": [1, 2]}, total_steps=12, rungs=RUNGS, trials=6
     )
     Ledger(folder / "ledger.jsonl").begin_search(spec)
-    return SearchController(folder / "ledger.jsonl", spec, StoppingRule(scheduler, mode))
+    return SearchController(folder / "ledger.jsonl", spec, RuleScheduler(StoppingRule(scheduler, mode)))
 
 
 def examine(controller: SearchController, trial: int, rung: int, value: float) -> bool:
@@ -161,3 +174,39 @@ def test_a_rung_cannot_be_left_out(tmp_path: Path) -> None:
     controller.begin(Assignment(0, {}, seed=0))
     with pytest.raises(AssertionError, match="trial 0 comes to rung 1 and was measured at 0"):
         examine(controller, 0, 1, 1.0)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_scheduler_of_ray_tune_decides_the_same_after_any_line_at_which_the_controller_died(name: str, tmp_path: Path) -> None:
+    controller = native_judge_in(tmp_path, name)
+    for trial in range(6):
+        live(controller, trial)
+    decided = decisions(tmp_path)
+    assert ["stop"] in decided.values() and len(decided[4]) == 3, "it stops some, and the best of all is completed"
+    assert all(len(rungs) < 3 or rungs[-1] == "continue" for rungs in decided.values()), "the last rung stops none"
+    whole = [line for line in (tmp_path / "ledger.jsonl").read_bytes().splitlines(keepends=True) if b'"search"' not in line]
+    for lines in range(len(whole)):
+        folder = tmp_path / f"cut_{lines}"
+        folder.mkdir()
+        native_judge_in(folder, name)
+        with open(folder / "ledger.jsonl", "ab") as file:
+            file.write(b"".join(whole[:lines]) + whole[lines][:7])  # a line that was cut short
+        again = native_judge_in(folder, name)
+        over = {trial.number for trial in again.search().trials if trial.ended}
+        for trial in range(6):
+            if trial not in over:
+                live(again, trial)
+        assert decisions(folder) == decided
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_scheduler_of_ray_tune_never_hears_of_a_spoiled_measure_and_its_trial_stops(name: str, tmp_path: Path) -> None:
+    controller = native_judge_in(tmp_path, name)
+    for trial in range(4):
+        controller.begin(Assignment(trial, {}, seed=0))
+    assert not examine(controller, 0, 0, math.nan) and examine(controller, 1, 0, 2.0)
+    assert controller.ended(0, 4, 400).status == "stopped"
+    assert examine(controller, 1, 1, 1.0) and examine(controller, 1, 2, math.nan), "the last rung stops none"
+    again = native_judge_in(tmp_path, name)
+    again.begin(Assignment(2, {}, seed=0))
+    assert examine(again, 2, 0, 9.0), "the first that it hears of"

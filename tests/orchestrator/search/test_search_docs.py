@@ -10,10 +10,12 @@ import yaml
 
 from losses.section import Section
 from orchestrator.config.compare import ARMS, CompareConfig
+from orchestrator.config.schedulers import NATIVE, OWN, REFUSED, AsyncHyperBand, MedianStopping
 from orchestrator.config.tune import METRICS, TuneConfig
 from orchestrator.search.statistics import critical_t
 from tune_spaces.registry import SPACES
 
+STOPPED = "Which trials are stopped"
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "search.md").read_text()
 SOURCES = "".join(path.read_text() for room in ("orchestrator", "tune_spaces") for path in sorted((ROOT / room).rglob("*.py")))
@@ -43,6 +45,19 @@ def test_metrics_arms_and_spaces_are_those_there_are() -> None:
     assert [row[0].strip("`") for row in rows_of("The section `compare`") if len(row) == 2] == list(ARMS)
     sizes = {row[0].split("`")[1]: row[-1] for row in rows_of("Spaces") if len(row) == 3 and row[0] != "`tune.space`"}
     assert sizes == {name: str(space.size() or "continuous") for name, space in SPACES.items()}
+
+
+def test_arguments_of_schedulers_are_those_there_are() -> None:
+    rows = [row for row in rows_of(STOPPED) if len(row) == 4]
+    said = {row[0].strip("`"): (row[1].strip("`"), yaml.safe_load(row[2].strip("`"))) for row in rows}
+    taken: dict[str, tuple[str, Any]] = {}
+    for name, section in zip(NATIVE, (AsyncHyperBand, MedianStopping), strict=True):
+        for argument, field in section.model_fields.items():
+            if argument != "kind":
+                taken[argument] = ("both" if argument in taken else name, field.default)
+    assert said == taken
+    assert first_column(STOPPED)[1 : 1 + len(OWN) + len(NATIVE)] == [*OWN, *NATIVE], "after the heading of the table"
+    assert all(f"`{name}`" in PAGE for name in REFUSED)
 
 
 def test_the_differences_that_few_seeds_tell_apart_are_what_the_test_asks_for() -> None:

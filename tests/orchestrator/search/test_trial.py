@@ -11,9 +11,9 @@ from orchestrator.config.run import RunConfig
 from orchestrator.search.controller import Assignment, SearchController
 from orchestrator.search.driver import DIED, TrialQueue, progress_line
 from orchestrator.search.ledger import Ledger
-from orchestrator.search.pruning import StoppingRule
 from orchestrator.search.ray_tune import trial_resources
 from orchestrator.search.samplers import ListSampler
+from orchestrator.search.schedulers import RuleScheduler, StoppingRule
 from orchestrator.search.tune import spec_of
 from tests.orchestrator.trial_world import RATE, ground_of, measures_of, scored_run, trial_context
 
@@ -60,9 +60,8 @@ def test_a_trial_too_short_for_its_rungs_says_so(config: RunConfig, tmp_path: Pa
 def test_interrupted_trials_begin_first_and_a_point_may_set_the_seed(local_ray: None, config: RunConfig, tmp_path: Path) -> None:
     spec = spec_of(config, ground_of(config))
     Ledger(tmp_path / "ledger.jsonl").begin_search(spec)
-    controller = (
-        ray.remote(SearchController).options(num_cpus=0).remote(tmp_path / "ledger.jsonl", spec, StoppingRule("none", "min"))
-    )
+    none = RuleScheduler(StoppingRule("none", "min"))
+    controller = ray.remote(SearchController).options(num_cpus=0).remote(tmp_path / "ledger.jsonl", spec, none)
     waiting = [Assignment(1, {RATE: 3e-3}, seed=8)]
     queue = TrialQueue(controller, tmp_path, ListSampler([{RATE: 1e-3}, {"seed": 4}]), waiting, first=3, seed=2)
     assert [queue.begin_next() for _ in range(4)] == [1, 3, 4, None]

@@ -97,6 +97,33 @@ def test_twenty_trials_on_two_slots_all_end_and_nothing_is_left(local_ray: None,
     assert not (tmp_path / "ray_tune").exists()
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_scheduler_of_ray_tune_stops_trials_and_is_told_again_what_was_measured(
+    local_ray: None, world: Path, tmp_path: Path
+) -> None:
+    """The second search finds a ledger of which the last trials are missing, and a controller that knows nothing else."""
+    rates = [5e-3, 2e-3, 1e-5, 1e-6, 3e-3, 1e-7]  # better ones first, so that there is whom to stop
+    config = searching(world, rates, scheduler={"kind": "async_hyperband", "reduction_factor": 2})
+    whole = search(config, tmp_path / "whole", at_once=1)
+    assert settled(nothing_is_held)
+    assert whole.spec.scheduler == {"kind": "async_hyperband", "grace_period": 1, "reduction_factor": 2.0, "brackets": 1}
+    assert not whole.with_status("failed", "unfinished")
+    assert {trial.number for trial in whole.with_status("stopped")} >= {2, 3, 5}
+    assert all(trial.step < 12 for trial in whole.with_status("stopped"))
+    assert whole.trials[0] in whole.with_status("completed")
+
+    lines = (tmp_path / "whole" / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    begun = next(number for number, line in enumerate(lines) if json.loads(line).get("trial") == 3)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "ledger.jsonl").write_bytes(b"".join(lines[: begun + 1]))
+    again = search(config, tmp_path / "cut", at_once=1)
+    assert again.trials[:3] == whole.trials[:3], "what was done was not done again"
+    decided = [[[rung.decision for rung in trial.rungs] for trial in found.trials] for found in (whole, again)]
+    assert decided[0] == decided[1]
+    assert [trial.begun.point for trial in again.trials] == [trial.begun.point for trial in whole.trials]
+
+
 def kill_the_process_of_a_trial(folder: Path) -> None:
     """Kill a trial at its work once a few have ended. Its process is held still first, so that it cannot end meanwhile."""
     until = time.monotonic() + 120
