@@ -17,7 +17,7 @@ def checkpoint(folder: Path, workers: int = 2) -> Path:
         part = folder / f"part-{rank}"
         part.mkdir()
         for index in range(3):
-            (part / f"__{rank}_{index}.distcp").write_bytes(bytes(range(rank + index, 200)))
+            (part / f"__{rank}_{index}.safetensors").write_bytes(bytes(range(rank + index, 200)))
         (part / ("progress.json" if rank == 0 else "other.json")).write_text('{"step": 3}')
         write_checksums(part, rank, workers)
         for path in part.iterdir():
@@ -26,10 +26,10 @@ def checkpoint(folder: Path, workers: int = 2) -> Path:
 
 
 def flip_a_byte(folder: Path) -> str:
-    content = bytearray((folder / "__1_2.distcp").read_bytes())
+    content = bytearray((folder / "__1_2.safetensors").read_bytes())
     content[17] ^= 4
-    (folder / "__1_2.distcp").write_bytes(content)
-    return "__1_2.distcp is not as it was written"
+    (folder / "__1_2.safetensors").write_bytes(content)
+    return "__1_2.safetensors is not as it was written"
 
 
 def cut_short(folder: Path) -> str:
@@ -38,8 +38,8 @@ def cut_short(folder: Path) -> str:
 
 
 def lose(folder: Path) -> str:
-    (folder / "__0_0.distcp").unlink()
-    return "__0_0.distcp is gone"
+    (folder / "__0_0.safetensors").unlink()
+    return "__0_0.safetensors is gone"
 
 
 def lose_the_list(folder: Path) -> str:

@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     store, withheld = withhold(training_world)
 
     def harm() -> None:
-        latest = max((tmp_path / "checkpoints" / "train").glob("checkpoint_*/__0_0.distcp"))
+        latest = max((tmp_path / "checkpoints" / "train").glob("checkpoint_*/*.safetensors"))
         content = bytearray(latest.read_bytes())
         content[len(content) // 2] ^= 1
         latest.write_bytes(content)
@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     killer.join()
     assert not uncounted.exists()
     (line,) = [line for line in said if "damaged" in line]
-    assert "a checkpoint was damaged and passed over" in line and "__0_0.distcp is not as it was written" in line
+    assert "a checkpoint was damaged and passed over" in line and ".safetensors is not as it was written" in line
     assert len(damaged_checkpoints(tmp_path / "checkpoints" / "train")) == 1
     assert losses_of(tmp_path) == losses_of(undisturbed[0])
     assert_same(weights_of(task), undisturbed[1], tolerance=0)
