@@ -38,7 +38,8 @@ def model_with_code(folder: Path, marker: Path) -> ModelSource:
     (folder / "tokenizer_config.json").write_text(json.dumps(words))
     (folder / "own.py").write_text(
         "from pathlib import Path\n"
-        "from transformers import LlamaConfig as OwnConfig\n"
+        "from transformers import LlamaConfig\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"  # its own: loading it marks the class
         f"Path({str(marker)!r}).touch()\n"
     )
     return ModelSource(str(folder))
