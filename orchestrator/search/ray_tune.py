@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
@@ -16,6 +17,7 @@ from ray.tune.search import Searcher
 
 from actors.config.workers import WorkersConfig
 from actors.placement import read_nodes, settled_places, worker_request
+from orchestrator.search.ledger import Search
 from orchestrator.search.trial import TrialContext, run_trial
 
 
@@ -33,10 +35,7 @@ class Trials(Protocol):
 
 def run_trials(trials: Trials, context: TrialContext, workers: WorkersConfig, at_once: int) -> None:
     """Run trial after trial, up to ``at_once`` at a time, until there is none left."""
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is a KeyboardInterrupt here as everywhere
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other output speaks even when it is told to be silent
-    for name in ("ray.tune", "ray.tune.execution.tune_controller", "ray.tune.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # a trial's error stands in the ledger
+    _keep_silent()
     storage = context.folder / "ray_tune"
     shutil.rmtree(storage, ignore_errors=True)
     tuner = tune.Tuner(
@@ -44,12 +43,58 @@ def run_trials(trials: Trials, context: TrialContext, workers: WorkersConfig, at
         tune_config=tune.TuneConfig(
             search_alg=_InOrder(trials), num_samples=-1, max_concurrent_trials=at_once, reuse_actors=context.in_process
         ),
-        run_config=tune.RunConfig(
-            name="trials", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=0)
-        ),
+        run_config=_run_config(storage),
     )
     tuner.fit()
     shutil.rmtree(storage, ignore_errors=True)
+
+
+def result_grid(search: Search, folder: Path) -> tune.ResultGrid:
+    """Return the trials of a ledger as Ray Tune's own results, for whoever has tools for those; needs a Ray.
+
+    Each trial that is over is played to Ray Tune once more: its point as ``config["point"]``, its measures rung by rung, its
+    error. That takes seconds a trial; what Ray Tune writes stays in ``folder``.
+
+    Args:
+        search: what the ledger tells.
+        folder: where Ray Tune keeps the results; one that every node sees.
+    """
+    _keep_silent()
+    over = {trial.number: trial for trial in search.with_status("completed", "stopped", "failed")}
+    errors = {number: search.error(trial) for number, trial in over.items()}
+    points = {number: dict(trial.begun.point) for number, trial in over.items()}
+    measured = {number: [dict(rung.metrics) | {"step": rung.step} for rung in trial.rungs] for number, trial in over.items()}
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_play, measured=measured, errors=errors), {"CPU": 0.01}),
+        param_space={
+            "trial": tune.grid_search(list(over)), "point": tune.sample_from(lambda config: points[config["trial"]])
+        },
+        tune_config=tune.TuneConfig(metric=search.spec.metric, mode=search.spec.mode),
+        run_config=_run_config(folder),
+    )  # fmt: skip
+    return tuner.fit()
+
+
+def _play(
+    config: Mapping[str, Any], measured: Mapping[int, list[dict[str, float | None]]], errors: Mapping[int, str | None]
+) -> None:
+    for metrics in measured[config["trial"]]:
+        tune.report(metrics)
+    if error := errors[config["trial"]]:
+        raise RuntimeError(error)
+
+
+def _run_config(storage: Path) -> tune.RunConfig:
+    return tune.RunConfig(
+        name="trials", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=0)
+    )
+
+
+def _keep_silent() -> None:
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is a KeyboardInterrupt here as everywhere
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other output speaks even when it is told to be silent
+    for name in ("ray.tune", "ray.tune.execution.tune_controller", "ray.tune.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a trial's error stands in the ledger
 
 
 def trial_resources(workers: WorkersConfig, in_process: bool) -> tune.PlacementGroupFactory:
