@@ -46,6 +46,11 @@ class NotedTeacher:
         return FakeTeacher(seconds_per_call=0.3, log=self.folder / "scored")(spec)
 
 
+def built_engines(folder: Path) -> list[tuple[str, list[int], float]]:
+    """The node, the GPUs and the time of each engine that was built."""
+    return [tuple(json.loads(line)) for line in (folder / "engines").read_text().splitlines()]
+
+
 def here() -> str:
     return ray.get_runtime_context().get_node_id()
 
@@ -81,7 +86,7 @@ def fake_cluster() -> Iterator[Cluster]:
 
 @contextmanager
 def standing_students() -> Iterator[list[str]]:
-    """TargetCluster the students and give the names of their nodes."""
+    """Place the students and give the names of their nodes."""
     groups = [reserve(worker_request(STUDENTS)) for _ in range(STUDENTS.count)]
     students = [Student.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote() for group in groups]
     nodes = ray.get([student.where.remote() for student in students], timeout=60)
@@ -123,9 +128,10 @@ def drill(cluster: Cluster, folder: Path) -> dict[str, Any]:
                 removed = time.time()
                 cluster.remove_node(node, allow_graceful=False)
         until(lambda: sorted(rooms()) == [name for name in "ab" if name != lost] * 2)
+        until(lambda: any(built > removed for _, _, built in built_engines(folder)))
         facts["replicas_after_loss"] = rooms()
     facts["rooms_left"] = len(rooms()) + len(rooms(gpus=1))
-    engines = [json.loads(line) for line in (folder / "engines").read_text().splitlines()]
+    engines = built_engines(folder)
     facts["engines"] = [(names[node], len(gpus)) for node, gpus, _ in engines]
     facts["recovery_seconds"] = min(built for _, _, built in engines if built > removed) - removed
     twice = [key for key, times in Counter((folder / "scored").read_text().split()).items() if times > 1]
