@@ -62,7 +62,7 @@ def shared_with_adapters(model: nn.Module) -> list[str]:
         if isinstance(weight, nn.Parameter) and not hasattr(module, "get_delta_weight"):
             owners.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
     adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "get_delta_weight")]
-    return [_plain_name(name) for name, module in adapted if len(owners[id(module.weight)]) > 1]
+    return [plain_name(name) for name, module in adapted if len(owners[id(module.weight)]) > 1]
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
@@ -107,5 +107,6 @@ def load_adapter(folder: str, base: PreTrainedModel) -> PreTrainedModel:
     return merged
 
 
-def _plain_name(name: str) -> str:
-    return name.removeprefix("base_model.model.")
+def plain_name(name: str) -> str:
+    """Return the name that a weight or a layer has in the model without adapters."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

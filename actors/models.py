@@ -5,8 +5,10 @@ And where their hidden states become logits, so that the loss can do that step i
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.attention import attention_for
@@ -16,7 +18,7 @@ from actors.lora import adapted_weight
 from actors.model_source import ModelSource
 from losses.lm_head import LMHead
 
-PROBE_TOKENS = (0, 1, 0)
+PROBE_TOKENS, PROBE_POSITIONS = 64, 3
 ROUNDING = 1e-5  # relative and in logits: a soft cap of 30 takes 4e-4 of a logit of 1
 
 
@@ -95,19 +97,45 @@ def output_head(model: PreTrainedModel) -> LMHead:
 
 @torch.no_grad()
 def head_makes_the_logits(model: PreTrainedModel) -> bool:
-    """Whether the last hidden states times ``output_head`` are the model's own logits, tried on a few tokens.
+    """Whether the last hidden states times ``output_head`` are the model's own logits, tried on states drawn at random.
 
-    False for architectures that do something else on the way; their logits must come from their own forward pass.
+    Only what follows the decoder is run, with a head of a few tokens: that costs the same for a model of any size, and needs none
+    of its weights. False for architectures that do something else on the way; their logits must come from their own forward pass.
     """
-    base, was_training = plain_model(model), model.training
-    token_ids = torch.tensor([PROBE_TOKENS], device=model.device)
-    model.eval()
+    base = plain_model(model)
     try:
-        hidden = base.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
-        expected = base(input_ids=token_ids, use_cache=False).logits
-        found = output_head(model).logits(hidden[0])
-    except (AttributeError, ValueError):
+        decoder, head = base.get_decoder(), base.get_output_embeddings()
+    except AttributeError:
+        return False
+    linear = head.get_base_layer() if hasattr(head, "get_base_layer") else head  # with an adapter on it
+    if decoder is None or decoder is base or type(linear) is not nn.Linear:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn((1, PROBE_POSITIONS, linear.in_features), generator=generator)
+    stand_in = nn.Linear(linear.in_features, PROBE_TOKENS, bias=linear.bias is not None, device="cpu", dtype=torch.float32)
+    for weight in stand_in.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator))
+    decoder.forward = lambda *_, **__: _Decoded(hidden)
+    base.set_output_embeddings(stand_in)
+    try:
+        expected = base(input_ids=torch.zeros((1, PROBE_POSITIONS), dtype=torch.int64), use_cache=False).logits[0]
+        found = output_head(base).logits(hidden[0])
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
     finally:
-        model.train(was_training)
-    return found.shape == expected[0].shape and torch.allclose(found, expected[0], rtol=ROUNDING, atol=ROUNDING)
+        del decoder.forward
+        base.set_output_embeddings(head)
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+class _Decoded:
+    """What a decoder returns: its last hidden states, and None for whatever else it is asked for."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from actors.attention import exact
@@ -24,6 +23,7 @@ from actors.model_source import ModelSource
 from actors.models import load_model, save_model
 from actors.student.causal_lm import CausalStudent, prepare_model
 from actors.student.checkpoint import whole_weights
+from actors.student.model import undistributed
 from actors.student.ranks import Worker
 from actors.student.task import TrainingTask
 from losses.terms import categorical_kl
@@ -126,7 +126,7 @@ def read_proof(path: Path) -> ExportProof | None:
 @torch.no_grad()
 def trained_logprobs(student: nn.Module, task: TrainingTask, token_ids: Tensor, worker: Worker) -> Tensor:
     """Return float64 [T, V], what the student predicts as it stands on its workers, through the loop's own way to logits."""
-    module = student.module if isinstance(student, DistributedDataParallel) else student
+    module = undistributed(student)
     was_training = module.training
     module.eval()
     in_16_bits = exact(task.model) != task.model

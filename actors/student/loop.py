@@ -14,13 +14,12 @@ from actors.dataloader.sampler import StepSampler, layout_of, steps_in
 from actors.dataloader.scored_rows import RowBatch, ScoredRows, StoredRows, all_rows
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
-from actors.models import vocab_size_of
 from actors.monitors.metrics_log import MetricsLog, step_metrics
 from actors.score_store.store import ScoreStore
-from actors.student.causal_lm import CausalStudent, prepare_model
+from actors.student.causal_lm import make_student
 from actors.student.checkpoint import Progress
 from actors.student.finished_model import write_finished_model
-from actors.student.model import autocast, distribute, set_gradient_sync
+from actors.student.model import autocast, set_gradient_sync, undistributed
 from actors.student.optimizer import clip_gradients, make_optimizer, make_schedule
 from actors.student.ranks import Worker
 from actors.student.resize import ResizeMonitor
@@ -45,9 +44,8 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     step_weights = StepWeights(task.loss, task.seed, all_rows(examples, store, task.top_k))
 
     torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
-    model = prepare_model(task.model, task.lora, task.train)
-    vocab_size = vocab_size_of(model)
-    student = distribute(CausalStudent(model, task.loss), task.train, worker)
+    student = make_student(task.model, task.lora, task.loss, task.train, worker)
+    vocab_size = undistributed(student).vocab_size
     total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
     optimizer = make_optimizer(student, task.train.optimizer)
     schedule = make_schedule(optimizer, task.train.optimizer, total_steps)

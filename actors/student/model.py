@@ -22,12 +22,17 @@ from losses.loss_state import LossState
 
 
 class StudentWithLoss(nn.Module, ABC):
-    """A student and its loss in one forward, so that DDP and FSDP see a single call."""
+    """A student and its loss in one forward, so that DDP and FSDP see a single call.
 
-    def __init__(self, model: nn.Module, loss: LossConfig) -> None:
+    Args:
+        model: the student.
+        loss: what it learns by.
+        vocab_size: V.
+    """
+
+    def __init__(self, model: nn.Module, loss: LossConfig, vocab_size: int) -> None:
         super().__init__()
-        self.model = model
-        self.loss = loss
+        self.model, self.loss, self.vocab_size = model, loss, vocab_size
 
     def forward(self, batch: MicroBatch, state: LossState | None) -> tuple[torch.Tensor, ...]:
         """Return the batch's share of the step's loss, and the sums for its metrics, as the tensors of a ``LossSums``.
@@ -43,7 +48,7 @@ class StudentWithLoss(nn.Module, ABC):
 
     @abstractmethod
     def blocks(self) -> Iterable[nn.Module]:
-        """Return the units of sharding.
+        """Return the units of sharding and of compiling.
 
         Raises:
             ValueError: if the model has none that are known.
@@ -61,8 +66,12 @@ def distribute(student: StudentWithLoss, train: TrainConfig, worker: Worker) -> 
     """Replicate the student over the workers, or shard it; a lone worker with ``replicate`` gets the plain module.
 
     Sharding takes a block at a time to the device, and keeps this worker's share of it there. In bfloat16 the shares stay
-    float32, and blocks are gathered in 16 bits; gradients are reduced in float32.
+    float32, and blocks are gathered in 16 bits; gradients are reduced in float32. Blocks are compiled each by itself, before they
+    are sharded: what gathers their weights would break a graph of more.
     """
+    if train.compile:
+        for block in student.blocks():
+            block.compile()
     if train.sharding == "fsdp":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         settings: dict[str, Any] = {"mp_policy": policy} if train.precision == "bfloat16" else {}
@@ -74,6 +83,13 @@ def distribute(student: StudentWithLoss, train: TrainConfig, worker: Worker) -> 
     if worker.world_size == 1:
         return student
     return DistributedDataParallel(student)
+
+
+def undistributed(student: nn.Module) -> StudentWithLoss:
+    """Return the student itself, whether or not DDP stands around it."""
+    module = student.module if isinstance(student, DistributedDataParallel) else student
+    assert isinstance(module, StudentWithLoss)
+    return module
 
 
 def set_gradient_sync(student: nn.Module, sync: bool) -> None:

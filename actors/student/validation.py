@@ -6,12 +6,11 @@ from pathlib import Path
 import ray
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows, batches_by_length
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
-from actors.student.model import autocast
+from actors.student.model import autocast, undistributed
 from actors.student.ranks import Worker
 from actors.student.task import TrainingTask, ValidationSchedule
 
@@ -47,7 +46,7 @@ class Validator:
         """Return the means over all held-out targets; each worker takes its share of the batches."""
         batches = list(batches_by_length(self._examples.lengths, validation.batch_rows))
         heldout, world_size = HeldoutMetrics(), self._worker.world_size
-        module = student.module if isinstance(student, DistributedDataParallel) else student
+        module = undistributed(student)
         module.eval()
         for first in range(0, len(batches), world_size):
             mine = first + self._worker.rank

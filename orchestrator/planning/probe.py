@@ -22,12 +22,12 @@ from actors.engines.build import build_engine
 from actors.environment import task_environment
 from actors.examples import ExampleFile, write_examples
 from actors.model_source import ModelSource
-from actors.models import save_model, scratch_model, vocab_size_of
+from actors.models import save_model, scratch_model
 from actors.records import Example, example_key
 from actors.score_store.store import ScoreStore
-from actors.student.causal_lm import CausalStudent, prepare_model
+from actors.student.causal_lm import make_student
 from actors.student.loop import accumulate_gradients
-from actors.student.model import distribute
+from actors.student.model import undistributed
 from actors.student.optimizer import clip_gradients, make_optimizer
 from actors.student.ranks import Worker
 from actors.teacher.pool import TeacherPool
@@ -147,14 +147,13 @@ def time_steps(student: _Student) -> float:
     """Return the tokens a second of optimizer steps, the first left out."""
     config, train = student.config, student.train
     worker = Worker.here(int(max(1, config.workers.cpus)), config.workers.gpus > 0)
-    model = prepare_model(student.model, config.student.lora, train)
     examples = ExampleFile(Path(student.examples))
     store = ScoreStore(Path(student.store)) if student.store else None
     sampler = StepSampler(len(examples), train.batch_rows, config.seed, store_order_first=True)
     rows = StoredRows(examples, store, config.scores.top_k, sampler)
     weights = StepWeights(config.loss, config.seed, all_rows(examples, store, config.scores.top_k))
-    vocab_size, state = vocab_size_of(model), LossState.first(config.loss)
-    module = distribute(CausalStudent(model, config.loss), train, worker)
+    module = make_student(student.model, config.student.lora, config.loss, train, worker)
+    vocab_size, state = undistributed(module).vocab_size, LossState.first(config.loss)
     optimizer = make_optimizer(module, train.optimizer)
     tokens, step, started = 0, 0, 0.0
     while step < 3 or time.perf_counter() - started < student.seconds:

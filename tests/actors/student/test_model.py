@@ -16,8 +16,8 @@ from actors.examples import ExampleFile
 from actors.lora import add_adapters, merge_adapters
 from actors.model_source import ModelSource
 from actors.models import load_model, save_model, scratch_model
-from actors.student.causal_lm import CausalStudent, decoder_layers, prepare_model
-from actors.student.model import distribute
+from actors.student.causal_lm import CausalStudent, decoder_layers, make_student, prepare_model
+from actors.student.model import distribute, undistributed
 from actors.student.ranks import Worker
 from losses.config import HardLabelLoss
 from losses.distillation import LossSums
@@ -111,7 +111,7 @@ def test_a_model_without_blocks_cannot_be_sharded() -> None:
         def get_decoder(self) -> nn.Module:
             return nn.Linear(2, 2)
 
-    with pytest.raises(ValueError, match="train.sharding fsdp finds no blocks in Flat; replicate would do"):
+    with pytest.raises(ValueError, match="sharding fsdp and train.compile find no blocks in Flat; replicate and false would do"):
         decoder_layers(Flat())  # type: ignore[arg-type]
 
 
@@ -143,3 +143,32 @@ def test_weights_that_are_pickles_are_not_read(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=rf"{folder} holds no \*\.safetensors, .* transformers' save_pretrained would do"):
         load_model(source)
+
+
+def test_the_head_is_tried_without_the_decoder(tmp_path: Path) -> None:
+    model = load_model(ModelSource(str(tiny_llama(tmp_path / "model", seed=0, layers=2))))
+    ran: list[nn.Module] = []
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(lambda module, _: ran.append(module))
+    student = CausalStudent(model, HARD_LABEL)
+    assert student.through_head and not ran
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "it is as it was, tied"
+    student(batch_in(tmp_path), LossState())
+    assert ran == list(decoder_layers(model))
+
+
+@pytest.mark.slow
+def test_a_compiled_student_learns_the_same(tmp_path: Path) -> None:
+    source, batch = ModelSource(str(tiny_llama(tmp_path / "model", seed=0, layers=2))), batch_in(tmp_path)
+    losses, gradients = [], []
+    for compiled in (False, True):
+        worker = Worker(0, 1, torch.device("cpu"))
+        student = make_student(source, None, HARD_LABEL, TrainConfig(compile=compiled), worker)
+        compiles = [bool(layer._compiled_call_impl) for layer in undistributed(student).blocks()]
+        assert compiles == [compiled] * 2 and not student.model.get_decoder()._compiled_call_impl
+        sums = LossSums(*student(batch, LossState()))
+        sums.loss.backward()
+        losses.append(sums.loss.item())
+        gradients.append([weight.grad for weight in student.parameters()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
