@@ -26,9 +26,10 @@ TRIALS = {
 }
 """Commands that train many students on one scoring."""
 
-OTHERS = ("doctor", "plan", "config")
+OTHERS = ("doctor", "plan", "verify", "config")
 
 PLAN_HELP = "say what a run will take and whether a cluster has it, before anything starts: memory, bytes, hours, bottleneck"
+VERIFY_HELP = "read a run's score stores whole and compare each row with its checksum"
 DOCTOR_HELP = "prove on a few rows that the teacher's scores would be right, before it scores them all"
 
 
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help=PLAN_HELP, description=PLAN_HELP)
     _add_config_arguments(plan)
     _add_plan_arguments(plan)
+    _add_config_arguments(commands.add_parser("verify", help=VERIFY_HELP, description=VERIFY_HELP))
     _add_config_arguments(commands.add_parser("config", help="print the whole configuration, defaults included"))
     return parser
 
@@ -82,9 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             given = {field.name: getattr(options, field.name) for field in fields(PlanOptions)}
             return commands.plan(config, PlanOptions(**given))
-        return {"tune": commands.search, "compare": commands.comparison, "doctor": commands.doctor}[options.command](config)
+        others = {
+            "tune": commands.search, "compare": commands.comparison, "doctor": commands.doctor, "verify": commands.verify
+        }  # fmt: skip
+        return others[options.command](config)
 
-    return guarded(config, work, _level_of(options), of_the_run=options.command != "plan")
+    return guarded(config, work, _level_of(options), of_the_run=options.command not in ("plan", "verify"))
 
 
 def _level_of(options: argparse.Namespace) -> int:

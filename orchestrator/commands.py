@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+from actors.score_store.store import ScoreStore
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.doctor import diagnose
 from orchestrator.planning.plan import PlanOptions, make_plan
@@ -69,6 +70,23 @@ def doctor(config: RunConfig) -> int:
     for finding in findings:
         print(finding.line(), flush=True)
     return int(any(finding.state == "FAILED" for finding in findings))
+
+
+def verify(config: RunConfig) -> int:
+    """Read the score stores of a run whole; print a line for each.
+
+    Raises:
+        ValueError: naming the first file that is not what was written, or that there are no stores yet.
+    """
+    pointers = config.run_dir / "scores.json"
+    if not pointers.exists():
+        raise ValueError(f"{config.run_dir} has no score stores yet; the command score fills them")
+    for split, path in json.loads(pointers.read_text()).items():
+        store = ScoreStore(Path(path))
+        store.verify()
+        there = store.shard_count - len(store.missing_shards())
+        print(f"{split}: {there} of {store.shard_count} shards are there, each row as it was written, in {path}", flush=True)
+    return 0
 
 
 def plan(config: RunConfig, options: PlanOptions) -> int:

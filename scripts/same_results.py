@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 TIMES = {"seconds", "tokens_per_second", "waited_seconds", "time", "started", "ended", "pid"}
-COMPARED = ("**/*.safetensors", "**/*.arrow", "**/table.json", "**/metrics/*.jsonl", "**/ledger.jsonl", "**/trials.csv")
+COMPARED = (
+    "**/*.safetensors", "**/*.arrow", "**/*.rows", "**/table.json", "**/metrics/*.jsonl", "**/ledger.jsonl", "**/trials.csv"
+)  # fmt: skip
 
 
 def findings(ours: Path, theirs: Path) -> Iterator[str]:

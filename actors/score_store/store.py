@@ -1,70 +1,35 @@
 """The score store: what the teacher said, on disk, keyed by content; a log that readers follow while it grows.
 
 A folder holds ``manifest.json`` (the full identity in plain fields, its hash, the plan of shards), and for each finished
-shard ``shard-00042.arrow`` and ``shard-00042.json`` (its checksum and counts). A shard exists from the moment its json
-does: that file is renamed into place last. N targets, K top-k, V vocabulary.
+shard its three files (``shard_files``). N targets, K top-k, V vocabulary.
 """
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from actors.files import write_atomically
-from actors.records import NO_TOKEN, Example, TeacherScores, check_scores, keep_mass, truncate_scores
-from actors.score_store.encoding import ShardView, encode_shard
+from actors.records import Example, TeacherScores, check_scores, keep_mass, truncate_scores
+from actors.score_store.encoding import RowEncoding
 from actors.score_store.identity import Identity, StoreMismatch, identity_difference, identity_hash
 from actors.score_store.leases import filesystem_time_ns
-from actors.score_store.sanity import RowMeans, ScoreRange, Spread, require_rows_differ
+from actors.score_store.sanity import RowMeans, ScoreRange, require_rows_differ
+from actors.score_store.shard_files import ShardFiles, ShardInfo, read_json
 
-FORMAT = 2  # 1, of version 0.1.0, knew no spreads over rows and no top_mass
+FORMAT = 3  # 2 had no indexes, 1 knew no spreads over rows and no top_mass
 LEFTOVER_SECONDS = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    """What is known of one finished shard."""
-
-    shard: int
-    """Its number."""
-    rows: int
-    """Examples in it."""
-    targets: int
-    """Targets in it."""
-    bytes: int
-    """Size of its file."""
-    sha256: str
-    """Checksum of its file."""
-    mean_tail_mass: float
-    """Mass outside target and kept tokens, averaged over the targets."""
-    mean_kept: float
-    """Tokens kept besides the target, averaged over the targets: K, or fewer with ``top_mass``."""
-    target_logprob: Spread
-    """Of the rows' mean log-probabilities of the target."""
-    entropy: Spread
-    """Of the rows' mean entropies."""
+MOST_SHARDS = 10_000
+"""A folder is listed, and each shard mapped, by all who read it."""
 
 
 class ScoringFailed(RuntimeError):
     """The teacher gave up for good; the message is the teacher's own."""
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is damaged: it holds {type(fields).__name__} in the place of named fields; {remedy}")
-    return fields
 
 
 class ScoreStore:
@@ -75,7 +40,7 @@ class ScoreStore:
         if not manifest_path.is_file():
             raise ValueError(f"no score store at {path}: manifest.json is missing")
         remedy = "delete the folder and score again"
-        manifest = _read_json(manifest_path, remedy)
+        manifest = read_json(manifest_path, remedy)
         if manifest.get("format") != FORMAT:
             raise ValueError(
                 f"the store at {path} has format {manifest.get('format')}, this version reads format {FORMAT}; name another "
@@ -94,7 +59,7 @@ class ScoreStore:
             raise ValueError(f"{manifest_path} is damaged: {type(error).__name__}: {error}; {remedy}") from error
         if manifest.pop("sha256", None) != identity_hash(manifest):
             raise ValueError(f"manifest.json of {path} was changed: its fields do not give its checksum; {remedy}")
-        self._shards: dict[int, ShardView] = {}
+        self._files = ShardFiles(path, RowEncoding(self.top_k, self.vocab_size, ragged=self.top_mass is not None))
 
     @classmethod
     def open_or_create(cls, path: Path, identity: Identity, rows: int, rows_per_shard: int) -> "ScoreStore":
@@ -102,8 +67,14 @@ class ScoreStore:
 
         Raises:
             StoreMismatch: with one line for each field in which the store's identity differs.
+            ValueError: if it would begin with more shards than a folder should hold.
         """
         if not (path / "manifest.json").exists():
+            if (shards := math.ceil(rows / rows_per_shard)) > MOST_SHARDS:
+                raise ValueError(
+                    f"scores.rows_per_shard is {rows_per_shard}, which makes {shards} shards of {rows} rows, more than "
+                    f"{MOST_SHARDS}; scores.rows_per_shard={math.ceil(rows / MOST_SHARDS)} would do"
+                )
             path.mkdir(parents=True, exist_ok=True)
             manifest = {
                 "format": FORMAT,
@@ -139,7 +110,7 @@ class ScoreStore:
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards that are still to be scored, ascending."""
-        return [shard for shard in range(self.shard_count) if not self._info_path(shard).exists()]
+        return sorted(set(range(self.shard_count)) - set(self._files.finished()))
 
     @property
     def complete(self) -> bool:
@@ -148,17 +119,11 @@ class ScoreStore:
 
     def shard_info(self, shard: int) -> ShardInfo:
         """Return the counts and the checksum of a finished shard."""
-        remedy = "delete that file and run again to have the shard scored anew"
-        fields = _read_json(self._info_path(shard), remedy)
-        try:
-            fields |= {name: Spread(**fields[name]) for name in ("target_logprob", "entropy")}
-            return ShardInfo(**fields)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self._info_path(shard)} is damaged: {type(error).__name__}: {error}; {remedy}") from error
+        return self._files.info(shard)
 
     def known_range(self) -> ScoreRange | None:
         """Return where the rows of the finished shards lie; None if there is none."""
-        infos = (self.shard_info(shard) for shard in range(self.shard_count) if self._info_path(shard).exists())
+        infos = (self.shard_info(shard) for shard in self._files.finished())
         return ScoreRange.over((info.target_logprob, info.entropy) for info in infos)
 
     def write_shard(
@@ -185,42 +150,26 @@ class ScoreStore:
             known.require(examples, means)
         if self.top_mass is not None:
             scores = [keep_mass(score, self.top_mass) for score in scores]
-        content = encode_shard(scores, self.vocab_size, ragged=self.top_mass is not None)
-        tails = np.concatenate([score.tail_logmass for score in scores]).astype(np.float64)
-        info = ShardInfo(
-            shard=shard,
-            rows=len(scores),
-            targets=len(tails),
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-            mean_tail_mass=float(np.exp(tails).mean()),
-            mean_kept=sum(int((score.topk_ids != NO_TOKEN).sum()) for score in scores) / len(tails),
-            target_logprob=means.spread("target_logprob"),
-            entropy=means.spread("entropy"),
-        )
-        write_atomically(self._shard_path(shard), content)
-        write_atomically(self._info_path(shard), json.dumps(asdict(info)).encode())
-        return info
+        return self._files.write(shard, scores, means)
 
     def scores_at(self, position: int, top_k: int | None = None) -> TeacherScores:
         """Return the scores of the example at ``position``, with the store's K or a smaller one.
 
         Raises:
-            ValueError: if the shard's bytes are not those that were written, or ``top_k`` exceeds the store's K.
+            ValueError: if the row's bytes are not those that were written, or ``top_k`` exceeds the store's K.
         """
-        shard, row = divmod(position, self.rows_per_shard)
-        scores = self._view(shard)[row]
+        scores = self._files.scores(*divmod(position, self.rows_per_shard))
         return scores if top_k is None or top_k == self.top_k else truncate_scores(scores, top_k)
 
     def uncertainty_at(self, position: int) -> np.ndarray:
-        """Return UNC of each target of the example at ``position``, float32 [N], without reading the top-K."""
+        """Return UNC of each target of the example at ``position``, float32 [N], from the index alone."""
         shard, row = divmod(position, self.rows_per_shard)
-        return self._view(shard).uncertainty(row)
+        return self._files.index(shard).uncertainty(row)
 
     def teacher_loss_at(self, position: int) -> float:
-        """Return the teacher's own mean loss on the targets of the example at ``position``, in nats."""
+        """Return the teacher's own mean loss on the targets of the example at ``position``, in nats, from the index alone."""
         shard, row = divmod(position, self.rows_per_shard)
-        return -float(self._view(shard).target_logprob(row).mean(dtype=np.float64))
+        return self._files.index(shard).teacher_loss(row)
 
     def wait_for(self, shard: int, timeout_seconds: float, poll_seconds: float = 0.2) -> float:
         """Wait until a shard is there; return the seconds waited.
@@ -229,10 +178,8 @@ class ScoreStore:
             ScoringFailed: with the teacher's own error, if scoring was given up.
             TimeoutError: if the shard did not come in time.
         """
-        if shard in self._shards:
-            return 0.0
         start = time.monotonic()
-        while not self._info_path(shard).exists():
+        while not self._files.is_there(shard):
             if self._failure_path.exists():
                 raise ScoringFailed(self._failure_path.read_text())
             if time.monotonic() - start > timeout_seconds:
@@ -259,43 +206,24 @@ class ScoreStore:
                 if now_ns - path.stat().st_mtime_ns > LEFTOVER_SECONDS * 1e9:
                     path.unlink()
 
-    def verify(self) -> None:
-        """Read every finished shard and compare its checksum; raises ValueError naming the first that differs."""
-        for shard in range(self.shard_count):
-            if self._info_path(shard).exists():
-                self._verified_bytes(shard)
+    def verify(self, most_bytes: float = math.inf) -> None:
+        """Compare the finished shards with what was written: all files' sizes, all indexes, and the rows of as many shards,
+        spread over the store, as make about ``most_bytes``.
+
+        Raises:
+            ValueError: naming the first file that differs.
+        """
+        finished = self._files.finished()
+        for shard in finished:
+            self._files.require_whole(shard)
+        total = sum(self.shard_info(shard).row_bytes for shard in finished)
+        for shard in finished[:: max(1, math.ceil(total / most_bytes))]:
+            for row in range(len(self.positions(shard))):
+                self._files.scores(shard, row)
 
     def discard_shard(self, shard: int) -> None:
         """Forget a shard, so that it is scored again."""
-        self._info_path(shard).unlink(missing_ok=True)
-        self._shard_path(shard).unlink(missing_ok=True)
-        self._shards.pop(shard, None)
-
-    def _view(self, shard: int) -> ShardView:
-        if shard not in self._shards:
-            self._shards[shard] = ShardView(self._verified_bytes(shard), self.top_k)
-        return self._shards[shard]
-
-    def _verified_bytes(self, shard: int) -> pa.Buffer:
-        if not self._shard_path(shard).exists():
-            raise ValueError(
-                f"{self._shard_path(shard)} is missing, though it was written; "
-                f"delete shard-{shard:05d}.json there and run again to have it scored anew"
-            )
-        buffer = pa.memory_map(str(self._shard_path(shard))).read_buffer()
-        wanted, found = self.shard_info(shard).sha256, hashlib.sha256(buffer).hexdigest()
-        if wanted != found:
-            raise ValueError(
-                f"{self._shard_path(shard)} is damaged: its sha256 is {found[:16]}…, {wanted[:16]}… was written; "
-                f"delete shard-{shard:05d}.json there and run again to have it scored anew"
-            )
-        return buffer
-
-    def _shard_path(self, shard: int) -> Path:
-        return self.path / f"shard-{shard:05d}.arrow"
-
-    def _info_path(self, shard: int) -> Path:
-        return self.path / f"shard-{shard:05d}.json"
+        self._files.discard(shard)
 
     @property
     def _failure_path(self) -> Path:

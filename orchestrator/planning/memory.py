@@ -30,12 +30,10 @@ VLLM_ROWS = {"cpu": 128, "cuda": 1024}
 """Targets whose logits exist at once in a vLLM replica (``actors/engines/vllm.py``)."""
 VLLM_TOKENS_A_STEP = 8192
 """Tokens vLLM takes in one step, or one row where that is longer."""
-SHARD_HEADER_BYTES = 2_240
-"""Of a shard: schema, footer and padding of the Arrow file."""
-KEY_BYTES = 32 + 4
-"""Of a row in each shard: its key, and where the key begins."""
-OFFSET_BYTES = 4
-"""Of a row in each column that has a list a row."""
+SHARD_HEADER_BYTES = 1_900
+"""Of a shard's index: schema, footer and padding of the Arrow file."""
+INDEX_ROW_BYTES = 16 + 8 + 4 + 8 + 8
+"""Of a row in a shard's index: its key, size, checksum, the teacher's loss, and where its targets begin."""
 PRODUCTS = (F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm)
 """What autocast does in 16 bits, as far as decoders use it."""
 
@@ -271,6 +269,5 @@ def store_bytes(scores: ScoresConfig, vocab_size: int, rows: int, targets: int) 
     ids = 2 if vocab_size <= 1 << 16 else 3
     ragged = scores.top_mass is not None
     a_target = scores.top_k * (2 + ids) + 3 * FLOAT + (2 if ragged else 0)
-    columns = 5 + (1 if ids == 3 else 0) + (1 if ragged else 0)
     shards = -(-rows // scores.rows_per_shard)
-    return targets * a_target + rows * (KEY_BYTES + columns * OFFSET_BYTES) + shards * SHARD_HEADER_BYTES
+    return targets * a_target + rows * INDEX_ROW_BYTES + shards * SHARD_HEADER_BYTES

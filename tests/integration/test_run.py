@@ -201,7 +201,7 @@ def test_a_flipped_byte_in_the_store_stops_a_run_before_it_trains(
     undisturbed: subprocess.CompletedProcess[str], output: Path
 ) -> None:
     store = Path(json.loads((output / "undisturbed" / "scores.json").read_text())["train"])
-    shard = store / "shard-00001.arrow"
+    shard = store / "shard-00001.rows"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -212,4 +212,4 @@ def test_a_flipped_byte_in_the_store_stops_a_run_before_it_trains(
     hurt = finish(output, "name=undisturbed")
     assert hurt.returncode == 2
     assert "finetune_teacher: done before" in hurt.stdout
-    assert "shard-00001.arrow is damaged" in hurt.stderr and "delete shard-00001.json" in hurt.stderr
+    assert "shard-00001.rows is damaged" in hurt.stderr and "delete shard-00001.json" in hurt.stderr

@@ -1,5 +1,6 @@
 """The command line answers at once, and errors come before anything is started."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from orchestrator.cli import OTHERS, PIPELINE, TRIALS, build_parser, main
 from orchestrator.config.load import load_config
 from orchestrator.run.pipeline import STAGES
-from tests.worlds import tiny_llama, word_tokenizer
+from tests.worlds import scored_world, tiny_llama, word_tokenizer
 
 
 def test_help_imports_neither_torch_nor_ray() -> None:
@@ -43,6 +44,21 @@ def test_the_doctor_is_asked_of_a_configuration_as_every_command_is(capsys: pyte
     assert (options.command, options.config, options.overrides) == ("doctor", "configs/tiny_cpu.yaml", ["seed=7"])
     assert main(["doctor", "configs/tiny_cpu.yaml", "loss.easy_ration=0.3"]) == 2
     assert "did you mean easy_ratio?" in capsys.readouterr().err
+
+
+def test_verify_reads_the_stores_of_a_run_whole(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["verify", "configs/tiny_cpu.yaml", f"output={tmp_path}", "name=scored"]
+    assert main(command) == 2
+    assert "has no score stores yet; the command score fills them" in capsys.readouterr().err
+    _, store = scored_world(tmp_path / "world", rows=20)
+    (tmp_path / "scored").mkdir(exist_ok=True)
+    (tmp_path / "scored" / "scores.json").write_text(json.dumps({"heldout": str(store.path)}))
+    assert main(command) == 0
+    assert "heldout: 3 of 3 shards are there, each row as it was written" in capsys.readouterr().out
+    rows = store.path / "shard-00002.rows"
+    rows.write_bytes(rows.read_bytes()[:-1] + b"?")
+    assert main(command) == 2
+    assert "shard-00002.rows is damaged: the checksum of its row 3" in capsys.readouterr().err
 
 
 def test_config_prints_what_a_file_could_hold(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

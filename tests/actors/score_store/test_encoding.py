@@ -1,11 +1,10 @@
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.records import NO_TOKEN, TeacherScores, keep_mass, uncertainty
-from actors.score_store.encoding import ShardView, decode_logprobs, encode_logprobs, encode_shard
+from actors.records import NO_TOKEN, TeacherScores, keep_mass
+from actors.score_store.encoding import RowEncoding, decode_logprobs, encode_logprobs
 from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples
 
 
@@ -20,18 +19,19 @@ def test_lower_logprobs_stay_at_the_lowest_and_rounding_above_zero_at_zero() -> 
     np.testing.assert_allclose(decoded, [-31.9995, -31.9995, 0.0], atol=1e-4)
 
 
-def test_a_shard_comes_back_row_by_row() -> None:
-    scores = [expected_scores(example, 6) for example in fake_examples(5)]
-    view = ShardView(pa.py_buffer(encode_shard(scores, FAKE_VOCAB)), 6)
-    assert len(view) == 5
-    for row, wanted in enumerate(scores):
-        found = view[row]
+def again(encoding: RowEncoding, scores: TeacherScores) -> TeacherScores:
+    return encoding.decode(encoding.encode(scores), scores.key, len(scores.target_logprob))
+
+
+def test_a_row_comes_back() -> None:
+    for example in fake_examples(5):
+        wanted = expected_scores(example, 6)
+        found = again(RowEncoding(6, FAKE_VOCAB, ragged=False), wanted)
         assert found.key == wanted.key
         np.testing.assert_array_equal(found.target_logprob, wanted.target_logprob)
         np.testing.assert_array_equal(found.tail_logmass, wanted.tail_logmass)
         np.testing.assert_array_equal(found.topk_ids, wanted.topk_ids)
         np.testing.assert_allclose(found.topk_logprobs, wanted.topk_logprobs, atol=2.5e-4)
-        np.testing.assert_array_equal(view.uncertainty(row), uncertainty(wanted))
 
 
 @pytest.mark.parametrize("vocab_size", [65_536, 65_537, 152_000, 1 << 24])
@@ -39,7 +39,7 @@ def test_the_largest_ids_of_a_vocabulary_survive(vocab_size: int) -> None:
     ids = np.array([[vocab_size - 1, 0, 65_535]], dtype=np.int32)
     logprobs = np.float32([[-1.0, -2.0, -3.0]])
     scores = TeacherScores("k", np.float32([-0.9]), ids, logprobs, np.float32([-4.0]))
-    found = ShardView(pa.py_buffer(encode_shard([scores], vocab_size)), 3)[0]
+    found = again(RowEncoding(3, vocab_size, ragged=False), scores)
     np.testing.assert_array_equal(found.topk_ids, ids)
     assert found.topk_ids.dtype == np.int32
 
@@ -54,8 +54,8 @@ def test_a_target_takes_as_many_bytes_as_promised(vocab_size: int, bytes_per_tok
         np.tile(np.linspace(-2, -9, top_k, dtype=np.float32), (targets, 1)),
         np.full(targets, -3, np.float32),
     )
-    content = len(encode_shard([scores], vocab_size))
-    assert bytes_per_token * top_k + 12 <= content / targets <= bytes_per_token * top_k + 16
+    content = RowEncoding(top_k, vocab_size, ragged=False).encode(scores)
+    assert len(content) == targets * (bytes_per_token * top_k + 8)  # and 4 in the index
 
 
 @pytest.mark.parametrize(("vocab_size", "bytes_per_token"), [(FAKE_VOCAB, 4), (152_000, 5)])
@@ -64,18 +64,16 @@ def test_tokens_that_are_not_kept_take_no_room_and_come_back_as_none(vocab_size:
     scores = [keep_mass(expected_scores(example, 20), 0.6) for example in examples]
     kept = np.concatenate([(score.topk_ids != NO_TOKEN).sum(axis=1) for score in scores])
     assert 1 <= kept.min() < kept.max() < 20
-    content = encode_shard(scores, vocab_size, ragged=True)
-    view = ShardView(pa.py_buffer(content), 20)
-    for row, wanted in enumerate(scores):
-        found = view[row]
+    encoding = RowEncoding(20, vocab_size, ragged=True)
+    for wanted in scores:
+        found = again(encoding, wanted)
         np.testing.assert_array_equal(found.topk_ids, wanted.topk_ids)
         np.testing.assert_array_equal(np.isneginf(found.topk_logprobs), wanted.topk_ids == NO_TOKEN)
         named = wanted.topk_ids != NO_TOKEN
         np.testing.assert_allclose(found.topk_logprobs[named], wanted.topk_logprobs[named], atol=2.5e-4)
         np.testing.assert_array_equal(found.tail_logmass, wanted.tail_logmass)
-        np.testing.assert_array_equal(view.uncertainty(row), uncertainty(wanted))
-    fixed = 14 * len(kept) + bytes_per_token * kept.sum()
-    assert fixed <= len(content) <= fixed + 100 * len(scores) + 4000  # a key and offsets a row, Arrow's own headers
+    size = sum(len(encoding.encode(score)) for score in scores)
+    assert size == 10 * len(kept) + bytes_per_token * kept.sum()  # and 4 bytes a target in the index
 
 
 def test_a_target_of_which_nothing_is_kept_comes_back_empty() -> None:
@@ -84,5 +82,5 @@ def test_a_target_of_which_nothing_is_kept_comes_back_empty() -> None:
     )
     scores = keep_mass(sure, 0.5)
     np.testing.assert_array_equal(scores.topk_ids, [[NO_TOKEN, NO_TOKEN], [6, NO_TOKEN]])
-    found = ShardView(pa.py_buffer(encode_shard([scores], 64, ragged=True)), 2)[0]
+    found = again(RowEncoding(2, 64, ragged=True), scores)
     np.testing.assert_array_equal(found.topk_ids, scores.topk_ids)

@@ -65,7 +65,9 @@ def test_shards_are_cut_and_counted(tmp_path: Path, examples: list[Example]) -> 
     info = store.shard_info(1)
     assert info.rows == 4
     assert info.targets == sum(len(example.targets) for example in examples[4:8])
-    assert info.bytes == (store.path / "shard-00001.arrow").stat().st_size
+    assert info.row_bytes == (store.path / "shard-00001.rows").stat().st_size
+    assert info.index_bytes == (store.path / "shard-00001.arrow").stat().st_size
+    assert info.bytes == info.row_bytes + info.index_bytes
     tails = np.concatenate([np.exp(expected_scores(example, TOP_K).tail_logmass) for example in examples[4:8]])
     assert info.mean_tail_mass == pytest.approx(tails.mean(), abs=1e-6)
 
@@ -110,7 +112,7 @@ def _edit_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None
 
 def test_another_format_is_refused(store: ScoreStore) -> None:
     _edit_manifest(store.path, lambda manifest: manifest.update(format=99))
-    with pytest.raises(ValueError, match="has format 99, this version reads format 2"):
+    with pytest.raises(ValueError, match="has format 99, this version reads format 3"):
         ScoreStore(store.path)
 
 
@@ -128,12 +130,15 @@ def test_a_truncated_json_is_named(store: ScoreStore, name: str) -> None:
         ScoreStore(store.path).verify()
 
 
-@pytest.mark.parametrize("offset", [0, 400, -20])
-def test_a_flipped_byte_is_found_by_readers_and_by_verify(store: ScoreStore, offset: int) -> None:
-    path = store.path / "shard-00001.arrow"
+def flip(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
     content[offset] ^= 1
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("offset", [0, 400, -20])
+def test_a_flipped_byte_of_an_index_is_found_by_readers_and_by_verify(store: ScoreStore, offset: int) -> None:
+    flip(store.path / "shard-00001.arrow", offset)
     fresh = ScoreStore(store.path)
     fresh.scores_at(0)
     for read in (fresh.verify, lambda: fresh.scores_at(5), lambda: fresh.uncertainty_at(5)):
@@ -141,17 +146,47 @@ def test_a_flipped_byte_is_found_by_readers_and_by_verify(store: ScoreStore, off
             read()
 
 
+def test_a_flipped_byte_of_a_row_is_found_by_who_reads_the_row_and_by_verify(store: ScoreStore) -> None:
+    flip(store.path / "shard-00001.rows", -1)
+    fresh = ScoreStore(store.path)
+    fresh.scores_at(6), fresh.uncertainty_at(7)
+    for read in (fresh.verify, lambda: fresh.scores_at(7)):
+        with pytest.raises(ValueError, match="00001.rows is damaged: the checksum of its row 3 is .*delete shard-00001.json"):
+            read()
+
+
+def test_a_large_store_is_verified_in_part(store: ScoreStore) -> None:
+    flip(store.path / "shard-00001.rows", 0)
+    fresh, total = ScoreStore(store.path), sum(store.shard_info(shard).row_bytes for shard in range(3))
+    fresh.verify(most_bytes=total // 2)  # every second shard
+    with pytest.raises(ValueError, match="shard-00001.rows is damaged"):
+        fresh.verify(most_bytes=total)
+    (store.path / "shard-00001.rows").write_bytes(b"half")
+    with pytest.raises(ValueError, match="shard-00001.rows is damaged: it has 4 bytes, .* was written; delete shard-00001.json"):
+        fresh.verify(most_bytes=1)
+
+
 @pytest.mark.parametrize("content", [b"", b"ARROW1"])
-def test_a_truncated_shard_is_damaged(store: ScoreStore, content: bytes) -> None:
-    (store.path / "shard-00001.arrow").write_bytes(content)
-    with pytest.raises(ValueError, match="shard-00001.arrow is damaged"):
-        store.verify()
+@pytest.mark.parametrize("kind", ["arrow", "rows"])
+def test_a_truncated_shard_is_damaged(store: ScoreStore, kind: str, content: bytes) -> None:
+    (store.path / f"shard-00001.{kind}").write_bytes(content)
+    for read in (store.verify, lambda: store.scores_at(4)):
+        with pytest.raises(ValueError, match=f"shard-00001.{kind} is damaged"):
+            read()
 
 
-def test_a_lost_shard_file_is_missed(store: ScoreStore) -> None:
-    (store.path / "shard-00001.arrow").unlink()
-    with pytest.raises(ValueError, match="shard-00001.arrow is missing, though it was written; delete shard-00001.json"):
-        store.verify()
+@pytest.mark.parametrize("kind", ["arrow", "rows"])
+def test_a_lost_shard_file_is_missed(store: ScoreStore, kind: str) -> None:
+    (store.path / f"shard-00001.{kind}").unlink()
+    for read in (store.verify, lambda: store.scores_at(4)):
+        with pytest.raises(ValueError, match=f"shard-00001.{kind} is missing, though it was written; delete shard-00001.json"):
+            read()
+
+
+def test_too_many_shards_are_refused_before_the_first(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"scores\.rows_per_shard is 4, which makes 10001 .*scores\.rows_per_shard=5 would do"):
+        ScoreStore.open_or_create(tmp_path / "store", identity(), 4 * 10_000 + 1, 4)
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_discarded_shard_is_missing_again(store: ScoreStore, examples: list[Example]) -> None:
@@ -180,7 +215,8 @@ def test_a_full_disk_leaves_no_half_shard_and_the_next_run_completes(tmp_path: P
             write(store, examples, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(path.name for path in store.path.iterdir()) == ["manifest.json", "shard-00000.arrow", "shard-00000.json"]
+    assert sorted(path.name for path in store.path.glob("*.json")) == ["manifest.json", "shard-00000.json"]
+    assert not list(store.path.glob("*.tmp"))
     for shard in begin(store.path).missing_shards():
         write(store, examples, shard)
     store.verify()
@@ -242,10 +278,10 @@ def test_counts_that_were_tampered_with_are_named(store: ScoreStore, content: st
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", "has format None, this version reads format 2"),
+        ("{}", "has format None, this version reads format 3"),
         ("[1]", "it holds list in the place of named fields; delete the folder"),
-        ('{"format": 2, "identity": 3}', "KeyError: 'rows'"),
-        ('{"format": 2, "identity": [], "rows": 1, "rows_per_shard": 1}', "TypeError: .*delete the folder"),
+        ('{"format": 3, "identity": 3}', "KeyError: 'rows'"),
+        ('{"format": 3, "identity": [], "rows": 1, "rows_per_shard": 1}', "TypeError: .*delete the folder"),
     ],
 )
 def test_a_manifest_that_is_none_is_named(store: ScoreStore, content: str, message: str) -> None:

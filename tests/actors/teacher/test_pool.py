@@ -93,13 +93,13 @@ def test_each_row_is_scored_once_and_a_second_call_scores_nothing(
         assert sum(result.tokens for result in results) == sum(len(example.token_ids) for example in examples)
         assert_complete(store, examples)
 
-        content = (store.path / "shard-00003.arrow").read_bytes()
+        content = (store.path / "shard-00003.rows").read_bytes()
         assert list(pool.score_missing(examples_path, store)) == []
         assert sorted(log.read_text().split()) == sorted(example.key for example in examples)
 
         store.discard_shard(3)
         assert [result.info.shard for result in pool.score_missing(examples_path, store)] == [3]
-    assert (store.path / "shard-00003.arrow").read_bytes() == content
+    assert (store.path / "shard-00003.rows").read_bytes() == content
     assert_complete(store, examples)
 
 
@@ -196,7 +196,7 @@ def test_garbage_is_not_stored(local_ray: None, examples_path: Path, store: Scor
         TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher(returns=returns)) as pool,
     ):
         list(pool.score_missing(examples_path, store))
-    assert not list(store.path.glob("*.arrow"))
+    assert not list(store.path.glob("shard-*.[ar]*"))
 
 
 @pytest.mark.ray

@@ -249,7 +249,7 @@ def test_the_stage_scores_what_is_missing_and_sums_up(
     assert summary.tokens == sum(len(example.token_ids) for example in examples[4:])
     assert summary.tokens_per_second == pytest.approx(summary.tokens / summary.seconds)
     assert summary.targets == sum(len(example.targets) for example in examples)
-    size = sum(path.stat().st_size for path in store.path.glob("*.arrow"))
+    size = sum(path.stat().st_size for path in store.path.glob("shard-*.[ar]*"))
     assert summary.bytes_per_target == pytest.approx(size / summary.targets)
     tails = np.concatenate([np.exp(expected_scores(example, TOP_K).tail_logmass) for example in examples])
     assert summary.mean_tail_mass == pytest.approx(tails.mean(), abs=1e-6)
@@ -279,15 +279,15 @@ def test_a_damaged_shard_is_named_and_nothing_is_scored_or_repaired(
     tmp_path: Path, examples_path: Path, store: ScoreStore, examples: list[Example]
 ) -> None:
     fill(store, examples)
-    path = store.path / "shard-00001.arrow"
+    path = store.path / "shard-00001.rows"
     content = bytearray(path.read_bytes())
     content[100] ^= 4
     path.write_bytes(content)
     pool = TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher())  # never entered: no replica is needed to find it
-    with pytest.raises(ValueError, match="shard-00001.arrow is damaged: .*delete shard-00001.json there and run again"):
+    with pytest.raises(ValueError, match="shard-00001.rows is damaged: .*delete shard-00001.json there and run again"):
         score_split(pool, examples_path, store, lambda progress: None)
     assert path.read_bytes() == bytes(content)
-    assert "shard-00001.arrow is damaged" in (store.path / "failed.txt").read_text()
+    assert "shard-00001.rows is damaged" in (store.path / "failed.txt").read_text()
     assert store.complete
 
 

@@ -129,7 +129,7 @@ def test_a_run_stops_before_the_first_shard_of_a_teacher_that_serves_other_score
     with pytest.raises(TeacherFailed, match=rf"the scores would not be the teacher's own\. {message}"):
         score(tmp_path, {"shifted": ShiftedEngine, "another": another}[fault])
     stores = list((tmp_path / "runs" / "scores").iterdir())
-    assert len(stores) == 2 and not [path for store in stores for path in store.glob("*.arrow*")]
+    assert len(stores) == 2 and not [path for store in stores for path in store.glob("shard-*")]
 
 
 @pytest.mark.ray
