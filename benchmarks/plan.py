@@ -27,6 +27,7 @@ from actors.config.models import EngineConfig, LoraAdapter, ScoresConfig
 from actors.config.workers import WorkersConfig
 from actors.dataloader.sampler import StepSampler
 from actors.dataloader.scored_rows import StoredRows, all_rows
+from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.engines.base import TeacherSpec, engine_environment
 from actors.engines.build import build_engine
@@ -89,12 +90,12 @@ def run_student(student: Student, folder: Path, profiled: bool) -> int:
     scores = store if student.loss.kind != "hard_label" else None
     weights = StepWeights(student.loss, seed=0, dataset=all_rows(examples, scores, TOP_K))
     rows = StoredRows(examples, scores, TOP_K, StepSampler(len(examples), student.train.batch_rows, 0, store_order_first=True))
+    loader = StepLoader(rows, student.train, 0, 1, worker.device, student.vocab_size, STEPS)
     state = LossState.first(student.loss)
 
     def steps() -> None:
         for step in range(1, STEPS + 1):
-            batch = rows.batch(step)
-            accumulate_gradients(module, batch, weights, student.vocab_size, step, state, worker, student.train)
+            accumulate_gradients(module, loader, weights, step, state, worker, student.train)
             clip_gradients(module, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -77,10 +77,11 @@ class TopkTeacher:
 
     def to(self, device: torch.device | str) -> "TopkTeacher":
         """Return the support on another device."""
-        return TopkTeacher(
-            self.target_logprob.to(device), self.topk_ids.to(device), self.topk_logprobs.to(device),
-            self.tail_logmass.to(device),
-        )  # fmt: skip
+        return TopkTeacher(*(tensor.to(device) for tensor in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the fields, in their order."""
+        return self.target_logprob, self.topk_ids, self.topk_logprobs, self.tail_logmass
 
     def check(self, targets: Tensor, vocab_size: int) -> None:
         """Raise if the values cannot be a teacher's over this vocabulary [V] at these targets [N].

@@ -3,8 +3,8 @@
 B rows, T tokens of a row, N targets, K top-k.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,11 +41,24 @@ class MicroBatch:
     row_counts: tuple[int, ...]
     """Number of targets of each row; they add up to N."""
 
+    def weighed(self, weights: Sequence[TokenWeights]) -> "MicroBatch":
+        """Return the batch with the weights of its rows' targets; with none it adds nothing to loss and gradients."""
+        together = TokenWeights.concatenate(list(weights)) if weights else TokenWeights.zero(len(self.targets))
+        return replace(self, weights=together.to(self.targets.device))
+
     def to(self, device: torch.device) -> "MicroBatch":
-        """Return a copy on another device."""
+        """Return a copy on another device; from pinned memory it is made while the caller goes on."""
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "MicroBatch":
+        """Return a copy in pinned memory, from which an accelerator fetches by itself."""
+        return self._changed(torch.Tensor.pin_memory)
+
+    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
         return MicroBatch(
-            self.token_ids.to(device), self.attention_mask.to(device), self.predicting.to(device), self.targets.to(device),
-            self.teacher.to(device) if self.teacher else None, self.weights.to(device) if self.weights else None,
+            change(self.token_ids), change(self.attention_mask), change(self.predicting), change(self.targets),
+            TopkTeacher(*(change(tensor) for tensor in self.teacher.tensors())) if self.teacher else None,
+            TokenWeights(*(change(tensor) for tensor in self.weights.tensors())) if self.weights else None,
             self.row_counts,
         )  # fmt: skip
 
@@ -79,17 +92,13 @@ def collate(
     teacher = batch.teacher(rows)
     if teacher is not None:
         teacher.check(targets, vocab_size)
-    return MicroBatch(
+    micro_batch = MicroBatch(
         token_ids=torch.from_numpy(token_ids),
         attention_mask=torch.from_numpy(attention_mask),
         predicting=torch.from_numpy(np.concatenate(predicting)),
         targets=targets,
         teacher=teacher,
-        weights=TokenWeights.concatenate([weights[row] for row in rows]) if weights is not None else None,
+        weights=None,
         row_counts=tuple(len(example.targets) for example in examples),
     )
-
-
-def collate_weightless(batch: RowBatch, vocab_size: int) -> MicroBatch:
-    """Return a pass over the batch's first row that adds nothing to loss and gradients."""
-    return collate(batch, [0], vocab_size, [TokenWeights.zero(len(batch.example(0).targets))])
+    return micro_batch if weights is None else micro_batch.weighed([weights[row] for row in rows])

@@ -73,6 +73,12 @@ class RowBatch:
             tail_logmass=torch.from_numpy(np.concatenate([score.tail_logmass for score in scores])),
         )
 
+    def are_scored(self) -> bool:
+        """Return whether the scores of all rows are there."""
+        if self.store is None:
+            return True
+        return all(self.store.is_there(int(shard)) for shard in np.unique(self.positions // self.store.rows_per_shard))
+
     def wait(self, timeout_seconds: float) -> float:
         """Wait until the scores of all rows are there; return the seconds waited.
 

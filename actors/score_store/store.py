@@ -117,6 +117,10 @@ class ScoreStore:
         """Whether every shard is there."""
         return not self.missing_shards()
 
+    def is_there(self, shard: int) -> bool:
+        """Whether a shard is finished."""
+        return self._files.is_there(shard)
+
     def shard_info(self, shard: int) -> ShardInfo:
         """Return the counts and the checksum of a finished shard."""
         return self._files.info(shard)

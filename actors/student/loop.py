@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from actors.config.models import TrainConfig, needs_teacher
-from actors.dataloader.collator import MicroBatch, collate, collate_weightless
-from actors.dataloader.sampler import StepSampler, layout_of, steps_in
-from actors.dataloader.scored_rows import RowBatch, ScoredRows, StoredRows, all_rows
+from actors.dataloader.collator import MicroBatch
+from actors.dataloader.sampler import StepSampler, steps_in
+from actors.dataloader.scored_rows import ScoredRows, StoredRows, all_rows
+from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import MetricsLog, step_metrics
@@ -53,14 +54,15 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
 
     done = checkpoints.load(student, optimizer, schedule, worker) or Progress(0, LossState.first(task.loss))
     goes_on, resize_requested = True, False
-    with closing(MetricsLog.on_first_worker(worker.rank, task, first_step=done.step + 1)) as log:
+    loader = StepLoader(rows, task.train, worker.rank, worker.world_size, worker.device, vocab_size, total_steps)
+    with closing(MetricsLog.on_first_worker(worker.rank, task, first_step=done.step + 1)) as log, loader:
         while goes_on and not resize_requested and done.step < total_steps:
             started, step = time.perf_counter(), done.step + 1
-            batch = rows.batch(step)
+            batch = loader.rows_of(step).batch
             waited_seconds = step_weights.wait_for_scores(batch, task.wait_seconds)
             worker.seed_step(task.seed, step)
 
-            sums = accumulate_gradients(student, batch, step_weights, vocab_size, step, done.loss_state, worker, task.train)
+            sums = accumulate_gradients(student, loader, step_weights, step, done.loss_state, worker, task.train)
             sums = worker.sum_over_workers(sums)
             gradient_norm = clip_gradients(student, task.train.optimizer.clip_norm)
             require_finite(task, step, sums, gradient_norm)
@@ -86,7 +88,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
 
 
 def accumulate_gradients(
-    student: nn.Module, batch: RowBatch, step_weights: StepWeights, vocab_size: int, step: int, state: LossState, worker: Worker,
+    student: nn.Module, loader: StepLoader, step_weights: StepWeights, step: int, state: LossState, worker: Worker,
     train: TrainConfig,
 ) -> LossSums:  # fmt: skip
     """Run this worker's forward and backward passes of a step; return its sums.
@@ -94,16 +96,14 @@ def accumulate_gradients(
     The weights hold the division by the step's tokens already, so losses and gradients simply add up over passes and
     workers. DDP and FSDP take the mean over workers, which the factor ``world_size`` makes a sum.
     """
-    layout = layout_of(batch.lengths, worker.world_size, train)
-    weights = step_weights.of_step(batch, layout, step, state)
-    sums = LossSums.zero(worker.device)
-    for index, rows in enumerate(layout[worker.rank]):
-        # A worker without rows left still takes part in the collectives: one row, with no weight.
-        micro_batch = collate(batch, rows, vocab_size, weights) if rows else collate_weightless(batch, vocab_size)
-        set_gradient_sync(student, index == len(layout[worker.rank]) - 1)
-        part = forward(student, micro_batch.to(worker.device), state, train)
+    step_rows = loader.rows_of(step)
+    weights = step_weights.of_step(step_rows.batch, step_rows.layout, step, state)
+    sums, last = LossSums.zero(worker.device), len(step_rows.layout[worker.rank]) - 1
+    for index, one in enumerate(loader.passes(step)):
+        set_gradient_sync(student, index == last)
+        part = forward(student, one.micro_batch.weighed([weights[row] for row in one.rows]), state, train)
         (part.loss * worker.world_size).backward()
-        if rows:
+        if one.rows:
             sums = sums + part.detach()
     return sums
 

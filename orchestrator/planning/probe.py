@@ -4,6 +4,7 @@ Rows are as long as the run's, of random tokens; models made from scratch have r
 """
 
 import logging
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.sampler import StepSampler
 from actors.dataloader.scored_rows import StoredRows, all_rows
+from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
@@ -156,16 +158,16 @@ def time_steps(student: _Student) -> float:
     vocab_size, state = undistributed(module).vocab_size, LossState.first(config.loss)
     optimizer = make_optimizer(module, train.optimizer)
     tokens, step, started = 0, 0, 0.0
-    while step < 3 or time.perf_counter() - started < student.seconds:
-        if step == 1:
-            started = time.perf_counter()
-        step += 1
-        batch = rows.batch(step)
-        accumulate_gradients(module, batch, weights, vocab_size, step, state, worker, train)
-        clip_gradients(module, train.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens += int(batch.lengths.sum()) if step > 1 else 0
+    with StepLoader(rows, train, worker.rank, worker.world_size, worker.device, vocab_size, sys.maxsize) as loader:
+        while step < 3 or time.perf_counter() - started < student.seconds:
+            if step == 1:
+                started = time.perf_counter()
+            step += 1
+            accumulate_gradients(module, loader, weights, step, state, worker, train)
+            clip_gradients(module, train.optimizer.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens += int(loader.rows_of(step).batch.lengths.sum()) if step > 1 else 0
     if worker.device.type == "cuda":
         torch.cuda.synchronize()
     return tokens / (time.perf_counter() - started)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from actors.config.models import TrainConfig
-from actors.dataloader.collator import collate, collate_weightless
+from actors.dataloader.collator import collate
 from actors.dataloader.sampler import layout_of
 from actors.dataloader.scored_rows import RowBatch, all_rows
 from actors.dataloader.step_weights import StepWeights
@@ -163,7 +163,7 @@ def test_a_random_split_differs_from_step_to_step_and_comes_again(tmp_path: Path
 
 def test_a_pass_without_weight_adds_nothing(tmp_path: Path) -> None:
     batch, _ = scored(tmp_path, ATKD, 4, 5)
-    found = collate_weightless(batch, VOCAB)
+    found = collate(batch, [0], VOCAB).weighed([])
     assert found.weights is not None
     assert len(found.targets) == len(found.weights) > 0
     assert not found.weights.target.any() and not found.weights.diversity.any()

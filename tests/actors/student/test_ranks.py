@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.dataloader.collator import collate
-from actors.dataloader.scored_rows import RowBatch, all_rows
+from actors.dataloader.sampler import StepSampler
+from actors.dataloader.scored_rows import RowBatch, StoredRows, all_rows
+from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
@@ -58,8 +60,10 @@ def step_gradients(
             torch.nn.init.normal_(weight, std=0.1)
     student = distribute(CausalStudent(model, loss), train, worker)
     examples, store = ExampleFile(folder / "train.arrow"), ScoreStore(folder / "store")
-    batch, weights = RowBatch(examples, store, 8, np.arange(7)), StepWeights(loss, seed=0, dataset=all_rows(examples, store, 8))
-    sums = accumulate_gradients(student, batch, weights, VOCAB, 1, LossState.first(loss), worker, train)
+    rows = StoredRows(examples, store, 8, StepSampler(len(examples), 7, seed=0, store_order_first=True))
+    weights = StepWeights(loss, seed=0, dataset=all_rows(examples, store, 8))
+    with StepLoader(rows, train, worker.rank, worker.world_size, worker.device, VOCAB, last_step=2) as loader:
+        sums = accumulate_gradients(student, loader, weights, 1, LossState.first(loss), worker, train)
     loss_value = float(worker.sum_over_workers(sums).loss)
     found = {}
     for name, weight in student.named_parameters():
