@@ -15,6 +15,7 @@ from actors.dataloader.scored_rows import RowBatch, ScoredRows, StoredRows, all_
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.models import vocab_size_of
+from actors.monitors.gpu import GpuMonitor
 from actors.monitors.metrics_log import MetricsLog, step_metrics
 from actors.score_store.store import ScoreStore
 from actors.student.causal_lm import CausalStudent, prepare_model
@@ -46,7 +47,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
 
     torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
     model = prepare_model(task.model, task.lora, task.train)
-    vocab_size = vocab_size_of(model)
+    vocab_size, gpu = vocab_size_of(model), GpuMonitor.of(model, worker.device, task.train.precision)
     student = distribute(CausalStudent(model, task.loss), task.train, worker)
     total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
     optimizer = make_optimizer(student, task.train.optimizer)
@@ -75,6 +76,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
                 sums, task.loss, int(batch.lengths.sum()), rows.epochs_after(step), started, waited_seconds, learning_rate,
                 gradient_norm, total_steps, worker.world_size,
             )  # fmt: skip
+            metrics |= gpu.numbers(batch.lengths, float(sums.targets), metrics)
             log.write(step, metrics | step_weights.easy_border(batch) | done.loss_state.numbers(task.loss))
             done = Progress(step, done.loss_state.after(task.loss, step, total_steps, float(sums.loss)))
             goes_on = validator.goes_on(student, step)  # before a checkpoint: a run that resumes from one is validated there
