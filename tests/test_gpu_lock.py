@@ -1,4 +1,4 @@
-"""The lock for GPUs: what the project asks for, in the versions that were tested on CPUs, and nothing that needs another driver."""
+"""The lock for GPUs: what the project asks for, in the versions that were tested on CPUs, and for one CUDA."""
 
 import re
 import tomllib
