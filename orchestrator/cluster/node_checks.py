@@ -171,6 +171,6 @@ def facts_of_gpu_nodes() -> list[NodeFacts]:
 
 
 def as_ray_may_hide(facts: NodeFacts) -> NodeFacts:
-    """Return what a task that asked for no GPU found, without what Ray may have hidden from it: whether torch can use the GPUs."""
+    """Return what a task that asked for no GPU found; whether torch can use them stays open where Ray has hidden them."""
     hidden = facts.visible is not None and facts.visible.strip() in HIDES_ALL
     return replace(facts, visible=None, usable_gpus=facts.gpus) if hidden else facts
