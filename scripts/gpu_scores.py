@@ -132,7 +132,8 @@ def main() -> int:
     )
     os.environ.update(engine_environment(engine))
     tokenizer = load_tokenizer(options.model, None, False)
-    for line in measure(ModelSource(options.model), engine, prose_rows(tokenizer, options.rows), ids_of(tokenizer)):
+    rows = prose_rows(tokenizer, options.rows)
+    for line in measure(ModelSource(options.model), engine, rows, ids_of(tokenizer)):
         print(line, flush=True)
     return 0
 
