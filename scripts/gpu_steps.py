@@ -22,6 +22,8 @@ class Step:
 
     name: str
     """Heading of the page, and name of its log."""
+    about: str
+    """What it shows."""
     command: tuple[str, ...]
     """Words of the command; the first is ``python``, which the driver replaces by its own."""
     limit_seconds: float
@@ -41,27 +43,46 @@ def steps(gpus: int, output: str, model: str, teacher: str) -> tuple[Step, ...]:
         model: a small pretrained model, by its hub name or folder.
         teacher: a pretrained model whose head is wider than its tokenizer.
     """
+    tiny, parallel, sharded = on_gpus(gpus, 1), "teacher.engine.tensor_parallel=2", "train.sharding=fsdp"
     return (
-        Step("tests", ("python", "-m", "pytest", "-q", "-m", "gpu", "tests"), 420, last_line),
-        Step("doctor", orchestrator("doctor", output, "doctor", *on_gpus(gpus, 1)), 240, findings),
-        Step("tiny run in bfloat16", orchestrator("run", output, "tiny", *on_gpus(gpus, 1)), 480, run_of(output, "tiny")),
         Step(
-            "tensor parallel 2", orchestrator("score", output, "parallel", *on_gpus(gpus, 1), *PARALLEL), 300,
+            "tests", "what holds on CPUs holds on GPUs", ("python", "-m", "pytest", "-q", "-m", "gpu", "tests"), 420, last_line,
+        ),
+        Step(
+            "doctor", "devices, and scores of a few rows", orchestrator("doctor", output, "doctor", *tiny), 240, findings,
+        ),
+        Step(
+            "tiny run in bfloat16", "all stages on one GPU; the way vLLM takes, bfloat16 against float32",
+            orchestrator("run", output, "tiny", *tiny), 480, run_of(output, "tiny"),
+        ),
+        Step(
+            "tensor parallel 2", "a teacher on two GPUs", orchestrator("score", output, "parallel", *tiny, parallel), 300,
             run_of(output, "parallel"), needs_gpus=2,
         ),
         Step(
-            "FSDP on all GPUs", orchestrator("train", output, "fsdp", *on_gpus(gpus, gpus), "train.sharding=fsdp"), 420,
-            run_of(output, "fsdp"), needs_gpus=2,
+            "FSDP on all GPUs", "a student sharded over them",
+            orchestrator("train", output, "fsdp", *on_gpus(gpus, gpus), sharded), 420, run_of(output, "fsdp"), needs_gpus=2,
         ),
-        Step("losses", ("python", "-m", "benchmarks.losses", "--rounds", "3"), 240, tables),
-        Step("a step of the student", ("python", "-m", "benchmarks.student_step", "--rounds", "5"), 120, tables),
-        Step("passes of rows and of tokens", ("python", "-m", "benchmarks.passes"), 240, tables),
-        Step("scores of a small model", ("python", "-m", "scripts.gpu_scores", model), 300, measured),
-        Step("scores of a teacher", ("python", "-m", "scripts.gpu_scores", teacher, "--rows", "64"), 540, measured),
+        Step(
+            "losses", "time and memory of each loss", ("python", "-m", "benchmarks.losses", "--rounds", "3"), 240, tables,
+        ),
+        Step(
+            "a step of the student", "ATKD beside plain cross entropy",
+            ("python", "-m", "benchmarks.student_step", "--rounds", "5"), 120, tables,
+        ),
+        Step(
+            "passes of rows and of tokens", "`train.micro_batch_rows` beside `train.micro_batch_tokens`, a student of 0.5B",
+            ("python", "-m", "benchmarks.passes"), 240, tables,
+        ),
+        Step(
+            "scores of a small model", "spread of bfloat16 scores: mean, 99 % quantile, largest",
+            ("python", "-m", "scripts.gpu_scores", model), 300, measured,
+        ),
+        Step(
+            "scores of a teacher", "the same, and how often it names ids beyond the tokenizer",
+            ("python", "-m", "scripts.gpu_scores", teacher, "--rows", "64"), 540, measured,
+        ),
     )  # fmt: skip
-
-
-PARALLEL = ("teacher.engine.tensor_parallel=2",)
 
 
 def orchestrator(command: str, output: str, name: str, *overrides: str) -> tuple[str, ...]:

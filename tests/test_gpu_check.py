@@ -103,7 +103,7 @@ def test_names_of_steps_are_names_of_files() -> None:
 
 
 def python(name: str, code: str, limit_seconds: float = 30.0, **changes: object) -> Step:
-    return replace(Step(name, ("python", "-c", code), limit_seconds, measured), **changes)  # type: ignore[arg-type]
+    return replace(Step(name, "nothing", ("python", "-c", code), limit_seconds, measured), **changes)  # type: ignore[arg-type]
 
 
 def test_the_driver_goes_on_and_the_page_says_what_came_of_each(tmp_path: Path) -> None:
