@@ -1,6 +1,9 @@
 """Each thing that a node can lack is said in one line, with the key and what would do; the facts are made up."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +20,14 @@ from orchestrator.cluster.node_checks import (
     require_gpu_nodes,
     require_node,
 )
-from orchestrator.cluster.node_facts import NodeFacts
+from orchestrator.cluster.node_facts import NodeFacts, installed_vllm
 from orchestrator.cluster.ray_session import require_machine
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.run_checks import check_devices
 from tests.test_gpu_lock import GPU
 
+ROOT = Path(__file__).parents[3]
 SOUND = NodeFacts(
     node="this machine", torch="2.13.0", torch_cuda="13.0", nccl="2.29.7", driver="580.95.05", gpus=8, usable_gpus=8,
     visible=None, vllm="gpu", c_compiler="/usr/bin/gcc", cxx_compiler="/usr/bin/g++", python_headers=True,
@@ -195,3 +199,27 @@ def test_the_doctor_says_it_in_one_line() -> None:
     failed = check_devices(on_gpus(), but(c_compiler=None, cxx_compiler=None)).line()
     assert failed.startswith("FAILED devices: this machine has 8 GPUs") and "no compiler; teacher.engine.gpu with kind" in failed
     assert "vLLM not installed" in describe(but(vllm=None))
+
+
+@pytest.mark.ray
+def test_a_node_of_a_real_ray_is_asked_by_a_task() -> None:
+    """Its GPUs are numbers; in a process of its own, since a process knows one Ray at a time."""
+    code = """
+import ray
+from orchestrator.cluster.node_checks import as_ray_may_hide, facts_of_gpu_nodes, require_gpu_nodes
+from orchestrator.cluster.node_facts import read_node_facts
+from tests.orchestrator.cluster.test_node_checks import on_cpus, on_gpus
+ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR")
+(found,) = facts_of_gpu_nodes()
+assert found == as_ray_may_hide(read_node_facts(ray.nodes()[0]["NodeManagerAddress"])), found
+require_gpu_nodes(on_cpus())
+try:
+    require_gpu_nodes(on_gpus())
+    print("nothing is missing")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = {"cpu": "built for CPUs", None: "none is installed", "gpu": ""}[installed_vllm()]
+    assert expected in done.stdout
