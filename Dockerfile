@@ -13,7 +13,8 @@ ENV PATH=/opt/venv/bin:$PATH
 
 # A layer of its own: it changes with the lock alone. Compiled once here, since nobody may write beside packages later.
 COPY requirements/gpu.lock /tmp/gpu.lock
-RUN python -m pip install --no-cache-dir uv && uv pip install --no-cache --compile-bytecode --no-deps --requirement /tmp/gpu.lock
+RUN python -m pip install --no-cache-dir uv \
+    && uv pip install --python /opt/venv/bin/python --no-cache --compile-bytecode --no-deps --requirement /tmp/gpu.lock
 
 WORKDIR /opt/atkd
 COPY pyproject.toml README.md LICENSE ./

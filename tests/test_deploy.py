@@ -8,7 +8,9 @@ import fnmatch
 import json
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,25 @@ def test_what_the_image_copies_is_there_and_travels() -> None:
     assert sources
     assert [source for source in sources if not (ROOT / source).exists() or ignored(source, RULES)] == []
     assert set(ROOMS) <= set(sources)
+
+
+def test_what_the_image_copies_is_all_that_a_run_imports(tmp_path: Path) -> None:
+    for *sources, target in image_instructions("COPY")[1:]:
+        for source in sources:
+            place = tmp_path / target / source if target == "./" else tmp_path / target
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / source, place)
+    code = "import orchestrator.commands, actors.student.loop; print(orchestrator.__file__, actors.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert all(name.startswith(str(tmp_path)) for name in done.stdout.split())
+    shown = subprocess.run(
+        [sys.executable, "-m", *shlex.split(JOB["spec"]["entrypoint"].split(" -m ")[1].replace(" run ", " config "))],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert shown.returncode == 0 and "name: qwen_7b_to_0.5b_cluster" in shown.stdout, shown.stderr
 
 
 def test_little_travels_into_the_build() -> None:
