@@ -33,6 +33,7 @@ PATIENCE_SECONDS = 20.0
 """Between asking a step to end and killing it."""
 TAIL_LINES = 15
 """Of the output of a step that failed."""
+STEP_NAMES = tuple(step.name for step in steps(1, "", "", ""))
 SMALL_MODEL, TEACHER = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"
 
 
@@ -167,17 +168,18 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=SMALL_MODEL, help="a small pretrained model: hub name or folder")
     parser.add_argument("--teacher", default=TEACHER, help="a pretrained model whose head is wider than its tokenizer")
-    parser.add_argument("--output", default="runs/gpu", help="folder of the runs that are made, and of logs")
+    parser.add_argument("--output", default="runs/gpu", help="folder in which a new one is made, for runs and logs")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results_gpu.md")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="run these steps alone, by their names")
+    parser.add_argument("--only", nargs="+", metavar="STEP", choices=STEP_NAMES, help=f"some of: {', '.join(STEP_NAMES)}")
     options = parser.parse_args(arguments)
     facts = read_node_facts()
     if not facts.usable_gpus:
         print(f"error: torch can use no GPU; {describe(facts)}", file=sys.stderr)
         return 2
-    table = steps(facts.usable_gpus, options.output, options.model, options.teacher)
+    output = f"{options.output}/{time.strftime('%Y%m%d-%H%M%S')}"  # a new folder: a run that is there would be found finished
+    table = steps(facts.usable_gpus, output, options.model, options.teacher)
     wanted = [step for step in table if options.only is None or step.name in options.only]
-    outcomes = run_all(wanted, facts.usable_gpus, ROOT / options.output / "logs", HOUR_SECONDS)
+    outcomes = run_all(wanted, facts.usable_gpus, ROOT / output / "logs", HOUR_SECONDS)
     options.page.write_text(page_of(outcomes, facts, gpu_names(), time.strftime("%Y-%m-%d")), encoding="utf-8")
     print(f"written: {options.page}")
     return int(any(one.failed for one in outcomes))

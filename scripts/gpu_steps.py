@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.format import plural
 from actors.monitors.metrics_log import read_metrics
 
 CONFIG = "configs/tiny_cpu.yaml"
@@ -148,7 +149,7 @@ def training_lines(run: Path) -> list[str]:
         found = read_metrics(path)[SETTLED:]
         if not found:
             continue
-        parts = [f"{median(found, 'tokens_per_second'):,.0f} tokens/s with {found[-1]['workers']:.0f} workers"]
+        parts = [f"{median(found, 'tokens_per_second'):,.0f} tokens/s with {plural(int(found[-1]['workers']), 'worker')}"]
         if all("mfu" in step for step in found):
             parts.append(f"MFU {median(found, 'mfu'):.2%}")
         if all("gpu_memory_bytes" in step for step in found):

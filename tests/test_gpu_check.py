@@ -4,6 +4,7 @@ Steps that fail, hang, or leave nothing are run for real, with commands that tak
 """
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -107,8 +108,9 @@ def python(name: str, code: str, limit_seconds: float = 30.0, **changes: object)
 
 
 def test_the_driver_goes_on_and_the_page_says_what_came_of_each(tmp_path: Path) -> None:
-    child = "[sys.executable, '-c', 'import time; time.sleep(777.125)']"
-    hanging = f"import subprocess, sys, time; subprocess.Popen({child}); time.sleep(777.125)"
+    mark = f"time.sleep(777.{os.getpid()})"  # a process of another test run sleeps for another time
+    child = f"[sys.executable, '-c', 'import time; {mark}']"
+    hanging = f"import subprocess, sys, time; subprocess.Popen({child}); {mark}"
     wanted = [
         python("good", "print('measured speed: 5 tokens/s')"),
         python("bad", "print('about to fail'); raise SystemExit(3)"),
@@ -122,7 +124,7 @@ def test_the_driver_goes_on_and_the_page_says_what_came_of_each(tmp_path: Path) 
         "passed", "FAILED: exit code 3", "FAILED: over its limit of 2 s", "left out: needs 2 GPUs, and there is 1", "passed",
     ]  # fmt: skip
     assert outcomes[2].seconds < 15 and len(said) == 9
-    assert not [one for one in psutil.process_iter(["cmdline"]) if "sleep(777.125)" in " ".join(one.info["cmdline"] or [])]
+    assert not [one for one in psutil.process_iter(["cmdline"]) if mark in " ".join(one.info["cmdline"] or [])]
     page = page_of(outcomes, SOUND, ["NVIDIA H100 80GB HBM3"] * 8, "2026-01-31")
     assert "- 8 x NVIDIA H100 80GB HBM3; this machine has 8 GPUs, driver 580.95.05" in page
     assert "| bad | FAILED: exit code 3 | 0 |" in page and "about to fail" in page
@@ -174,6 +176,26 @@ def test_where_torch_can_use_no_gpu_nothing_is_begun(
     assert gpu_check.main(["--page", str(tmp_path / "page.md")]) == 2
     assert "error: torch can use no GPU; this machine has 0 GPUs, driver 580.95.05" in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
+
+
+def test_the_steps_that_are_asked_for_are_run_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def table(gpus: int, output: str, model: str, teacher: str) -> tuple[Step, ...]:
+        said = f"print('measured arguments: {gpus} {model} {teacher}'); raise SystemExit({int(gpus != 8)})"
+        return python("doctor", said), python("losses", "raise SystemExit(1)")
+
+    monkeypatch.setattr(gpu_check, "read_node_facts", lambda: SOUND)
+    monkeypatch.setattr(gpu_check, "steps", table)
+    page = tmp_path / "page.md"
+    arguments = ["--page", str(page), "--output", str(tmp_path / "runs"), "--model", "a/b"]
+    assert gpu_check.main([*arguments, "--only", "doctor"]) == 0
+    assert "- arguments: 8 a/b Qwen/Qwen2.5-7B-Instruct" in page.read_text() and "losses" not in page.read_text()
+    assert gpu_check.main(arguments) == 1
+    assert "| losses | FAILED: exit code 1 |" in page.read_text()
+    with pytest.raises(SystemExit):
+        gpu_check.main([*arguments, "--only", "doktor"])
+    assert "invalid choice: 'doktor'" in capsys.readouterr().err
 
 
 def test_readers_take_what_they_know() -> None:
