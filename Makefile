@@ -11,7 +11,11 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.lock
+GPU_LOCK := requirements/gpu.lock
 READY := $(VENV)/ready
+GPU_VENV := .venv-gpu
+GPU_READY := $(GPU_VENV)/ready
+GPU_ARGS ?=
 
 # $(call install_torch,BIN): pip first asks where its own configuration points, and then PyTorch's index of CPU builds.
 define install_torch
@@ -20,10 +24,10 @@ $(1)/python -m pip install --quiet --no-deps $(TORCH) \
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test quick drills lint lock clean
+.PHONY: help setup distill test quick drills lint gpu lock lock-gpu clean
 
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## Set up .venv for the CPU, as requirements/cpu.lock says
 
@@ -69,9 +73,23 @@ lint: $(READY)  ## Check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+# An environment of its own, since what is built for GPUs cannot stand beside what is built for CPUs. It downloads about 5 GB once.
+gpu: $(GPU_READY)  ## On a machine with GPUs: try what only they can show, within an hour, and write docs/results_gpu.md
+	@$(GPU_VENV)/bin/python -m scripts.gpu_check $(GPU_ARGS)
+
+$(GPU_READY): $(GPU_LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+		|| { echo "gpu needs Python 3.11, and '$(PYTHON)' is not it: make gpu PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "gpu: $(GPU_VENV) is made or brought up to date from $(GPU_LOCK)"
+	@test -x $(GPU_VENV)/bin/pip || $(PYTHON) -m venv $(GPU_VENV)
+	@$(GPU_VENV)/bin/python -m pip install --quiet uv
+	@$(GPU_VENV)/bin/uv pip install --quiet --compile-bytecode --python $(GPU_VENV)/bin/python --no-deps -r $(GPU_LOCK)
+	@$(GPU_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
 # Resolves pyproject.toml afresh in an environment of its own, so the newest versions that fit are taken.
 lock: LOCK_ENV := build/lock-env
-lock:  ## Make requirements/cpu.lock anew
+lock:  ## Make requirements/cpu.lock anew, and gpu.lock after it
 	rm -rf $(LOCK_ENV)
 	$(PYTHON) -m venv $(LOCK_ENV)
 	$(call install_torch,$(LOCK_ENV)/bin)
@@ -82,7 +100,23 @@ lock:  ## Make requirements/cpu.lock anew
 		> build/cpu.lock
 	mv build/cpu.lock $(LOCK)
 	rm -rf $(LOCK_ENV)
+	$(MAKE) --no-print-directory lock-gpu
+
+# Resolved without installing anything, for the oldest Linux for which all are there as wheels. uv keeps the versions of a file that
+# is there before it, as far as requirements allow: here those of cpu.lock, which are the tested ones. rouge-score has no wheel.
+lock-gpu: LOCK_ENV := build/lock-gpu-env
+lock-gpu:  ## Make requirements/gpu.lock anew, as near to cpu.lock as its packages allow
+	rm -rf $(LOCK_ENV)
+	$(PYTHON) -m venv $(LOCK_ENV)
+	$(LOCK_ENV)/bin/python -m pip install --quiet uv
+	cp $(LOCK) build/gpu.lock
+	$(LOCK_ENV)/bin/uv pip compile --quiet --no-header --no-annotate --only-binary :all: --no-binary rouge-score \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+		pyproject.toml --extra vllm --extra dev --output-file build/gpu.lock
+	{ grep '^#' $(GPU_LOCK); grep == build/gpu.lock; } > build/gpu.lock.new
+	mv build/gpu.lock.new $(GPU_LOCK)
+	rm -rf $(LOCK_ENV) build/gpu.lock
 
 clean:  ## Remove .venv, build products and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Write the tables of the docs that follow from the configuration, between their markers.
+"""Write the tables of the docs that follow from the code, between their markers.
 
     python -m scripts.doc_tables [--check]
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from losses.section import MayChange, NotSearchable, Searchable, marked
 from orchestrator.config.run import RunConfig
+from scripts.gpu_steps import steps
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,10 +42,20 @@ def not_searchable() -> list[str]:
     return ["| the same in all trials | since |", "|---|---|", *rows]
 
 
+def gpu_steps() -> list[str]:
+    """The steps of ``make gpu``, and how long each takes at most."""
+    rows = [
+        f"| {step.name} | {step.about} | {step.limit_seconds / 60:g} | {step.needs_gpus} |"
+        for step in steps(8, "runs/gpu", "MODEL", "TEACHER")
+    ]
+    return ["| step | what it shows | minutes at most | GPUs |", "|---|---|---:|---:|", *rows]
+
+
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "may_change": ("docs/cluster.md", may_change),
     "searchable": ("docs/search.md", searchable),
     "not_searchable": ("docs/search.md", not_searchable),
+    "gpu_steps": ("docs/gpu.md", gpu_steps),
 }
 """For each marker, its page and the lines between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
 

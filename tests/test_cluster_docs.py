@@ -12,7 +12,7 @@ from actors.config.models import EngineConfig
 from actors.config.workers import WorkersConfig
 from orchestrator.cluster.ray_session import TRAIN_ENVIRONMENT
 from orchestrator.run import run_dir
-from tests.test_docs import OURS, commands_of
+from tests.test_docs import commands_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
@@ -54,22 +54,23 @@ def test_variables_of_others_are_none_of_ours() -> None:
     assert not set(theirs) & set(OURS_TO_SAY)
 
 
-def test_the_manifests_are_yaml_and_offer_what_the_commands_select() -> None:
-    parsed = [yaml.safe_load(block) for block in blocks("yaml")]
-    keys, elastic, cluster, job = parsed
+def test_the_examples_of_keys_are_keys_of_ours() -> None:
+    keys, elastic = (yaml.safe_load(block) for block in blocks("yaml"))
     assert WorkersConfig.model_validate(elastic["workers"]).most == 8
     EngineConfig.model_validate(keys["teacher"]["engine"])
-    workers = WorkersConfig.model_validate(keys["workers"])
-    groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
-    assert groups["teachers"]["labels"] == keys["teacher"]["engine"]["labels"]
-    assert groups["students"]["labels"] == workers.labels
-    offered = yaml.safe_load(yaml.safe_load(groups["students"]["rayStartParams"]["resources"]))
-    assert offered.keys() == workers.resources.keys()
-    assert all(group["template"]["spec"]["containers"] for group in [cluster["spec"]["headGroupSpec"], *groups.values()])
-    assert isinstance(yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"], str)
-    command = OURS.search(job["spec"]["entrypoint"])
-    assert command is not None and command[1].split()[0] == "run" and (ROOT / command[1].split()[1]).exists()
-    assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
+    WorkersConfig.model_validate(keys["workers"])
+
+
+def test_each_file_that_a_command_names_is_there() -> None:
+    named = set(re.findall(r"\b(?:deploy|requirements)/[\w./-]+", "\n".join(blocks("bash"))))
+    assert {"deploy/slurm/distil.sbatch", "deploy/kuberay/cluster", "requirements/gpu.lock"} <= named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_each_file_of_the_folder_is_named_on_the_page() -> None:
+    files = [path for path in (ROOT / "deploy").rglob("*") if path.is_file() and path.name != "kustomization.yaml"]
+    pages = PAGE + (ROOT / "docs" / "observability.md").read_text()
+    assert [path for path in files if path.relative_to(ROOT).as_posix() not in pages] == []
 
 
 @pytest.mark.parametrize("script", blocks("bash"), ids=lambda script: script.splitlines()[0])

@@ -60,6 +60,12 @@ STUDENT = {
 }
 """What a student shows, by the names of its lines in ``metrics/``. A loss shows those it has."""
 
+GPU = {
+    "mfu": Shown("atkd_student_mfu", "Share of the GPUs' bfloat16 speed that the model's own operations take"),
+    "gpu_memory_bytes": Shown("atkd_student_gpu_memory_bytes", "Most memory that tensors held on the first worker's GPU"),
+}
+"""What a student on GPUs shows beside it; the first only of GPUs whose speed is known."""
+
 TEACHER = {
     "shards_done": Shown("atkd_teacher_shards_done", "Shards of the store that are there"),
     "shards_total": Shown("atkd_teacher_shards_planned", "Shards of the complete store"),
@@ -86,7 +92,7 @@ class StudentMetrics:
     """Shows the steps of one training."""
 
     def __init__(self, run: str, stage: str) -> None:
-        self._board = _Board(STUDENT)
+        self._board = _Board(STUDENT | GPU)
         self._tags = {"run": run, "stage": stage}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

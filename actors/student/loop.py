@@ -15,6 +15,7 @@ from actors.dataloader.scored_rows import ScoredRows, StoredRows, all_rows
 from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
+from actors.monitors.gpu import GpuMonitor
 from actors.monitors.metrics_log import MetricsLog, step_metrics
 from actors.score_store.store import ScoreStore
 from actors.student.causal_lm import make_student
@@ -47,6 +48,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
     student = make_student(task.model, task.lora, task.loss, task.train, worker)
     vocab_size = undistributed(student).vocab_size
+    gpu = GpuMonitor.of(undistributed(student).model, worker.device, task.train.precision)
     total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
     optimizer = make_optimizer(student, task.train.optimizer)
     schedule = make_schedule(optimizer, task.train.optimizer, total_steps)
@@ -75,6 +77,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
                 sums, task.loss, int(batch.lengths.sum()), rows.epochs_after(step), started, waited_seconds, learning_rate,
                 gradient_norm, total_steps, worker.world_size,
             )  # fmt: skip
+            metrics |= gpu.numbers(batch.lengths, float(sums.targets), metrics)
             log.write(step, metrics | step_weights.easy_border(batch) | done.loss_state.numbers(task.loss))
             done = Progress(step, done.loss_state.after(task.loss, step, total_steps, float(sums.loss)))
             goes_on = validator.goes_on(student, step)  # before a checkpoint: a run that resumes from one is validated there

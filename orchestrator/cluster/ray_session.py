@@ -27,6 +27,8 @@ from actors.placement import (
     workers_beside,
 )
 from orchestrator.cluster import signals as sigterm
+from orchestrator.cluster.node_checks import require_gpu_nodes, require_node
+from orchestrator.cluster.node_facts import NodeFacts, read_node_facts
 from orchestrator.cluster.places import ray_folder
 from orchestrator.cluster.shared_folder import require_shared
 from orchestrator.config.run import RunConfig
@@ -78,8 +80,13 @@ def ray_for(config: RunConfig) -> Iterator[None]:
         ValueError: naming what the run wants, what there is and what would do, before anything is started on it; or a
             folder of the run that not all nodes see.
     """
-    with nullcontext() if ray.is_initialized() else _ray_of_this_process(demand(config)):
+    begun_here = not ray.is_initialized()
+    if begun_here:
+        require_machine(config)
+    with _ray_of_this_process(demand(config)) if begun_here else nullcontext():
         require_places(config, read_nodes())
+        if begun_here and cluster_address():
+            require_gpu_nodes(config)
         require_shared([config.run_dir, config.score_root])
         yield
 
@@ -157,6 +164,25 @@ def cluster_address() -> str | None:
                 "without RAY_ADDRESS the command starts one of its own"
             ) from error
     return address
+
+
+def require_machine(config: RunConfig, facts: NodeFacts | None = None) -> None:
+    """Raise if the run would stand on this machine alone, and the machine is not as it needs it; a cluster is not looked at.
+
+    Nothing is started and nothing loaded for it. ``facts`` are those of this machine, if they are known already.
+
+    Raises:
+        ValueError: naming the key, what was found and what would do.
+    """
+    if cluster_address():
+        return
+    facts = facts or read_node_facts()
+    cpus = max(float(os.cpu_count() or 1), demand(config).cpus)  # as many as a private Ray is told
+    machine = [Node(facts.node, {"CPU": cpus, "GPU": float(facts.usable_gpus)})]
+    if not facts.gpus:
+        require_places(config, machine)  # that there is no GPU is the first thing to say
+    require_node(config, facts)
+    require_places(config, machine)
 
 
 def require_places(config: RunConfig, nodes: Sequence[Node]) -> None:

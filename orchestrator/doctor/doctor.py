@@ -27,7 +27,7 @@ from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import load_tokenizer
 from orchestrator.doctor.checks import check_attention, check_pair, check_refused, check_scores, check_tokens
-from orchestrator.doctor.run_checks import check_ends, check_export, check_rows
+from orchestrator.doctor.run_checks import check_devices, check_ends, check_export, check_rows
 from orchestrator.run.models import ROLES, Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.pipeline import run_stages
 from orchestrator.run.run_dir import RunDir
@@ -48,16 +48,19 @@ def diagnose(config: RunConfig, engine_factory: EngineFactory = build_engine) ->
         TeacherFailed: if the teacher cannot be served at all.
         ValueError: as the stages ``prepare`` and ``fit`` do.
     """
+    devices = check_devices(config)
+    if devices.state != "ok":
+        return [devices]
     if all(side.model.kind == "pretrained" for side in (config.teacher, config.student)):
         models = Models(config, config.run_dir)
         teacher, student = (models.own_tokenizer(role) for role in ROLES)
         if differing := check_pair(teacher, student):
-            return [differing]
+            return [devices, differing]
     with RunDir.open(config) as run_dir:
         stages = run_stages(config, run_dir, overlap=False)
         while next(stages) != "finetune":  # the Ray that stages begin lives as long as they are not let go
             pass
-        findings = _diagnose_finetuned(config, run_dir, Models(config, run_dir.path), engine_factory)
+        findings = [devices, *_diagnose_finetuned(config, run_dir, Models(config, run_dir.path), engine_factory)]
         run_dir.event("diagnosed", findings=[asdict(finding) for finding in findings])
         return findings
 

@@ -1,4 +1,4 @@
-"""What the doctor finds of a run beside its scores: rows, ends of answers, and the student's export."""
+"""What the doctor finds of a run beside its scores: devices, rows, ends of answers, and the student's export."""
 
 import json
 import tempfile
@@ -8,6 +8,9 @@ from pathlib import Path
 import ray
 
 from actors.student.finished_model import ExportDiffers, ExportProof, try_export
+from orchestrator.cluster.node_checks import describe
+from orchestrator.cluster.node_facts import NodeFacts, read_node_facts
+from orchestrator.cluster.ray_session import cluster_address, require_machine
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.run.models import Models
@@ -16,6 +19,21 @@ from orchestrator.run.score_parity import Finding
 from orchestrator.run.stages import describe_ends, distillation_task
 
 HASHES = ("train_hash", "heldout_hash", "tokenizer_hash")
+
+
+def check_devices(config: RunConfig, facts: NodeFacts | None = None) -> Finding:
+    """Check whether the machine has the driver, the compilers and the packages that a run needs, before anything is loaded.
+
+    Of a cluster each node with GPUs is asked when the run connects to it, and what is wrong there ends the command.
+    """
+    if cluster_address():
+        return Finding("devices", "ok", "each node with GPUs of the cluster is asked when the run connects to it")
+    facts = facts or read_node_facts()
+    try:
+        require_machine(config, facts)
+    except ValueError as error:
+        return Finding("devices", "FAILED", describe(facts), str(error))
+    return Finding("devices", "ok", describe(facts))
 
 
 def check_rows(config: RunConfig, run: Path) -> Finding:

@@ -56,6 +56,11 @@ class ModelShape:
     """Whether the output head learns."""
 
     @property
+    def block_weights(self) -> int:
+        """Weights of all blocks, if each is as large as the largest."""
+        return self.layers * self.layer_weights
+
+    @property
     def head_weights(self) -> int:
         """V * H."""
         return self.vocab_size * self.hidden_size

@@ -12,6 +12,7 @@ import numpy as np
 
 from actors.config.models import EngineConfig, ScoresConfig, TrainConfig, needs_complete_store, needs_teacher
 from actors.config.workers import WorkersConfig
+from actors.flops import blocks_flops, head_flops, learning_flops, mean_context
 from losses.config import LossConfig
 from orchestrator.planning.shapes import ModelShape, Workload
 
@@ -49,27 +50,15 @@ def forward_flops(shape: ModelShape, work: Workload, head_on_targets: bool) -> f
     Args:
         head_on_targets: whether the output head is multiplied by the targets alone, not by every token.
     """
-    head = 2 * shape.head_weights * (work.train_targets / work.train_tokens if head_on_targets else 1.0)
-    return _blocks_flops(shape, work) + head
+    share = work.train_targets / work.train_tokens if head_on_targets else 1.0
+    return blocks_flops(shape, mean_context(work.lengths)) + head_flops(shape, share)
 
 
 def training_flops(shape: ModelShape, work: Workload, train: TrainConfig) -> float:
-    """Return the operations of forward and backward pass for one token.
-
-    Backwards each weight is met twice, for its own gradient and for that of its input; a frozen one once. Gradient
-    checkpointing runs the blocks once more.
-    """
-    blocks = _blocks_flops(shape, work)
-    head = forward_flops(shape, work, head_on_targets=True) - blocks
-    frozen = shape.trained < shape.weights / 2
-    again = blocks if train.gradient_checkpointing else 0.0
-    return blocks * (2 if frozen else 3) + head * (3 if shape.trains_head else 2) + again
-
-
-def _blocks_flops(shape: ModelShape, work: Workload) -> float:
-    """Of the decoder's blocks: products with weights, and attention over, on average, half a row."""
-    mean_length = float((work.lengths.astype(float) ** 2).sum() / work.train_tokens)  # a token's own row
-    return shape.layers * (2 * shape.layer_weights + 4 * shape.hidden_size * mean_length / 2)
+    """Return the operations of forward and backward pass for one token; gradient checkpointing runs the blocks once more."""
+    context = mean_context(work.lengths)
+    again = blocks_flops(shape, context) if train.gradient_checkpointing else 0.0
+    return learning_flops(shape, context, work.train_targets / work.train_tokens) + again
 
 
 def scoring_rate(shape: ModelShape, work: Workload, engine: EngineConfig, gpu_flops: float = GPU_FLOPS) -> float:

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from actors.attention import require_attention
 from actors.examples import ExampleFile
 from actors.lora import add_adapters, shared_with_adapters
+from actors.tensor_parallel import require_whole_heads
 from orchestrator.config.run import RunConfig
-from orchestrator.run.models import ROLES, Models, Role, config_of
+from orchestrator.run.models import ROLES, Models, Role, attention_heads, config_of
 
 WINDOW_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions", "max_sequence_length",
@@ -50,6 +51,8 @@ def require_models_fit(config: RunConfig, models: Models, rows: RowLimits) -> li
     Raises:
         ValueError: a line for each fault, naming the key, the value and one that would do.
     """
+    if config.teacher.engine.tensor_parallel > 1:
+        require_whole_heads(config.teacher.engine.tensor_parallel, *attention_heads(models))
     faults, remarks, rooms, fewer = [], [], [], []
     for role in ROLES:
         if models.side(role).model.kind == "scratch":

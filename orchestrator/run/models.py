@@ -199,3 +199,12 @@ def config_of(source: ModelSource, key: str = "the model") -> PreTrainedConfig:
             f"{key} {source.name!r}: its config.json, which says what shape it has, is neither in the local cache nor could it "
             f"be fetched ({reason}); a machine with network would do, or a folder with that file: {key}=/a/folder"
         ) from error
+
+def attention_heads(models: Models) -> tuple[int, int]:
+    """Return how many attention heads the teacher has, and how many of keys and values."""
+    model = models.config.teacher.model
+    if model.kind == "scratch":
+        return model.heads, model.kv_heads or model.heads
+    settings = config_of(models.named("teacher"), "teacher.model.name").get_text_config()
+    heads = int(settings.num_attention_heads)
+    return heads, int(getattr(settings, "num_key_value_heads", None) or heads)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from orchestrator.cluster.environment import note_cluster, note_process
-from orchestrator.cluster.ray_session import ray_for
+from orchestrator.cluster.ray_session import ray_for, require_machine
 from orchestrator.config.run import RunConfig
 from orchestrator.run.evaluation import evaluate
 from orchestrator.run.export import export
@@ -22,6 +22,8 @@ def run(config: RunConfig, until: str = "export") -> Path:
     """Run all stages up to ``until``, skipping those that are done; return the run's folder."""
     assert until in STAGES
     with RunDir.open(config) as run_dir:
+        if until != "prepare" and run_dir.result("evaluate") is None:
+            require_machine(config)  # before the rows are read, which may take long
         for finished in run_stages(config, run_dir, overlap=config.scores.overlap and until != "score"):
             if finished == until:
                 break

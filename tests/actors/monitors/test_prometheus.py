@@ -15,7 +15,7 @@ from ray.util.metrics import Gauge
 from actors.config.models import TrainConfig
 from actors.monitors import prometheus as live_metrics
 from actors.monitors.metrics_log import read_metrics
-from actors.monitors.prometheus import SERVICE, STUDENT, TEACHER, StudentMetrics, TeacherMetrics
+from actors.monitors.prometheus import GPU, SERVICE, STUDENT, TEACHER, StudentMetrics, TeacherMetrics
 from actors.student.loop import distil
 from actors.student.train_checkpoints import NoCheckpoints
 from actors.teacher.pool import TeacherPool
@@ -131,12 +131,12 @@ def test_a_replica_that_is_gone_holds_no_shards(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_names_say_whose_they_are_and_none_is_given_twice() -> None:
-    names = [shown.name for shown in [*STUDENT.values(), *TEACHER.values(), *SERVICE.values()]]
+    names = [shown.name for shown in [*STUDENT.values(), *GPU.values(), *TEACHER.values(), *SERVICE.values()]]
     assert len(names) == len(set(names))
     assert all(name.startswith("atkd_") for name in names)
 
 
 def test_the_page_has_every_metric_as_it_is_exported() -> None:
     rows = re.findall(r"^\| `(ray_\w+)` \| (\w+) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
-    shown = [*STUDENT.values(), *TEACHER.values(), *SERVICE.values()]
+    shown = [*STUDENT.values(), *GPU.values(), *TEACHER.values(), *SERVICE.values()]
     assert rows == [(one.exported_name, one.kind, one.description) for one in shown]

@@ -36,7 +36,7 @@ from tests.fakes import FakeTeacher, fake_spec
 from tests.faulty_engines import TOP_K, CrowdedEngine, RepeatingEngine, Serves, ShiftedEngine, SwappingEngine
 from tests.worlds import LONGEST, VOCAB, random_examples, tiny_llama, word_tokenizer
 
-OF_THE_RUN = ["tokens", "rows", "ends", "export", "attention"]
+OF_THE_RUN = ["devices", "tokens", "rows", "ends", "export", "attention"]
 CHECKS = ["attention", "scores", "batch", "raw", "served", "loss", "teacher"]
 
 
@@ -239,12 +239,12 @@ def test_the_doctor_passes_a_sound_pair_and_leaves_no_scores(
 ) -> None:
     assert main(["doctor", *arguments]) == 0, capsys.readouterr()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[-12:]] == [f"ok {check}" for check in OF_THE_RUN + CHECKS]
+    assert [line.split(":")[0] for line in lines[-13:]] == [f"ok {check}" for check in OF_THE_RUN + CHECKS]
     run = config_of(arguments).run_dir
     assert [path.name for path in (run / "stages").iterdir()] == ["prepare.json"]
     assert [path.name for path in run.parent.iterdir()] == ["seen"] and not list(run.glob("doctor-*"))
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    assert [finding["state"] for finding in events[-1]["findings"]] == ["ok"] * 12
+    assert [finding["state"] for finding in events[-1]["findings"]] == ["ok"] * 13
 
 
 @pytest.mark.ray
@@ -258,7 +258,7 @@ def test_the_doctor_passes_a_sound_pair_and_leaves_no_scores(
 )
 def test_scores_that_no_store_takes_are_a_finding(local_ray: None, arguments: list[str], returns: str, said: str) -> None:
     findings = diagnose(config_of(arguments), FakeTeacher(vocab_size=VOCAB, returns=returns))
-    assert [finding.check for finding in findings] == ["tokens", "rows", "ends", "scores"]
+    assert [finding.check for finding in findings] == ["devices", "tokens", "rows", "ends", "scores"]
     failed = the_failed(findings)
     assert said in failed.line() and "try teacher.engine.dtype=float32" in failed.line()
 
