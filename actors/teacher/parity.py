@@ -8,9 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.records import LOWEST_COMPARED, TeacherScores
+from actors.records import LOWEST_COMPARED, Example, TeacherScores
 
 EARLIER, RIGHT, LATER = range(3)  # which of the model's predictions a score is compared with: one before, its own, one after
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Rows whose scores are compared with the teacher's plain forward pass when it starts."""
+
+    rows: Sequence[Example]
+    """Of all lengths; none compares nothing."""
+
+    shorter: Sequence[Example] = ()
+    """Rows with short prompts, from which some are taken where there is no time for ``rows``."""
 
 
 @dataclass(frozen=True, slots=True)
