@@ -68,6 +68,11 @@ class ScoringStage:
             pointers["train"] = str(self.training_store.path)
         write_atomically(run_dir.path / "scores.json", json.dumps(pointers, indent=1).encode())
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to score, so that no teacher is started."""
+        return self.heldout_store.complete and (self.training_store is None or self.training_store.complete)
+
     def run(self) -> None:
         """Score what is missing; nothing, and no teacher is started, where both stores are complete."""
         self.run_dir.stage("score", self._score)
