@@ -93,7 +93,7 @@ def attention_error(model: PreTrainedModel, used: str, rows: Sequence[Example]) 
     """
     if used == "eager":
         return 0.0
-    token_ids = _proof(model.config, rows).to(model.device)
+    token_ids = proof_of(model.config, rows).to(model.device)
     own = _logprobs(model, token_ids)
     model.set_attn_implementation("eager")
     try:
@@ -105,8 +105,11 @@ def attention_error(model: PreTrainedModel, used: str, rows: Sequence[Example]) 
     return float(distance[-PAST_WINDOW:].median())
 
 
-def _proof(config: PreTrainedConfig, rows: Sequence[Example]) -> torch.Tensor:
-    """Return [T], the longest row as far as beyond the model's smallest window, where that costs little."""
+def proof_of(config: PreTrainedConfig, rows: Sequence[Example]) -> torch.Tensor:
+    """Return the tokens on which a model is compared with its definition, int64 [T].
+
+    They are the longest row's, as far as beyond the model's smallest window, where that costs little.
+    """
     settings = config.get_text_config()
     windows = [getattr(settings, name, None) for name in ("sliding_window", "attention_chunk_size")]
     lengths = [window + PAST_WINDOW for window in windows if window and window + PAST_WINDOW <= LONGEST_PROOF]

@@ -72,3 +72,9 @@ def spread_over_lengths(examples: ExampleFile, count: int) -> list[Example]:
     order = np.argsort(examples.lengths, kind="stable")
     places = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))
     return [examples[int(order[place])] for place in places]
+
+
+def with_shortest_prompts(examples: ExampleFile, count: int) -> list[Example]:
+    """Return ``count`` of the rows, or all where there are fewer: those with the fewest tokens before their first target."""
+    prompts = np.array([int(examples[position].loss_mask.argmax()) for position in range(len(examples))])
+    return [examples[int(position)] for position in np.argsort(prompts, kind="stable")[:count]]

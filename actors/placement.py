@@ -37,6 +37,8 @@ class Node:
     labels: Mapping[str, str] = field(default_factory=dict)
     held: Mapping[str, float] = field(default_factory=dict)
     """What placement groups hold of it, the teachers and students of other jobs that is."""
+    id: str = ""
+    """Ray's own name of it; empty where the node is only planned."""
 
     @property
     def free(self) -> dict[str, float]:
@@ -120,7 +122,7 @@ def read_nodes() -> list[Node]:
             for bundle, node in group["bundles_to_node_id"].items():
                 held[node].update(group["bundles"][bundle])
     return [
-        Node(node["NodeName"], node["Resources"], node["Labels"], dict(held[node["NodeID"]]))
+        Node(node["NodeName"], node["Resources"], node["Labels"], dict(held[node["NodeID"]]), node["NodeID"])
         for node in ray.nodes()
         if node["Alive"]
     ]

@@ -20,6 +20,7 @@ from actors.engines.base import TeacherEngine, TeacherSpec, engine_environment
 from actors.engines.build import build_engine
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, example_key
+from actors.teacher.parity import Probe
 from actors.teacher.reference_pass import Reference, beginning, references
 from orchestrator.data.tokenizers import ids_of, load_tokenizer
 
@@ -66,10 +67,13 @@ def prose_rows(tokenizer: PreTrainedTokenizerBase, rows: int, row_tokens: int = 
 
 
 def spread(found: Sequence[Reference], served: Sequence[TeacherScores]) -> Spread:
-    """Compare served log-probabilities of targets with the reference's, row by row; the reference may have the first alone."""
+    """Compare served log-probabilities of targets with the reference's, row by row.
+
+    The reference may have only some of the rows, and of each the first targets.
+    """
     errors = []
-    for reference, scores in zip(found, served, strict=True):
-        right = reference.target_logprob[1]  # float64 [N]
+    for reference in found:
+        scores, right = served[reference.example.row], reference.target_logprob[1]  # float64 [N]
         errors.append(np.abs(scores.target_logprob[: len(right)].astype(np.float64) - right))
     error = np.concatenate(errors)
     return Spread(len(error), float(error.mean()), float(np.quantile(error, 0.99)), float(error.max()))
@@ -107,12 +111,12 @@ def measure(model: ModelSource, engine: EngineConfig, rows: Sequence[Example], t
     """
     heads = [beginning(row) for row in rows]
     device = "cuda" if engine.gpu else "cpu"
-    plain = references(model, heads, device)
+    plain = references(model, Probe(heads), device)
     served: TeacherEngine = build_engine(TeacherSpec(engine, model, TOP_K, max(len(row.token_ids) for row in rows)))
     try:
         scores = served.score(list(rows))
         named = named_ids(scores, served.vocab_size, tokenizer_ids)
-        return lines_of(served.way, named, plain if isinstance(plain, str) else spread(plain, scores))
+        return lines_of(served.way, named, plain if isinstance(plain, str) else spread(plain.rows, scores))
     finally:
         served.close()
 

@@ -73,7 +73,7 @@ def steps(gpus: int, output: str, model: str, teacher: str) -> tuple[Step, ...]:
         ),
         Step(
             "passes of rows and of tokens", "`train.micro_batch_rows` beside `train.micro_batch_tokens`, a student of 0.5B",
-            ("python", "-m", "benchmarks.passes"), 240, tables,
+            ("python", "-m", "benchmarks.batches"), 240, tables,
         ),
         Step(
             "scores of a small model", "spread of bfloat16 scores: mean, 99 % quantile, largest",

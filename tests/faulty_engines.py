@@ -58,7 +58,7 @@ class ShiftedEngine(TransformersEngine):
     @torch.inference_mode()
     def _score_shifted(self, example: Example) -> TeacherScores:
         logits = self._model(torch.from_numpy(example.token_ids[None].astype(np.int64))).logits[0]
-        logprobs = logits[example.target_positions].log_softmax(dim=1)
+        logprobs = logits[example.target_positions].float().log_softmax(dim=1)
         gold = logprobs.gather(1, torch.from_numpy(example.targets.astype(np.int64))[:, None])[:, 0]
         top = logprobs.topk(TOP_K + 1, dim=1)
         scores = scores_from_candidates(example, gold.numpy(), top.indices.numpy(), top.values.numpy(), self._spec)

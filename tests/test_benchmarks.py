@@ -1,14 +1,22 @@
 """The benchmarks run, on the smallest of problems; what they share is right. Nothing here looks at a time."""
 
+import importlib.util
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from actors.examples import write_examples
-from benchmarks import losses, truncation
+from actors.config.models import ScratchModel, TrainConfig
+from actors.examples import ExampleFile, write_examples
+from actors.models import save_model, scratch_model
+from benchmarks import batches, losses, parity, truncation
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, peak_bytes, print_table, report
+from orchestrator.config.data import BuiltinSource
+from orchestrator.data.sources import read_rows
+from orchestrator.data.tokenizers import train_tokenizer
 from tests.worlds import random_examples, tiny_llama
 
 
@@ -70,3 +78,62 @@ def test_what_truncation_costs_is_measured(
     forward = next(line for line in lines if line.startswith("| forward KL"))
     off = [float(cell.split("%")[0]) for cell in forward.split("|")[2:6]]
     assert off == sorted(off, reverse=True) and off[0] > off[-1], "a larger K is nearer"
+
+
+def test_padding_and_speed_of_passes_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = read_rows(BuiltinSource(kind="builtin", rows=100), seed=0)
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tiny = batches.Student("tiny", ScratchModel(kind="scratch", hidden_size=16, layers=1, heads=2), vocab_size=300)
+    monkeypatch.setattr(batches, "ON_CPU", (tiny,))
+    monkeypatch.setattr(batches, "BATCH_ROWS", (16,))
+    arguments = ["--prompt", "{{ instruction }} ", "--response", "response", "--count", "32", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["batches", "--rows", str(rows), *arguments])
+    batches.main()
+    said = capsys.readouterr().out
+    assert "32 rows; tokens of a row" in said and "| tiny    | 16          | 8 rows" in said
+    assert "bar tokens/s by tokens over by rows, tiny, 16 rows a step measured" in said
+
+
+def test_the_padding_is_what_stands_beside_the_rows_of_a_pass(tmp_path: Path) -> None:
+    write_examples(tmp_path / "rows.arrow", batches.rows_of([10, 4, 8, 4], [1, 1, 1, 1]))
+    examples = ExampleFile(tmp_path / "rows.arrow")
+    by_rows = TrainConfig(batch_rows=4, micro_batch_rows=2)
+    assert batches.padding_and_passes(examples, by_rows, steps=1) == (1 - 26 / (2 * 10 + 2 * 4), 2.0)
+    by_tokens = by_rows.model_copy(update={"micro_batch_tokens": 40})
+    assert batches.padding_and_passes(examples, by_tokens, steps=1) == (1 - 26 / 40, 1.0)
+    drawn = batches.drawn_lengths(2000)
+    assert drawn.min() >= 8 and drawn.max() == 512 and 55 < np.median(drawn) < 65
+
+
+def test_faults_of_a_teacher_are_measured_beside_its_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [str(value) for row in read_rows(BuiltinSource(kind="builtin", rows=300), seed=0) for value in row.values()]
+    tokenizer = train_tokenizer(texts, 400)
+    shape = ScratchModel(kind="scratch", hidden_size=64, layers=2, heads=2)
+    save_model(scratch_model(shape, tokenizer, len(tokenizer), 512, seed=0), tokenizer, tmp_path / "model")
+    monkeypatch.setattr(parity, "DRAWS", 3)
+    monkeypatch.setattr(sys, "argv", ["parity", str(tmp_path / "model"), "--targets", "300", "--dtypes"])
+    parity.main()
+    lines = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
+    assert {fault.name for fault in parity.FAULTS} <= set(lines)
+    assert lines["read one position late"].rstrip(" |").endswith("100%")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_what_vllm_serves_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [str(value) for row in read_rows(BuiltinSource(kind="builtin", rows=300), seed=0) for value in row.values()]
+    tokenizer = train_tokenizer(texts, 400)
+    shape = ScratchModel(kind="scratch", hidden_size=64, layers=2, heads=2)
+    save_model(scratch_model(shape, tokenizer, len(tokenizer), 512, seed=0), tokenizer, tmp_path / "model")
+    monkeypatch.setattr(parity, "DRAWS", 3)
+    arguments = ["--targets", "300", "--dtypes", "float32", "--without-faults"]
+    monkeypatch.setattr(sys, "argv", ["parity", str(tmp_path / "model"), *arguments])
+    assert parity.main() == 0
+    assert "bar draws refused, vLLM in float32 measured 0 wanted <=0 met" in capsys.readouterr().out

@@ -18,8 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from actors.config.models import EngineConfig
 from actors.model_source import ModelSource
-from benchmarks import losses, passes, student_step
-from benchmarks.passes import instruction_lengths
+from benchmarks import batches, losses, student_step
 from orchestrator.cli import build_parser
 from orchestrator.cluster.node_checks import node_faults
 from orchestrator.cluster.ray_session import require_machine
@@ -55,7 +54,7 @@ def configuration_of(step: Step) -> RunConfig:
 
 def test_every_step_is_a_program_of_the_project() -> None:
     assert {programs(step) for step in ALL} == {
-        "pytest", "orchestrator", "benchmarks.losses", "benchmarks.student_step", "benchmarks.passes", "scripts.gpu_scores",
+        "pytest", "orchestrator", "benchmarks.losses", "benchmarks.student_step", "benchmarks.batches", "scripts.gpu_scores",
     }  # fmt: skip
 
 
@@ -77,7 +76,7 @@ def test_more_gpus_are_used_where_there_are_more() -> None:
 
 @pytest.mark.parametrize(
     ("module", "main"),
-    [("benchmarks.losses", losses.main), ("benchmarks.student_step", student_step.main), ("benchmarks.passes", passes.main),
+    [("benchmarks.losses", losses.main), ("benchmarks.student_step", student_step.main), ("benchmarks.batches", batches.main),
      ("scripts.gpu_scores", gpu_scores.main)],
 )  # fmt: skip
 def test_what_benchmarks_are_told_they_understand(module: str, main: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +258,7 @@ def test_spread_and_ids_are_those_of_plain_counting() -> None:
         topk_logprobs = np.log(np.array([[0.5, 0.25], [0.5, 0.25]], dtype=np.float32))
 
     class Plain:
+        example = random_examples(1, 0)[0]
         target_logprob = np.array([[np.nan, 0.0], [-1.5, -2.0], [0.0, 0.0]])
 
     found = spread([Plain()], [Scores()])  # type: ignore[list-item]
@@ -274,17 +274,3 @@ def test_rows_are_prose_of_the_projects_pages() -> None:
     assert len(rows) == 5 and all(len(row.token_ids) == 40 and row.loss_mask.sum() == 24 for row in rows)
     with pytest.raises(ValueError, match="tokens, and a row takes 10000000"):
         prose_rows(tokenizer, 5, row_tokens=10_000_000)
-
-
-def test_passes_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(passes, "ROWS", 64)
-    monkeypatch.setattr(sys, "argv", ["passes", "--small", "--seconds", "0.01"])
-    assert passes.main() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| train.micro_batch_rows=8 ") and lines[3].startswith("| train.micro_batch_tokens=8192")
-    assert lines[4].startswith("measured tokens a second by tokens over those by rows: ")
-
-
-def test_instruction_rows_are_short_on_average_and_long_at_times() -> None:
-    lengths = instruction_lengths(5_000, 120, 500)
-    assert 100 < lengths.mean() < 140 and lengths.min() == 20 and lengths.max() == 500

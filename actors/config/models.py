@@ -223,7 +223,8 @@ class ScoresConfig(Section):
 
     compare_rows: Annotated[int, MayChange()] = Field(default=4, ge=0)
     """Rows whose scores are compared with the teacher's plain forward pass in float32 each time it starts, before the first
-    shard; 0 goes without. Costs a second load of the teacher, on its own device, or on the CPU where it is on many."""
+    shard; 0 goes without. Costs a second load of the teacher, on its own device, or on the CPU where it is on many, and a minute
+    at most; where that is too little, fewer rows with short prompts, or none, are compared."""
 
     root: str | None = None
     """Folder under which stores are kept by their identity, shared between runs; defaults to ``scores`` beside the runs."""

@@ -8,26 +8,50 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.records import LOWEST_COMPARED, TeacherScores
+from actors.records import LOWEST_COMPARED, Example, TeacherScores
 
+LEAST_LIKELY = -8.0
+"""Nats: targets that the reference finds less likely are set aside. In 16 bits their errors are larger than those of others, and
+there are so few that some rows say little about them."""
+HIGH = 0.99
 EARLIER, RIGHT, LATER = range(3)  # which of the model's predictions a score is compared with: one before, its own, one after
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Rows whose scores are compared with the teacher's plain forward pass when it starts."""
+
+    rows: Sequence[Example]
+    """Of all lengths; none compares nothing."""
+
+    shorter: Sequence[Example] = ()
+    """Rows with short prompts, from which some are taken where there is no time for ``rows``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreParity:
     """Numbers about served scores, over all targets of the rows. Reference: the teacher in float32, one row at a time."""
 
+    rows: int
+    """Rows the numbers are over."""
+
     targets: int
-    """Targets the numbers are over."""
+    """And their targets."""
+
+    set_aside: int
+    """Of these, targets that the reference finds less likely than ``LEAST_LIKELY``; none where that would be most of them."""
 
     largest_target_error: float
-    """Nats, between the log-probability served for a target and the reference's."""
+    """Nats, between the log-probability served for a target and the reference's; over all targets."""
 
     furthest_row: int
     """The row, by its place in the dataset, that has this target."""
 
     mean_target_error: float
-    """Nats, the error averaged over targets."""
+    """Nats, the error averaged over targets that are not set aside."""
+
+    high_target_error: float
+    """Nats, the 99 % quantile of the error over targets that are not set aside."""
 
     error_one_earlier: float
     """Mean error in nats if scores are compared with the prediction one position before; NaN where no target has one."""
@@ -66,16 +90,21 @@ class ComparedRow:
 
 def compare(rows: Sequence[ComparedRow]) -> ScoreParity:
     """Return the numbers over all rows."""
-    errors = [np.abs(row.target_logprob - row.served.target_logprob) for row in rows]  # [3, N] each
-    error = np.concatenate(errors, axis=1)
+    expected = np.concatenate([row.target_logprob for row in rows], axis=1)  # [3, N]
+    error = np.abs(expected - np.concatenate([row.served.target_logprob for row in rows]))
+    likely = _likely(expected[RIGHT])
+    place = int(np.argmax(error[RIGHT]))
     slope, correlation = _slope(rows)
     return ScoreParity(
+        rows=len(rows),
         targets=error.shape[1],
+        set_aside=int((~likely).sum()),
         largest_target_error=float(error[RIGHT].max()),
-        furthest_row=rows[int(np.argmax([one[RIGHT].max() for one in errors]))].row,
-        mean_target_error=float(error[RIGHT].mean()),
-        error_one_earlier=_mean_of_known(error[EARLIER]),
-        error_one_later=_mean_of_known(error[LATER]),
+        furthest_row=int(np.repeat([row.row for row in rows], [len(row.served.target_logprob) for row in rows])[place]),
+        mean_target_error=float(error[RIGHT][likely].mean()),
+        high_target_error=float(np.quantile(error[RIGHT][likely], HIGH)),
+        error_one_earlier=_mean_of_known(error[EARLIER], expected[EARLIER]),
+        error_one_later=_mean_of_known(error[LATER], expected[LATER]),
         topk_agreement=float(np.concatenate([row.agreement for row in rows]).mean()),
         mass_error=max(float(np.abs(np.exp(classes(row.served)).sum(axis=1) - 1).max()) for row in rows),
         slope=slope,
@@ -93,9 +122,18 @@ def classes(scores: TeacherScores) -> np.ndarray:
     return np.concatenate([named_logprobs(scores), scores.tail_logmass[:, None].astype(np.float64)], axis=1)
 
 
-def _mean_of_known(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+def _likely(expected: np.ndarray) -> np.ndarray:
+    """Return bool [N], the targets to judge by; all, if fewer than half are likely: this teacher knows little of these rows."""
+    likely = ~(expected < LEAST_LIKELY)  # what is no number is not set aside
+    return likely if 2 * likely.sum() >= len(likely) else np.ones_like(likely)
+
+
+def _mean_of_known(error: np.ndarray, expected: np.ndarray) -> float:
+    known = ~np.isnan(expected)
+    if not known.any():
+        return float("nan")
+    error, likely = error[known], _likely(expected[known])
+    return float(error[likely].mean())
 
 
 def _slope(rows: Sequence[ComparedRow]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ counts. Replicas belong to the driver and die with it.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,9 @@ from ray.exceptions import RayError, RayTaskError
 from actors.engines.base import EngineDied, EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
 from actors.monitors.prometheus import TeacherMetrics
-from actors.records import Example
 from actors.score_store.leases import LEASE_SECONDS
 from actors.score_store.store import ScoreStore, ScoringFailed
-from actors.teacher.parity import ScoreParity
+from actors.teacher.parity import Probe, ScoreParity
 from actors.teacher.replica import CALLS_AT_ONCE, ShardResult
 from actors.teacher.replica_set import POLL_SECONDS, Replica, Replicas, TeacherFailed
 from actors.teacher.router import RouterLimits
@@ -52,7 +51,7 @@ class TeacherPool:
         engine_factory: EngineFactory = build_engine,
         shard_timeout_seconds: float = 3600.0,
         lease_seconds: float = LEASE_SECONDS,
-        probe: Sequence[Example] = (),
+        probe: Probe | None = None,
         live: TeacherMetrics | None = None,
         on_death: Callable[[int, str], None] = lambda number, error: None,
         logs: Path | None = None,
@@ -74,6 +73,11 @@ class TeacherPool:
     def parity(self) -> ScoreParity | str | None:
         """What came of the probe: numbers, or in words why there are none; nothing without a probe."""
         return self._replicas.parity
+
+    @property
+    def parity_remark(self) -> str:
+        """In words, which rows of the probe there was no time for; empty where there was for all."""
+        return self._replicas.parity_remark
 
     @property
     def way(self) -> str:

@@ -1,21 +1,19 @@
 """The teacher's plain forward pass over a few rows, with which served scores are compared. T tokens, N targets, V vocabulary."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact
+from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_for, attention_used, exact, proof_of
 from actors.model_source import ModelSource
 from actors.models import load_model
 from actors.records import Example, TeacherScores, example_key
-from actors.teacher.parity import ComparedRow
+from actors.teacher.parity import ComparedRow, Probe
+from actors.teacher.reference_budget import pace_of, rows_in_time, why_no_room
 
 PROBE_TARGETS = 64  # of a row; [64, V] float32 of a vocabulary of 150,000 is 38 MB
-ROOM_FOR_A_FORWARD_PASS = 1.2  # times the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +28,16 @@ class Reference:
     """float64 [3, N]: from the prediction one earlier, the right one, one later; NaN where the row has none."""
 
 
+@dataclass(frozen=True, slots=True)
+class References:
+    """The forward pass over the rows of a probe, or over some of them."""
+
+    rows: list[Reference]
+    """One of each row that is compared."""
+    remark: str = ""
+    """In words, which rows of the probe are left out and why; empty where none is."""
+
+
 def beginning(example: Example) -> Example:
     """Return the row as far as its ``PROBE_TARGETS``-th target; the whole row where it has no more."""
     positions = example.target_positions[:PROBE_TARGETS]
@@ -37,10 +45,11 @@ def beginning(example: Example) -> Example:
     return Example(token_ids, loss_mask, example_key(token_ids, loss_mask), example.row)
 
 
-def references(teacher: ModelSource, examples: Sequence[Example], device: str) -> list[Reference] | str:
+def references(teacher: ModelSource, probe: Probe, device: str) -> References | str:
     """Return the teacher's forward pass over a few rows in float32; or in words why there is none.
 
-    There is none where its weights do not fit in memory, or are quantized, since those are other weights in float32.
+    There is none where its weights do not fit in memory, where even a short row takes too long, or where they are quantized,
+    since those are other weights in float32.
 
     Raises:
         ValueError: if the teacher cannot be loaded or run, or its attention is not the one it is defined with.
@@ -49,12 +58,16 @@ def references(teacher: ModelSource, examples: Sequence[Example], device: str) -
     if getattr(config, "quantization_config", None):
         return "the teacher's weights are quantized, and what they give in float32 is another model's"
     weights = count_weights(config, teacher.trust_remote_code)
-    wanted, free = 4 * ROOM_FOR_A_FORWARD_PASS * weights, free_memory(device)
-    if wanted > free:
-        return (
-            f"in float32 the teacher takes {wanted / 2**30:.1f} GiB, and its replica finds {free / 2**30:.1f} GiB free "
-            f"({'GPU' if device == 'cuda' else 'CPU'})"
-        )
+    if why := why_no_room(weights, device):
+        return why
+    pace, beside = pace_of(weights, device), _tokens_of_proof(teacher, config, probe)
+    examples = rows_in_time(probe, pace.most_tokens() - beside)
+    remark = ""
+    if [row.key for row in examples] != [row.key for row in probe.rows]:
+        tokens = beside + sum(len(row.token_ids) for row in probe.rows)
+        remark = pace.why_fewer(len(probe.rows), tokens, len(examples))
+    if not examples:
+        return remark
     try:
         model = load_model(exact(teacher)).eval().requires_grad_(False).to(device)
         used = attention_used(model, exact(teacher).attention)
@@ -73,7 +86,14 @@ def references(teacher: ModelSource, examples: Sequence[Example], device: str) -
             f"with teacher.model.attention {used} transformers gives log-probabilities {off:.1e} nats off those of eager "
             f"attention, the model's definition (may {ATTENTION_TOLERANCE:g}); teacher.model.attention eager would do"
         )
-    return found
+    return References(found, remark)
+
+
+def _tokens_of_proof(teacher: ModelSource, config: PreTrainedConfig, probe: Probe) -> int:
+    """Return how many tokens go through the model to compare its attention with eager attention."""
+    if attention_for(config, exact(teacher).attention) == "eager":
+        return 0
+    return 2 * len(proof_of(config, probe.rows))
 
 
 def count_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> int:
@@ -81,11 +101,6 @@ def count_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return sum(weight.numel() for weight in model.parameters())
-
-
-def free_memory(device: str) -> int:
-    """Return the free bytes of this process's GPU (``cuda``) or of its node."""
-    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else int(psutil.virtual_memory().available)
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from actors.handles import RemoteMethod
 from actors.records import Example, TeacherScores, check_scores, uncertainty
 from actors.score_store.sanity import ScoreRange
 from actors.score_store.store import ScoreStore, ShardInfo
-from actors.teacher.parity import ScoreParity, compare
+from actors.teacher.parity import Probe, ScoreParity, compare
 
 CALLS_AT_ONCE = 2
 """Calls a replica takes up together: one has the engine, the other encodes and writes."""
@@ -34,6 +34,8 @@ class EngineStarted:
     """How the engine comes to its scores, in words."""
     parity: ScoreParity | str | None = None
     """Scores of the probe compared with a plain forward pass; in words why they could not be; none where no probe was given."""
+    remark: str = field(default="", compare=False)
+    """In words, which rows of the probe were left out of it and why; empty where none was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class ReplicaHandle(Protocol):
     """Handle of the actor that a ``TeacherReplica`` becomes."""
 
     @property
-    def start(self) -> RemoteMethod[[Sequence[Example]], EngineStarted]:
+    def start(self) -> RemoteMethod[[Probe | None], EngineStarted]:
         """See ``TeacherReplica.start``."""
         ...
 
@@ -110,7 +112,7 @@ class TeacherReplica:
         self._examples: dict[Path, ExampleFile] = {}
         self._stores: dict[Path, ScoreStore] = {}
 
-    def start(self, probe: Sequence[Example] = ()) -> EngineStarted:
+    def start(self, probe: Probe | None = None) -> EngineStarted:
         """Build the engine, and hold what it serves for the probe's rows against the teacher's plain forward pass.
 
         Apart from the constructor, so that its error arrives as it was raised.
@@ -158,22 +160,28 @@ class TeacherReplica:
             self._engine_thread.submit(self._engine.close).result()
             self._engine = None
 
-    def _build(self, probe: Sequence[Example]) -> EngineStarted:
-        if not probe:
+    def _build(self, probe: Probe | None) -> EngineStarted:
+        if probe is None or not probe.rows:
             return EngineStarted(self._build_engine(), self._way())
         from actors.teacher.reference_pass import (  # here, so that only a replica that compares waits for them
             compare_row,
             references,
         )
 
-        on_gpu = self._spec.engine.gpu and self._spec.engine.tensor_parallel == 1
-        expected = references(self._spec.model, probe, "cuda" if on_gpu else "cpu")  # first: an engine takes all memory there is
-        vocab_size = self._build_engine()
+        engine = self._spec.engine
+        if engine.tensor_parallel > 1:  # the engine computes in processes of its own, on GPUs, the reference here on CPUs
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reference") as beside:
+                under_way = beside.submit(references, self._spec.model, probe, "cpu")
+                vocab_size = self._build_engine()
+                expected = under_way.result()
+        else:
+            expected = references(self._spec.model, probe, "cuda" if engine.gpu else "cpu")  # first: an engine takes all memory
+            vocab_size = self._build_engine()
         if isinstance(expected, str):
             return EngineStarted(vocab_size, self._way(), expected)
-        pairs = zip(expected, self._scores(probe), strict=True)
+        pairs = zip(expected.rows, self._scores([one.example for one in expected.rows]), strict=True)
         rows = [compare_row(reference, served, self._spec.ids_below) for reference, served in pairs]
-        return EngineStarted(vocab_size, self._way(), compare(rows))
+        return EngineStarted(vocab_size, self._way(), compare(rows), expected.remark)
 
     def _build_engine(self) -> int:
         time.sleep(self._pause_seconds)

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.engines.base import EngineDied, EngineFactory, TeacherSpec, engine_environment
 from actors.placement import read_nodes, replica_request, require_room, reserve
-from actors.records import Example
-from actors.teacher.parity import ScoreParity
+from actors.teacher.parity import Probe, ScoreParity
 from actors.teacher.replica import CALLS_AT_ONCE, EngineStarted, ReplicaHandle, TeacherReplica
 
 logger = logging.getLogger("atkd")
@@ -83,13 +82,14 @@ class Replicas:
     """
 
     def __init__(
-        self, spec: TeacherSpec, engine_factory: EngineFactory, probe: Sequence[Example] = (),
+        self, spec: TeacherSpec, engine_factory: EngineFactory, probe: Probe | None = None,
         on_death: Callable[[int, str], None] = lambda number, error: None, logs: Path | None = None,
     ) -> None:  # fmt: skip
         assert isinstance(spec.engine.replicas, int), "auto is settled where it is known what else the run holds"
         self.spec = spec
         self.vocab_size = 0  # V, once an engine is there
         self.parity: ScoreParity | str | None = None  # of the probe, or why there is none
+        self.parity_remark = ""  # which rows of the probe were left out of it, in words
         self.way = ""  # how engines come to their scores, in words
         self._probe = probe
         self._on_death = on_death
@@ -148,7 +148,8 @@ class Replicas:
         else:
             replica.starting, replica.since = None, time.monotonic()
             self.vocab_size = started.vocab_size
-            self.parity = self.parity or started.parity
+            if self.parity is None:
+                self.parity, self.parity_remark = started.parity, started.remark
             self.way = started.way
 
     def check_starts(self, needed: bool = False) -> None:
@@ -225,7 +226,7 @@ class Replicas:
             except BaseException:
                 remove_placement_group(room)
                 raise
-            probe = self._probe if number == 0 and self.parity is None else ()
+            probe = self._probe if number == 0 and self.parity is None else None
             self._replicas.append(Replica(number, room, actor, actor.start.remote(probe), time.monotonic(), deaths, log=log))
 
     def _no_engine(self, replica: Replica, seconds: float) -> str:

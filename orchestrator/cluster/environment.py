@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import psutil
 import ray
 
+from actors.memory import total_memory
 from actors.placement import Node, read_nodes
 from orchestrator import __version__
 from orchestrator.cluster.redaction import without_secrets
@@ -40,7 +41,7 @@ def note_process(run_dir: EventLog) -> None:
     """Write down which command this process was given, and with what it does its work."""
     run_dir.event(
         PROCESS, command=command_line(sys.argv), atkd=__version__, **commit_of(SOURCE), python=platform.python_version(),
-        platform=platform.platform(), processor=processor(), cpus=psutil.cpu_count(), memory_bytes=psutil.virtual_memory().total,
+        platform=platform.platform(), processor=processor(), cpus=psutil.cpu_count(), memory_bytes=total_memory(),
         packages=installed(PACKAGES),
     )  # fmt: skip
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import psutil
 import ray
 import torch
 from ray.exceptions import RayError
@@ -13,6 +12,7 @@ from ray.exceptions import RayError
 from actors.config.models import EngineConfig
 from actors.config.workers import WorkersConfig
 from actors.format import GIB, plural
+from actors.memory import total_memory
 from actors.placement import Node, most_replicas, replica_request, worker_request, workers_beside
 from orchestrator.cluster.ray_session import RayFailed, cluster_address, require_places, why_ray_failed
 from orchestrator.config.run import FinetuneConfig, RunConfig
@@ -97,7 +97,7 @@ def live_place(gpu_gib: float | None, cpus: float = 0.0) -> TargetCluster:
         node_bytes = min(node.total.get("memory", float("inf")) for node in nodes)
     else:
         here = {"CPU": max(float(os.cpu_count() or 1), cpus), "GPU": float(torch.cuda.device_count())}
-        nodes, node_bytes = [Node("this machine", here)], float(psutil.virtual_memory().total)
+        nodes, node_bytes = [Node("this machine", here)], float(total_memory())
     gpu_bytes = 0.0
     if any(node.total.get("GPU", 0) for node in nodes):
         if gpu_gib is None and not torch.cuda.is_available():

@@ -13,7 +13,7 @@ from orchestrator.run.export import export
 from orchestrator.run.models import ROLES, Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
-from orchestrator.run.stages import finetune, prepare, require_same_source, train
+from orchestrator.run.stages import fetch_models, finetune, prepare, require_same_source, train
 
 STAGES = ("prepare", "finetune", "score", "train", "evaluate", "export")
 
@@ -41,17 +41,22 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
         note_cluster(run_dir)
         for role in ROLES:
             if models.side(role).finetune is not None:
+                fetch_models(config, run_dir, models, [f"finetune_{role}"])
                 run_dir.stage(f"finetune_{role}", partial(finetune, role, config, run_dir, models))
         yield "finetune"
 
         scoring = ScoringStage(config, run_dir, models)
+        scored = [] if scoring.complete else ["score"]
         if not overlap:
+            fetch_models(config, run_dir, models, scored)
             scoring.run()
             yield "score"
+        fetch_models(config, run_dir, models, [*scored, "train"])
         with scoring.in_background() if overlap else nullcontext():
             run_dir.stage("train", partial(train, config, run_dir, models, scoring.training_store))
         yield "train"
 
+        fetch_models(config, run_dir, models, ["evaluate"])
         run_dir.stage("evaluate", partial(evaluate, config, run_dir, models, scoring.heldout_store))
         yield "evaluate"
 

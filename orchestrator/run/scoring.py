@@ -13,13 +13,12 @@ from typing import Literal
 from actors.config.models import needs_teacher
 from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
-from actors.examples import ExampleFile, spread_over_lengths
+from actors.examples import ExampleFile, spread_over_lengths, with_shortest_prompts
 from actors.files import write_atomically
 from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import Cluster, read_cluster
-from actors.records import Example
 from actors.score_store.store import ScoreStore
-from actors.teacher.parity import ScoreParity
+from actors.teacher.parity import Probe, ScoreParity
 from actors.teacher.pool import TeacherPool
 from actors.teacher.reference_pass import beginning
 from actors.teacher.replica_set import TeacherFailed
@@ -69,6 +68,11 @@ class ScoringStage:
         if self.training_store is not None:
             pointers["train"] = str(self.training_store.path)
         write_atomically(run_dir.path / "scores.json", json.dumps(pointers, indent=1).encode())
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to score, so that no teacher is started."""
+        return self.heldout_store.complete and (self.training_store is None or self.training_store.complete)
 
     def run(self) -> None:
         """Score what is missing; nothing, and no teacher is started, where both stores are complete."""
@@ -140,10 +144,11 @@ class ScoringStage:
                 )
         return facts
 
-    def _probe(self) -> list[Example]:
-        """The beginnings of a few rows, the shortest to the longest."""
-        examples = ExampleFile(self._examples_path("heldout"))
-        return [beginning(row) for row in spread_over_lengths(examples, self.config.scores.compare_rows)]
+    def _probe(self) -> Probe:
+        """The beginnings of a few rows, the shortest to the longest; and of as many with the shortest prompts."""
+        examples, count = ExampleFile(self._examples_path("heldout")), self.config.scores.compare_rows
+        rows, short = spread_over_lengths(examples, count), with_shortest_prompts(examples, count)
+        return Probe([beginning(row) for row in rows], [beginning(row) for row in short])
 
     def _require_right(self, pool: TeacherPool) -> None:
         """Raise if served scores differ from the teacher's plain forward pass."""
@@ -151,13 +156,16 @@ class ScoringStage:
         if not isinstance(found, ScoreParity):
             why = found or "scores.compare_rows is 0"
             logger.info(f"score: served scores are not compared with a plain forward pass: {why}")
+            self.run_dir.event("not_compared", reason=why)
             return
         served = check_served(found, TOLERANCES[self.config.teacher.engine.dtype])
-        self.run_dir.event("compared", **asdict(found))
+        self.run_dir.event("compared", **asdict(found), left_out=pool.parity_remark)
         for finding in (check_raw(found), served):
             if finding.state == "FAILED":
                 raise TeacherFailed(f"the scores would not be the teacher's own. {finding.line()}")
         logger.info(f"score: {found.targets} {served.numbers}")
+        if pool.parity_remark:
+            logger.info(f"score: {pool.parity_remark}")
 
     def _explain_new(self, split: Split, store: ScoreStore) -> None:
         """Where the same rows were scored before, say why those scores do not serve."""

@@ -1,25 +1,37 @@
 """The work of each stage that trains or prepares; what it makes goes into the run's folder, what it found into its run_dir."""
 
 import logging
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from ray.exceptions import RayError
 from transformers import PreTrainedTokenizerBase
 
+from actors.format import plural
+from actors.hub_files import NodeDownloads, nodes_for
+from actors.model_source import ModelSource
+from actors.placement import ResourceRequest, evaluator_need, read_nodes, replica_request, worker_request
 from actors.score_store.store import ScoreStore
 from actors.student.task import TrainingTask
 from losses.config import HardLabelLoss
+from orchestrator.cluster.logs import ProgressSnapshot
 from orchestrator.config.data import SourceConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.data.sources import source_hash
 from orchestrator.run.model_checks import require_models_fit, row_limits
 from orchestrator.run.models import ROLES, Models, Role
+from orchestrator.run.progress import logged_progress
 from orchestrator.run.run_dir import Facts, RunDir, result_path
+from orchestrator.run.score_identity import pin_revision
 from orchestrator.run.training import train_model
 
 logger = logging.getLogger("atkd")
+
+FETCH_PROGRESS_SECONDS = 5.0
 
 
 def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
@@ -71,6 +83,67 @@ def require_same_source(config: RunConfig, prepared: Facts) -> None:
                 f"{key}.path {source.path} was changed since this run read it; give the run another name (name=...), or delete "
                 "its folder to begin again"
             )
+
+
+def fetch_models(config: RunConfig, run_dir: RunDir, models: Models, stages: Sequence[str]) -> None:
+    """Bring the hub's models that stages load, unless the stage is done, to the nodes on which they may be loaded.
+
+    Each node's cache gets them once, and replicas, workers and evaluators find them there. Local folders need nothing.
+
+    Raises:
+        ValueError: naming the key of a model that cannot be fetched, and what would do.
+    """
+    requests: dict[tuple[Role, ModelSource], list[ResourceRequest]] = {}
+    for stage in stages:
+        for role, source, request in loads_of(stage, config, models) if run_dir.result(stage) is None else ():
+            if not Path(source.name).is_dir():
+                requests.setdefault((role, source), []).append(request)
+    for (role, source), wanted in requests.items():
+        commit = pin_revision(source).revision
+        assert commit is not None, "a model of the hub has one"
+        with NodeDownloads(source, commit, nodes_for(wanted, read_nodes())) as downloads:
+            if downloads.fetching:
+                _fetch(role, source, downloads, run_dir)
+
+
+def loads_of(stage: str, config: RunConfig, models: Models) -> list[tuple[Role, ModelSource, ResourceRequest]]:
+    """Return which models a stage loads on the cluster, by whose request of resources."""
+    if stage == "score":
+        return [("teacher", models.ready("teacher"), replica_request(config.teacher.engine))]
+    if stage == "train":
+        return [("student", models.ready("student"), worker_request(config.workers))]
+    if stage == "evaluate":
+        measured = [role for role in ROLES if role == "student" or config.evaluate.teacher == "model"]
+        return [(role, models.ready(role), evaluator_need(config.evaluate)) for role in measured]
+    fitted = [(role, fit) for role in ROLES if stage == f"finetune_{role}" and (fit := models.side(role).finetune) is not None]
+    return [(role, models.begun(role), worker_request(fit.workers, f"{role}.finetune.workers")) for role, fit in fitted]
+
+
+def _fetch(role: Role, source: ModelSource, downloads: NodeDownloads, run_dir: RunDir) -> None:
+    """Fetch, and say how far it is."""
+    started, places = time.monotonic(), plural(len(downloads.fetching), "node")
+
+    def look() -> ProgressSnapshot | None:
+        with suppress(RayError):
+            came, all_in_all = downloads.progress()
+            of = f" of {all_in_all / 1e9:.1f}" if all_in_all else ""
+            line = f"{role}: {source.name}, {came / 1e9:.1f}{of} GB fetched to {places}, {time.monotonic() - started:.0f} s"
+            return ProgressSnapshot(came, line, came, max(all_in_all, 1))
+        return None
+
+    logger.info(f"{role}: fetching {source.name} to the cache of {places}")
+    try:
+        with logged_progress(f"fetch {role}", look, FETCH_PROGRESS_SECONDS):
+            fetched = downloads.fetch()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{role}.model.name {source.name!r} is not in the cache of every node, and could not be fetched {error}; a network "
+            f"there, HF_TOKEN for a model that asks who fetches it, or a folder that all nodes see ({role}.model.name=/a/folder) "
+            "would do"
+        ) from error
+    count, seconds = sum(one.bytes for one in fetched), time.monotonic() - started
+    logger.info(f"{role}: {source.name} fetched to {places}, {count / 1e9:.1f} GB in {seconds:.0f} s")
+    run_dir.event("model_fetched", role=role, model=source.name, nodes=len(fetched), bytes=count, seconds=seconds)
 
 
 def finetune(role: Role, config: RunConfig, run_dir: RunDir, models: Models) -> Facts:

@@ -18,9 +18,11 @@ from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss
 from orchestrator.cluster.logs import ProgressSnapshot
 from orchestrator.config.run import RunConfig
+from orchestrator.run.models import Models
 from orchestrator.run.pipeline import run_stages
 from orchestrator.run.progress import logged_progress
 from orchestrator.run.run_dir import RunDir, result_path
+from orchestrator.run.stages import fetch_models
 from orchestrator.search.bound_space import BoundSpace
 from orchestrator.search.controller import Assignment, ControllerHandle, Outcome, SearchController
 from orchestrator.search.ledger import Ledger, Search, read_ledger
@@ -57,6 +59,7 @@ def prepare_inputs(config: RunConfig, run_dir: RunDir) -> SharedInputs:
     for finished in run_stages(taught, run_dir, overlap=False):
         if finished == "score":
             break
+    fetch_models(config, run_dir, Models(config, run_dir.path), ["train"])
     stores = json.loads((run_dir.path / "scores.json").read_text())
     for split, path in stores.items():
         if missing := ScoreStore(Path(path)).missing_shards():

@@ -25,7 +25,7 @@ from actors.model_source import ModelSource
 from actors.models import head_makes_the_logits, load_model
 from actors.records import Example
 from actors.student.causal_lm import CausalStudent
-from actors.teacher.parity import ScoreParity
+from actors.teacher.parity import Probe, ScoreParity
 from actors.teacher.reference_pass import references
 from actors.teacher.replica import TeacherReplica
 from losses.config import HardLabelLoss
@@ -259,8 +259,8 @@ def test_a_reference_whose_attention_is_wrong_is_an_error_that_names_one_that_wo
 ) -> None:
     message = r"teacher\.model\.attention sharpened .* nats off those of eager .*; teacher\.model\.attention eager would do"
     with pytest.raises(ValueError, match=message):
-        references(source(folder, "window", wrong_attention), rows, "cpu")
-    assert not isinstance(references(source(folder, "window", "eager"), rows, "cpu"), str)
+        references(source(folder, "window", wrong_attention), Probe(rows), "cpu")
+    assert not isinstance(references(source(folder, "window", "eager"), Probe(rows), "cpu"), str)
 
 
 # ---- the head
@@ -291,7 +291,7 @@ def test_vllm_serves_soft_caps_as_the_reference_has_them(local_ray: None, folder
     engine = EngineConfig(kind="vllm", dtype="float32", kv_cache_mib=16)
     actor = ray.remote(TeacherReplica).options(num_cpus=1, runtime_env={"env_vars": engine_environment(engine)})
     replica = actor.remote(TeacherSpec(engine, source(folder, "soft_caps"), 8, LONGEST), build_engine)
-    found = ray.get(replica.start.remote(rows), timeout=300).parity
+    found = ray.get(replica.start.remote(Probe(rows)), timeout=300).parity
     ray.kill(replica)
     assert isinstance(found, ScoreParity)
     assert found.largest_target_error < 1e-4 and found.topk_agreement == 1.0 and abs(found.slope - 1) < 1e-3

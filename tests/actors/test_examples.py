@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.examples import ExampleFile, write_examples
+from actors.examples import ExampleFile, with_shortest_prompts, write_examples
 from actors.records import examples_hash
 from tests.fakes import fake_examples
 
@@ -34,3 +34,12 @@ def test_arrays_are_views_into_the_mapped_file(tmp_path: Path) -> None:
     file = ExampleFile(tmp_path / "train.arrow")
     assert np.shares_memory(file[0].token_ids, file[0].token_ids)
     assert not file[0].token_ids.flags.writeable
+
+
+def test_rows_are_found_by_the_length_of_their_prompts(tmp_path: Path) -> None:
+    examples = fake_examples(20)
+    write_examples(tmp_path / "rows.arrow", examples)
+    file = ExampleFile(tmp_path / "rows.arrow")
+    found = [int(row.target_positions[0]) for row in with_shortest_prompts(file, 6)]
+    assert found == sorted(int(row.target_positions[0]) for row in examples)[:6]
+    assert len(with_shortest_prompts(file, 50)) == 20 and with_shortest_prompts(file, 0) == []

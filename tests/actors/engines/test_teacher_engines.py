@@ -1,7 +1,7 @@
 """The engines against a slow float64 reading of the full logits, and against each other. V vocabulary, K top-k."""
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from actors.examples import write_examples
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, check_scores, example_key
 from actors.score_store.store import ScoreStore
+from actors.teacher.parity import Probe
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica import EngineStarted, TeacherReplica
 from tests.fakes import fake_spec
@@ -224,7 +225,7 @@ class VllmProbe(TeacherReplica):
 class NarrowVllm(TeacherReplica):
     """A replica whose engine reads few tokens in a step."""
 
-    def start(self, probe: Sequence[Example] = ()) -> EngineStarted:
+    def start(self, probe: Probe | None = None) -> EngineStarted:
         """Build the engine with a smaller step."""
         from actors.engines import vllm as vllm_engine
 

@@ -93,9 +93,10 @@ def test_served_scores_are_compared_with_a_forward_pass_and_the_run_says_how_nea
     local_ray: None, tmp_path: Path
 ) -> None:
     said, events = score(tmp_path)
-    (line,) = [line for line in said if "differ from a plain forward pass by at most" in line]
+    (line,) = [line for line in said if "differ from a plain forward pass by" in line]
     (compared,) = [event for event in events if event["event"] == "compared"]
     assert f"{compared['targets']} targets differ" in line
+    assert compared["rows"] == 4 and compared["left_out"] == ""
     assert 0 < compared["largest_target_error"] < 1e-4 and compared["topk_agreement"] > 0.99  # type: ignore[operator]
 
 
@@ -104,6 +105,8 @@ def test_a_run_that_wants_no_comparison_says_that_there_is_none(local_ray: None,
     said, events = score(tmp_path, compare_rows=0)
     assert any(line.endswith("scores are not compared with a plain forward pass: scores.compare_rows is 0") for line in said)
     assert not [event for event in events if event["event"] == "compared"]
+    (not_compared,) = [event for event in events if event["event"] == "not_compared"]
+    assert not_compared["reason"] == "scores.compare_rows is 0"
 
 
 @pytest.mark.ray
@@ -118,7 +121,7 @@ def test_a_replica_that_dies_is_in_the_books(local_ray: None, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("shifted", r"FAILED served: .* nats \(may 0.001\), furthest in row \d+, .* one position after the right one"),
+        ("shifted", r"FAILED served: .* by at most .* \(may 0.001\), furthest in row \d+, .* one position after the right one"),
         ("another", r"FAILED served: .* serves another model than teacher.model"),
     ],
 )

@@ -1,0 +1,52 @@
+"""Which models a stage loads on the cluster, and for whom."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config.run import RunConfig
+from orchestrator.run.models import Models
+from orchestrator.run.stages import loads_of
+
+
+def config_with(**sections: object) -> RunConfig:
+    pretrained = {"kind": "pretrained", "name": "someone/model"}
+    return RunConfig.model_validate(
+        {
+            "name": "loads", "data": {"source": {"kind": "builtin"}, "format": {"kind": "instruction"}},
+            "teacher": {"model": pretrained, "engine": {"cpus": 3}}, "student": {"model": pretrained},
+            "loss": {"kind": "atkd"}, "workers": {"cpus": 2}, "evaluate": {"cpus": 5}, **sections,
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ("score", [("teacher", "replica", 3)]),
+        ("train", [("student", "worker", 2)]),
+        ("evaluate", [("teacher", "evaluator", 5), ("student", "evaluator", 5)]),
+        ("finetune_teacher", []),
+        ("finetune_student", []),
+    ],
+)
+def test_a_stage_loads_models_where_its_actors_stand(stage: str, expected: list[tuple[str, str, float]], tmp_path: Path) -> None:
+    config = config_with()
+    found = loads_of(stage, config, Models(config, tmp_path))
+    assert [(role, request.noun, request.amounts["CPU"]) for role, _, request in found] == expected
+    assert {source.name for _, source, _ in found} <= {"someone/model"}
+
+
+def test_a_model_that_is_fine_tuned_is_loaded_from_the_hub_by_its_fine_tuning_alone(tmp_path: Path) -> None:
+    teacher = {"model": {"kind": "pretrained", "name": "someone/model"}, "finetune": {"workers": {"cpus": 4}, "train": {}}}
+    config = config_with(teacher=teacher)
+    models = Models(config, tmp_path)
+    ((role, source, request),) = loads_of("finetune_teacher", config, models)
+    assert (role, source.name, request.section) == ("teacher", "someone/model", "teacher.finetune.workers")
+    assert request.amounts["CPU"] == 4
+    assert [source.name for _, source, _ in loads_of("score", config, models)] == [str(models.finetuned_folder("teacher"))]
+
+
+def test_a_teacher_that_is_evaluated_from_its_scores_is_not_loaded_for_that(tmp_path: Path) -> None:
+    config = config_with(evaluate={"teacher": "scores"})
+    assert [role for role, _, _ in loads_of("evaluate", config, Models(config, tmp_path))] == ["student"]
