@@ -12,6 +12,7 @@ PIPELINE = {
     "run": ("report", "run the whole pipeline: prepare, finetune, score, train, evaluate, export, report"),
     "prepare": ("prepare", "read the data, make tokens and masks, and show the counts"),
     "finetune": ("finetune", "run up to the fine-tuned teacher"),
+    "respond": ("respond", "run up to the responses that a model writes, where the section responses asks for it"),
     "score": ("score", "run up to the complete score store"),
     "train": ("train", "run up to the distilled student"),
     "evaluate": ("evaluate", "run up to the table of teacher, student before and student after"),

@@ -14,7 +14,7 @@ MAY_IMPORT = {"orchestrator": {"actors", "losses", "tune_spaces"}, "actors": {"l
 NEVER_IMPORTED = {"tests", "benchmarks", "scripts"}
 LOSSES_MAY_IMPORT = {"torch", "pydantic", "losses"} | sys.stdlib_module_names
 FILES_OF = {
-    "vllm": {"actors/engines/vllm.py", "actors/engines/vllm_patches.py"},
+    "vllm": {"actors/engines/vllm.py", "actors/engines/vllm_patches.py", "actors/rollouts/vllm_sampler.py"},
     "peft": {"actors/lora.py"},
     "wandb": {"actors/monitors/wandb.py"},
     "mlflow": {"actors/monitors/mlflow.py"},
@@ -25,8 +25,8 @@ INSTANT_MODULES = (
 PACKAGES = (
     "orchestrator", "orchestrator.reports", "orchestrator.doctor", "orchestrator.planning", "orchestrator.search",
     "orchestrator.run", "orchestrator.data", "orchestrator.cluster", "orchestrator.config",
-    "actors.student", "actors.teacher", "actors.evaluation", "actors.monitors", "actors.engines", "actors.dataloader",
-    "actors.score_store", "actors", "actors.config", "losses", "tune_spaces",
+    "actors.student", "actors.rollouts", "actors.teacher", "actors.evaluation", "actors.monitors", "actors.engines",
+    "actors.dataloader", "actors.score_store", "actors", "actors.config", "losses", "tune_spaces",
 )  # fmt: skip
 """From the top down: a file imports from its own package and from those below it. A room's own files stand beside its folders."""
 REACHES_INSIDE = {"actors/engines/vllm_patches.py"}

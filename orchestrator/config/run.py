@@ -14,6 +14,7 @@ from actors.config.models import (
     TrainConfig,
     needs_complete_store,
 )
+from actors.config.rollouts import ResponsesConfig
 from actors.config.tracking import TrackingConfig
 from actors.config.workers import WorkersConfig
 from actors.engines.vllm_limits import require_cpu_head_size
@@ -99,6 +100,10 @@ class RunConfig(Section):
         DataConfig, NotSearchable("it changes the rows, and a search shares one score store")
     ] = DataConfig()
     teacher: Annotated[TeacherConfig, NotSearchable("it changes the scores, and a search shares one score store")]
+    responses: Annotated[
+        ResponsesConfig | None, NotSearchable("it changes the rows, and a search shares one score store")
+    ] = None
+    """Have the responses to the data's prompts written by a model; null for the data's own."""
     scores: Annotated[
         ScoresConfig, NotSearchable("it says how the scores are kept, and a search shares one store; scores.top_k alone can vary")
     ] = ScoresConfig()
@@ -122,11 +127,19 @@ class RunConfig(Section):
                 "teacher.model is scratch but teacher.finetune is null: a teacher with random weights has nothing to teach; "
                 "add teacher.finetune"
             )
+        if self.responses is not None and self.compare.teachers:
+            raise ValueError(
+                "compare.teachers compares teachers on the same rows, but responses has them written: responses=null would do"
+            )
         if kinds == ("scratch", "scratch") and self.tokenizer is None:
             raise ValueError("both models are scratch and tokenizer is null: add a tokenizer section, such as {vocab_size: 2048}")
         engine, shape = self.teacher.engine, self.teacher.model
         if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
             require_cpu_head_size(shape.hidden_size, shape.heads)
+        if self.responses is not None and self.responses.writer == "student":
+            engine, shape = self.responses.engine or engine, self.student.model
+            if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
+                require_cpu_head_size(shape.hidden_size, shape.heads, "student.model")
         if "pretrained" in kinds and self.tokenizer is not None:
             raise ValueError(
                 "tokenizer is trained only where both models are made from scratch; a pretrained model brings its own: "

@@ -11,11 +11,12 @@ from orchestrator.config.run import RunConfig
 from orchestrator.run.evaluation import evaluate
 from orchestrator.run.export import export
 from orchestrator.run.models import ROLES, Models
+from orchestrator.run.responses import respond
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
 from orchestrator.run.stages import fetch_models, finetune, prepare, require_same_source, train
 
-STAGES = ("prepare", "finetune", "score", "train", "evaluate", "export")
+STAGES = ("prepare", "finetune", "respond", "score", "train", "evaluate", "export")
 
 
 def run(config: RunConfig, until: str = "export") -> Path:
@@ -44,6 +45,10 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
                 fetch_models(config, run_dir, models, [f"finetune_{role}"])
                 run_dir.stage(f"finetune_{role}", partial(finetune, role, config, run_dir, models))
         yield "finetune"
+
+        if config.responses is not None:
+            run_dir.stage("respond", partial(respond, config, run_dir, models))
+        yield "respond"
 
         scoring = ScoringStage(config, run_dir, models)
         scored = [] if scoring.complete else ["score"]

@@ -27,6 +27,7 @@ from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import tokenizer_hash
 from orchestrator.run.models import Models, ids_below, named_below, vocab_size_of
+from orchestrator.run.responses import training_rows
 from orchestrator.run.run_dir import Facts, RunDir
 from orchestrator.run.score_identity import (
     VERIFIED_BYTES,
@@ -199,7 +200,7 @@ class ScoringStage:
         )
 
     def _examples_path(self, split: Split) -> Path:
-        return self.run_dir.path / "data" / f"{split}.arrow"
+        return training_rows(self.config, self.run_dir.path) if split == "train" else self.run_dir.path / "data" / "heldout.arrow"
 
 
 @contextmanager

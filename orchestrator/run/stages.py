@@ -18,13 +18,14 @@ from actors.score_store.store import ScoreStore
 from actors.student.task import TrainingTask
 from losses.config import HardLabelLoss
 from orchestrator.cluster.logs import ProgressSnapshot
+from orchestrator.cluster.progress import logged_progress
 from orchestrator.config.data import SourceConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.data.sources import source_hash
 from orchestrator.run.model_checks import require_models_fit, row_limits
 from orchestrator.run.models import ROLES, Models, Role
-from orchestrator.run.progress import logged_progress
+from orchestrator.run.responses import training_rows
 from orchestrator.run.run_dir import Facts, RunDir, result_path
 from orchestrator.run.score_identity import pin_revision
 from orchestrator.run.training import train_model
@@ -187,7 +188,7 @@ def distillation_task(config: RunConfig, folder: Path, models: Models, store: Pa
         lora=config.student.lora,
         loss=config.loss,
         train=config.train,
-        examples=str(folder / "data" / "train.arrow"),
+        examples=str(training_rows(config, folder)),
         store=str(store) if store is not None else None,
         top_k=config.scores.top_k,
         wait_seconds=config.scores.wait_seconds,

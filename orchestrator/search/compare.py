@@ -38,7 +38,7 @@ def compare(config: RunConfig) -> Path:
     folder = config.run_dir / config.compare.name
     with RunDir.open(config) as run_dir, ray_for(config):
         inputs = prepare_inputs(config, run_dir)
-        note_cost(run_dir, folder)
+        note_cost(config, run_dir, folder)
         if config.compare.learning_rates:
             points = with_best_rates(bound, inputs, folder / "learning_rates", points)
         trials = [(arm, config.seed + seed, points[arm]) for seed in range(config.compare.seeds) for arm in points]

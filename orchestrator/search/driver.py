@@ -17,10 +17,11 @@ from actors.files import write_atomically
 from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss
 from orchestrator.cluster.logs import ProgressSnapshot
+from orchestrator.cluster.progress import logged_progress
 from orchestrator.config.run import RunConfig
 from orchestrator.run.models import Models
 from orchestrator.run.pipeline import run_stages
-from orchestrator.run.progress import logged_progress
+from orchestrator.run.responses import training_rows
 from orchestrator.run.run_dir import RunDir, result_path
 from orchestrator.run.stages import fetch_models
 from orchestrator.search.bound_space import BoundSpace
@@ -67,16 +68,17 @@ def prepare_inputs(config: RunConfig, run_dir: RunDir) -> SharedInputs:
                 f"the scores of {split} at {path} lack {len(missing)} shards, though this run says that it is scored; "
                 f"delete {result_path(run_dir.path, 'score')} and run again"
             )
-    rows = len(ExampleFile(run_dir.path / "data" / "train.arrow"))
+    rows = len(ExampleFile(training_rows(config, run_dir.path)))
     total_steps = steps_in(rows, config.train.batch_rows, config.train.epochs)
     return SharedInputs(run_dir.path, Path(stores["train"]), Path(stores["heldout"]), total_steps)
 
 
-def note_cost(run_dir: RunDir, folder: Path) -> None:
+def note_cost(config: RunConfig, run_dir: RunDir, folder: Path) -> None:
     """Write down what the scoring cost, beside the ledger: the teacher's tokens once, however many trials follow."""
     scored = run_dir.result("score") or {}
     splits = [facts for facts in scored.values() if isinstance(facts, dict)]
-    tokens = {split: int(ExampleFile(run_dir.path / "data" / f"{split}.arrow").lengths.sum()) for split in ("train", "heldout")}
+    files = {"train": training_rows(config, run_dir.path), "heldout": run_dir.path / "data" / "heldout.arrow"}
+    tokens = {split: int(ExampleFile(path).lengths.sum()) for split, path in files.items()}
     cost = {
         "teacher_tokens_scored": sum(facts["tokens"] for facts in splits),
         "dataset_tokens": sum(tokens.values()),

@@ -18,6 +18,7 @@ from actors.student.task import TrainingTask, ValidationSchedule
 from actors.student.train_checkpoints import NoCheckpoints
 from orchestrator.config.tune import rung_steps
 from orchestrator.run.models import Models
+from orchestrator.run.responses import training_rows
 from orchestrator.run.stages import distillation_task
 from orchestrator.run.training import train_model
 from orchestrator.search.bound_space import BoundSpace
@@ -52,7 +53,7 @@ class TrialContext:
             ValueError: if it has fewer steps than there are rungs.
         """
         config, base = self.space.config_of(assignment.point), self.space.config
-        rows = len(ExampleFile(self.run_folder / "data" / "train.arrow"))
+        rows = len(ExampleFile(training_rows(config, self.run_folder)))
         total_steps = steps_in(rows, config.train.batch_rows, config.train.epochs)
         validation = ValidationSchedule(
             trial=assignment.trial,

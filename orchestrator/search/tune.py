@@ -37,7 +37,7 @@ def tune(config: RunConfig) -> Path:
         inputs = prepare_inputs(config, run_dir)
         spec = spec_of(config, inputs)
         found = begin_ledger(folder, spec)
-        note_cost(run_dir, folder)
+        note_cost(config, run_dir, folder)
 
         def queue_of(controller: ControllerHandle, trials: Path) -> TrialQueue:
             return TrialQueue(

@@ -7,7 +7,7 @@ from itertools import count
 import pytest
 
 from orchestrator.cluster.logs import ProgressSnapshot
-from orchestrator.run.progress import logged_progress
+from orchestrator.cluster.progress import logged_progress
 from tests.logs import logged
 
 

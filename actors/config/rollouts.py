@@ -1,0 +1,40 @@
+"""Configuration schema of text that models write. Imports neither torch nor Ray."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from actors.config.models import EngineConfig
+from losses.section import Section
+
+
+class ResponsesConfig(Section):
+    """Responses that a model writes to the data's prompts, once, in the place of the data's own."""
+
+    writer: Literal["teacher", "student"]
+    """Who writes them: the teacher, as in sequence-level distillation (arXiv 1606.07947), or the student as it is before it is
+    distilled. Held-out rows keep the data's own."""
+
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Rows made of each prompt."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest response; one that is cut there has no end to learn."""
+
+    temperature: float = Field(default=1.0, ge=0.0)
+    """Of the sampling; 0 takes the most likely token."""
+
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Sample from the fewest tokens that hold this share of the mass."""
+
+    engine: EngineConfig | None = None
+    """How the writer is served; defaults to ``teacher.engine``."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "ResponsesConfig":
+        if self.temperature == 0 and self.samples_per_prompt > 1:
+            raise ValueError(
+                f"samples_per_prompt {self.samples_per_prompt} with temperature 0 writes each response so many times; "
+                "samples_per_prompt 1, or temperature 1.0, would do"
+            )
+        return self

@@ -1,0 +1,57 @@
+"""Sampling by transformers, a response at a time: the reference for others, and for models that vLLM does not know.
+
+T tokens of a prompt, N of a response, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.models import load_model
+from actors.rollouts.base import Prompt, Response, SamplerSpec, Sampling, seed_of
+
+
+class TransformersSampler:
+    """Draws each token from the whole distribution, in float64."""
+
+    def __init__(self, spec: SamplerSpec) -> None:
+        self._spec = spec
+        device = "cuda" if spec.engine.gpu else "cpu"
+        self._model = load_model(spec.model, getattr(torch, spec.engine.dtype)).to(device).eval()
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[Response]:
+        """Return a response to each prompt, in their order."""
+        return [self._respond(prompt) for prompt in prompts]
+
+    def close(self) -> None:
+        """Forget the model."""
+        del self._model
+
+    @torch.inference_mode()
+    def _respond(self, prompt: Prompt) -> Response:
+        generator = np.random.default_rng(seed_of(self._spec.sampling, prompt))
+        token_ids: list[int] = []
+        logprobs, cache = [], None
+        unread = torch.from_numpy(prompt.token_ids.astype(np.int64))[None]
+        while len(token_ids) < self._spec.sampling.max_new_tokens and not (token_ids and token_ids[-1] in self._spec.ends):
+            outputs = self._model(input_ids=unread.to(self._model.device), past_key_values=cache, use_cache=True)
+            cache = outputs.past_key_values
+            predicted = outputs.logits[0, -1].double().log_softmax(dim=-1).cpu()  # [V]
+            token = draw(predicted[: self._spec.ids_below], self._spec.sampling, generator)
+            token_ids.append(token)
+            logprobs.append(float(predicted[token]))
+            unread = torch.tensor([[token]])
+        return Response(np.array(token_ids, np.int32), np.array(logprobs, np.float32), token_ids[-1] in self._spec.ends)
+
+
+def draw(logprobs: Tensor, sampling: Sampling, generator: np.random.Generator) -> int:
+    """Draw a token by log-probabilities, float64 [V]."""
+    if sampling.temperature == 0:
+        return int(logprobs.argmax())
+    masses, order = (logprobs / sampling.temperature).softmax(dim=0).sort(descending=True, stable=True)
+    before = masses.cumsum(dim=0) - masses
+    kept = masses[before < sampling.top_p]  # the first always is
+    place = torch.searchsorted(kept.cumsum(dim=0), generator.random() * float(kept.sum()), right=True)
+    return int(order[min(int(place), len(kept) - 1)])

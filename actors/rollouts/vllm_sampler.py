@@ -1,0 +1,80 @@
+"""Sampling by vLLM. T tokens of a prompt, N of a response."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from actors.engines.base import EngineDied
+from actors.engines.vllm_limits import require_build_for
+from actors.rollouts.base import Prompt, Response, SamplerSpec, seed_of
+
+
+class VllmSampler:
+    """Writes through one in-process vLLM engine, many responses at a time.
+
+    ``engine_environment`` must be in the environment before this module is imported.
+    """
+
+    def __init__(self, spec: SamplerSpec) -> None:
+        engine = spec.engine
+        require_build_for(engine.gpu, current_platform.device_type)
+        device_arguments: dict[str, Any] = (
+            {"tensor_parallel_size": engine.tensor_parallel, "gpu_memory_utilization": engine.gpu_memory_utilization}
+            if engine.gpu
+            else {"kv_cache_memory_bytes": engine.kv_cache_mib << 20, "enforce_eager": True}
+        )
+        if engine.tensor_parallel > 1:
+            device_arguments["distributed_executor_backend"] = "mp"  # the actor holds all devices of one node itself
+        self._llm = LLM(
+            model=spec.model.name,
+            revision=spec.model.revision,
+            trust_remote_code=spec.model.trust_remote_code,
+            dtype=engine.dtype,
+            load_format="safetensors",  # other weights are pickles, which can run code
+            max_model_len=spec.longest_prompt + spec.sampling.max_new_tokens,
+            max_num_seqs=engine.rows_per_call,
+            logprobs_mode="raw_logprobs",
+            skip_tokenizer_init=True,
+            seed=0,
+            **device_arguments,
+        )
+        self._spec = spec
+        vocab_size = self._llm.llm_engine.model_config.get_vocab_size()
+        unnamed = spec.ids_below is not None and spec.ids_below < vocab_size
+        self._allowed = list(range(spec.ids_below)) if spec.ids_below is not None and unnamed else None
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[Response]:
+        """Return a response to each prompt, in their order."""
+        inputs = [{"prompt_token_ids": prompt.token_ids.tolist()} for prompt in prompts]
+        try:
+            outputs = self._llm.generate(inputs, [self._parameters(prompt) for prompt in prompts], use_tqdm=False)
+        except EngineDeadError as error:
+            raise EngineDied(f"the vLLM engine died: {error}") from error
+        return [self._response(output.outputs[0]) for output in outputs]
+
+    def close(self) -> None:
+        """Shut the engine down and give its memory back."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _parameters(self, prompt: Prompt) -> SamplingParams:
+        sampling = self._spec.sampling
+        return SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed_of(sampling, prompt),
+            ignore_eos=True,  # of the model's own; where responses end is settled for the run
+            stop_token_ids=list(self._spec.ends),
+            allowed_token_ids=self._allowed,
+            logprobs=0,
+            detokenize=False,
+        )
+
+    def _response(self, output: Any) -> Response:
+        token_ids = list(output.token_ids)
+        logprobs = [at_token[token].logprob for token, at_token in zip(token_ids, output.logprobs, strict=True)]
+        return Response(np.array(token_ids, np.int32), np.array(logprobs, np.float32), token_ids[-1] in self._spec.ends)

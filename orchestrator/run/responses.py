@@ -1,0 +1,95 @@
+"""The stage in which a model writes the responses that the student will learn from, and where the training rows then are."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from actors.config.rollouts import ResponsesConfig
+from actors.evaluation.answer_ends import read_answer_ends
+from actors.examples import ExampleFile, write_examples
+from actors.rollouts.base import SamplerFactory, SamplerSpec, Sampling
+from actors.rollouts.build import build_sampler
+from actors.rollouts.writing import WritingWork, Written, write_responses, written_rows
+from orchestrator.config.run import RunConfig
+from orchestrator.run.model_checks import window_of
+from orchestrator.run.models import ROLES, Models, config_of, ids_below, named_below, vocab_size_of
+from orchestrator.run.run_dir import Facts, RunDir
+from orchestrator.run.score_identity import pin_revision
+
+logger = logging.getLogger("atkd")
+
+
+def training_rows(config: RunConfig, folder: Path) -> Path:
+    """Return the file of the rows that are scored and learned from in the run whose folder is ``folder``."""
+    return folder / "data" / ("train.arrow" if config.responses is None else "written.arrow")
+
+
+def respond(config: RunConfig, run_dir: RunDir, models: Models, sampler_factory: SamplerFactory = build_sampler) -> Facts:
+    """Have the prompts of all training rows answered; what was written before is kept.
+
+    Raises:
+        ValueError: if a prompt and its answer would not fit a model's window.
+    """
+    responses = config.responses
+    assert responses is not None, "the stage is left out where the data's own responses stay"
+    data = run_dir.path / "data"
+    prompts = ExampleFile(data / "train.arrow")
+    longest = max(len(prompts[position].last_prompt) for position in range(len(prompts)))
+    require_room_for_answers(config, models, longest)
+    writer = pin_revision(models.ready(responses.writer))
+    vocab_size = vocab_size_of(writer)
+    tokenizer = models.tokenizer()
+    spec = SamplerSpec(
+        engine=responses.engine or config.teacher.engine,
+        model=writer,
+        sampling=Sampling(responses.max_new_tokens, responses.temperature, responses.top_p, config.seed),
+        ends=read_answer_ends(models.tokenizer_folder, tokenizer),
+        longest_prompt=longest,
+        ids_below=named_below(ids_below(models), vocab_size),
+    )
+    work = WritingWork(
+        data / "train.arrow", data / "written", responses.samples_per_prompt, config.scores.rows_per_shard
+    )
+    total, shards = Written(0, 0, 0, 0, 0.0), work.shards(len(prompts))
+    for number, written in enumerate(write_responses(spec, work, run_dir.path / "logs", sampler_factory), start=1):
+        total += written
+        logger.info(f"respond: shard {number}/{shards}, {total.rows} responses, {total.tokens} tokens")
+    write_examples(training_rows(config, run_dir.path), written_rows(work))
+    for line in describe(total, responses):
+        logger.info(f"respond: {line}")
+    return {"written": asdict(total)}
+
+
+def require_room_for_answers(config: RunConfig, models: Models, longest_prompt: int) -> None:
+    """Raise if the longest prompt with the longest answer does not fit the window of a model.
+
+    Raises:
+        ValueError: naming the key and the value that would do.
+    """
+    responses = config.responses
+    assert responses is not None
+    for role in ROLES:
+        window = window_of(config_of(models.ready(role), f"{role}.model.name"))
+        if window is None:
+            continue
+        room = window - longest_prompt - 1  # vLLM keeps one for a token that it generates when it scores
+        if responses.max_new_tokens > room:
+            remedy = f"responses.max_new_tokens={room} would do" if room > 0 else "a smaller data.max_tokens would do"
+            raise ValueError(
+                f"responses.max_new_tokens is {responses.max_new_tokens}, the longest prompt has {longest_prompt} tokens, "
+                f"and the {role} knows {window} positions: {remedy}"
+            )
+
+
+def describe(written: Written, responses: ResponsesConfig) -> list[str]:
+    """Return in words what the responses are like."""
+    rows, cut = written.rows, written.rows - written.ended
+    ended, empty, repeated = (f"{100 * share / rows:.1f} %" for share in (written.ended, written.empty, written.repeated))
+    lines = [
+        f"{rows} responses by the {responses.writer}, {written.tokens / rows:.1f} tokens each; {ended} ended by themselves, "
+        f"{empty} are empty, {repeated} of their runs of four tokens repeat others"
+    ]
+    if cut > rows / 2:
+        limit = f"responses.max_new_tokens {responses.max_new_tokens}"
+        lines.append(f"{cut} of {rows} responses were cut at {limit}: the student learns few ends")
+    return lines
