@@ -14,9 +14,54 @@ from actors.score_store.store import ScoreStore
 from losses.topk_teacher import TopkTeacher
 
 
+class RowBatch(Protocol):
+    """R rows with the teacher's scores of them; rows are named by their index in the batch, in which order ties are broken."""
+
+    def __len__(self) -> int:
+        """Return R."""
+        ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [R], tokens of each row."""
+        ...
+
+    def example(self, row: int) -> Example:
+        """Return the tokens of a row."""
+        ...
+
+    def uncertainty(self, row: int) -> torch.Tensor:
+        """Return the teacher's UNC at the targets of a row, float32 [N]; zeros without a teacher."""
+        ...
+
+    def teacher_losses(self) -> torch.Tensor:
+        """Return the teacher's own mean loss on each row, float32 [R], in nats per target."""
+        ...
+
+    def teacher(self, rows: Sequence[int]) -> TopkTeacher | None:
+        """Return the teacher's scores at the targets of some rows, one row after the other; None without a teacher.
+
+        Raises:
+            ValueError: if there are scores of other rows in their places.
+        """
+        ...
+
+    def are_scored(self) -> bool:
+        """Return whether all rows and their scores are there."""
+        ...
+
+    def wait(self, timeout_seconds: float) -> float:
+        """Wait until all rows and their scores are there; return the seconds waited.
+
+        Raises:
+            TimeoutError: naming what did not come.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class RowBatch:
-    """R rows of a file, with the teacher's scores of them; rows are named by their index in the batch."""
+class FileRows:
+    """R rows of a file, with the teacher's scores of them (``RowBatch``)."""
 
     examples: ExampleFile
     """The file."""
@@ -57,21 +102,20 @@ class RowBatch:
         """Return the teacher's scores at the targets of some rows, one row after the other; None without a teacher.
 
         Raises:
-            ValueError: if the store holds scores of other rows.
+            ValueError: if the store holds scores of other rows in their places.
         """
-        if self.store is None:
-            return None
-        scores = [self.store.scores_at(int(self.positions[row]), self.top_k) for row in rows]
-        for row, score in zip(rows, scores, strict=True):
-            _require_same_row(self.example(row), score)
-        topk_ids = np.concatenate([score.topk_ids for score in scores])
-        kept = topk_ids.shape[1] if self.store.top_mass is None else max(1, int((topk_ids != NO_TOKEN).sum(axis=1).max()))
-        return TopkTeacher(
-            target_logprob=torch.from_numpy(np.concatenate([score.target_logprob for score in scores])),
-            topk_ids=torch.from_numpy(topk_ids[:, :kept].astype(np.int64)),
-            topk_logprobs=torch.from_numpy(np.concatenate([score.topk_logprobs[:, :kept] for score in scores])),
-            tail_logmass=torch.from_numpy(np.concatenate([score.tail_logmass for score in scores])),
-        )
+        return None if self.store is None else as_teacher([self.scores(row) for row in rows])
+
+    def scores(self, row: int) -> TeacherScores:
+        """Return the scores of a row.
+
+        Raises:
+            ValueError: if the store holds scores of another row in its place.
+        """
+        assert self.store is not None, "a loss that asks for it has a store"
+        scores = self.store.scores_at(int(self.positions[row]), self.top_k)
+        _require_same_row(self.example(row), scores)
+        return scores
 
     def are_scored(self) -> bool:
         """Return whether the scores of all rows are there."""
@@ -109,18 +153,30 @@ class StoredRows:
     def __init__(self, examples: ExampleFile, store: ScoreStore | None, top_k: int, sampler: StepSampler) -> None:
         self._examples, self._store, self._top_k, self._sampler = examples, store, top_k, sampler
 
-    def batch(self, step: int) -> RowBatch:
+    def batch(self, step: int) -> FileRows:
         """Return the rows of a step."""
-        return RowBatch(self._examples, self._store, self._top_k, self._sampler.positions(step))
+        return FileRows(self._examples, self._store, self._top_k, self._sampler.positions(step))
 
     def epochs_after(self, step: int) -> float:
         """Return how often the rows were visited once a step is done."""
         return self._sampler.epochs_after(step)
 
 
-def all_rows(examples: ExampleFile, store: ScoreStore | None, top_k: int) -> RowBatch:
+def as_teacher(scores: Sequence[TeacherScores]) -> TopkTeacher:
+    """Return the scores of some rows, one row after the other; as many of the K as any target has."""
+    topk_ids = np.concatenate([score.topk_ids for score in scores])
+    kept = max(1, int((topk_ids != NO_TOKEN).sum(axis=1).max()))
+    return TopkTeacher(
+        target_logprob=torch.from_numpy(np.concatenate([score.target_logprob for score in scores])),
+        topk_ids=torch.from_numpy(topk_ids[:, :kept].astype(np.int64)),
+        topk_logprobs=torch.from_numpy(np.concatenate([score.topk_logprobs[:, :kept] for score in scores])),
+        tail_logmass=torch.from_numpy(np.concatenate([score.tail_logmass for score in scores])),
+    )
+
+
+def all_rows(examples: ExampleFile, store: ScoreStore | None, top_k: int) -> FileRows:
     """Return all rows of a file as one batch, in their order."""
-    return RowBatch(examples, store, top_k, np.arange(len(examples)))
+    return FileRows(examples, store, top_k, np.arange(len(examples)))
 
 
 def _require_same_row(example: Example, score: TeacherScores) -> None:

@@ -14,17 +14,6 @@ from actors.dataloader.scored_rows import RowBatch, ScoredRows
 
 
 @dataclass(frozen=True, slots=True)
-class StepRows:
-    """The rows of an optimizer step, and how they are cut into forward passes."""
-
-    batch: RowBatch
-    """All of them, the same on each worker."""
-
-    layout: Layout
-    """The passes of each worker."""
-
-
-@dataclass(frozen=True, slots=True)
 class Pass:
     """One forward pass of this worker."""
 
@@ -58,7 +47,8 @@ class StepLoader:
     ) -> None:  # fmt: skip
         self._rows, self._train, self._rank, self._world_size = rows, train, rank, world_size
         self._device, self._vocab_size, self._last_step = device, vocab_size, last_step
-        self._cut: dict[int, StepRows] = {}  # of the current step and the next
+        self._batches: dict[int, RowBatch] = {}  # of the current step and the next
+        self._layouts: dict[int, Layout] = {}
         self._ahead: dict[tuple[int, int], Future[MicroBatch]] = {}  # by step and number of the pass
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="step-loader")
 
@@ -68,12 +58,17 @@ class StepLoader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def rows_of(self, step: int) -> StepRows:
-        """Return the rows of a step, which counts from 1."""
-        if step not in self._cut:
-            batch = self._rows.batch(step)
-            self._cut[step] = StepRows(batch, layout_of(batch.lengths, self._world_size, self._train))
-        return self._cut[step]
+    def batch(self, step: int) -> RowBatch:
+        """Return the rows of a step, which counts from 1; they may still have to be waited for."""
+        if step not in self._batches:
+            self._batches[step] = self._rows.batch(step)
+        return self._batches[step]
+
+    def layout(self, step: int) -> Layout:
+        """Return how the rows of a step, which are there, are cut into the passes of each worker."""
+        if step not in self._layouts:
+            self._layouts[step] = layout_of(self.batch(step).lengths, self._world_size, self._train)
+        return self._layouts[step]
 
     def passes(self, step: int) -> Iterator[Pass]:
         """Yield this worker's passes of a step whose scores are there; every worker has equally many.
@@ -81,22 +76,24 @@ class StepLoader:
         Raises:
             ValueError: if targets or scores are not of the student's vocabulary, or the scores are of other rows.
         """
-        self._cut = {known: rows for known, rows in self._cut.items() if known >= step}
-        mine = self.rows_of(step).layout[self._rank]
+        self._batches = {known: batch for known, batch in self._batches.items() if known >= step}
+        self._layouts = {known: layout for known, layout in self._layouts.items() if known >= step}
+        mine = self.layout(step)[self._rank]
         for number, rows in enumerate(mine):
             micro_batch = self._begun(step, number).result()
             del self._ahead[step, number]
             if number + 1 < len(mine):
                 self._begun(step, number + 1)
-            elif step < self._last_step and self.rows_of(step + 1).batch.are_scored():
+            elif step < self._last_step and self.batch(step + 1).are_scored():
                 self._begun(step + 1, 0)
             yield Pass(rows, micro_batch.to(self._device))
 
     def _begun(self, step: int, number: int) -> "Future[MicroBatch]":
         if (step, number) not in self._ahead:
-            self._ahead[step, number] = self._thread.submit(self._collate, self.rows_of(step), number)
+            rows = self.layout(step)[self._rank][number] or [0]
+            self._ahead[step, number] = self._thread.submit(self._collate, self.batch(step), rows)
         return self._ahead[step, number]
 
-    def _collate(self, step: StepRows, number: int) -> MicroBatch:
-        micro_batch = collate(step.batch, step.layout[self._rank][number] or [0], self._vocab_size)
+    def _collate(self, batch: RowBatch, rows: list[int]) -> MicroBatch:
+        micro_batch = collate(batch, rows, self._vocab_size)
         return micro_batch.pinned() if self._device.type == "cuda" else micro_batch

@@ -6,7 +6,7 @@ import torch
 
 from actors.config.models import needs_complete_store
 from actors.dataloader.sampler import Layout
-from actors.dataloader.scored_rows import RowBatch
+from actors.dataloader.scored_rows import FileRows, RowBatch
 from losses.config import AtkdLoss, HardLabelLoss, LossConfig
 from losses.loss_state import LossState
 from losses.token_weights import TokenWeights, easy_border, split_easy, token_weights
@@ -27,7 +27,7 @@ class StepWeights:
         dataset: all rows, for scope ``dataset``, which ranks over them.
     """
 
-    def __init__(self, loss: LossConfig, seed: int, dataset: RowBatch) -> None:
+    def __init__(self, loss: LossConfig, seed: int, dataset: FileRows) -> None:
         self._loss, self._seed, self._dataset = loss, seed, dataset
         self._easy_in_dataset: list[torch.Tensor] | None = None  # bool [N] per row
 
@@ -89,6 +89,7 @@ class StepWeights:
 
     def _easy_of(self, batch: RowBatch, rows: Sequence[int]) -> torch.Tensor:
         """Return a bool [N] mask of the targets of some rows that are easy among those of the whole dataset."""
+        assert isinstance(batch, FileRows), "rows that are written on the way have no place in a dataset"
         return torch.cat([self._easy_rows()[int(batch.positions[row])] for row in rows])
 
     def _easy_rows(self) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from actors.dataloader.collator import MicroBatch, collate
-from actors.dataloader.scored_rows import RowBatch
+from actors.dataloader.scored_rows import FileRows
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
 from losses.terms import categorical_kl
@@ -30,7 +30,7 @@ class HeldoutRows:
 
     def batch(self, positions: np.ndarray) -> MicroBatch:
         """Return the tensors of one forward pass over some of the rows."""
-        return collate(RowBatch(self._examples, self._store, self._top_k, positions), range(len(positions)), self._vocab_size)
+        return collate(FileRows(self._examples, self._store, self._top_k, positions), range(len(positions)), self._vocab_size)
 
 
 class HeldoutMetrics:

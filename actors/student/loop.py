@@ -60,7 +60,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     with closing(MetricsLog.on_first_worker(worker.rank, task, first_step=done.step + 1)) as log, loader:
         while goes_on and not resize_requested and done.step < total_steps:
             started, step = time.perf_counter(), done.step + 1
-            batch = loader.rows_of(step).batch
+            batch = loader.batch(step)
             waited_seconds = step_weights.wait_for_scores(batch, task.wait_seconds)
             worker.seed_step(task.seed, step)
 
@@ -99,9 +99,9 @@ def accumulate_gradients(
     The weights hold the division by the step's tokens already, so losses and gradients simply add up over passes and
     workers. DDP and FSDP take the mean over workers, which the factor ``world_size`` makes a sum.
     """
-    step_rows = loader.rows_of(step)
-    weights = step_weights.of_step(step_rows.batch, step_rows.layout, step, state)
-    sums, last = LossSums.zero(worker.device), len(step_rows.layout[worker.rank]) - 1
+    layout = loader.layout(step)
+    weights = step_weights.of_step(loader.batch(step), layout, step, state)
+    sums, last = LossSums.zero(worker.device), len(layout[worker.rank]) - 1
     for index, one in enumerate(loader.passes(step)):
         set_gradient_sync(student, index == last)
         part = forward(student, one.micro_batch.weighed([weights[row] for row in one.rows]), state, train)

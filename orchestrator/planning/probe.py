@@ -167,7 +167,7 @@ def time_steps(student: _Student) -> float:
             clip_gradients(module, train.optimizer.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            tokens += int(loader.rows_of(step).batch.lengths.sum()) if step > 1 else 0
+            tokens += int(loader.batch(step).lengths.sum()) if step > 1 else 0
     if worker.device.type == "cuda":
         torch.cuda.synchronize()
     return tokens / (time.perf_counter() - started)

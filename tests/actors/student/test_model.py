@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
 from actors.dataloader.collator import MicroBatch, collate
-from actors.dataloader.scored_rows import RowBatch
+from actors.dataloader.scored_rows import FileRows
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.lora import add_adapters, merge_adapters
@@ -29,7 +29,7 @@ HARD_LABEL = HardLabelLoss(kind="hard_label")
 
 def batch_in(folder: Path) -> MicroBatch:
     path, _ = scored_world(folder, rows=6)
-    batch = RowBatch(ExampleFile(path), None, 8, np.array([1, 4, 2]))
+    batch = FileRows(ExampleFile(path), None, 8, np.array([1, 4, 2]))
     weights = StepWeights(HARD_LABEL, seed=0, dataset=batch).of_step(batch, [[[0, 1, 2]]], step=1, state=LossState())
     return collate(batch, [0, 1, 2], VOCAB, weights)
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.dataloader.collator import collate
 from actors.dataloader.sampler import StepSampler
-from actors.dataloader.scored_rows import RowBatch, StoredRows, all_rows
+from actors.dataloader.scored_rows import FileRows, StoredRows, all_rows
 from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
@@ -98,7 +98,7 @@ def between_passes(folder: Path, worker: Worker) -> dict[str, tuple[int, int, st
     examples, store = ExampleFile(folder / "train.arrow"), ScoreStore(folder / "store")
     train, loss = TrainConfig(sharding="fsdp", precision="bfloat16"), LOSS.validate_python(CASES["atkd"])
     student = distribute(CausalStudent(prepare_model(ModelSource(str(folder / "model")), None, train), loss), train, worker)
-    batch = RowBatch(examples, store, 8, np.arange(2))
+    batch = FileRows(examples, store, 8, np.arange(2))
     weights = StepWeights(loss, seed=0, dataset=batch).of_step(batch, [[[0], [1]]], 1, LossState.first(loss))
     set_gradient_sync(student, False)
     forward(student, collate(batch, [worker.rank], VOCAB, weights), LossState.first(loss), train).loss.backward()
