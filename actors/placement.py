@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 
 import ray
 from ray.util import placement_group, placement_group_table, remove_placement_group
@@ -95,9 +96,17 @@ class ResourceRequest:
 
 def replica_request(engine: EngineConfig) -> ResourceRequest:
     """Return what one replica of the teacher needs."""
+    return _engine_request(engine, "teacher.engine", "replica")
+
+
+def sampler_request(engine: EngineConfig) -> ResourceRequest:
+    """Return what one engine that samples from the student needs."""
+    return _engine_request(engine, "rollouts.engine", "sampler")
+
+
+def _engine_request(engine: EngineConfig, section: str, noun: str) -> ResourceRequest:
     amounts = _amounts(engine.cpus, engine.tensor_parallel if engine.gpu else 0, engine.resources)
-    keys = {"CPU": "cpus", "GPU": "tensor_parallel"}
-    return ResourceRequest("teacher.engine", "replica", "replicas", keys, amounts, engine.labels)
+    return ResourceRequest(section, noun, "replicas", {"CPU": "cpus", "GPU": "tensor_parallel"}, amounts, engine.labels)
 
 
 def worker_request(workers: WorkersConfig, section: str = "workers") -> ResourceRequest:
@@ -226,6 +235,43 @@ def require_room_together(
         f"{plural(replicas, replica.noun)} there is room for {plural(beside[replicas], worker.noun)}; "
         f"{' or '.join(remedies)} would do"
     )
+
+
+def fit_together(nodes: Sequence[Node], needs: Sequence[tuple[ResourceRequest, int]]) -> bool:
+    """Return whether so many of each find room at one time on free nodes; each order of the requests is tried, node by node."""
+    return any(_fit_in_order(nodes, order) for order in permutations(needs))
+
+
+def _fit_in_order(nodes: Sequence[Node], needs: Sequence[tuple[ResourceRequest, int]]) -> bool:
+    left = [dict(node.total) for node in nodes]
+    for need, count in needs:
+        for node, amounts in zip(nodes, left, strict=True):
+            placed = min(count, need.times_in(amounts) if need.may_stand_on(node) else 0)
+            count -= placed
+            for resource, amount in need.amounts.items():
+                amounts[resource] = amounts.get(resource, 0) - placed * amount
+        if count:
+            return False
+    return True
+
+
+def require_all_together(nodes: Sequence[Node], needs: Sequence[tuple[ResourceRequest, int]]) -> None:
+    """Raise if several kinds of actors, which each fit alone by ``require_room``, do not fit together.
+
+    Raises:
+        ValueError: naming numbers that would do.
+    """
+    if fit_together(nodes, needs):
+        return
+    remedies = []
+    for index, (need, count) in enumerate(needs):
+        others = [*needs[:index], *needs[index + 1 :]]
+        fewer = next((less for less in range(count - 1, 0, -1) if fit_together(nodes, [*others, (need, less)])), 0)
+        if fewer:
+            remedies.append(f"{need.section}.{need.count_key} {fewer}")
+    listed = ", ".join(need.many(count) for need, count in needs)
+    remedy = f"{' or '.join(remedies)} would do" if remedies else "more nodes, or fewer of several kinds, would do"
+    raise ValueError(f"{listed} do not fit at one time on {plural(len(nodes), 'node')}; {remedy}")
 
 
 def workers_beside(

@@ -233,7 +233,8 @@ class ScoresConfig(Section):
     """One existing store to read and nothing else; refused if its identity is another."""
 
     overlap: Annotated[bool, MayChange()] = True
-    """Start the student while the teacher still scores; needs devices for both."""
+    """Start the student while the teacher still scores; needs devices for both. With ``rollouts`` the data's rows are scored
+    before."""
 
     wait_seconds: Annotated[float, MayChange()] = Field(default=1800.0, gt=0)
     """How long a student waits for one shard before it gives up."""

@@ -1,11 +1,11 @@
 """Configuration schema of text that models write. Imports neither torch nor Ray."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from actors.config.models import EngineConfig
-from losses.section import Section
+from losses.section import MayChange, Section
 
 
 class ResponsesConfig(Section):
@@ -37,4 +37,40 @@ class ResponsesConfig(Section):
                 f"samples_per_prompt {self.samples_per_prompt} with temperature 0 writes each response so many times; "
                 "samples_per_prompt 1, or temperature 1.0, would do"
             )
+        return self
+
+
+class RolloutsConfig(Section):
+    """Text that the student writes while it learns, scored by the teacher as it comes (on-policy distillation)."""
+
+    student_share: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Of each step's rows, those to whose prompts the student writes the response anew; the others stay as the data has them.
+    GKD's lambda (arXiv 2306.13649); 1.0 is fully on-policy."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest response; one that is cut there has no end to learn."""
+
+    temperature: float = Field(default=1.0, ge=0.0)
+    """Of the sampling; 0 takes the most likely token. The teacher's scores, and what is recorded, are those of temperature 1."""
+
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Sample from the fewest tokens that hold this share of the mass."""
+
+    refresh_steps: int = Field(default=1, ge=1)
+    """Optimizer steps of a window, whose rows are written by the same weights."""
+
+    lag: int = Field(default=0, ge=0)
+    """0: a window's rows are written by the weights with which it begins, and the workers wait for them. 1: by those with which
+    the window before began, so that they are written and scored while that one trains."""
+
+    keep_steps: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
+    """Of how many of the latest steps what was written is kept; null for all."""
+
+    engine: EngineConfig | None = None
+    """How the student is served; defaults to ``teacher.engine`` with one replica."""
+
+    @model_validator(mode="after")
+    def _replicas_are_known(self) -> "RolloutsConfig":
+        if self.engine is not None and self.engine.replicas == "auto":
+            raise ValueError("engine.replicas is auto, but samplers stand beside teacher and student; 1 would do")
         return self

@@ -114,7 +114,7 @@ class FileRows:
         """
         assert self.store is not None, "a loss that asks for it has a store"
         scores = self.store.scores_at(int(self.positions[row]), self.top_k)
-        _require_same_row(self.example(row), scores)
+        require_same_row(self.example(row), scores)
         return scores
 
     def are_scored(self) -> bool:
@@ -179,7 +179,8 @@ def all_rows(examples: ExampleFile, store: ScoreStore | None, top_k: int) -> Fil
     return FileRows(examples, store, top_k, np.arange(len(examples)))
 
 
-def _require_same_row(example: Example, score: TeacherScores) -> None:
+def require_same_row(example: Example, score: TeacherScores) -> None:
+    """Raise a ``ValueError`` if scores are not of this row."""
     if example.key != score.key:
         raise ValueError(
             f"row {example.row} has key {example.key[:12]}, but the store holds scores of {score.key[:12]} at its place; "

@@ -3,6 +3,7 @@
 ``keep_arrays``: vLLM turns each prompt log-probability into a Python object; ours keeps its arrays. It looks for the form of
 0.9 to 0.32. ``TargetRows``: vLLM multiplies every position of the prompt by the output head, one request at a time, ranks every
 target and normalises the whole vocabulary; ours does so for the rows that predict targets alone, those of all requests together.
+``FreshHead``: reloading weights makes each layer's packed copy anew, but not that of a head whose matrix is the embeddings'.
 """
 
 import inspect
@@ -59,6 +60,19 @@ def keep_arrays() -> bool:
     keep.keeps_arrays = True  # type: ignore[attr-defined]
     processor._update_prompt_logprobs = keep
     return True
+
+
+class FreshHead:
+    """Becomes part of vLLM's worker: makes the output head compute with the weights that were loaded last."""
+
+    model_runner: Any
+
+    def refresh_head(self) -> None:
+        """Have embeddings and head packed anew; on CPUs a head tied to the embeddings keeps its old copy otherwise."""
+        for module in self.model_runner.get_model().modules():
+            method: Any = getattr(module, "quant_method", None)
+            if hasattr(module, "num_embeddings_padded") and hasattr(method, "process_weights_after_loading"):
+                method.process_weights_after_loading(module)
 
 
 class TargetRows:

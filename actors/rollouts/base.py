@@ -26,7 +26,7 @@ class Sampling:
     top_p: float = 1.0
     """Draw from the fewest tokens that hold this share of the mass."""
     seed: int = 0
-    """With row and sample it gives the random numbers of a response, whatever else is sampled beside it."""
+    """With step, row and sample it gives the random numbers of a response, whatever else is sampled beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,10 @@ class Prompt:
     """int32 [T]."""
     row: int
     """Which row of the data it is of."""
-    sample: int
+    sample: int = 0
     """Which of the row's samples this is."""
+    step: int = 0
+    """For which optimizer step; 0 where it is for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,14 @@ class Sampler(Protocol):
         """Return a response to each prompt, in their order."""
         ...
 
+    def load(self, model: ModelSource) -> None:
+        """Write by other weights of the same model from now on; nothing of the old ones may be remembered."""
+        ...
+
+    def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return the log-probability of each token of a text but the first, float32 [T-1]."""
+        ...
+
     def close(self) -> None:
         """Give the device back."""
         ...
@@ -88,7 +98,7 @@ SamplerFactory = Callable[[SamplerSpec], Sampler]
 
 def seed_of(sampling: Sampling, prompt: Prompt) -> int:
     """Return the seed of a response, from 0 to 2**63 - 1."""
-    content = f"{sampling.seed} {prompt.row} {prompt.sample}".encode()
+    content = f"{sampling.seed} {prompt.step} {prompt.row} {prompt.sample}".encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.model_source import ModelSource
 from actors.models import load_model
 from actors.rollouts.base import Prompt, Response, SamplerSpec, Sampling, seed_of
 
@@ -18,8 +19,19 @@ class TransformersSampler:
 
     def __init__(self, spec: SamplerSpec) -> None:
         self._spec = spec
-        device = "cuda" if spec.engine.gpu else "cpu"
-        self._model = load_model(spec.model, getattr(torch, spec.engine.dtype)).to(device).eval()
+        self._device = "cuda" if spec.engine.gpu else "cpu"
+        self.load(spec.model)
+
+    def load(self, model: ModelSource) -> None:
+        """Write by other weights from now on."""
+        self._model = load_model(model, getattr(torch, self._spec.engine.dtype)).to(self._device).eval()
+
+    @torch.inference_mode()
+    def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return the log-probability of each token of a text but the first, float32 [T-1]."""
+        ids = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
+        predicted = self._model(input_ids=ids[None], use_cache=False).logits[0, :-1].double().log_softmax(dim=-1)
+        return predicted.gather(1, ids[1:, None])[:, 0].float().cpu().numpy()
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Response]:
         """Return a response to each prompt, in their order."""

@@ -10,6 +10,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from actors.engines.base import EngineDied
 from actors.engines.vllm_limits import require_build_for
+from actors.model_source import ModelSource
 from actors.rollouts.base import Prompt, Response, SamplerSpec, seed_of
 
 
@@ -40,6 +41,7 @@ class VllmSampler:
             logprobs_mode="raw_logprobs",
             skip_tokenizer_init=True,
             seed=0,
+            worker_extension_cls="actors.engines.vllm_patches.FreshHead",
             **device_arguments,
         )
         self._spec = spec
@@ -55,6 +57,24 @@ class VllmSampler:
         except EngineDeadError as error:
             raise EngineDied(f"the vLLM engine died: {error}") from error
         return [self._response(output.outputs[0]) for output in outputs]
+
+    def load(self, model: ModelSource) -> None:
+        """Write by other weights of the same model from now on, which stand in a folder of their own.
+
+        Raises:
+            RuntimeError: if texts that the old weights have read stay in the prefix cache.
+        """
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": model.name})
+        self._llm.collective_rpc("refresh_head")
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache, so that old weights' keys and values would be read on")
+
+    def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return the log-probability of each token of a text but the first, float32 [T-1]."""
+        parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        (output,) = self._llm.generate({"prompt_token_ids": token_ids.tolist()}, parameters, use_tqdm=False)
+        at_tokens = zip(token_ids[1:].tolist(), output.prompt_logprobs[1:], strict=True)
+        return np.array([at_token[token].logprob for token, at_token in at_tokens], np.float32)
 
     def close(self) -> None:
         """Shut the engine down and give its memory back."""

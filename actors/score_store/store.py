@@ -62,7 +62,9 @@ class ScoreStore:
         self._files = ShardFiles(path, RowEncoding(self.top_k, self.vocab_size, ragged=self.top_mass is not None))
 
     @classmethod
-    def open_or_create(cls, path: Path, identity: Identity, rows: int, rows_per_shard: int) -> "ScoreStore":
+    def open_or_create(
+        cls, path: Path, identity: Identity, rows: int, rows_per_shard: int, most_shards: int = MOST_SHARDS
+    ) -> "ScoreStore":
         """Open the store at ``path``, or begin it there.
 
         Raises:
@@ -70,10 +72,10 @@ class ScoreStore:
             ValueError: if it would begin with more shards than a folder should hold.
         """
         if not (path / "manifest.json").exists():
-            if (shards := math.ceil(rows / rows_per_shard)) > MOST_SHARDS:
+            if (shards := math.ceil(rows / rows_per_shard)) > most_shards:
                 raise ValueError(
                     f"scores.rows_per_shard is {rows_per_shard}, which makes {shards} shards of {rows} rows, more than "
-                    f"{MOST_SHARDS}; scores.rows_per_shard={math.ceil(rows / MOST_SHARDS)} would do"
+                    f"{most_shards}; scores.rows_per_shard={math.ceil(rows / most_shards)} would do"
                 )
             path.mkdir(parents=True, exist_ok=True)
             manifest = {
@@ -135,6 +137,8 @@ class ScoreStore:
     ) -> ShardInfo:
         """Check, encode and store the scores of the shard's examples, in their order, in one rename.
 
+        A shard of a log that grows step by step may have fewer rows than others.
+
         Args:
             shard: its number.
             examples: the rows of the shard.
@@ -145,7 +149,7 @@ class ScoreStore:
             ValueError: naming the row, if a score cannot come from a working teacher (see ``check_scores``), all rows have
                 the same scores, or most of them lie outside ``known``.
         """
-        assert len(examples) == len(scores) == len(self.positions(shard))
+        assert len(examples) == len(scores) <= len(self.positions(shard))
         for example, score in zip(examples, scores, strict=True):
             check_scores(example, score, self.ids_below)
         require_rows_differ(examples, scores)
@@ -222,7 +226,7 @@ class ScoreStore:
             self._files.require_whole(shard)
         total = sum(self.shard_info(shard).row_bytes for shard in finished)
         for shard in finished[:: max(1, math.ceil(total / most_bytes))]:
-            for row in range(len(self.positions(shard))):
+            for row in range(self.shard_info(shard).rows):
                 self._files.scores(shard, row)
 
     def discard_shard(self, shard: int) -> None:

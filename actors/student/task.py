@@ -56,6 +56,24 @@ class WorkerResult:
 
 
 @dataclass(frozen=True, slots=True)
+class RolloutTask:
+    """How the student's own text is a part of its training."""
+
+    log: str
+    """Folder of the rows that it wrote, with the teacher's scores."""
+    weights: str
+    """Folder in which its weights are left for those who sample."""
+    student_share: float
+    """Of the rows of each step, which the student writes."""
+    refresh_steps: int
+    """Optimizer steps between two versions of the weights."""
+    lag: int
+    """Windows of so many steps by which a step's writer may be older than the step."""
+    dtype: str
+    """Type in which samplers compute."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingTask:
     """One model to train, with everything it needs. Paths are absolute and seen by all workers."""
 
@@ -99,6 +117,8 @@ class TrainingTask:
     """Where its steps are shown besides the run's own files."""
     elastic: WorkersConfig | None = None
     """The workers, where they are to make way once there is room for more of them."""
+    rollouts: RolloutTask | None = None
+    """Where the student writes rows of its own training."""
     teacher_done: str | None = None
     """File that stands once the teacher needs its room no more; None where no teacher is at work beside the training."""
 

@@ -21,8 +21,10 @@ from actors.placement import (
     most_replicas,
     read_nodes,
     replica_request,
+    require_all_together,
     require_room,
     require_room_together,
+    sampler_request,
     worker_request,
     workers_beside,
 )
@@ -60,6 +62,8 @@ def demand(config: RunConfig) -> Demand:
     """Return the most that a run holds at one time, over all its stages; of replicas whose number is ``auto``, one."""
     scoring, training = _teachers(config.teacher.engine), _workers(config.workers)
     stages = [scoring + training] if config.scores.overlap else [scoring, training]
+    if config.rollouts is not None:
+        stages.append(scoring + _teachers(config.sampler_engine) + training)
     stages += [_workers(side.finetune.workers) for side in (config.teacher, config.student) if side.finetune]
     stages.append(Demand(config.evaluate.cpus, config.evaluate.gpus))
     return Demand(max(stage.cpus for stage in stages), max(stage.gpus for stage in stages))
@@ -191,7 +195,11 @@ def require_places(config: RunConfig, nodes: Sequence[Node]) -> None:
     worker, workers = worker_request(config.workers), config.workers.count
     require_room(nodes, replica, replicas)
     require_room(nodes, worker, workers)
-    if config.scores.overlap:
+    if config.rollouts is not None:
+        sampler, samplers = sampler_request(config.sampler_engine), _replicas(config.sampler_engine)
+        require_room(nodes, sampler, samplers)
+        require_all_together(nodes, [(replica, replicas), (sampler, samplers), (worker, workers)])
+    elif config.scores.overlap:
         require_room_together(nodes, replica, replicas, worker, workers)
     for role, side in (("teacher", config.teacher), ("student", config.student)):
         if side.finetune:

@@ -13,8 +13,9 @@ from actors.config.models import (
     ScoresConfig,
     TrainConfig,
     needs_complete_store,
+    needs_teacher,
 )
-from actors.config.rollouts import ResponsesConfig
+from actors.config.rollouts import ResponsesConfig, RolloutsConfig
 from actors.config.tracking import TrackingConfig
 from actors.config.workers import WorkersConfig
 from actors.engines.vllm_limits import require_cpu_head_size
@@ -104,6 +105,8 @@ class RunConfig(Section):
         ResponsesConfig | None, NotSearchable("it changes the rows, and a search shares one score store")
     ] = None
     """Have the responses to the data's prompts written by a model; null for the data's own."""
+    rollouts: Annotated[RolloutsConfig | None, NotSearchable("each trial would need samplers of its own")] = None
+    """Have the student write responses while it learns; null for none."""
     scores: Annotated[
         ScoresConfig, NotSearchable("it says how the scores are kept, and a search shares one store; scores.top_k alone can vary")
     ] = ScoresConfig()
@@ -136,10 +139,13 @@ class RunConfig(Section):
         engine, shape = self.teacher.engine, self.teacher.model
         if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
             require_cpu_head_size(shape.hidden_size, shape.heads)
-        if self.responses is not None and self.responses.writer == "student":
-            engine, shape = self.responses.engine or engine, self.student.model
+        written_by = [self.responses.engine or engine] if self.responses and self.responses.writer == "student" else []
+        shape = self.student.model
+        for engine in [*written_by, *([self.sampler_engine] if self.rollouts else [])]:
             if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
                 require_cpu_head_size(shape.hidden_size, shape.heads, "student.model")
+        if self.rollouts is not None:
+            self._rollouts_agree(self.rollouts)
         if "pretrained" in kinds and self.tokenizer is not None:
             raise ValueError(
                 "tokenizer is trained only where both models are made from scratch; a pretrained model brings its own: "
@@ -156,6 +162,38 @@ class RunConfig(Section):
                 f"number of workers, which workers.max {self.workers.max} lets change; loss.scope batch would do"
             )
         return self
+
+    def _rollouts_agree(self, rollouts: RolloutsConfig) -> None:
+        if not needs_teacher(self.loss):
+            raise ValueError(
+                f"loss.kind {self.loss.kind} learns from the rows as they are, and with rollouts the student would learn its own "
+                "tokens; loss.kind=atkd would do, or rollouts=null"
+            )
+        if needs_complete_store(self.loss):
+            raise ValueError(
+                "loss.scope dataset ranks tokens over all rows before the training, but with rollouts rows are written on the "
+                "way; loss.scope=batch would do"
+            )
+        if rollouts.keep_steps is not None:
+            repeated = self.train.keep_checkpoints * self.train.checkpoint_every_steps
+            least = repeated + (rollouts.lag + 1) * rollouts.refresh_steps
+            if rollouts.keep_steps < least:
+                raise ValueError(
+                    f"rollouts.keep_steps is {rollouts.keep_steps}, but a training that resumes from the oldest of "
+                    f"train.keep_checkpoints {self.train.keep_checkpoints} checkpoints reads up to {least} steps again; "
+                    f"rollouts.keep_steps={least} would do"
+                )
+
+    @property
+    def sampler_engine(self) -> EngineConfig:
+        """How the student is served where it writes rows of its own training."""
+        assert self.rollouts is not None
+        return self.rollouts.engine or self.teacher.engine.model_copy(update={"replicas": 1})
+
+    @property
+    def learns_from_data(self) -> bool:
+        """Whether rows are learned from as the data has them, or the student answers all prompts."""
+        return self.rollouts is None or self.rollouts.student_share < 1
 
     @property
     def run_dir(self) -> Path:

@@ -12,6 +12,7 @@ from orchestrator.run.evaluation import evaluate
 from orchestrator.run.export import export
 from orchestrator.run.models import ROLES, Models
 from orchestrator.run.responses import respond
+from orchestrator.run.rollouts import RolloutStage
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
 from orchestrator.run.stages import fetch_models, finetune, prepare, require_same_source, train
@@ -25,7 +26,8 @@ def run(config: RunConfig, until: str = "export") -> Path:
     with RunDir.open(config) as run_dir:
         if until != "prepare" and run_dir.result("evaluate") is None:
             require_machine(config)  # before the rows are read, which may take long
-        for finished in run_stages(config, run_dir, overlap=config.scores.overlap and until != "score"):
+        overlap = config.scores.overlap and config.rollouts is None and until != "score"
+        for finished in run_stages(config, run_dir, overlap):
             if finished == until:
                 break
         return run_dir.path
@@ -51,13 +53,14 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
         yield "respond"
 
         scoring = ScoringStage(config, run_dir, models)
+        rollouts = RolloutStage(config, run_dir, models) if config.rollouts is not None else None
         scored = [] if scoring.complete else ["score"]
         if not overlap:
             fetch_models(config, run_dir, models, scored)
             scoring.run()
             yield "score"
         fetch_models(config, run_dir, models, [*scored, "train"])
-        with scoring.in_background() if overlap else nullcontext():
+        with scoring.in_background() if overlap else nullcontext(), rollouts.in_background() if rollouts else nullcontext():
             run_dir.stage("train", partial(train, config, run_dir, models, scoring.training_store))
         yield "train"
 

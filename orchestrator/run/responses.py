@@ -35,7 +35,7 @@ def respond(config: RunConfig, run_dir: RunDir, models: Models, sampler_factory:
     data = run_dir.path / "data"
     prompts = ExampleFile(data / "train.arrow")
     longest = max(len(prompts[position].last_prompt) for position in range(len(prompts)))
-    require_room_for_answers(config, models, longest)
+    require_room_for_answers(models, "responses.max_new_tokens", responses.max_new_tokens, longest)
     writer = pin_revision(models.ready(responses.writer))
     vocab_size = vocab_size_of(writer)
     tokenizer = models.tokenizer()
@@ -60,24 +60,22 @@ def respond(config: RunConfig, run_dir: RunDir, models: Models, sampler_factory:
     return {"written": asdict(total)}
 
 
-def require_room_for_answers(config: RunConfig, models: Models, longest_prompt: int) -> None:
+def require_room_for_answers(models: Models, key: str, max_new_tokens: int, longest_prompt: int) -> None:
     """Raise if the longest prompt with the longest answer does not fit the window of a model.
 
     Raises:
-        ValueError: naming the key and the value that would do.
+        ValueError: naming ``key``, which says how long an answer may be, and the value that would do.
     """
-    responses = config.responses
-    assert responses is not None
     for role in ROLES:
         window = window_of(config_of(models.ready(role), f"{role}.model.name"))
         if window is None:
             continue
         room = window - longest_prompt - 1  # vLLM keeps one for a token that it generates when it scores
-        if responses.max_new_tokens > room:
-            remedy = f"responses.max_new_tokens={room} would do" if room > 0 else "a smaller data.max_tokens would do"
+        if max_new_tokens > room:
+            remedy = f"{key}={room} would do" if room > 0 else "a smaller data.max_tokens would do"
             raise ValueError(
-                f"responses.max_new_tokens is {responses.max_new_tokens}, the longest prompt has {longest_prompt} tokens, "
-                f"and the {role} knows {window} positions: {remedy}"
+                f"{key} is {max_new_tokens}, the longest prompt has {longest_prompt} tokens, and the {role} knows {window} "
+                f"positions: {remedy}"
             )
 
 

@@ -1,11 +1,20 @@
-"""Whether served scores are the teacher's own: numbers in, findings out. Needs neither Ray nor a model."""
+"""Whether served scores are the teacher's own: numbers in, findings out."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from actors.config.models import DType
+from actors.examples import ExampleFile, spread_over_lengths, with_shortest_prompts
 from actors.format import plural
-from actors.teacher.parity import LEAST_LIKELY, ScoreParity
+from actors.teacher.parity import LEAST_LIKELY, Probe, ScoreParity
+from actors.teacher.pool import TeacherPool
+from actors.teacher.reference_pass import beginning
+from actors.teacher.replica_set import TeacherFailed
+from orchestrator.config.run import RunConfig
+from orchestrator.run.run_dir import RunDir
+
+logger = logging.getLogger("atkd")
 
 MASS_TOLERANCE = 1e-3
 SLOPE_TOLERANCE = 0.01
@@ -114,3 +123,33 @@ def _why_unlike(found: ScoreParity, tolerance: Tolerance, near: bool) -> str:
         "the engine serves another model than teacher.model, or reads its architecture differently: set "
         "teacher.engine.kind=transformers, and check revision and files"
     )
+
+
+def probe_of(config: RunConfig, run_dir: RunDir) -> Probe:
+    """Return the beginnings of a few rows, the shortest to the longest; and of as many with the shortest prompts."""
+    examples, count = ExampleFile(run_dir.path / "data" / "heldout.arrow"), config.scores.compare_rows
+    rows, short = spread_over_lengths(examples, count), with_shortest_prompts(examples, count)
+    return Probe([beginning(row) for row in rows], [beginning(row) for row in short])
+
+
+def require_right(pool: TeacherPool, config: RunConfig, run_dir: RunDir) -> None:
+    """Log how a teacher that has started comes to its scores.
+
+    Raises:
+        TeacherFailed: if they differ from the teacher's plain forward pass.
+    """
+    logger.log(logging.WARNING if pool.way.startswith("slow:") else logging.INFO, f"teacher: {pool.way}")
+    found = pool.parity
+    if not isinstance(found, ScoreParity):
+        why = found or "scores.compare_rows is 0"
+        logger.info(f"score: served scores are not compared with a plain forward pass: {why}")
+        run_dir.event("not_compared", reason=why)
+        return
+    served = check_served(found, TOLERANCES[config.teacher.engine.dtype])
+    run_dir.event("compared", **asdict(found), left_out=pool.parity_remark)
+    for finding in (check_raw(found), served):
+        if finding.state == "FAILED":
+            raise TeacherFailed(f"the scores would not be the teacher's own. {finding.line()}")
+    logger.info(f"score: {found.targets} {served.numbers}")
+    if pool.parity_remark:
+        logger.info(f"score: {pool.parity_remark}")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,15 +12,13 @@ from typing import Literal
 from actors.config.models import needs_teacher
 from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
-from actors.examples import ExampleFile, spread_over_lengths, with_shortest_prompts
+from actors.examples import ExampleFile
 from actors.files import write_atomically
 from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import Cluster, read_cluster
 from actors.score_store.store import ScoreStore
-from actors.teacher.parity import Probe, ScoreParity
 from actors.teacher.pool import TeacherPool
-from actors.teacher.reference_pass import beginning
-from actors.teacher.replica_set import TeacherFailed
+from orchestrator.cluster.background import in_background
 from orchestrator.cluster.logs import ProgressSnapshot, log_progress
 from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
@@ -39,13 +36,12 @@ from orchestrator.run.score_identity import (
     score_split,
     store_identity,
 )
-from orchestrator.run.score_parity import TOLERANCES, check_raw, check_served
+from orchestrator.run.score_parity import probe_of, require_right
 
 logger = logging.getLogger("atkd")
 
 Split = Literal["train", "heldout"]
 PROGRESS_SECONDS = 5.0
-GRACE_SECONDS = 3.0
 DIFFERENCES_SHOWN = 3
 
 
@@ -62,7 +58,7 @@ class ScoringStage:
         self._tokenizer_hash = tokenizer_hash(models.tokenizer())
         self._ids_below = ids_below(models)
         self.heldout_store = self._open("heldout")
-        self.training_store = self._open("train") if needs_teacher(config.loss) else None
+        self.training_store = self._open("train") if needs_teacher(config.loss) and config.learns_from_data else None
         self._pool: TeacherPool | None = None
         self._beside_students = False
         pointers = {"heldout": str(self.heldout_store.path)}
@@ -83,32 +79,15 @@ class ScoringStage:
     def in_background(self) -> Iterator[None]:
         """Score while the body runs; leave when both are done. The teacher's error goes before the body's."""
         self._beside_students = True
-        failure: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                self.run()
-            except BaseException as error:
-                failure.append(error)
-
         if self.training_store is not None:
             self.training_store.clear_failure()  # of an earlier run, before a student of this one can read it
-        thread = threading.Thread(target=work, name="scoring", daemon=True)
-        thread.start()
-        try:
-            yield
-        except BaseException as error:
-            if isinstance(error, Exception):  # a student whose teacher failed fails with it; the teacher is then about to say why
-                thread.join(GRACE_SECONDS)
-            if failure:
-                raise failure[0] from None
+
+        def stop() -> None:
             if self._pool is not None:
                 self._pool.close()
-            thread.join()
-            raise
-        thread.join()
-        if failure:
-            raise failure[0]
+
+        with in_background("scoring", self.run, stop):
+            yield
 
     def _score(self) -> Facts:
         facts: Facts = {}
@@ -125,13 +104,13 @@ class ScoringStage:
         # named before it is entered, so that it can be closed while engines start
         live = TeacherMetrics(self.config.name)
         self._pool = TeacherPool(
-            self._spec(stores, cluster), engine_factory=self._engine_factory, probe=self._probe(), live=live,
+            self._spec(stores, cluster), engine_factory=self._engine_factory, live=live,
+            probe=probe_of(self.config, self.run_dir),
             on_death=lambda number, error: self.run_dir.event("replica_died", replica=number, error=error),
             logs=self.run_dir.path / "logs",
         )  # fmt: skip
         with _telling_followers([store for _, store in stores]), self._pool as pool:
-            logger.log(logging.WARNING if pool.way.startswith("slow:") else logging.INFO, f"teacher: {pool.way}")
-            self._require_right(pool)
+            require_right(pool, self.config, self.run_dir)
             for split, store in stores:
                 self._explain_new(split, store)
                 live.begin(split)
@@ -144,29 +123,6 @@ class ScoringStage:
                     "teacher's mass"
                 )
         return facts
-
-    def _probe(self) -> Probe:
-        """The beginnings of a few rows, the shortest to the longest; and of as many with the shortest prompts."""
-        examples, count = ExampleFile(self._examples_path("heldout")), self.config.scores.compare_rows
-        rows, short = spread_over_lengths(examples, count), with_shortest_prompts(examples, count)
-        return Probe([beginning(row) for row in rows], [beginning(row) for row in short])
-
-    def _require_right(self, pool: TeacherPool) -> None:
-        """Raise if served scores differ from the teacher's plain forward pass."""
-        found = pool.parity
-        if not isinstance(found, ScoreParity):
-            why = found or "scores.compare_rows is 0"
-            logger.info(f"score: served scores are not compared with a plain forward pass: {why}")
-            self.run_dir.event("not_compared", reason=why)
-            return
-        served = check_served(found, TOLERANCES[self.config.teacher.engine.dtype])
-        self.run_dir.event("compared", **asdict(found), left_out=pool.parity_remark)
-        for finding in (check_raw(found), served):
-            if finding.state == "FAILED":
-                raise TeacherFailed(f"the scores would not be the teacher's own. {finding.line()}")
-        logger.info(f"score: {found.targets} {served.numbers}")
-        if pool.parity_remark:
-            logger.info(f"score: {pool.parity_remark}")
 
     def _explain_new(self, split: Split, store: ScoreStore) -> None:
         """Where the same rows were scored before, say why those scores do not serve."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.format import plural
 from actors.hub_files import NodeDownloads, nodes_for
 from actors.model_source import ModelSource
-from actors.placement import ResourceRequest, evaluator_need, read_nodes, replica_request, worker_request
+from actors.placement import ResourceRequest, evaluator_need, read_nodes, replica_request, sampler_request, worker_request
 from actors.score_store.store import ScoreStore
 from actors.student.task import TrainingTask
 from losses.config import HardLabelLoss
@@ -26,6 +26,7 @@ from orchestrator.data.sources import source_hash
 from orchestrator.run.model_checks import require_models_fit, row_limits
 from orchestrator.run.models import ROLES, Models, Role
 from orchestrator.run.responses import training_rows
+from orchestrator.run.rollouts import rollout_task
 from orchestrator.run.run_dir import Facts, RunDir, result_path
 from orchestrator.run.score_identity import pin_revision
 from orchestrator.run.training import train_model
@@ -112,7 +113,13 @@ def loads_of(stage: str, config: RunConfig, models: Models) -> list[tuple[Role, 
     if stage == "score":
         return [("teacher", models.ready("teacher"), replica_request(config.teacher.engine))]
     if stage == "train":
-        return [("student", models.ready("student"), worker_request(config.workers))]
+        loads: list[tuple[Role, ModelSource, ResourceRequest]] = [
+            ("student", models.ready("student"), worker_request(config.workers))
+        ]
+        if config.rollouts is not None:
+            loads.append(("student", models.ready("student"), sampler_request(config.sampler_engine)))
+            loads.append(("teacher", models.ready("teacher"), replica_request(config.teacher.engine)))
+        return loads
     if stage == "evaluate":
         measured = [role for role in ROLES if role == "student" or config.evaluate.teacher == "model"]
         return [(role, models.ready(role), evaluator_need(config.evaluate)) for role in measured]
@@ -200,5 +207,6 @@ def distillation_task(config: RunConfig, folder: Path, models: Models, store: Pa
         run=config.name,
         tracking=config.tracking,
         dtype=models.export_dtype(),
+        rollouts=rollout_task(config, folder),
         teacher_done=str(result_path(folder, "score")),
     )

@@ -12,7 +12,7 @@ import torch
 from actors.config.models import TrainConfig
 from actors.dataloader.collator import collate
 from actors.dataloader.sampler import layout_of
-from actors.dataloader.scored_rows import RowBatch, all_rows
+from actors.dataloader.scored_rows import FileRows, all_rows
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile, write_examples
 from actors.score_store.store import ScoreStore
@@ -25,14 +25,14 @@ from tests.worlds import VOCAB, random_examples, scored_world
 ATKD = AtkdLoss(kind="atkd")
 
 
-def scored(folder: Path, loss: LossConfig, *positions: int, top_k: int = 8) -> tuple[RowBatch, StepWeights]:
+def scored(folder: Path, loss: LossConfig, *positions: int, top_k: int = 8) -> tuple[FileRows, StepWeights]:
     """Some of ten rows with their scores, and what weighs them."""
     path, store = scored_world(folder, rows=10)
     rows = all_rows(ExampleFile(path), store if loss.kind != "hard_label" else None, top_k)
     return some_of(rows, *positions), StepWeights(loss, seed=0, dataset=rows)
 
 
-def some_of(rows: RowBatch, *positions: int) -> RowBatch:
+def some_of(rows: FileRows, *positions: int) -> FileRows:
     return replace(rows, positions=np.array(positions))
 
 
@@ -72,7 +72,7 @@ def test_a_store_that_keeps_a_share_gives_what_the_whole_one_gives_cut_to_that_s
     _, share = scored_world(tmp_path / "share", rows=10, top_mass=0.5)
 
     def teacher_of(store: ScoreStore) -> TopkTeacher:
-        teacher = collate(RowBatch(ExampleFile(path), store, 8, np.arange(6)), range(6), VOCAB).teacher
+        teacher = collate(FileRows(ExampleFile(path), store, 8, np.arange(6)), range(6), VOCAB).teacher
         assert teacher is not None
         return teacher
 
@@ -174,7 +174,7 @@ def test_scores_of_other_rows_are_refused(tmp_path: Path) -> None:
     write_examples(tmp_path / "other.arrow", random_examples(10, seed=5))
     examples = ExampleFile(tmp_path / "other.arrow")
     with pytest.raises(ValueError, match="row 2 has key .* but the store holds scores of .* the store belongs to other data"):
-        collate(RowBatch(examples, store, 8, np.arange(3)), [2], VOCAB)
+        collate(FileRows(examples, store, 8, np.arange(3)), [2], VOCAB)
 
 
 def test_waiting_covers_the_shards_of_the_batch_alone(tmp_path: Path) -> None:

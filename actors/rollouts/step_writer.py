@@ -1,0 +1,181 @@
+"""Writes the rows of training steps: prompts to the samplers, what they write to the teacher, both into the rollout log."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from actors.dataloader.rollout_rows import written_by_student
+from actors.dataloader.sampler import StepSampler
+from actors.examples import ExampleFile
+from actors.model_source import ModelSource
+from actors.records import Example, TeacherScores
+from actors.rollouts.base import Prompt, Response, written_row
+from actors.rollouts.weights import Proof, WeightFolders, weights_step
+from actors.rollouts.workers import HandOver, RolloutWorkers, Weights, Written
+from actors.rollouts.writing import repeated_share
+from actors.score_store.rollout_log import RolloutLog, Sampled
+
+LOOK_SECONDS = 0.5
+MOST_UNSCORED = 2
+"""Steps that are written and wait for the teacher, before more are written."""
+
+
+class Teacher(Protocol):
+    """Whoever scores rows on demand."""
+
+    def score(self, examples: Sequence[Example]) -> dict[str, TeacherScores]:
+        """Return the scores of rows by their keys."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutPlan:
+    """Which rows the student writes, in which steps, by which weights. All of it follows from numbers that are known before."""
+
+    examples: ExampleFile
+    """The training rows, whose last prompts are answered."""
+    sampler: StepSampler
+    """Deals them into steps."""
+    total_steps: int
+    """Optimizer steps of the training."""
+    seed: int
+    """Tosses for each row who writes it."""
+    student_share: float
+    """Of the rows, which the student writes."""
+    refresh_steps: int
+    """Optimizer steps by the same weights."""
+    lag: int
+    """Windows of so many steps by which the weights are older than the step."""
+    keep_steps: int | None
+    """How many steps' rows stay on disk; None for all."""
+    first_model: ModelSource
+    """The weights that the student begins with."""
+    trust_remote_code: bool = False
+    """Whether the model's own code may be run."""
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """Return what the student is to answer for a step, in the order in which the log has it."""
+        positions = self.sampler.positions(step)
+        mask = written_by_student(self.seed, step, len(positions), self.student_share)
+        chosen = [int(position) for position in positions[mask]]
+        return [Prompt(self.examples[one].last_prompt, self.examples.rows[one], step=step) for one in chosen]
+
+    def weights_step(self, step: int) -> int:
+        """Return after which step the weights are taken that write the rows of one."""
+        return weights_step(step, self.refresh_steps, self.lag)
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What is known of the rows of a step, once they are in the log."""
+
+    step: int
+    numbers: dict[str, float]
+    """By the names under which they are recorded."""
+
+
+class StepWriter:
+    """Writes the rows of one step after another, as soon as their weights are there.
+
+    While the teacher scores a step the samplers write the next, if its weights are there.
+    """
+
+    def __init__(
+        self, plan: RolloutPlan, log: RolloutLog, folders: WeightFolders, workers: RolloutWorkers, teacher: Teacher,
+        on_step: Callable[[StepFacts], None],
+    ) -> None:  # fmt: skip
+        self._plan, self._log, self._folders = plan, log, folders
+        self._workers, self._teacher, self._on_step = workers, teacher, on_step
+        self._unscored: deque[Future[None]] = deque()
+
+    def run(self, over: threading.Event) -> None:
+        """Write all steps that are not in the log yet; return early once ``over`` is set."""
+        with ThreadPoolExecutor(1, thread_name_prefix="rollout-scores") as scorer:
+            for step in self.missing_steps(self._log, self._plan):
+                prompts, started = self._plan.prompts(step), time.perf_counter()
+                if (weights := self._await_weights(step, over)) is None:
+                    return
+                waited = time.perf_counter() - started
+                written = self._workers.write(weights, prompts)
+                self._folders.discard_before(weights.step)
+                self._unscored.append(scorer.submit(self._score, step, weights, prompts, written, waited))
+                while len(self._unscored) > MOST_UNSCORED:
+                    self._unscored.popleft().result()
+            while self._unscored:
+                self._unscored.popleft().result()
+
+    @staticmethod
+    def missing_steps(log: RolloutLog, plan: RolloutPlan) -> list[int]:
+        """Return the steps whose rows are still to be written, ascending; those before all that are there were, and are gone."""
+        steps = range(1, plan.total_steps + 1)
+        there = {step for step in steps if log.is_there(step)}
+        return [step for step in steps if step not in there and step > min(there, default=0) and plan.prompts(step)]
+
+    def _await_weights(self, step: int, over: threading.Event) -> Weights | None:
+        """Return the weights that write the rows of a step; None once nobody needs them."""
+        wanted = self._plan.weights_step(step)
+        if wanted == 0:
+            return Weights(0, self._plan.first_model)
+        while not self._folders.wait_for(wanted, LOOK_SECONDS):
+            if over.is_set():
+                return None
+            for scored in [one for one in self._unscored if one.done()]:
+                scored.result()  # an error here is why the student does not come to those weights
+        folder = self._folders.path(wanted)
+        return Weights(wanted, ModelSource(str(folder), None, self._plan.trust_remote_code), Proof.read(folder))
+
+    def _score(self, step: int, weights: Weights, prompts: Sequence[Prompt], written: Written, waited_seconds: float) -> None:
+        started = time.perf_counter()
+        rows = [written_row(prompt, response) for prompt, response in zip(prompts, written.responses, strict=True)]
+        by_key = self._teacher.score(rows)
+        scores = [by_key[row.key] for row in rows]
+        score_seconds = time.perf_counter() - started
+        sampled = [Sampled(response.logprobs, response.ended, weights.step) for response in written.responses]
+        self._log.write(step, rows, scores, sampled)
+        if self._plan.keep_steps is not None and step > self._plan.keep_steps:
+            self._log.discard(step - self._plan.keep_steps)
+        hand_over = written.hand_over or HandOver()
+        self._on_step(
+            StepFacts(
+                step,
+                {
+                    **numbers_of(written.responses, scores),
+                    "staleness_steps": float(step - 1 - weights.step),
+                    "sample_seconds": written.seconds,
+                    "score_seconds": score_seconds,
+                    "weights_seconds": waited_seconds,
+                    "hand_over_seconds": hand_over.seconds,
+                    "hand_over_gap": hand_over.mean_gap,
+                    "hand_over_largest_gap": hand_over.largest_gap,
+                },
+            )
+        )
+
+
+def numbers_of(responses: Sequence[Response], scores: Sequence[TeacherScores]) -> dict[str, float]:
+    """Return what a step's responses are like; means over tokens are in nats.
+
+    ``reverse_kl`` and ``student_entropy`` are estimates from the tokens that were drawn: exact on average at temperature 1.
+    """
+    lengths = np.array([len(response.token_ids) for response in responses])
+    student = np.concatenate([response.logprobs for response in responses]).astype(np.float64)
+    teacher = np.concatenate([score.target_logprob for score in scores]).astype(np.float64)
+    return {
+        "rows": float(len(responses)),
+        "tokens": float(lengths.sum()),
+        "mean_length": float(lengths.mean()),
+        "longest": float(lengths.max()),
+        "ended": float(np.mean([response.ended for response in responses])),
+        "empty": float(np.mean([response.ended and len(response.token_ids) == 1 for response in responses])),
+        "repeated": float(np.mean([repeated_share(response.token_ids) for response in responses])),
+        "student_entropy": float(-student.mean()),
+        "teacher_loss": float(-teacher.mean()),
+        "reverse_kl": float((student - teacher).mean()),
+        "uncertainty": float((1 - np.exp(np.minimum(teacher, 0.0))).mean()),
+    }

@@ -1,0 +1,201 @@
+"""Actors that write responses by the student's latest weights, and the driver's way to them. T tokens of a proof."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+import ray
+from ray.exceptions import ActorDiedError
+
+from actors.config.models import DType
+from actors.engines.base import EngineDied, engine_environment
+from actors.handles import RemoteMethod
+from actors.model_source import ModelSource
+from actors.rollouts.base import Prompt, Response, SamplerFactory, SamplerSpec
+from actors.rollouts.build import build_sampler
+from actors.rollouts.weights import Proof
+from actors.teacher.replica import print_into
+
+MOST_NATS: dict[DType, float] = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.1}
+"""Between sampler and trainer, averaged over the tokens of a proof, by the type in which the sampler computes. SmolLM2-135M in
+vLLM on a CPU lay 1e-5, 0.004 and 0.03 from float32."""
+
+
+class RolloutsFailed(RuntimeError):
+    """Samplers gave up for good."""
+
+
+class HandOverFailed(ValueError):
+    """A sampler does not predict what the student whose weights it was given predicts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """By which weights a response is written."""
+
+    step: int
+    """After which optimizer step they were taken."""
+    model: ModelSource
+    """Where they are."""
+    proof: Proof | None = None
+    """What the student itself predicts with them; None for those it begins with."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """How weights came to a sampler."""
+
+    seconds: float = 0.0
+    """To load them and to compare."""
+    mean_gap: float = 0.0
+    """Between the log-probabilities of sampler and trainer, over the tokens of the proof, in nats."""
+    largest_gap: float = 0.0
+    """The same, of one token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Responses of a call."""
+
+    responses: list[Response]
+    """In the order of the prompts."""
+    seconds: float
+    """Spent sampling, by the worker that took longest."""
+    hand_over: HandOver | None = None
+    """Of the weights, if they were new; the worst of the workers'."""
+
+
+class RolloutWorker:
+    """One engine that writes by the weights it is given. Becomes a Ray actor."""
+
+    def __init__(self, spec: SamplerSpec, log: Path | None, sampler_factory: SamplerFactory = build_sampler) -> None:
+        if log is not None:
+            print_into(log)
+        self._spec, self._sampler, self._loaded = spec, sampler_factory(spec), 0
+
+    def write(self, weights: Weights, prompts: Sequence[Prompt]) -> Written:
+        """Respond to prompts, by these weights.
+
+        Raises:
+            HandOverFailed: if the engine, once it has them, predicts something else than the student.
+            ValueError: naming the row of a response that cannot come from a working sampler.
+        """
+        try:
+            hand_over = self._load(weights) if weights.step != self._loaded else None
+            started = time.perf_counter()
+            responses = self._sampler.sample(prompts)
+        except EngineDied as error:
+            print(error, flush=True)
+            os._exit(1)  # Ray begins the actor again, and calls it again
+        seconds = time.perf_counter() - started
+        for prompt, response in zip(prompts, responses, strict=True):
+            require_sound(prompt, response, self._spec)
+        return Written(responses, seconds, hand_over)
+
+    def _load(self, weights: Weights) -> HandOver:
+        started = time.perf_counter()
+        self._sampler.load(weights.model)
+        self._loaded = weights.step
+        if weights.proof is None:
+            return HandOver(time.perf_counter() - started)
+        gaps = np.abs(self._sampler.logprobs(weights.proof.token_ids) - weights.proof.logprobs)
+        mean, largest, most = float(gaps.mean()), float(gaps.max()), MOST_NATS[self._spec.engine.dtype]
+        if not mean <= most:
+            raise HandOverFailed(
+                f"the weights after step {weights.step} did not arrive: on {len(gaps)} tokens sampler and student are "
+                f"{mean:.2e} nats apart (may {most:g} in {self._spec.engine.dtype}), at most {largest:.2e}; "
+                "rollouts.engine.kind=transformers would do, if vLLM does not serve this model as it is"
+            )
+        return HandOver(time.perf_counter() - started, mean, largest)
+
+
+class RolloutWorkerHandle(Protocol):
+    """Handle of the actor that a ``RolloutWorker`` becomes."""
+
+    @property
+    def write(self) -> RemoteMethod[[Weights, Sequence[Prompt]], Written]:
+        """See ``RolloutWorker.write``."""
+        ...
+
+
+@dataclass
+class RolloutWorkers:
+    """All samplers of a run. A context manager; it ends its actors."""
+
+    spec: SamplerSpec
+    """What each is built from."""
+    count: int
+    """How many there are."""
+    logs: Path
+    """Folder in which each leaves what its engine prints."""
+    sampler_factory: SamplerFactory = build_sampler
+    """Builds the engine inside the actor; picklable."""
+    _actors: list[RolloutWorkerHandle] = field(default_factory=list)
+
+    def __enter__(self) -> "RolloutWorkers":
+        engine = self.spec.engine
+        actor = ray.remote(RolloutWorker).options(
+            num_cpus=engine.cpus,
+            num_gpus=engine.tensor_parallel if engine.gpu else 0,
+            resources=dict(engine.resources),
+            label_selector=dict(engine.labels),
+            max_restarts=engine.max_restarts,
+            max_task_retries=engine.max_restarts,
+            runtime_env={"env_vars": engine_environment(engine)},
+        )
+        self._actors = [
+            actor.remote(self.spec, self.logs / f"sampler-{number}.log", self.sampler_factory) for number in range(self.count)
+        ]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def write(self, weights: Weights, prompts: Sequence[Prompt]) -> Written:
+        """Respond to prompts, each worker to a part of them; a worker that dies is started again and begins its part anew.
+
+        Raises:
+            RolloutsFailed: if one died too often, or raised.
+        """
+        bounds = np.linspace(0, len(prompts), self.count + 1).round().astype(int)
+        parts = [prompts[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
+        calls = [actor.write.remote(weights, part) for actor, part in zip(self._actors, parts, strict=True) if part]
+        try:
+            written: list[Written] = ray.get(calls)
+        except ActorDiedError as error:
+            raise RolloutsFailed(
+                f"a sampler died {self.spec.engine.max_restarts + 1} times ({str(error).strip().splitlines()[0]}); what it "
+                f"printed is in {self.logs}"
+            ) from error
+        except ray.exceptions.RayTaskError as error:
+            raise RolloutsFailed(f"{type(error.cause).__name__}: {error.cause}") from error.cause
+        hand_overs = [one.hand_over for one in written if one.hand_over is not None]
+        return Written(
+            [response for one in written for response in one.responses],
+            max(one.seconds for one in written),
+            max(hand_overs, key=lambda one: one.mean_gap, default=None),
+        )
+
+
+def require_sound(prompt: Prompt, response: Response, spec: SamplerSpec) -> None:
+    """Raise if no working sampler writes such a response.
+
+    Raises:
+        ValueError: naming the row and what is wrong.
+    """
+    ids, logprobs, most = response.token_ids, response.logprobs, spec.sampling.max_new_tokens
+    if not 1 <= len(ids) <= most:
+        raise ValueError(f"row {prompt.row}: the response has {len(ids)} tokens; 1 to {most} were asked for")
+    if spec.ids_below is not None and (ids >= spec.ids_below).any():
+        raise ValueError(f"row {prompt.row}: the response has token {ids.max()}; all are below {spec.ids_below}")
+    if len(logprobs) != len(ids) or not np.isfinite(logprobs).all() or (logprobs > 1e-3).any():
+        raise ValueError(
+            f"row {prompt.row}: the sampler's log-probabilities of {len(ids)} tokens are not all finite and negative: "
+            f"{np.array2string(logprobs, precision=3, threshold=8)}"
+        )

@@ -1,0 +1,137 @@
+"""The rollout log: rows that the student wrote in training, with the teacher's scores; a log that workers follow while it grows.
+
+A folder holds a score store with a shard for each optimizer step, and for each shard two files that are there before it: the
+rows as token ids, and what the sampler knew of them. N tokens of a response.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from actors.examples import ExampleFile, write_examples
+from actors.files import write_atomically
+from actors.records import Example, TeacherScores
+from actors.score_store.store import ScoreStore
+
+SCHEMA = pa.schema([("logprobs", pa.list_(pa.float32())), ("ended", pa.bool_()), ("weights_step", pa.int64())])
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the sampler knew of a row that it wrote."""
+
+    logprobs: np.ndarray
+    """float32 [N], the writer's log-probability of each target when it was drawn."""
+    ended: bool
+    """Whether the response ended by itself, and was not cut."""
+    weights_step: int
+    """After which optimizer step its weights were taken; 0 for those the student begins with."""
+
+
+class RolloutLog:
+    """The rows of each optimizer step that the student wrote, for writing them and for following them.
+
+    Args:
+        folder: where ``open_or_create`` began it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._store = folder, ScoreStore(folder)
+
+    @classmethod
+    def open_or_create(cls, folder: Path, identity: Mapping[str, Any], steps: int, batch_rows: int) -> "RolloutLog":
+        """Open the log in a folder, or begin it there.
+
+        Args:
+            folder: the log's own.
+            identity: what the scores depend on; ``top_k`` and ``vocab_size`` among it.
+            steps: optimizer steps of the training.
+            batch_rows: rows of a step; the student may have written fewer of them.
+
+        Raises:
+            StoreMismatch: if the log there is of another identity.
+        """
+        ScoreStore.open_or_create(folder, identity, steps * batch_rows, batch_rows, most_shards=steps)
+        return cls(folder)
+
+    def is_there(self, step: int) -> bool:
+        """Whether the rows of a step, which counts from 1, are there with their scores."""
+        return self._store.is_there(step - 1)
+
+    def wait_for(self, step: int, timeout_seconds: float) -> float:
+        """Wait until the rows of a step are there; return the seconds waited.
+
+        Raises:
+            ScoringFailed: with the error of sampler or teacher, if they gave up.
+            TimeoutError: if the rows did not come in time.
+        """
+        return self._store.wait_for(step - 1, timeout_seconds)
+
+    def write(
+        self, step: int, examples: Sequence[Example], scores: Sequence[TeacherScores], sampled: Sequence[Sampled]
+    ) -> None:
+        """Write the rows of a step; they are there once all of it is.
+
+        Raises:
+            ValueError: naming the row, if a score cannot come from a working teacher.
+        """
+        write_examples(self._rows_path(step), examples)
+        columns = [
+            pa.array([one.logprobs for one in sampled], SCHEMA.field("logprobs").type),
+            pa.array([one.ended for one in sampled]),
+            pa.array([one.weights_step for one in sampled], pa.int64()),
+        ]
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, SCHEMA) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        write_atomically(self._sampled_path(step), sink.getvalue().to_pybytes())
+        self._store.write_shard(step - 1, examples, scores)
+
+    def examples(self, step: int) -> ExampleFile:
+        """Return the rows of a step that is there."""
+        return ExampleFile(self._rows_path(step))
+
+    def sampled(self, step: int) -> list[Sampled]:
+        """Return what the sampler knew of the rows of a step that is there."""
+        batch = pa.ipc.open_file(pa.memory_map(str(self._sampled_path(step)))).get_batch(0)
+        logprobs, rows = batch["logprobs"], zip(batch["ended"].to_pylist(), batch["weights_step"].to_pylist(), strict=True)
+        return [Sampled(logprobs[row].values.to_numpy(), ended, taken) for row, (ended, taken) in enumerate(rows)]
+
+    def scores(self, step: int, row: int, top_k: int | None = None) -> TeacherScores:
+        """Return the teacher's scores of a row of a step."""
+        return self._store.scores_at(self._position(step, row), top_k)
+
+    def uncertainty(self, step: int, row: int) -> np.ndarray:
+        """Return UNC of each target of a row of a step, float32 [N]."""
+        return self._store.uncertainty_at(self._position(step, row))
+
+    def teacher_loss(self, step: int, row: int) -> float:
+        """Return the teacher's own mean loss on the targets of a row of a step, in nats."""
+        return self._store.teacher_loss_at(self._position(step, row))
+
+    def discard(self, step: int) -> None:
+        """Remove the rows of a step; nobody may need them any more."""
+        self._store.discard_shard(step - 1)
+        for path in (self._rows_path(step), self._sampled_path(step)):
+            path.unlink(missing_ok=True)
+
+    def declare_failed(self, error: str) -> None:
+        """Tell all who follow that no further rows will come, and why."""
+        self._store.declare_failed(error)
+
+    def clear_failure(self) -> None:
+        """Begin again after a failure."""
+        self._store.clear_failure()
+
+    def _position(self, step: int, row: int) -> int:
+        return (step - 1) * self._store.rows_per_shard + row
+
+    def _rows_path(self, step: int) -> Path:
+        return self._folder / f"written-{step - 1:05d}.arrow"
+
+    def _sampled_path(self, step: int) -> Path:
+        return self._folder / f"sampled-{step - 1:05d}.arrow"
