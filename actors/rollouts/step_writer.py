@@ -109,6 +109,7 @@ class StepWriter:
                     self._unscored.popleft().result()
             while self._unscored:
                 self._unscored.popleft().result()
+        self._folders.discard_before(self._plan.total_steps)
 
     @staticmethod
     def missing_steps(log: RolloutLog, plan: RolloutPlan) -> list[int]:

@@ -17,6 +17,9 @@ from actors.files import write_atomically
 from actors.records import Example, TeacherScores
 from actors.score_store.store import ScoreStore
 
+POLL_SECONDS = 0.02
+"""Between two looks of a worker that waits: a step may take less than a second."""
+
 SCHEMA = pa.schema([("logprobs", pa.list_(pa.float32())), ("ended", pa.bool_()), ("weights_step", pa.int64())])
 
 
@@ -69,7 +72,7 @@ class RolloutLog:
             ScoringFailed: with the error of sampler or teacher, if they gave up.
             TimeoutError: if the rows did not come in time.
         """
-        return self._store.wait_for(step - 1, timeout_seconds)
+        return self._store.wait_for(step - 1, timeout_seconds, POLL_SECONDS)
 
     def write(
         self, step: int, examples: Sequence[Example], scores: Sequence[TeacherScores], sampled: Sequence[Sampled]
