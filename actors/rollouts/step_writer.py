@@ -17,7 +17,7 @@ from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores
 from actors.rollouts.base import Prompt, Response, written_row
 from actors.rollouts.weights import Proof, WeightFolders, weights_step
-from actors.rollouts.workers import HandOver, RolloutWorkers, Weights, Written
+from actors.rollouts.workers import RolloutWorkers, Weights, Written
 from actors.rollouts.writing import repeated_share
 from actors.score_store.rollout_log import RolloutLog, Sampled
 
@@ -141,22 +141,18 @@ class StepWriter:
         self._log.write(step, rows, scores, sampled)
         if self._plan.keep_steps is not None and step > self._plan.keep_steps:
             self._log.discard(step - self._plan.keep_steps)
-        hand_over = written.hand_over or HandOver()
-        self._on_step(
-            StepFacts(
-                step,
-                {
-                    **numbers_of(written.responses, scores),
-                    "staleness_steps": float(step - 1 - weights.step),
-                    "sample_seconds": written.seconds,
-                    "score_seconds": score_seconds,
-                    "weights_seconds": waited_seconds,
-                    "hand_over_seconds": hand_over.seconds,
-                    "hand_over_gap": hand_over.mean_gap,
-                    "hand_over_largest_gap": hand_over.largest_gap,
-                },
-            )
-        )
+        numbers = {
+            **numbers_of(written.responses, scores),
+            "staleness_steps": float(step - 1 - weights.step),
+            "sample_seconds": written.seconds,
+            "score_seconds": score_seconds,
+            "weights_seconds": waited_seconds,
+        }
+        if (hand_over := written.hand_over) is not None:
+            numbers["hand_over_seconds"] = hand_over.seconds
+            numbers["hand_over_gap"] = hand_over.mean_gap
+            numbers["hand_over_largest_gap"] = hand_over.largest_gap
+        self._on_step(StepFacts(step, numbers))
 
 
 def numbers_of(responses: Sequence[Response], scores: Sequence[TeacherScores]) -> dict[str, float]:

@@ -156,13 +156,18 @@ def make_plan(config: RunConfig, asked: PlanOptions) -> Plan:
 
 
 def _remarks(config: RunConfig, place: TargetCluster) -> tuple[str, ...]:
-    """Return lines about how many workers are planned where their number may change, and about GPUs that stay idle."""
+    """Return lines about what is not counted, workers whose number may change, and GPUs that stay idle."""
     elastic = [
         f"{job.name}: planned with {plural(job.workers.count, 'worker')}, its min; up to {job.workers.most} train where there is "
         "room. What is said of count holds for min"
         for job in trainings(config)
         if job.workers.elastic
     ]
+    if config.rollouts is not None:
+        elastic.append(
+            f"rollouts: {plural(int(config.sampler_engine.replicas), 'sampler')} and the teacher stand beside the workers, which "
+            "is counted; seconds and memory are those of rows that all stay as the data has them"
+        )
     if not place.gpus:
         return tuple(elastic)
     sides = (

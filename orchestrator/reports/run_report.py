@@ -16,6 +16,7 @@ from actors.format import duration
 from orchestrator import __version__
 from orchestrator.reports.page import Chart, read_json_lines, write_page
 from orchestrator.reports.provenance import about_run
+from orchestrator.reports.rollouts_report import student_text
 from orchestrator.reports.run_charts import Uncertainties, read_uncertainties, training_charts, uncertainty_chart
 from orchestrator.reports.token_texts import read_reading
 from orchestrator.reports.uncertainty_heatmap import uncertainty_places
@@ -79,6 +80,7 @@ def report_content(run_path: Path) -> dict[str, Any]:
         "table": table,
         "training": training_charts(run_path),
         "teacher": teacher_charts(run_path, uncertainties),
+        "student_text": student_text(run_path),
         "reading": read_reading(run_path, uncertainties.border if uncertainties else None),
         "answers": answer_groups(run_path),
         "stages": stage_times(events),

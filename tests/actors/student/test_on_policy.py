@@ -179,7 +179,8 @@ def test_the_student_learns_as_a_plain_on_policy_training_does(tmp_path: Path) -
         assert (weight - before[name]).abs().max() > 5e-3, "it has moved far beyond the tolerance"
     assert run.samplers.by_step == {step: step - 1 for step in range(1, STEPS + 1)}
     assert [facts.step for facts in run.facts] == list(range(1, STEPS + 1))
-    assert all(facts.numbers["hand_over_gap"] < 1e-5 and facts.numbers["staleness_steps"] == 0 for facts in run.facts)
+    assert all(facts.numbers["staleness_steps"] == 0 for facts in run.facts)
+    assert all(facts.numbers["hand_over_gap"] < 1e-5 for facts in run.facts[1:]) and "hand_over_gap" not in run.facts[0].numbers
     lines = [json.loads(line) for line in (tmp_path / "metrics" / "train.jsonl").read_text().splitlines()]
     assert [line["tokens"] for line in lines] == [sum(len(text) for text in step) for step in texts]
 
@@ -272,7 +273,7 @@ def test_what_is_handed_over_predicts_what_the_student_predicts(tmp_path: Path, 
     run.samplers = Kept(run.spec)
     run.go()
     assert len(seen) == STEPS - 1 and min(seen) > 0.01, "the student was another than at the beginning"
-    assert all(facts.numbers["hand_over_largest_gap"] < 1e-4 for facts in run.facts)
+    assert all(facts.numbers["hand_over_largest_gap"] < 1e-4 for facts in run.facts[1:])
 
 
 def test_a_failure_of_the_writer_ends_the_training_with_its_words(tmp_path: Path) -> None:
