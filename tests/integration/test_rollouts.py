@@ -1,0 +1,109 @@
+"""Whole runs in which the student learns from what it writes: real Ray and Ray Train, samplers and teacher beside them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM
+
+from actors.dataloader.rollout_rows import written_by_student
+from actors.examples import ExampleFile
+from actors.monitors.metrics_log import read_metrics
+from actors.score_store.rollout_log import RolloutLog
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+TINY = [
+    "tokenizer.vocab_size=400", "data.source.rows=160", "data.heldout_rows=16", "data.max_tokens=96", "scores.top_k=16",
+    "scores.rows_per_shard=32", "teacher.model.hidden_size=64", "teacher.model.layers=1", "teacher.model.heads=2",
+    "teacher.finetune.train.epochs=1", "teacher.finetune.workers.cpus=1", "teacher.engine.kind=transformers",
+    "teacher.engine.cpus=0.5", "student.model.hidden_size=32", "student.model.heads=2", "student.model.layers=1",
+    "student.finetune=null", "workers.cpus=0.5", "train.epochs=1", "train.batch_rows=12", "train.checkpoint_every_steps=4",
+    "evaluate.generate_rows=4", "evaluate.max_new_tokens=4", "evaluate.cpus=1",
+]  # fmt: skip
+STEPS = 12
+
+
+def command(output: Path, name: str, rollouts: str, *overrides: str) -> list[str]:
+    settings = [f"output={output}", f"name={name}", *TINY, f"rollouts={{max_new_tokens: 12, {rollouts}}}", *overrides]
+    return [sys.executable, "-m", "orchestrator", "run", "configs/tiny_cpu.yaml", *settings]
+
+
+def finish(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=600)  # type: ignore[arg-type]
+
+
+def test_a_run_mixes_the_datas_rows_with_what_the_student_writes(tmp_path: Path) -> None:
+    engine = "{kind: transformers, dtype: float32, cpus: 0.2, replicas: 2}"
+    settings = f"student_share: 0.5, lag: 1, refresh_steps: 2, engine: {engine}"
+    done = finish(tmp_path, "mixed", settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "mixed"
+    log, examples = RolloutLog(folder / "rollouts" / "log"), ExampleFile(folder / "data" / "train.arrow")
+    for step in range(1, STEPS + 1):
+        mine = [row for row in range((step - 1) * 12, step * 12) if written_by_student(0, step, 12, 0.5)[row % 12]]
+        rows = log.examples(step)
+        assert rows.rows == [examples.rows[row] for row in mine]
+        assert {one.weights_step for one in log.sampled(step)} == {max(0, (step - 1) // 2 - 1) * 2}
+    steps = read_metrics(folder / "metrics" / "rollouts.jsonl")
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert all(line["hand_over_largest_gap"] < 1e-4 for line in steps if "hand_over_gap" in line)
+    assert sum("hand_over_gap" in line for line in steps) == 4, "after steps 2, 4, 6 and 8"
+    assert not list((folder / "rollouts" / "weights").glob("*"))
+    page = (folder / "report.html").read_text()
+    assert "What the student writes" in page and "Sampler beside trainer" in page and "<h3>Step 12</h3>" in page
+    again = finish(tmp_path, "mixed", settings)
+    assert again.returncode == 0 and "train: done in" not in again.stdout
+
+
+@pytest.mark.drill
+def test_a_run_whose_driver_is_killed_between_steps_ends_with_the_same_student(tmp_path: Path) -> None:
+    rollouts = "student_share: 1.0, engine: {kind: transformers, dtype: float32, cpus: 0.2}"
+    whole = finish(tmp_path, "whole", rollouts)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    run = subprocess.Popen(command(tmp_path, "killed", rollouts), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shard, deadline = tmp_path / "killed" / "rollouts" / "log" / "shard-00005.json", time.monotonic() + 400
+    while not shard.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = psutil.Process(run.pid).children(recursive=True)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    psutil.wait_procs(children, timeout=60)  # its Ray ends with it
+    log = RolloutLog(tmp_path / "killed" / "rollouts" / "log")
+    there = [step for step in range(1, STEPS + 1) if log.is_there(step)]
+    assert 6 <= len(there) < STEPS, "it was killed on the way"
+    written = {step: log.examples(step).keys for step in there}
+    done = finish(tmp_path, "killed", rollouts)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {step: log.examples(step).keys for step in there} == written
+    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "student").state_dict() for name in ("whole", "killed")]
+    assert all((weight == weights[1][name]).all() for name, weight in weights[0].items())
+    lines = read_metrics(tmp_path / "killed" / "metrics" / "rollouts.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.drill
+def test_a_sampler_that_is_killed_is_started_again_and_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+    rollouts = "student_share: 1.0, engine: {kind: transformers, dtype: float32, cpus: 0.2}"
+    run = subprocess.Popen(command(tmp_path, "sampler", rollouts), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    shard, deadline = tmp_path / "sampler" / "rollouts" / "log" / "shard-00002.json", time.monotonic() + 400
+    while not shard.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    samplers = [
+        process for process in psutil.Process(run.pid).children(recursive=True)
+        if re.search(r"ray::RolloutWorker", " ".join(process.cmdline()))
+    ]  # fmt: skip
+    assert len(samplers) == 1
+    samplers[0].kill()
+    printed, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, printed
+    log = RolloutLog(tmp_path / "sampler" / "rollouts" / "log")
+    assert [log.sampled(step)[0].weights_step for step in range(1, STEPS + 1)] == list(range(STEPS))
+    lines = read_metrics(tmp_path / "sampler" / "metrics" / "rollouts.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
