@@ -93,11 +93,11 @@ class ResourceRequest:
         return self.times_in(node.total) if self.may_stand_on(node) else 0
 
 
-def replica_request(engine: EngineConfig) -> ResourceRequest:
-    """Return what one replica of the teacher needs."""
+def replica_request(engine: EngineConfig, section: str = "teacher.engine") -> ResourceRequest:
+    """Return what one replica needs; ``section`` is where the configuration speaks of it."""
     amounts = _amounts(engine.cpus, engine.tensor_parallel if engine.gpu else 0, engine.resources)
     keys = {"CPU": "cpus", "GPU": "tensor_parallel"}
-    return ResourceRequest("teacher.engine", "replica", "replicas", keys, amounts, engine.labels)
+    return ResourceRequest(section, "replica", "replicas", keys, amounts, engine.labels)
 
 
 def worker_request(workers: WorkersConfig, section: str = "workers") -> ResourceRequest:

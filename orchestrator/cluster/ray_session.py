@@ -61,6 +61,7 @@ def demand(config: RunConfig) -> Demand:
     scoring, training = _teachers(config.teacher.engine), _workers(config.workers)
     stages = [scoring + training] if config.scores.overlap else [scoring, training]
     stages += [_workers(side.finetune.workers) for side in (config.teacher, config.student) if side.finetune]
+    stages += [_teachers(engine) for engine in config.engines.values()]
     stages.append(Demand(config.evaluate.cpus, config.evaluate.gpus))
     return Demand(max(stage.cpus for stage in stages), max(stage.gpus for stage in stages))
 
@@ -189,7 +190,8 @@ def require_places(config: RunConfig, nodes: Sequence[Node]) -> None:
     """Raise a ValueError unless the nodes, were all of them free, could hold each stage of the run."""
     replica, replicas = replica_request(config.teacher.engine), _replicas(config.teacher.engine)
     worker, workers = worker_request(config.workers), config.workers.count
-    require_room(nodes, replica, replicas)
+    for section, engine in config.engines.items():
+        require_room(nodes, replica_request(engine, section), _replicas(engine))
     require_room(nodes, worker, workers)
     if config.scores.overlap:
         require_room_together(nodes, replica, replicas, worker, workers)
