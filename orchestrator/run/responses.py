@@ -67,12 +67,14 @@ def require_room_for_answers(config: RunConfig, models: Models, longest_prompt: 
     Raises:
         ValueError: naming the key and the value that would do.
     """
-    responses = config.responses
-    assert responses is not None
+    responses, engine = config.responses, config.writer_engine
+    assert responses is not None and engine is not None
+    served = {"teacher": {config.teacher.engine.kind}, "student": set()}
+    served[responses.writer].add(engine.kind)
     for role in ROLES:
         if models.side(role).model.kind == "scratch":
             continue  # its positions are made for the texts
-        window = window_of(config_of(models.named(role), f"{role}.model.name"))
+        window = window_of(config_of(models.named(role), f"{role}.model.name"), served_by_vllm="vllm" in served[role])
         if window is None:
             continue
         room = window - longest_prompt - 1  # vLLM keeps one for a token that it generates when it scores
