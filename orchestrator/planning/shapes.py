@@ -26,7 +26,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.run.model_checks import RowLimits, require_models_fit, row_limits
 from orchestrator.run.models import Models, Role, config_of
-from orchestrator.run.responses import training_rows
+from orchestrator.run.responses import require_room_for_answers, training_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,6 @@ def read_workload(config: RunConfig) -> Workload:
             model cannot take the rows.
     """
     if _was_prepared(config):
-        require_models_fit(config, Models(config, config.run_dir), row_limits(config, config.run_dir / "data"))
         return _counted(config, config.run_dir, "the rows that this run has prepared")
     if config.data.source.kind == "hub":
         raise ValueError(
@@ -138,7 +137,6 @@ def read_workload(config: RunConfig) -> Workload:
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         models = Models(config, Path(folder))
         prepare_data(config.data, models.tokenizer_for, Path(folder) / "data")
-        require_models_fit(config, models, row_limits(config, Path(folder) / "data"))
         return _counted(config, Path(folder), "the data, read for this plan")
 
 
@@ -210,6 +208,7 @@ def _was_prepared(config: RunConfig) -> bool:
 
 
 def _counted(config: RunConfig, folder: Path, source: str) -> Workload:
+    require_models_fit(config, Models(config, folder), row_limits(config, folder / "data"))
     train, heldout = (ExampleFile(folder / "data" / f"{split}.arrow") for split in ("train", "heldout"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     counted = Workload(
@@ -226,6 +225,8 @@ def _counted(config: RunConfig, folder: Path, source: str) -> Workload:
         longest = max(int(written.lengths.max()), counted.longest)
         return replace(counted, lengths=written.lengths, targets=_targets(written), longest=longest, own=counted)
     prompts = np.array([len(train[row].last_prompt) for row in range(len(train))])
+    if config.responses is not None:
+        require_room_for_answers(config, Models(config, folder), int(prompts.max()))
     return with_responses(config, counted, prompts, int(prompts.max()))
 
 

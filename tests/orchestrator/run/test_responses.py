@@ -13,6 +13,7 @@ from actors.examples import ExampleFile, write_examples
 from actors.rollouts.base import Prompt, Response, SamplerSpec
 from actors.rollouts.writing import Written
 from orchestrator.config.run import RunConfig
+from orchestrator.planning.shapes import read_workload
 from orchestrator.run.models import Models
 from orchestrator.run.responses import describe, longest_prompt, require_room_for_answers, respond, training_rows
 from orchestrator.run.run_dir import RunDir
@@ -90,10 +91,13 @@ def test_the_longest_prompt_is_that_of_the_last_turn(tmp_path: Path) -> None:
     assert longest_prompt(ExampleFile(tmp_path / "rows.arrow")) == max(len(row.last_prompt) for row in rows)
 
 
-def test_room_is_looked_at_when_the_rows_are_prepared(folder: Path) -> None:
+def test_room_is_looked_at_when_the_rows_are_prepared_and_by_a_plan(folder: Path) -> None:
     source = "data={source: {kind: builtin, rows: 20}, heldout_rows: 2, max_tokens: 60}"
     config = pretrained(folder, source, "responses={writer: teacher, max_new_tokens: 63}", "evaluate.generate_rows=0")
-    with RunDir.open(config) as run_dir, pytest.raises(ValueError, match=r"responses\.max_new_tokens is 63, the longest prompt "):
+    refusal = r"responses\.max_new_tokens is 63, the longest prompt "
+    with pytest.raises(ValueError, match=refusal):
+        read_workload(config)
+    with RunDir.open(config) as run_dir, pytest.raises(ValueError, match=refusal):
         prepare(config, run_dir, Models(config, run_dir.path))
 
 
