@@ -94,19 +94,16 @@ class ResourceRequest:
         return self.times_in(node.total) if self.may_stand_on(node) else 0
 
 
-def replica_request(engine: EngineConfig) -> ResourceRequest:
-    """Return what one replica of the teacher needs."""
-    return _engine_request(engine, "teacher.engine", "replica")
+def replica_request(engine: EngineConfig, section: str = "teacher.engine", noun: str = "replica") -> ResourceRequest:
+    """Return what one engine needs; ``section`` is where the configuration speaks of it, ``noun`` what it is called."""
+    amounts = _amounts(engine.cpus, engine.tensor_parallel if engine.gpu else 0, engine.resources)
+    keys = {"CPU": "cpus", "GPU": "tensor_parallel"}
+    return ResourceRequest(section, noun, "replicas", keys, amounts, engine.labels)
 
 
 def sampler_request(engine: EngineConfig) -> ResourceRequest:
     """Return what one engine that samples from the student needs."""
-    return _engine_request(engine, "rollouts.engine", "sampler")
-
-
-def _engine_request(engine: EngineConfig, section: str, noun: str) -> ResourceRequest:
-    amounts = _amounts(engine.cpus, engine.tensor_parallel if engine.gpu else 0, engine.resources)
-    return ResourceRequest(section, noun, "replicas", {"CPU": "cpus", "GPU": "tensor_parallel"}, amounts, engine.labels)
+    return replica_request(engine, "rollouts.engine", "sampler")
 
 
 def worker_request(workers: WorkersConfig, section: str = "workers") -> ResourceRequest:

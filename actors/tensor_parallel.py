@@ -1,8 +1,10 @@
-"""Over how many GPUs a teacher's attention can be cut: whole heads on each, as vLLM has it."""
+"""Over how many GPUs a model's attention can be cut: whole heads on each, as vLLM has it."""
 
 
-def require_whole_heads(parallel: int, heads: int, kv_heads: int) -> None:
-    """Raise if the teacher's heads do not go evenly onto the GPUs of a replica.
+def require_whole_heads(
+    parallel: int, heads: int, kv_heads: int, section: str = "teacher.engine", role: str = "teacher"
+) -> None:
+    """Raise if a model's heads do not go evenly onto the GPUs of a replica; ``section`` says how many those are.
 
     Raises:
         ValueError: naming the key, the heads, and a number that would do.
@@ -10,7 +12,7 @@ def require_whole_heads(parallel: int, heads: int, kv_heads: int) -> None:
     if not divides(parallel, heads, kv_heads):
         fitting = next(count for count in range(parallel - 1, 0, -1) if divides(count, heads, kv_heads))
         raise ValueError(
-            f"teacher.engine.tensor_parallel {parallel} does not divide the teacher's {heads} attention heads with {kv_heads} "
+            f"{section}.tensor_parallel {parallel} does not divide the {role}'s {heads} attention heads with {kv_heads} "
             f"heads of keys and values; tensor_parallel {fitting} would do"
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import transformers
 from ray.exceptions import RayTaskError
 
+from actors.rollouts.writing import WritingFailed
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster import signals as sigterm
 from orchestrator.cluster.logs import console_logging
@@ -21,7 +22,7 @@ from orchestrator.error_log import is_run, write_traceback, write_traceback_else
 from orchestrator.run.run_dir import RunDirError
 from orchestrator.run.training import TrainingFailed
 
-PLANNED = (TeacherFailed, TrainingFailed, RayFailed)
+PLANNED = (TeacherFailed, WritingFailed, TrainingFailed, RayFailed)
 """Failures whose message says all that a user needs."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

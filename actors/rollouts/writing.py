@@ -1,6 +1,9 @@
 """Responses to all prompts of a file, written once by Ray actors, a shard of rows at a time."""
 
 import json
+import logging
+import os
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -9,20 +12,23 @@ from typing import Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import ActorDiedError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util import ActorPool
 
-from actors.engines.base import engine_environment
+from actors.engines.base import EngineDied, engine_environment
 from actors.examples import ExampleFile, write_examples
 from actors.files import write_atomically
 from actors.handles import RemoteMethod
-from actors.placement import free_places, read_cluster, read_nodes, replica_request, require_room
+from actors.placement import read_nodes, replica_request, require_room, settled_places
 from actors.records import Example
-from actors.rollouts.base import Prompt, SamplerFactory, SamplerSpec, written_row
+from actors.rollouts.base import Prompt, Response, Sampler, SamplerFactory, SamplerSpec, written_row
 from actors.rollouts.build import build_sampler
-from actors.teacher.replica import print_into
+from actors.teacher.replica import is_device_fault, print_into
+
+logger = logging.getLogger("atkd")
 
 NGRAM = 4
+CLOSE_SECONDS = 10.0
 
 
 class WritingFailed(RuntimeError):
@@ -83,6 +89,11 @@ class WriterHandle(Protocol):
         """See ``Writer.write``."""
         ...
 
+    @property
+    def close(self) -> RemoteMethod[[], None]:
+        """See ``Writer.close``."""
+        ...
+
 
 class Writer:
     """One engine that writes shards of responses. Becomes a Ray actor."""
@@ -94,15 +105,18 @@ class Writer:
             print_into(log)
         self._spec, self._work, self._sampler_factory = spec, work, sampler_factory
         self._prompts = ExampleFile(work.prompts)
-        self._sampler = sampler_factory(spec)
+        self._sampler: Sampler | None = None
 
     def write(self, shard: int) -> Written:
-        """Write the responses of a shard, in one rename; return what they are like."""
+        """Write the responses of a shard, in one rename; return what they are like.
+
+        The engine is built by the first call and not by the constructor, so that its error arrives as it was raised.
+        """
         prompts = [
             Prompt(self._prompts[position].last_prompt, self._prompts.rows[position], sample)
             for position, sample in self._work.rows(shard, len(self._prompts))
         ]
-        responses = self._sampler.sample(prompts)
+        responses = self._responses(prompts)
         rows = [written_row(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         written = Written(
             rows=len(rows),
@@ -113,21 +127,41 @@ class Writer:
         )
         path = self._work.path(shard)
         write_atomically(path.with_suffix(".json"), json.dumps(asdict(written)).encode())
-        write_examples(path, rows)
+        write_examples(path, rows)  # last: a shard that is there is whole
         return written
+
+    def close(self) -> None:
+        """Give the device back."""
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
+
+    def _responses(self, prompts: Sequence[Prompt]) -> list[Response]:
+        """Sample; where engine or device failed, end the process, so that Ray starts another."""
+        try:
+            if self._sampler is None:
+                self._sampler = self._sampler_factory(self._spec)
+            return self._sampler.sample(prompts)
+        except Exception as error:
+            if not isinstance(error, EngineDied) and not is_device_fault(error):
+                raise
+            traceback.print_exc()
+            os._exit(1)
 
 
 def write_responses(
-    spec: SamplerSpec, work: WritingWork, logs: Path, sampler_factory: SamplerFactory = build_sampler
+    spec: SamplerSpec, work: WritingWork, logs: Path, sampler_factory: SamplerFactory = build_sampler,
+    section: str = "teacher.engine",
 ) -> Iterator[Written]:
     """Write all shards that are not there yet; yield what each is like, those found first.
 
-    An actor that dies is started again by Ray, and its shard written anew, ``max_restarts`` times.
+    As many actors write as find room, and no more than the engine's ``replicas``. One that dies is started again by Ray, and its
+    shard written anew, ``max_restarts`` times. ``section`` is where the configuration speaks of the engine.
 
     Raises:
-        WritingFailed: if one died more often.
-        ValueError: if no node could hold the writer even when it is free.
-    """
+        WritingFailed: if one died more often; or with the engine's own error.
+        ValueError: if the nodes could not hold the writers even when they are free.
+    """  # fmt: skip
     work.folder.mkdir(parents=True, exist_ok=True)
     shards = range(work.shards(len(ExampleFile(work.prompts))))
     found = [shard for shard in shards if work.path(shard).exists()]
@@ -136,9 +170,12 @@ def write_responses(
     missing = sorted(set(shards) - set(found))
     if not missing:
         return
-    engine, need = spec.engine, replica_request(spec.engine)
-    require_room(read_nodes(), need)
-    room = free_places(need, read_cluster()) if engine.replicas == "auto" else engine.replicas
+    engine, need = spec.engine, replica_request(spec.engine, section)
+    wanted = len(missing) if engine.replicas == "auto" else min(engine.replicas, len(missing))
+    require_room(read_nodes(), need, 1 if engine.replicas == "auto" else wanted)
+    count = max(1, min(wanted, settled_places(need, wanted)))  # one without room would hold its shard and wait for the others
+    if count < wanted and engine.replicas != "auto":
+        logger.warning(f"respond: {wanted} writers are wanted, and there is room for {count} now")
     actor_class = ray.remote(Writer).options(
         num_cpus=engine.cpus,
         num_gpus=engine.tensor_parallel if engine.gpu else 0,
@@ -149,13 +186,15 @@ def write_responses(
         runtime_env={"env_vars": engine_environment(engine)},
     )
     writers = [
-        actor_class.remote(spec, work, logs / f"writer-{number}.log", sampler_factory)
-        for number in range(min(max(1, room), len(missing)))
+        actor_class.remote(spec, work, logs / f"writer-{number}.log", sampler_factory) for number in range(count)
     ]
     try:
         pool = ActorPool(writers)
         yield from pool.map_unordered(lambda writer, shard: writer.write.remote(shard), missing)
-    except ActorDiedError as error:
+        ray.wait([writer.close.remote() for writer in writers], num_returns=count, timeout=CLOSE_SECONDS)
+    except RayTaskError as error:
+        raise WritingFailed(f"a writer of responses failed: {type(error.cause).__name__}: {error.cause}") from error.cause
+    except RayActorError as error:
         raise WritingFailed(
             f"a writer of responses died {engine.max_restarts + 1} times ({str(error).strip().splitlines()[0]}); what it printed "
             f"is in {logs}"

@@ -26,9 +26,8 @@ ANSWER_SECONDS = 120.0
 def asks_for_gpus(config: RunConfig) -> list[str]:
     """Return the keys that ask for GPUs."""
     asking = [f"{section}.gpus" for section, workers, _ in trainings(config) if workers.gpus]
-    if config.teacher.engine.gpu:
-        asking.insert(0, "teacher.engine.gpu")
-    return asking + (["evaluate.gpus"] if config.evaluate.gpus else [])
+    serving = [f"{section}.gpu" for section, engine in config.engines.items() if engine.gpu]
+    return serving + asking + (["evaluate.gpus"] if config.evaluate.gpus else [])
 
 
 def trainings(config: RunConfig) -> list[tuple[str, WorkersConfig, TrainConfig]]:
@@ -69,18 +68,19 @@ def gpu_fault(config: RunConfig, facts: NodeFacts) -> str | None:
 
 
 def vllm_fault(config: RunConfig, facts: NodeFacts) -> str | None:
-    """Return why the installed vLLM does not serve the teacher as the configuration says; None where it does."""
-    if config.teacher.engine.kind != "vllm":
-        return None
-    if facts.vllm is None:
-        return (
-            f"teacher.engine.kind is vllm, and on {facts.node} none is installed: requirements/gpu.lock, or cpu.lock, has it; "
-            "teacher.engine.kind=transformers would do without"
-        )
-    try:
-        require_build_for(config.teacher.engine.gpu, "cpu" if facts.vllm == "cpu" else "cuda")
-    except ValueError as error:
-        return str(error)
+    """Return why the installed vLLM does not serve a model as the configuration says; None where it does."""
+    for section, engine in config.engines.items():
+        if engine.kind != "vllm":
+            continue
+        if facts.vllm is None:
+            return (
+                f"{section}.kind is vllm, and on {facts.node} none is installed: requirements/gpu.lock, or cpu.lock, has it; "
+                f"{section}.kind=transformers would do without"
+            )
+        try:
+            require_build_for(engine.gpu, "cpu" if facts.vllm == "cpu" else "cuda", section)
+        except ValueError as error:
+            return str(error)
     return None
 
 
@@ -88,8 +88,9 @@ def compiler_fault(config: RunConfig, facts: NodeFacts) -> str | None:
     """Return who needs a compiler that is not there; None where nobody does, or it is."""
     compiled = [(section, bool(workers.gpus)) for section, workers, train in trainings(config) if train.compile]
     on_gpus = [f"{section.removesuffix('workers')}train.compile" for section, gpu in compiled if gpu]
-    if config.teacher.engine.kind == "vllm" and config.teacher.engine.gpu:
-        on_gpus.insert(0, "teacher.engine.gpu with kind vllm")
+    on_gpus[:0] = [
+        f"{section}.gpu with kind vllm" for section, engine in config.engines.items() if engine.kind == "vllm" and engine.gpu
+    ]
     if on_gpus and facts.c_compiler is None:
         return f"{on_gpus[0]} compiles with Triton, and {facts.node} has no C compiler; gcc, or its path in CC, would do"
     if on_gpus and not facts.python_headers:

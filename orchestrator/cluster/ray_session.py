@@ -65,6 +65,7 @@ def demand(config: RunConfig) -> Demand:
     if config.rollouts is not None:
         stages.append(scoring + _teachers(config.sampler_engine) + training)
     stages += [_workers(side.finetune.workers) for side in (config.teacher, config.student) if side.finetune]
+    stages += [_teachers(engine) for engine in config.engines.values()]
     stages.append(Demand(config.evaluate.cpus, config.evaluate.gpus))
     return Demand(max(stage.cpus for stage in stages), max(stage.gpus for stage in stages))
 
@@ -193,7 +194,8 @@ def require_places(config: RunConfig, nodes: Sequence[Node]) -> None:
     """Raise a ValueError unless the nodes, were all of them free, could hold each stage of the run."""
     replica, replicas = replica_request(config.teacher.engine), _replicas(config.teacher.engine)
     worker, workers = worker_request(config.workers), config.workers.count
-    require_room(nodes, replica, replicas)
+    for section, engine in config.engines.items():
+        require_room(nodes, replica_request(engine, section), _replicas(engine))
     require_room(nodes, worker, workers)
     if config.rollouts is not None:
         sampler, samplers = sampler_request(config.sampler_engine), _replicas(config.sampler_engine)

@@ -88,9 +88,9 @@ class RunConfig(Section):
     """Folder of runs; on a cluster, one that all nodes see."""
 
     seed: Annotated[
-        int, Searchable("where both models are pretrained and none is fine-tuned; elsewhere it makes another teacher")
+        int, Searchable("where both models are pretrained and none is fine-tuned or writes responses; elsewhere it makes others")
     ] = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Draws initial weights, dropout and the order of later epochs."""
+    """Draws initial weights, dropout, the order of later epochs, and responses that a model writes."""
 
     tokenizer: Annotated[
         TokenizerConfig | None, NotSearchable("it changes the tokens, and a search shares one score store")
@@ -136,16 +136,16 @@ class RunConfig(Section):
             )
         if kinds == ("scratch", "scratch") and self.tokenizer is None:
             raise ValueError("both models are scratch and tokenizer is null: add a tokenizer section, such as {vocab_size: 2048}")
-        engine, shape = self.teacher.engine, self.teacher.model
-        if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
-            require_cpu_head_size(shape.hidden_size, shape.heads)
-        written_by = [self.responses.engine or engine] if self.responses and self.responses.writer == "student" else []
-        shape = self.student.model
-        for engine in [*written_by, *([self.sampler_engine] if self.rollouts else [])]:
-            if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
-                require_cpu_head_size(shape.hidden_size, shape.heads, "student.model")
+        served = [(self.teacher.engine, "teacher.model", self.teacher.model)]
+        if self.responses is not None and self.writer_engine is not None:
+            side = self.teacher if self.responses.writer == "teacher" else self.student
+            served.append((self.writer_engine, f"{self.responses.writer}.model", side.model))
         if self.rollouts is not None:
             self._rollouts_agree(self.rollouts)
+            served.append((self.sampler_engine, "student.model", self.student.model))
+        for engine, section, shape in served:
+            if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
+                require_cpu_head_size(shape.hidden_size, shape.heads, section)
         if "pretrained" in kinds and self.tokenizer is not None:
             raise ValueError(
                 "tokenizer is trained only where both models are made from scratch; a pretrained model brings its own: "
@@ -194,6 +194,24 @@ class RunConfig(Section):
     def learns_from_data(self) -> bool:
         """Whether rows are learned from as the data has them, or the student answers all prompts."""
         return self.rollouts is None or self.rollouts.student_share < 1
+
+    @property
+    def writer_engine(self) -> EngineConfig | None:
+        """How the writer of the responses is served; None where the data's own are learned from."""
+        return (self.responses.engine or self.teacher.engine) if self.responses is not None else None
+
+    @property
+    def engines(self) -> dict[str, EngineConfig]:
+        """All engines of a run, by the sections that speak of them."""
+        writers = {"responses.engine": self.responses, "rollouts.engine": self.rollouts}
+        own = {name: part.engine for name, part in writers.items() if part is not None and part.engine is not None}
+        return {"teacher.engine": self.teacher.engine, **own}
+
+    @property
+    def longest_text(self) -> int:
+        """Most tokens that a model may meet in one text, prompt and answer together; one is left for what vLLM generates."""
+        written = [part.max_new_tokens + 1 for part in (self.responses, self.rollouts) if part is not None]
+        return self.data.max_tokens + max(self.evaluate.max_new_tokens, *written, 0)
 
     @property
     def run_dir(self) -> Path:

@@ -68,9 +68,11 @@ def check_ends(models: Models, prepared: Facts) -> Finding:
 def check_export(config: RunConfig, models: Models, run: Path) -> Finding:
     """Write the student as a run would, adapters filled with random numbers, and compare what is read again; needs Ray."""
     with tempfile.TemporaryDirectory(prefix="doctor-", dir=run, ignore_cleanup_errors=True) as folder:
+        own = str(run / "data" / "train.arrow")  # any rows will do, and responses are not written yet
         task = replace(
-            distillation_task(config, run, models, None), metrics=folder, output=str(Path(folder) / "student"), teacher_done=None
-        )
+            distillation_task(config, run, models, None), examples=own, metrics=folder, output=str(Path(folder) / "student"),
+            teacher_done=None,
+        )  # fmt: skip
         trying = ray.remote(try_export).options(name="doctor", num_cpus=config.workers.cpus)
         try:
             proof: ExportProof = ray.get(trying.remote(task))

@@ -10,6 +10,7 @@ import torch
 from ray.exceptions import RayError
 
 from actors.config.models import EngineConfig
+from actors.config.rollouts import ResponsesConfig
 from actors.config.workers import WorkersConfig
 from actors.format import GIB, plural
 from actors.memory import total_memory
@@ -135,6 +136,7 @@ def planned_config(config: RunConfig, place: TargetCluster) -> RunConfig:
                 update={"engine": _anywhere(config.teacher.engine), "finetune": _finetune_anywhere(config.teacher.finetune)}
             ),
             "student": config.student.model_copy(update={"finetune": _finetune_anywhere(config.student.finetune)}),
+            "responses": _responses_anywhere(config.responses),
             "workers": _anywhere(config.workers),
         }
     )
@@ -146,6 +148,10 @@ def _anywhere(section: Placed) -> Placed:
 
 def _finetune_anywhere(fit: FinetuneConfig | None) -> FinetuneConfig | None:
     return fit and fit.model_copy(update={"workers": _anywhere(fit.workers)})
+
+
+def _responses_anywhere(responses: ResponsesConfig | None) -> ResponsesConfig | None:
+    return responses and responses.model_copy(update={"engine": responses.engine and _anywhere(responses.engine)})
 
 
 def settled_replicas(config: RunConfig, place: TargetCluster, shards: int) -> int:

@@ -80,13 +80,17 @@ class Estimator:
         self._config = config
         self.shapes: dict[Role, ModelShape] = {role: shape_of(meta_model(config, role, work)) for role in ROLES}
         self._saved: dict[tuple[object, ...], int] = {}
-        self._passes: dict[tuple[TrainConfig, int], Passes] = {}
+        self._passes: dict[tuple[TrainConfig, int, bool], Passes] = {}
+
+    def rows(self, job: Job) -> Workload:
+        """Return the rows that a training learns from."""
+        return self.work if job.name == "train" else self.work.own or self.work
 
     def passes(self, job: Job) -> Passes:
         """Return the forward passes of a training."""
-        key = (job.train, job.workers.count)
+        key = (job.train, job.workers.count, job.name == "train")
         if key not in self._passes:
-            self._passes[key] = passes_of(self.work, job.train, job.workers.count, self._config.seed)
+            self._passes[key] = passes_of(self.rows(job), job.train, job.workers.count, self._config.seed)
         return self._passes[key]
 
     def shape(self, job: Job) -> ModelShape:

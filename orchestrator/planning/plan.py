@@ -120,9 +120,9 @@ def make_plan(config: RunConfig, asked: PlanOptions) -> Plan:
         ValueError: naming what is missing or cannot be.
     """
     place = _place(asked, config)
-    remarks = _remarks(config, place)
-    config = planned_config(with_steady_workers(config), place)
+    asked_config, config = config, planned_config(with_steady_workers(config), place)
     work = _work(config, asked)
+    remarks = _remarks(asked_config, place, work)
     estimator = Estimator(config, work)
     gpu_flops = asked.gpu_tflops * 1e12
     assumed = assumed_rates(config, estimator, gpu_flops)
@@ -155,27 +155,32 @@ def make_plan(config: RunConfig, asked: PlanOptions) -> Plan:
     )
 
 
-def _remarks(config: RunConfig, place: TargetCluster) -> tuple[str, ...]:
-    """Return lines about what is not counted, workers whose number may change, and GPUs that stay idle."""
-    elastic = [
+def _remarks(config: RunConfig, place: TargetCluster, work: Workload) -> tuple[str, ...]:
+    """Return lines about what is not counted, workers whose number may change and about GPUs that stay idle."""
+    lines = [
         f"{job.name}: planned with {plural(job.workers.count, 'worker')}, its min; up to {job.workers.most} train where there is "
         "room. What is said of count holds for min"
         for job in trainings(config)
         if job.workers.elastic
     ]
     if config.rollouts is not None:
-        elastic.append(
+        lines.append(
             f"rollouts: {plural(int(config.sampler_engine.replicas), 'sampler')} and the teacher stand beside the workers, which "
             "is counted; seconds and memory are those of rows that all stay as the data has them"
         )
+    if config.responses is not None:
+        lines.append(
+            f"respond: the {config.responses.writer} writes {work.rows:,} responses of at most {config.responses.max_new_tokens} "
+            "tokens before anything is scored; how long that takes is in none of the hours"
+        )
     if not place.gpus:
-        return tuple(elastic)
+        return tuple(lines)
     sides = (
         ("the teacher", config.teacher.engine.gpu, "teacher.engine.gpu=true"),
         ("the student", config.workers.gpus > 0, "workers.gpus=1"),
     )
     none = [f"{side} takes no GPU in this configuration; {key} would give it one" for side, takes, key in sides if not takes]
-    return tuple(elastic + none)
+    return tuple(lines + none)
 
 
 def assumed_rates(config: RunConfig, estimator: Estimator, gpu_flops: float) -> Rates:
@@ -216,10 +221,9 @@ def _finetune_seconds(
     """Return the seconds of each fine-tuning; where the student was measured, faster or slower by as much as it was."""
     seconds: dict[str, float] = {}
     for job in trainings(config)[:-1]:
-        rate = training_rate(
-            estimator.shape(job), estimator.work, job.train, job.workers, estimator.passes(job).padding, gpu_flops
-        )  # fmt: skip
-        seconds[job.name] = estimator.work.train_tokens * job.train.epochs / (rate * job.workers.count * measured_over_assumed)
+        work = estimator.rows(job)
+        rate = training_rate(estimator.shape(job), work, job.train, job.workers, estimator.passes(job).padding, gpu_flops)
+        seconds[job.name] = work.train_tokens * job.train.epochs / (rate * job.workers.count * measured_over_assumed)
     return seconds
 
 

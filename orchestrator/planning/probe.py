@@ -179,10 +179,8 @@ def _model(config: RunConfig, role: Role, work: Workload, folder: Path) -> Model
     models.merge_adapter(role)
     source, shape = models.begun(role), models.side(role).model
     if shape.kind == "scratch":
-        longest = config.data.max_tokens + config.evaluate.max_new_tokens
         Path(source.name).parent.mkdir(parents=True, exist_ok=True)
         tokenizer = plain_tokenizer()
-        save_model(
-            scratch_model(shape, tokenizer, scratch_vocab_size(config, work), longest, seed=0), tokenizer, Path(source.name)
-        )
+        model = scratch_model(shape, tokenizer, scratch_vocab_size(config, work), config.longest_text, seed=0)
+        save_model(model, tokenizer, Path(source.name))
     return source

@@ -5,7 +5,7 @@ B rows of a forward pass, T tokens of a row, N targets, V vocabulary, H hidden s
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.run.model_checks import RowLimits, require_models_fit, row_limits
 from orchestrator.run.models import Models, Role, config_of
+from orchestrator.run.responses import require_room_for_answers, training_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ class Workload:
     """Tokens of the run's tokenizer; None where no tokenizer was looked at."""
     source: str
     """Where these numbers come from, in words."""
+    own: "Workload | None" = None
+    """The data's own rows, from which models are fine-tuned, where a model writes the responses to them."""
 
     @property
     def rows(self) -> int:
@@ -125,8 +128,7 @@ def read_workload(config: RunConfig) -> Workload:
             model cannot take the rows.
     """
     if _was_prepared(config):
-        require_models_fit(config, Models(config, config.run_dir), row_limits(config, config.run_dir / "data"))
-        return _counted(config.run_dir, "the rows that this run has prepared")
+        return _counted(config, config.run_dir, "the rows that this run has prepared")
     if config.data.source.kind == "hub":
         raise ValueError(
             f"data.source.name {config.data.source.name!r} is on the hub and this run has not prepared it, so its rows are not "
@@ -135,8 +137,7 @@ def read_workload(config: RunConfig) -> Workload:
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         models = Models(config, Path(folder))
         prepare_data(config.data, models.tokenizer_for, Path(folder) / "data")
-        require_models_fit(config, models, row_limits(config, Path(folder) / "data"))
-        return _counted(Path(folder), "the data, read for this plan")
+        return _counted(config, Path(folder), "the data, read for this plan")
 
 
 def workload_of(config: RunConfig, rows: int, row_tokens: float, row_targets: float) -> Workload:
@@ -159,7 +160,7 @@ def workload_of(config: RunConfig, rows: int, row_tokens: float, row_targets: fl
         )
     require_models_fit(config, Models(config, config.run_dir), RowLimits(math.ceil(row_tokens), 0, -1))
     heldout = config.data.planned_heldout_rows
-    return Workload(
+    said = Workload(
         lengths=_spread(rows, row_tokens),
         targets=_spread(rows, row_targets),
         heldout_tokens=round(heldout * row_tokens),
@@ -167,6 +168,27 @@ def workload_of(config: RunConfig, rows: int, row_tokens: float, row_targets: fl
         longest=config.data.max_tokens,
         vocab_size=None,
         source="what you said of the rows; the longest as long as data.max_tokens allows",
+    )
+    return with_responses(config, said, said.lengths - said.targets, longest_prompt=config.data.max_tokens)
+
+
+def with_responses(config: RunConfig, work: Workload, prompts: np.ndarray, longest_prompt: int) -> Workload:
+    """Return the data's own rows as they are once their responses are written, each as long as it may become.
+
+    ``prompts``, int64 [rows], are the tokens of their prompts. Where nobody writes, the rows are returned as they are.
+    """
+    if config.rollouts is not None:
+        work = replace(work, longest=max(work.longest, longest_prompt + config.rollouts.max_new_tokens))
+    if (responses := config.responses) is None:
+        return work
+    lengths = np.tile(prompts + responses.max_new_tokens, responses.samples_per_prompt)
+    return replace(
+        work,
+        lengths=lengths,
+        targets=np.full(len(lengths), responses.max_new_tokens),
+        own=work,
+        longest=max(work.longest, longest_prompt + responses.max_new_tokens),
+        source=f"{work.source}; responses as long as responses.max_new_tokens {responses.max_new_tokens} allows",
     )
 
 
@@ -183,22 +205,33 @@ def _was_prepared(config: RunConfig) -> bool:
         return False
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     now = config.model_dump(mode="json")
-    return all(settings.get(section) == now[section] for section in ("data", "tokenizer"))
+    return all(settings.get(section) == now[section] for section in ("data", "tokenizer", "responses"))
 
 
-def _counted(folder: Path, source: str) -> Workload:
+def _counted(config: RunConfig, folder: Path, source: str) -> Workload:
+    require_models_fit(config, Models(config, folder), row_limits(config, folder / "data"))
     train, heldout = (ExampleFile(folder / "data" / f"{split}.arrow") for split in ("train", "heldout"))
-    targets = [np.array([int(file[row].loss_mask.sum()) for row in range(len(file))]) for file in (train, heldout)]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    return Workload(
+    counted = Workload(
         lengths=train.lengths,
-        targets=targets[0],
+        targets=_targets(train),
         heldout_tokens=int(heldout.lengths.sum()),
-        heldout_targets=int(targets[1].sum()),
+        heldout_targets=int(_targets(heldout).sum()),
         longest=max(int(train.lengths.max()), int(heldout.lengths.max())),
         vocab_size=len(tokenizer),
         source=source,
     )
+    if config.responses is not None and (folder / "stages" / "respond.json").is_file():
+        written = ExampleFile(training_rows(config, folder))
+        longest = max(int(written.lengths.max()), counted.longest)
+        return replace(counted, lengths=written.lengths, targets=_targets(written), longest=longest, own=counted)
+    prompts = np.array([len(train[row].last_prompt) for row in range(len(train))])
+    require_room_for_answers(config, Models(config, folder), int(prompts.max()))
+    return with_responses(config, counted, prompts, int(prompts.max()))
+
+
+def _targets(file: ExampleFile) -> np.ndarray:
+    return np.array([int(file[row].loss_mask.sum()) for row in range(len(file))])
 
 
 def passes_of(work: Workload, train: TrainConfig, workers: int, seed: int) -> Passes:
@@ -241,8 +274,7 @@ def meta_model(config: RunConfig, role: Role, work: Workload) -> PreTrainedModel
 
 
 def _scratch(model: ScratchModel, config: RunConfig, work: Workload) -> PreTrainedModel:
-    longest = config.data.max_tokens + config.evaluate.max_new_tokens
-    return scratch_model(model, plain_tokenizer(), scratch_vocab_size(config, work), longest, seed=0)
+    return scratch_model(model, plain_tokenizer(), scratch_vocab_size(config, work), config.longest_text, seed=0)
 
 
 def scratch_vocab_size(config: RunConfig, work: Workload) -> int:

@@ -53,6 +53,9 @@ def require_models_fit(config: RunConfig, models: Models, rows: RowLimits) -> li
     """
     if config.teacher.engine.tensor_parallel > 1:
         require_whole_heads(config.teacher.engine.tensor_parallel, *attention_heads(models))
+    if config.responses is not None and config.writer_engine is not None and config.writer_engine.tensor_parallel > 1:
+        writer, parallel = config.responses.writer, config.writer_engine.tensor_parallel
+        require_whole_heads(parallel, *attention_heads(models, writer), section="responses.engine", role=writer)
     faults, remarks, rooms, fewer = [], [], [], []
     for role in ROLES:
         if models.side(role).model.kind == "scratch":

@@ -132,13 +132,13 @@ class Models:
 
     def make_scratch_models(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Draw the weights of the models that are made from scratch."""
-        longest = self.config.data.max_tokens + self.config.evaluate.max_new_tokens
         for seed, role in enumerate(ROLES, start=self.config.seed):
             shape = self.side(role).model
             folder = Path(self.begun(role).name)
             if shape.kind == "scratch" and not folder.exists():
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                save_model(scratch_model(shape, tokenizer, self._vocab_size(tokenizer), longest, seed), tokenizer, folder)
+                model = scratch_model(shape, tokenizer, self._vocab_size(tokenizer), self.config.longest_text, seed)
+                save_model(model, tokenizer, folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the run's tokenizer."""
@@ -200,11 +200,12 @@ def config_of(source: ModelSource, key: str = "the model") -> PreTrainedConfig:
             f"be fetched ({reason}); a machine with network would do, or a folder with that file: {key}=/a/folder"
         ) from error
 
-def attention_heads(models: Models) -> tuple[int, int]:
-    """Return how many attention heads the teacher has, and how many of keys and values."""
-    model = models.config.teacher.model
+
+def attention_heads(models: Models, role: Role = "teacher") -> tuple[int, int]:
+    """Return how many attention heads a model has, and how many of keys and values."""
+    model = models.side(role).model
     if model.kind == "scratch":
         return model.heads, model.kv_heads or model.heads
-    settings = config_of(models.named("teacher"), "teacher.model.name").get_text_config()
+    settings = config_of(models.named(role), f"{role}.model.name").get_text_config()
     heads = int(settings.num_attention_heads)
     return heads, int(getattr(settings, "num_key_value_heads", None) or heads)

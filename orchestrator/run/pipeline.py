@@ -49,6 +49,7 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
         yield "finetune"
 
         if config.responses is not None:
+            fetch_models(config, run_dir, models, ["respond"])
             run_dir.stage("respond", partial(respond, config, run_dir, models))
         yield "respond"
 

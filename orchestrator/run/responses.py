@@ -12,7 +12,7 @@ from actors.rollouts.build import build_sampler
 from actors.rollouts.writing import WritingWork, Written, write_responses, written_rows
 from orchestrator.config.run import RunConfig
 from orchestrator.run.model_checks import window_of
-from orchestrator.run.models import ROLES, Models, config_of, ids_below, named_below, vocab_size_of
+from orchestrator.run.models import ROLES, Models, Role, config_of, ids_below, named_below, vocab_size_of
 from orchestrator.run.run_dir import Facts, RunDir
 from orchestrator.run.score_identity import pin_revision
 
@@ -25,33 +25,29 @@ def training_rows(config: RunConfig, folder: Path) -> Path:
 
 
 def respond(config: RunConfig, run_dir: RunDir, models: Models, sampler_factory: SamplerFactory = build_sampler) -> Facts:
-    """Have the prompts of all training rows answered; what was written before is kept.
-
-    Raises:
-        ValueError: if a prompt and its answer would not fit a model's window.
-    """
-    responses = config.responses
-    assert responses is not None, "the stage is left out where the data's own responses stay"
+    """Have the prompts of all training rows answered; what was written before is kept."""
+    responses, engine = config.responses, config.writer_engine
+    assert responses is not None and engine is not None, "the stage is left out where the data's own responses stay"
     data = run_dir.path / "data"
     prompts = ExampleFile(data / "train.arrow")
-    longest = max(len(prompts[position].last_prompt) for position in range(len(prompts)))
-    require_room_for_answers(models, "responses.max_new_tokens", responses.max_new_tokens, longest)
     writer = pin_revision(models.ready(responses.writer))
     vocab_size = vocab_size_of(writer)
     tokenizer = models.tokenizer()
     spec = SamplerSpec(
-        engine=responses.engine or config.teacher.engine,
+        engine=engine,
         model=writer,
         sampling=Sampling(responses.max_new_tokens, responses.temperature, responses.top_p, config.seed),
         ends=read_answer_ends(models.tokenizer_folder, tokenizer),
-        longest_prompt=longest,
+        longest_prompt=longest_prompt(prompts),
         ids_below=named_below(ids_below(models), vocab_size),
     )
     work = WritingWork(
         data / "train.arrow", data / "written", responses.samples_per_prompt, config.scores.rows_per_shard
     )
     total, shards = Written(0, 0, 0, 0, 0.0), work.shards(len(prompts))
-    for number, written in enumerate(write_responses(spec, work, run_dir.path / "logs", sampler_factory), start=1):
+    section = "teacher.engine" if responses.engine is None else "responses.engine"
+    writing = write_responses(spec, work, run_dir.path / "logs", sampler_factory, section)
+    for number, written in enumerate(writing, start=1):
         total += written
         logger.info(f"respond: shard {number}/{shards}, {total.rows} responses, {total.tokens} tokens")
     write_examples(training_rows(config, run_dir.path), written_rows(work))
@@ -60,23 +56,39 @@ def respond(config: RunConfig, run_dir: RunDir, models: Models, sampler_factory:
     return {"written": asdict(total)}
 
 
-def require_room_for_answers(models: Models, key: str, max_new_tokens: int, longest_prompt: int) -> None:
+def longest_prompt(prompts: ExampleFile) -> int:
+    """Return the tokens of the longest prompt that is answered."""
+    return max(len(prompts[position].last_prompt) for position in range(len(prompts)))
+
+
+def require_room_for_answers(config: RunConfig, models: Models, longest_prompt: int) -> None:
     """Raise if the longest prompt with the longest answer does not fit the window of a model.
 
     Raises:
-        ValueError: naming ``key``, which says how long an answer may be, and the value that would do.
+        ValueError: naming the key that says how long an answer may be, and the value that would do.
     """
+    served: dict[Role, set[str]] = {"teacher": {config.teacher.engine.kind}, "student": set()}
+    answers = []
+    if config.responses is not None and config.writer_engine is not None:
+        served[config.responses.writer].add(config.writer_engine.kind)
+        answers.append(("responses.max_new_tokens", config.responses.max_new_tokens))
+    if config.rollouts is not None:
+        served["student"].add(config.sampler_engine.kind)
+        answers.append(("rollouts.max_new_tokens", config.rollouts.max_new_tokens))
     for role in ROLES:
-        window = window_of(config_of(models.ready(role), f"{role}.model.name"))
+        if models.side(role).model.kind == "scratch":
+            continue  # its positions are made for the texts
+        window = window_of(config_of(models.named(role), f"{role}.model.name"), served_by_vllm="vllm" in served[role])
         if window is None:
             continue
         room = window - longest_prompt - 1  # vLLM keeps one for a token that it generates when it scores
-        if max_new_tokens > room:
-            remedy = f"{key}={room} would do" if room > 0 else "a smaller data.max_tokens would do"
-            raise ValueError(
-                f"{key} is {max_new_tokens}, the longest prompt has {longest_prompt} tokens, and the {role} knows {window} "
-                f"positions: {remedy}"
-            )
+        for key, max_new_tokens in answers:
+            if max_new_tokens > room:
+                remedy = f"{key}={room} would do" if room > 0 else "a smaller data.max_tokens would do"
+                raise ValueError(
+                    f"{key} is {max_new_tokens}, the longest prompt has {longest_prompt} tokens, and the {role} knows {window} "
+                    f"positions: {remedy}"
+                )
 
 
 def describe(written: Written, responses: ResponsesConfig) -> list[str]:

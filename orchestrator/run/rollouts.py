@@ -25,7 +25,7 @@ from actors.teacher.pool import TeacherPool
 from orchestrator.cluster.background import in_background
 from orchestrator.config.run import RunConfig
 from orchestrator.run.models import Models, ids_below, named_below, vocab_size_of
-from orchestrator.run.responses import require_room_for_answers, training_rows
+from orchestrator.run.responses import longest_prompt, training_rows
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import describe_failure, pin_revision
 from orchestrator.run.score_parity import probe_of, require_right
@@ -61,11 +61,7 @@ def rollout_task(config: RunConfig, folder: Path) -> RolloutTask | None:
 
 
 class RolloutStage:
-    """The rollouts of one run. Made once teacher and student are ready, before either is started.
-
-    Raises:
-        ValueError: if a prompt and its answer would not fit a model's window.
-    """
+    """The rollouts of one run. Made once teacher and student are ready, before either is started."""
 
     def __init__(
         self, config: RunConfig, run_dir: RunDir, models: Models, sampler_factory: SamplerFactory = build_sampler,
@@ -76,8 +72,6 @@ class RolloutStage:
         self._sampler_factory, self._engine_factory = sampler_factory, engine_factory
         self._teacher, student = pin_revision(models.ready("teacher")), pin_revision(models.ready("student"))
         examples = ExampleFile(training_rows(config, run_dir.path))
-        longest_prompt = max(len(examples[position].last_prompt) for position in range(len(examples)))
-        require_room_for_answers(models, "rollouts.max_new_tokens", self._rollouts.max_new_tokens, longest_prompt)
         train, seed, vocab_size = config.train, config.seed, vocab_size_of(self._teacher)
         self._ids_below, self._vocab_size = ids_below(models), vocab_size
         self._sampler_spec = SamplerSpec(
@@ -85,7 +79,7 @@ class RolloutStage:
             model=student,
             sampling=Sampling(self._rollouts.max_new_tokens, self._rollouts.temperature, self._rollouts.top_p, seed),
             ends=read_answer_ends(models.tokenizer_folder, models.tokenizer()),
-            longest_prompt=longest_prompt,
+            longest_prompt=longest_prompt(examples),
             ids_below=named_below(min(self._ids_below, vocab_size), vocab_size_of(student)),
         )
         self._plan = RolloutPlan(

@@ -10,6 +10,7 @@ from pathlib import Path
 from ray.exceptions import RayError
 from transformers import PreTrainedTokenizerBase
 
+from actors.examples import ExampleFile
 from actors.format import plural
 from actors.hub_files import NodeDownloads, nodes_for
 from actors.model_source import ModelSource
@@ -25,7 +26,7 @@ from orchestrator.data.dataset import prepare_data
 from orchestrator.data.sources import source_hash
 from orchestrator.run.model_checks import require_models_fit, row_limits
 from orchestrator.run.models import ROLES, Models, Role
-from orchestrator.run.responses import training_rows
+from orchestrator.run.responses import longest_prompt, require_room_for_answers, training_rows
 from orchestrator.run.rollouts import rollout_task
 from orchestrator.run.run_dir import Facts, RunDir, result_path
 from orchestrator.run.score_identity import pin_revision
@@ -48,6 +49,7 @@ def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
     remarks = [*counts.lines(config.data), *describe_ends(ends.ids, ends.ignored, tokenizer)]
     remarks += require_models_fit(config, models, row_limits(config, data))
     remarks += [merged for role in ROLES if (merged := models.merge_adapter(role))]
+    require_room_for_answers(config, models, longest_prompt(ExampleFile(data / "train.arrow")))
     for remark in remarks:
         logger.info(f"prepare: {remark}")
     return {
@@ -110,6 +112,9 @@ def fetch_models(config: RunConfig, run_dir: RunDir, models: Models, stages: Seq
 
 def loads_of(stage: str, config: RunConfig, models: Models) -> list[tuple[Role, ModelSource, ResourceRequest]]:
     """Return which models a stage loads on the cluster, by whose request of resources."""
+    if stage == "respond" and config.responses is not None and config.writer_engine is not None:
+        writer = config.responses.writer
+        return [(writer, models.ready(writer), replica_request(config.writer_engine))]
     if stage == "score":
         return [("teacher", models.ready("teacher"), replica_request(config.teacher.engine))]
     if stage == "train":

@@ -129,7 +129,7 @@ def _require_searchable(config: RunConfig, path: str) -> None:
     if path == "seed" and not _models_are_taken_as_they_are(config):
         raise ConfigError(
             "tune.space cannot vary seed: it draws and fine-tunes models of this run as well, and all trials share them; it can "
-            "where both models are pretrained and none is fine-tuned"
+            "where both models are pretrained, none is fine-tuned, and none writes responses"
         )
     if any(f"{path}.".startswith(f"{section}.") for section in SEARCHABLE):
         return
@@ -138,7 +138,8 @@ def _require_searchable(config: RunConfig, path: str) -> None:
 
 
 def _models_are_taken_as_they_are(config: RunConfig) -> bool:
-    return all(side.model.kind == "pretrained" and side.finetune is None for side in (config.teacher, config.student))
+    sides = (config.teacher, config.student)
+    return config.responses is None and all(side.model.kind == "pretrained" and side.finetune is None for side in sides)
 
 
 def _require_stored(config: RunConfig, dimension: Dimension) -> None:

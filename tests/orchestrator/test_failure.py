@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayTaskError
 
+from actors.rollouts.writing import WritingFailed
 from actors.score_store.identity import StoreMismatch
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster import signals as sigterm
@@ -38,6 +39,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/store/shard-00001.arro
         (StoreMismatch("other scores"), 2, "other scores"),
         (RayTaskError("score", "trace", ValueError("row 7 is wrong")), 2, "row 7 is wrong"),
         (TeacherFailed("the teacher failed on shard 3"), 1, "the teacher failed on shard 3"),
+        (WritingFailed("a writer of responses died"), 1, "a writer of responses died"),
         (TrainingFailed("train: worker 0 failed"), 1, "train: worker 0 failed"),
         (KeyError("x"), 1, "KeyError: 'x'"),
         (

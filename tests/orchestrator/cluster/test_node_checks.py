@@ -61,6 +61,7 @@ def test_sound_machines_have_no_faults() -> None:
 def test_the_keys_that_ask_for_gpus_are_named() -> None:
     assert asks_for_gpus(on_cpus()) == []
     assert asks_for_gpus(on_gpus()) == ["teacher.engine.gpu", "workers.gpus", "evaluate.gpus"]
+    assert asks_for_gpus(on_cpus("responses={writer: student, engine: {gpu: true}}")) == ["responses.engine.gpu"]
     fitted = on_cpus("teacher.finetune.workers.gpus=1", "student.finetune.workers.gpus=1")
     assert asks_for_gpus(fitted) == ["teacher.finetune.workers.gpus", "student.finetune.workers.gpus"]
 
@@ -103,6 +104,19 @@ def test_what_a_machine_with_gpus_lacks_is_one_line(facts: NodeFacts, message: s
         require_node(on_gpus(), facts)
     (fault,) = node_faults(on_gpus(), facts)
     assert "\n" not in fault
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (replace(CPU_ONLY, vllm=None), r"^responses\.engine\.kind is vllm, .*; responses\.engine\.kind=transformers would do"),
+        (replace(CPU_ONLY, vllm="gpu"), r"^responses\.engine\.gpu is false, .*: responses\.engine\.gpu=true, responses\.engine"),
+    ],
+)
+def test_the_engine_of_who_writes_responses_is_looked_at_too(facts: NodeFacts, message: str) -> None:
+    config = on_cpus("teacher.engine.kind=transformers", "responses={writer: student, engine: {kind: vllm}}")
+    with pytest.raises(ValueError, match=message):
+        require_node(config, facts)
 
 
 def test_a_driver_that_a_compatibility_package_makes_do_is_not_refused() -> None:

@@ -42,6 +42,11 @@ def test_fitting_and_evaluation_count_too() -> None:
     assert demand(changed("evaluate={cpus: 9, gpus: 1}")) == Demand(cpus=9, gpus=1)
 
 
+def test_who_writes_responses_counts_too() -> None:
+    assert demand(changed("responses={writer: teacher, engine: {replicas: 3, cpus: 4}}")) == Demand(cpus=12)
+    assert demand(changed("responses={writer: teacher}", "teacher.engine.cpus=3", "scores.overlap=false")) == Demand(cpus=3)
+
+
 def test_of_replicas_whose_number_is_open_one_is_counted() -> None:
     assert demand(changed("teacher.engine={replicas: auto, cpus: 3}", "workers.cpus=2")) == Demand(cpus=5)
 
@@ -65,6 +70,10 @@ def test_each_stage_is_looked_at_before_anything_starts() -> None:
         require_places(changed(*ON_GPUS, "workers.count=12"), nodes(2))
     for change, message in (
         ("teacher.engine.replicas=5", r"^5 replicas of .* teacher\.engine\.replicas 4 would do"),
+        (
+            "responses={writer: student, engine: {gpu: true, tensor_parallel: 16}}",
+            r"^responses\.engine\.tensor_parallel 16: the largest node has 8 GPUs; tensor_parallel 8 would do$",
+        ),
         ("workers.count=17", r"^17 workers of .* workers\.count 16 would do"),
         ("workers={min: 17, max: 20, gpus: 1, cpus: 1}", r"^17 workers of .* workers\.min 16 would do"),
         ("teacher.finetune.workers.cpus=17", r"^teacher\.finetune\.workers\.cpus 17: the largest node has 16 CPUs"),

@@ -44,7 +44,8 @@ def test_every_config_file_loads_and_survives_being_written_and_read(path: Path,
 
 
 def test_there_are_configs_for_a_laptop_and_for_clusters() -> None:
-    assert {"tiny_cpu", "gsm8k_cpu", "qwen_7b_to_0.5b_one_node", "qwen_7b_to_0.5b_cluster"} <= {path.stem for path in CONFIGS}
+    laptops = {"tiny_cpu", "teacher_written_cpu", "gsm8k_cpu"}
+    assert laptops | {"qwen_7b_to_0.5b_one_node", "qwen_7b_to_0.5b_cluster"} <= {path.stem for path in CONFIGS}
 
 
 def test_overrides_are_read_as_yaml() -> None:
@@ -113,11 +114,53 @@ def test_a_config_is_frozen() -> None:
         (["scores={root: a, path: b}"], r"root and path exclude each other"),
         (["loss={kind: atkd, scope: dataset}"], r"loss\.scope dataset .* set scores\.overlap to false"),
         (["loss={kind: atkd, scope: microbatch, split: random}"], r"the authors' rule and has no split 'random'"),
+        (["responses={writer: judge}"], r"responses\.writer: there is no 'judge'; .*there are teacher, student$"),
+        (["responses={temperature: 1}"], r"responses\.writer: is missing"),
+        (
+            ["responses={writer: teacher, samples_per_prompt: 4, temperature: 0}"],
+            r"samples_per_prompt 4 with temperature 0 writes each .*; samples_per_prompt 1, or temperature 1\.0, would do",
+        ),
+        (
+            ["responses={writer: teacher, temperature: 0.005}"],
+            r"temperature 0\.005 lies between 0 and 0\.01, where vLLM samples at 0\.01; temperature 0, .* would do",
+        ),
+        (["responses={writer: teacher, temperature: 2.5}"], r"responses\.temperature: Input should be less than or equal to 2"),
+        (["responses={writer: teacher, top_p: 0}"], r"responses\.top_p: Input should be greater than 0; got 0"),
+        (
+            ["responses={writer: teacher}", "compare.teachers={one: {}, other: {finetune: null}}"],
+            r"compare\.teachers compares teachers on the same rows, but responses has them written: responses=null would do",
+        ),
+        (
+            ["responses={writer: student}", "student.model.heads=1", "student.model.hidden_size=40"],
+            r"student\.model has heads of size 40 .* hidden_size 32 would do",
+        ),
+        (
+            ["teacher.engine.kind=transformers", "teacher.model.heads=4", "responses={writer: teacher, engine: {kind: vllm}}"],
+            r"teacher\.model has heads of size 16 .* hidden_size 128 would do",
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_one_that_would_do(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         changed(*overrides)
+
+
+def test_the_writer_of_responses_is_served_as_the_teacher_unless_an_engine_is_given() -> None:
+    assert changed().writer_engine is None and list(changed().engines) == ["teacher.engine"]
+    served = changed("responses={writer: teacher}", "teacher.engine.cpus=3")
+    assert served.writer_engine is served.teacher.engine and list(served.engines) == ["teacher.engine"]
+    own = changed("responses={writer: student, engine: {kind: transformers, cpus: 2}}")
+    assert own.responses is not None and own.writer_engine is own.responses.engine
+    assert list(own.engines) == ["teacher.engine", "responses.engine"]
+    small = "student.model={kind: scratch, hidden_size: 20, layers: 1, heads: 1}"
+    assert changed(small, "responses={writer: student, engine: {kind: transformers}}").responses is not None
+
+
+def test_models_made_from_scratch_have_room_for_the_longest_text() -> None:
+    sizes = ["data.max_tokens=100", "evaluate.max_new_tokens=30"]
+    assert changed(*sizes).longest_text == 130
+    assert changed(*sizes, "responses={writer: teacher, max_new_tokens: 20}").longest_text == 130
+    assert changed(*sizes, "responses={writer: teacher, max_new_tokens: 50}").longest_text == 151
 
 
 def test_dataset_scope_without_overlap_is_accepted() -> None:

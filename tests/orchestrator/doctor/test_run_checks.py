@@ -86,8 +86,9 @@ def test_ends_that_can_be_learned_and_ends_that_cannot(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_an_export_is_tried_with_adapters(local_ray: None, tmp_path: Path) -> None:
     config, models, _ = prepared(
-        tmp_path, student={"lora": {"rank": 2, "modules": ["q_proj", "lm_head"]}}, export={"dtype": "bfloat16"}
-    )
+        tmp_path, student={"lora": {"rank": 2, "modules": ["q_proj", "lm_head"]}}, export={"dtype": "bfloat16"},
+        responses={"writer": "teacher", "max_new_tokens": 4},
+    )  # fmt: skip
     found = check_export(config, models, config.run_dir)
     assert found.state == "ok" and "written in bfloat16" in found.numbers and "lm_head untied" in found.numbers
     assert not list(config.run_dir.glob("doctor-*"))

@@ -209,6 +209,11 @@ def test_gpus_that_stay_idle_are_spoken_of() -> None:
     idle = made(pair("workers.gpus=0"), gpus=12, gpu_memory=80.0)
     assert idle.remarks == ("the student takes no GPU in this configuration; workers.gpus=1 would give it one",)
     assert made(pair(), gpus=12, gpu_memory=80.0).remarks == ()
+    written = made(pair("responses={writer: student, samples_per_prompt: 2, max_new_tokens: 90}"), gpus=12, gpu_memory=80.0)
+    assert written.remarks == (
+        "respond: the student writes 40,000 responses of at most 90 tokens before anything is scored; how long that takes is in "
+        "none of the hours",
+    )
 
 
 def test_an_evaluator_that_one_gpu_does_not_hold_is_a_problem_with_a_way_out() -> None:

@@ -8,10 +8,11 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.config.models import LoraAdapter, TrainConfig
-from actors.examples import ExampleFile
+from actors.examples import ExampleFile, write_examples
 from actors.lora import add_adapters
 from actors.model_source import ModelSource
 from actors.models import load_model
+from orchestrator.planning.jobs import Estimator, trainings
 from orchestrator.planning.shapes import Passes, Workload, adapted, meta_model, passes_of, read_workload, shape_of, workload_of
 from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
@@ -49,6 +50,40 @@ def test_rows_are_those_a_run_prepares_and_are_read_from_its_folder_once_it_did(
         assert found.weights == sum(weight.numel() for weight in real.parameters())
         assert found == shape_of(real)
     assert len(ExampleFile(config.run_dir / "data" / "train.arrow")) == after.rows
+
+
+def test_responses_are_planned_as_long_as_they_may_be_and_counted_once_they_are_there(tmp_path: Path) -> None:
+    config = changed(*SMALL, f"output={tmp_path}", "responses={writer: teacher, samples_per_prompt: 2, max_new_tokens: 70}")
+    with RunDir.open(config) as run_dir:
+        run_dir.stage("prepare", lambda: prepare(config, run_dir, Models(config, run_dir.path)))
+        before = read_workload(config)
+        own = ExampleFile(run_dir.path / "data" / "train.arrow")
+        prompts = [len(own[row].last_prompt) for row in range(len(own))]
+        assert before.lengths.tolist() == [prompt + 70 for prompt in prompts] * 2
+        assert before.targets.tolist() == [70] * 2 * len(own)
+        assert before.longest == max(prompts) + 70
+        assert before.source == "the rows that this run has prepared; responses as long as responses.max_new_tokens 70 allows"
+        assert before.own is not None and before.own.lengths.tolist() == own.lengths.tolist()
+        written = [own[row] for row in range(10)]
+        write_examples(run_dir.path / "data" / "written.arrow", written)
+        run_dir.stage("respond", lambda: {})
+    after = read_workload(config)
+    assert after.lengths.tolist() == own.lengths.tolist()[:10] and after.own is not None and after.own.rows == len(own)
+    assert after.train_targets == sum(int(row.loss_mask.sum()) for row in written)
+    assert after.source == "the rows that this run has prepared"
+    said = workload_of(config, rows=100, row_tokens=30, row_targets=10)
+    assert (said.rows, said.train_tokens, said.train_targets) == (200, 200 * (20 + 70), 200 * 70)
+    assert said.longest == 80 + 70 and said.own is not None and said.own.train_tokens == 3000
+
+
+def test_fine_tuning_is_planned_on_the_datas_own_rows() -> None:
+    config = changed(*SMALL, "responses={writer: teacher, samples_per_prompt: 3, max_new_tokens: 100}")
+    work = workload_of(config, rows=64, row_tokens=30, row_targets=10)
+    estimator = Estimator(config, work)
+    fitting, distilling = trainings(config)
+    assert (fitting.name, distilling.name) == ("finetune_teacher", "train")
+    assert estimator.rows(fitting) is work.own and estimator.rows(distilling) is work
+    assert estimator.passes(fitting).tokens < estimator.passes(distilling).tokens
 
 
 def test_adapters_are_counted_as_they_are_made() -> None:

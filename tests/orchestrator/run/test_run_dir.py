@@ -46,6 +46,21 @@ def test_the_folder_of_another_configuration_is_refused_key_by_key(tmp_path: Pat
     RunDir.open(changed(f"output={tmp_path}")).close()
 
 
+def test_responses_cannot_change_but_who_serves_the_writer_may(tmp_path: Path) -> None:
+    written = "responses={writer: teacher, engine: {kind: transformers, cpus: 1}}"
+    RunDir.open(changed(f"output={tmp_path}", written)).close()
+    for change, line in (
+        ("responses=null", "responses: None here, {'writer': 'teacher'"),
+        ("responses.writer=student", "responses.writer: 'student' here, 'teacher' there"),
+        ("responses.top_p=0.9", "responses.top_p: 0.9 here, 1.0 there"),
+        ("responses.engine.kind=vllm", "responses.engine.kind: 'vllm' here, 'transformers' there"),
+    ):
+        with pytest.raises(RunDirError) as refused:
+            RunDir.open(changed(f"output={tmp_path}", written, change))
+        assert f"\n  {line}" in str(refused.value)
+    RunDir.open(changed(f"output={tmp_path}", written, "responses.engine.cpus=2", "responses.engine.replicas=3")).close()
+
+
 def test_two_processes_cannot_hold_one_folder(tmp_path: Path) -> None:
     config = changed(f"output={tmp_path}")
     with RunDir.open(config), pytest.raises(RunDirError, match="another process works in .*small; wait for it"):
@@ -77,7 +92,8 @@ def test_what_is_searched_in_a_run_may_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", MAY_CHANGE)
 def test_each_key_that_may_change_is_one_of_the_configuration(path: str) -> None:
     fit = {"train": {}}
-    settings = changed(f"teacher.finetune={json.dumps(fit)}", f"student.finetune={json.dumps(fit)}").model_dump(mode="json")
+    fitted = [f"{role}.finetune={json.dumps(fit)}" for role in ("teacher", "student")]
+    settings = changed(*fitted, "responses={writer: teacher, engine: {kind: vllm}}").model_dump(mode="json")
     for name in path.split("."):
         assert name in settings, path
         settings = settings[name]

@@ -26,6 +26,7 @@ def config_with(**sections: object) -> RunConfig:
         ("score", [("teacher", "replica", 3)]),
         ("train", [("student", "worker", 2)]),
         ("evaluate", [("teacher", "evaluator", 5), ("student", "evaluator", 5)]),
+        ("respond", []),
         ("finetune_teacher", []),
         ("finetune_student", []),
     ],
@@ -35,6 +36,22 @@ def test_a_stage_loads_models_where_its_actors_stand(stage: str, expected: list[
     found = loads_of(stage, config, Models(config, tmp_path))
     assert [(role, request.noun, request.amounts["CPU"]) for role, _, request in found] == expected
     assert {source.name for _, source, _ in found} <= {"someone/model"}
+
+
+@pytest.mark.parametrize(
+    ("responses", "expected"),
+    [
+        ({"writer": "teacher"}, ("teacher", 3)),
+        ({"writer": "student"}, ("student", 3)),
+        ({"writer": "student", "engine": {"cpus": 7}}, ("student", 7)),
+    ],
+)
+def test_who_writes_responses_is_loaded_where_it_is_served(
+    responses: dict[str, object], expected: tuple[str, float], tmp_path: Path
+) -> None:
+    config = config_with(responses=responses)
+    ((role, source, request),) = loads_of("respond", config, Models(config, tmp_path))
+    assert (role, request.amounts["CPU"]) == expected and source.name == "someone/model"
 
 
 def test_a_model_that_is_fine_tuned_is_loaded_from_the_hub_by_its_fine_tuning_alone(tmp_path: Path) -> None:

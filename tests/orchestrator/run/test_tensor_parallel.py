@@ -1,6 +1,7 @@
 """Heads that do not go evenly onto the GPUs of a replica are refused before anything is loaded, with a number that would do."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from actors.tensor_parallel import divides, require_whole_heads
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
 from orchestrator.planning.plan import PlanOptions, make_plan
+from orchestrator.run.model_checks import RowLimits, require_models_fit
 from orchestrator.run.models import Models, attention_heads
 from tests.worlds import tiny_llama
 
@@ -47,6 +49,24 @@ def test_a_pretrained_teacher_is_asked_by_its_configuration_alone(tmp_path: Path
     )
     with pytest.raises(ValueError, match=r"3 does not divide the teacher's 2 attention heads .* tensor_parallel 2 would do$"):
         checked(config)
+
+
+def test_a_student_that_writes_with_the_teachers_engine_is_asked_too(tmp_path: Path) -> None:
+    teacher, student = (tiny_llama(tmp_path / role, seed=1, hidden_size=32) for role in ("teacher", "student"))
+    settings = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 4, "num_key_value_heads": 4}))
+    overrides = [
+        f"teacher.model.name={teacher}", f"student.model.name={student}", "teacher.engine.tensor_parallel=4",
+        "data.max_tokens=32", "evaluate.max_new_tokens=8",
+    ]  # fmt: skip
+    for writer, refused in (("teacher", False), ("student", True)):
+        config = load_config("configs/qwen_7b_to_0.5b_one_node.yaml", [*overrides, f"responses={{writer: {writer}}}"])
+        with pytest.raises(ValueError, match="4 does not divide the student's 2") if refused else nullcontext() as raised:
+            require_models_fit(config, Models(config, config.run_dir), RowLimits(20, 0, -1))
+    assert str(raised.value) == (
+        "responses.engine.tensor_parallel 4 does not divide the student's 2 attention heads with 2 heads of keys and values; "
+        "tensor_parallel 2 would do"
+    )
 
 
 def test_a_plan_says_so_before_anything_starts(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from actors.config.rollouts import ResponsesConfig
 from losses.config import CoupledLoss, TeacherLoss
 from losses.divergence_config import Divergence, JensenShannon
 from orchestrator.config.load import ConfigError, dump_config, load_config, parse_yaml, validate
@@ -115,6 +116,13 @@ def test_a_space_of_whole_numbers_and_adapters() -> None:
 def test_what_cannot_be_searched_is_refused_before_anything_starts(space: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         bind(TINY, read_space(space))
+
+
+def test_a_seed_that_draws_responses_cannot_be_searched() -> None:
+    bind(PRETRAINED, read_space({"seed": [0, 1]}))
+    written = PRETRAINED.model_copy(update={"responses": ResponsesConfig(writer="teacher")})
+    with pytest.raises(ConfigError, match=r"cannot vary seed: .* none is fine-tuned, and none writes responses"):
+        bind(written, read_space({"seed": [0, 1]}))
 
 
 def test_every_section_can_be_searched_or_has_a_reason_why_not() -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import ray
 
+from actors.config.rollouts import ResponsesConfig
 from actors.config.workers import WorkersConfig
+from actors.examples import ExampleFile, write_examples
 from orchestrator.config.run import RunConfig
 from orchestrator.search.controller import Assignment, SearchController
 from orchestrator.search.driver import DIED, TrialQueue, progress_line
@@ -48,6 +50,21 @@ def test_the_task_of_a_trial_is_that_of_its_point(config: RunConfig, tmp_path: P
     assert task.validation is not None
     assert task.validation.steps == (2, 5, 8), "rungs of its own length"
     assert task.validation.top_k == config.scores.top_k, "all trials are measured alike"
+
+
+def test_a_trial_learns_from_written_responses_and_is_as_long_as_they_are(config: RunConfig, tmp_path: Path) -> None:
+    data = config.run_dir / "data"
+    own = ExampleFile(data / "train.arrow")
+    write_examples(data / "written.arrow", [own[row] for row in range(len(own))] * 2)
+    point = {RATE: 1e-4, "train.epochs": 2}
+    plain, written = (
+        trial_context(one, tmp_path).task(Assignment(0, point, seed=9))
+        for one in (config, config.model_copy(update={"responses": ResponsesConfig(writer="teacher")}))
+    )
+    assert (plain.examples, written.examples) == (str(data / "train.arrow"), str(data / "written.arrow"))
+    assert plain.validation is not None and written.validation is not None
+    assert written.validation.steps[-1] == 2 * plain.validation.steps[-1]
+    assert written.validation.examples == plain.validation.examples
 
 
 def test_a_trial_too_short_for_its_rungs_says_so(config: RunConfig, tmp_path: Path) -> None:
