@@ -93,9 +93,11 @@ class StepWriter:
         self._plan, self._log, self._folders = plan, log, folders
         self._workers, self._teacher, self._on_step = workers, teacher, on_step
         self._unscored: deque[Future[None]] = deque()
+        self._discarded = 0  # the last step whose rows are known to be gone
 
     def run(self, over: threading.Event) -> None:
         """Write all steps that are not in the log yet; return early once ``over`` is set."""
+        before: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="rollout-scores") as scorer:
             for step in self.missing_steps(self._log, self._plan):
                 prompts, started = self._plan.prompts(step), time.perf_counter()
@@ -103,8 +105,8 @@ class StepWriter:
                     return
                 waited = time.perf_counter() - started
                 written = self._workers.write(weights, prompts)
-                self._folders.discard_before(weights.step)
-                self._unscored.append(scorer.submit(self._score, step, weights, prompts, written, waited))
+                before = scorer.submit(self._score, before, step, weights, prompts, written, waited)
+                self._unscored.append(before)
                 while len(self._unscored) > MOST_UNSCORED:
                     self._unscored.popleft().result()
             while self._unscored:
@@ -131,7 +133,12 @@ class StepWriter:
         folder = self._folders.path(wanted)
         return Weights(wanted, ModelSource(str(folder), None, self._plan.trust_remote_code), Proof.read(folder))
 
-    def _score(self, step: int, weights: Weights, prompts: Sequence[Prompt], written: Written, waited_seconds: float) -> None:
+    def _score(
+        self, before: Future[None] | None, step: int, weights: Weights, prompts: Sequence[Prompt], written: Written,
+        waited_seconds: float,
+    ) -> None:  # fmt: skip
+        if before is not None:
+            before.result()  # after a step that failed none is scored: a gap in the log would pass for steps that were discarded
         started = time.perf_counter()
         rows = [written_row(prompt, response) for prompt, response in zip(prompts, written.responses, strict=True)]
         by_key = self._teacher.score(rows)
@@ -139,8 +146,8 @@ class StepWriter:
         score_seconds = time.perf_counter() - started
         sampled = [Sampled(response.logprobs, response.ended, weights.step) for response in written.responses]
         self._log.write(step, rows, scores, sampled)
-        if self._plan.keep_steps is not None and step > self._plan.keep_steps:
-            self._log.discard(step - self._plan.keep_steps)
+        self._folders.discard_before(weights.step)  # not sooner: who begins again after a failure writes the step by them
+        self._discard_up_to(step)
         hand_over = written.hand_over or HandOver()
         self._on_step(
             StepFacts(
@@ -157,6 +164,13 @@ class StepWriter:
                 },
             )
         )
+
+    def _discard_up_to(self, step: int) -> None:
+        """Remove the rows that are not kept once those of a step are there; in some steps before it the student wrote none."""
+        if self._plan.keep_steps is not None:
+            while self._discarded < step - self._plan.keep_steps:
+                self._discarded += 1
+                self._log.discard(self._discarded)
 
 
 def numbers_of(responses: Sequence[Response], scores: Sequence[TeacherScores]) -> dict[str, float]:
