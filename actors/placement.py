@@ -63,7 +63,7 @@ class ResourceRequest:
     section: str
     """Where the configuration says it: ``teacher.engine``."""
     noun: str
-    """``replica``, ``worker`` or ``evaluator``."""
+    """``replica``, ``sampler``, ``worker`` or ``evaluator``."""
     count_key: str
     """Key of the section that says how many there are."""
     keys: Mapping[str, str]
@@ -320,7 +320,7 @@ def _too_much(need: ResourceRequest, resource: str, largest: float, nodes: Seque
     amount = need.amounts[resource]
     with_labels = f" with {_listed(need.labels)}" if need.labels else ""
     if resource == "GPU" and not largest:
-        without = "gpu false" if need.noun == "replica" else "gpus 0"
+        without = "gpus 0" if need.keys["GPU"] == "gpus" else "gpu false"
         return (
             f"{need.section}: each {need.noun} wants {_amount(resource, amount)}, and no node{with_labels} has a GPU; "
             f"{need.section}.{without} would do"
