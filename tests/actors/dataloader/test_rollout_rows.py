@@ -80,7 +80,8 @@ class World:
         batch, (examples, scores) = self.data.batch(step), self.written(step)
         of_student = iter(zip(examples, scores, strict=True))
         rows = [
-            next(of_student) if written else (batch.example(row), batch.scores(row)) for row, written in enumerate(self.mask(step))
+            next(of_student) if written else (batch.example(row), batch.scores(row))
+            for row, written in enumerate(self.mask(step))
         ]
         file, store = fill(self.folder / f"joined-{step}", [one for one, _ in rows], [one for _, one in rows])
         return FileRows(file, store, TOP_K, np.arange(len(rows)))
@@ -180,9 +181,7 @@ def test_the_weights_of_a_mixed_step_are_those_of_one_file(world: World, loss: L
         layout = layout_of(wanted.lengths, 2, TrainConfig(micro_batch_rows=2))
         state = LossState.first(loss)
         mine, theirs = (weigher.of_step(batch, layout, step, state) for batch in (found, wanted))
-        assert_equal(
-            collate(found, range(len(found)), VOCAB, mine), collate(wanted, range(len(wanted)), VOCAB, theirs)
-        )
+        assert_equal(collate(found, range(len(found)), VOCAB, mine), collate(wanted, range(len(wanted)), VOCAB, theirs))
         assert weigher.easy_border(found) == weigher.easy_border(wanted)
 
 
