@@ -264,6 +264,22 @@ def test_few_steps_wait_for_the_teacher_at_one_time(tmp_path: Path) -> None:
     assert world.there() == list(range(1, STEPS + 1))
 
 
+def test_weights_go_once_what_they_wrote_is_scored(tmp_path: Path) -> None:
+    world, scored_for_sure = world_in(tmp_path), MOST_UNSCORED + 1
+    for weights in range(1, STEPS + 1):
+        world.publish(weights)
+    left: dict[int, list[int]] = {}
+
+    def note(step: int) -> None:
+        left[step] = [weights for weights in range(1, STEPS + 1) if world.folders.is_there(weights)]
+
+    world.run(Samplers(note), Teacher())
+    for step in range(scored_for_sure + 1, STEPS + 1):
+        assert weights_step(step, 1, 0) in left[step]
+        assert min(left[step]) >= weights_step(step - scored_for_sure, 1, 0)
+    assert [weights for weights in range(1, STEPS + 1) if world.folders.is_there(weights)] == [STEPS]
+
+
 # ---- how it ends before its end
 
 
