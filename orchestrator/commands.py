@@ -7,13 +7,13 @@ from pathlib import Path
 from actors.score_store.store import ScoreStore
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.doctor import diagnose
+from orchestrator.models.models import Models
 from orchestrator.planning.plan import PlanOptions, make_plan
 from orchestrator.planning.report import as_plain, print_plan
 from orchestrator.reports.run_report import write_report
 from orchestrator.reports.search_report import write_search_report
 from orchestrator.reports.teachers_report import write_teachers_report
 from orchestrator.run import pipeline
-from orchestrator.run.models import Models
 from orchestrator.run.results_table import print_table, read_table
 from orchestrator.search.compare import compare
 from orchestrator.search.compare_teachers import compare_teachers

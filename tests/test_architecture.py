@@ -24,7 +24,7 @@ INSTANT_MODULES = (
 )  # fmt: skip
 PACKAGES = (
     "orchestrator", "orchestrator.reports", "orchestrator.doctor", "orchestrator.planning", "orchestrator.search",
-    "orchestrator.run", "orchestrator.data", "orchestrator.cluster", "orchestrator.config",
+    "orchestrator.run", "orchestrator.models", "orchestrator.data", "orchestrator.cluster", "orchestrator.config",
     "actors.student", "actors.rollouts", "actors.teacher", "actors.evaluation", "actors.monitors", "actors.engines",
     "actors.dataloader", "actors.score_store", "actors", "actors.config", "losses", "tune_spaces",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from actors.model_source import ModelSource
 from actors.models import load_model
 from orchestrator.config.load import ConfigError
 from orchestrator.data.tokenizers import load_tokenizer
-from orchestrator.run.models import vocab_size_of
+from orchestrator.models.models import vocab_size_of
 from tests.orchestrator.config.test_run import changed
 from tests.worlds import tiny_llama
 

@@ -61,10 +61,12 @@ class RolloutPlan:
 
     def prompts(self, step: int) -> list[Prompt]:
         """Return what the student is to answer for a step, in the order in which the log has it."""
-        positions = self.sampler.positions(step)
-        mask = written_by_student(self.seed, step, len(positions), self.student_share)
-        chosen = [int(position) for position in positions[mask]]
+        chosen = [int(position) for position in self.sampler.positions(step)[self.mask(step)]]
         return [Prompt(self.examples[one].last_prompt, self.examples.rows[one], step=step) for one in chosen]
+
+    def mask(self, step: int) -> np.ndarray:
+        """Return bool [R], which rows of a step the student writes."""
+        return written_by_student(self.seed, step, len(self.sampler.positions(step)), self.student_share)
 
     def weights_step(self, step: int) -> int:
         """Return after which step the weights are taken that write the rows of one."""
@@ -96,15 +98,18 @@ class StepWriter:
 
     def run(self, over: threading.Event) -> None:
         """Write all steps that are not in the log yet; return early once ``over`` is set."""
+        before: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="rollout-scores") as scorer:
             for step in self.missing_steps(self._log, self._plan):
                 prompts, started = self._plan.prompts(step), time.perf_counter()
                 if (weights := self._await_weights(step, over)) is None:
-                    return
+                    if over.is_set():
+                        return
+                    continue
                 waited = time.perf_counter() - started
                 written = self._workers.write(weights, prompts)
-                self._folders.discard_before(weights.step)
-                self._unscored.append(scorer.submit(self._score, step, weights, prompts, written, waited))
+                before = scorer.submit(self._score, before, step, weights, prompts, written, waited)
+                self._unscored.append(before)
                 while len(self._unscored) > MOST_UNSCORED:
                     self._unscored.popleft().result()
             while self._unscored:
@@ -113,25 +118,32 @@ class StepWriter:
 
     @staticmethod
     def missing_steps(log: RolloutLog, plan: RolloutPlan) -> list[int]:
-        """Return the steps whose rows are still to be written, ascending; those before all that are there were, and are gone."""
-        steps = range(1, plan.total_steps + 1)
-        there = {step for step in steps if log.is_there(step)}
-        return [step for step in steps if step not in there and step > min(there, default=0) and plan.prompts(step)]
+        """Return the steps whose rows are still to be written, ascending."""
+        steps = range(log.first_kept, plan.total_steps + 1)
+        return [step for step in steps if not log.is_there(step) and plan.mask(step).any()]
 
     def _await_weights(self, step: int, over: threading.Event) -> Weights | None:
-        """Return the weights that write the rows of a step; None once nobody needs them."""
+        """Return the weights that write the rows of a step; None where nobody needs them: all is over, or later ones are there.
+
+        A student that resumes beyond a step whose rows were deleted needs these no more, and hands over later weights only.
+        """
         wanted = self._plan.weights_step(step)
         if wanted == 0:
             return Weights(0, self._plan.first_model)
         while not self._folders.wait_for(wanted, LOOK_SECONDS):
-            if over.is_set():
+            if over.is_set() or self._folders.newest() > wanted:
                 return None
             for scored in [one for one in self._unscored if one.done()]:
                 scored.result()  # an error here is why the student does not come to those weights
         folder = self._folders.path(wanted)
         return Weights(wanted, ModelSource(str(folder), None, self._plan.trust_remote_code), Proof.read(folder))
 
-    def _score(self, step: int, weights: Weights, prompts: Sequence[Prompt], written: Written, waited_seconds: float) -> None:
+    def _score(
+        self, before: Future[None] | None, step: int, weights: Weights, prompts: Sequence[Prompt], written: Written,
+        waited_seconds: float,
+    ) -> None:  # fmt: skip
+        if before is not None:
+            before.result()  # after a step that failed none is scored: a gap in the log would pass for steps that were discarded
         started = time.perf_counter()
         rows = [written_row(prompt, response) for prompt, response in zip(prompts, written.responses, strict=True)]
         by_key = self._teacher.score(rows)
@@ -139,8 +151,9 @@ class StepWriter:
         score_seconds = time.perf_counter() - started
         sampled = [Sampled(response.logprobs, response.ended, weights.step) for response in written.responses]
         self._log.write(step, rows, scores, sampled)
-        if self._plan.keep_steps is not None and step > self._plan.keep_steps:
-            self._log.discard(step - self._plan.keep_steps)
+        self._folders.discard_before(weights.step)  # not sooner: who begins again after a failure writes the step by them
+        if self._plan.keep_steps is not None:
+            self._log.keep_from(step - self._plan.keep_steps + 1)
         numbers = {
             **numbers_of(written.responses, scores),
             "staleness_steps": float(step - 1 - weights.step),

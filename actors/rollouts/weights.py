@@ -77,8 +77,16 @@ class WeightFolders:
             time.sleep(min(0.02, seconds))
         return True
 
+    def newest(self) -> int:
+        """Return after which step the newest weights that are there were taken; 0 where there are none."""
+        return max(self._steps(), default=0)
+
     def discard_before(self, step: int) -> None:
         """Remove the weights of earlier steps."""
-        for path in self._folder.glob("step-*"):
-            if (number := re.fullmatch(r"step-(\d+)", path.name)) and int(number[1]) < step:
-                shutil.rmtree(path, ignore_errors=True)
+        for there in self._steps():
+            if there < step:
+                shutil.rmtree(self.path(there), ignore_errors=True)
+
+    def _steps(self) -> list[int]:
+        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self._folder.glob("step-*"))
+        return [int(name[1]) for name in names if name]

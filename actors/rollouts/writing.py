@@ -19,10 +19,11 @@ from actors.engines.base import EngineDied, engine_environment
 from actors.examples import ExampleFile, write_examples
 from actors.files import write_atomically
 from actors.handles import RemoteMethod
-from actors.placement import read_nodes, replica_request, require_room, settled_places
+from actors.placement import read_nodes, replica_request, settled_places
 from actors.records import Example
 from actors.rollouts.base import Prompt, Response, Sampler, SamplerFactory, SamplerSpec, written_row
 from actors.rollouts.build import build_sampler
+from actors.room import require_room
 from actors.teacher.replica import is_device_fault, print_into
 
 logger = logging.getLogger("atkd")

@@ -17,6 +17,7 @@ from actors.files import write_atomically
 from actors.records import Example, TeacherScores
 from actors.score_store.store import ScoreStore
 
+FIRST_KEPT = "first_kept.txt"
 POLL_SECONDS = 0.02
 """Between two looks of a worker that waits: a step may take less than a second."""
 
@@ -116,8 +117,22 @@ class RolloutLog:
         """Return the teacher's own mean loss on the targets of a row of a step, in nats."""
         return self._store.teacher_loss_at(self._position(step, row))
 
+    @property
+    def first_kept(self) -> int:
+        """The first step whose rows are kept; those before it were there, and are gone."""
+        path = self._folder / FIRST_KEPT
+        return int(path.read_text()) if path.exists() else 1
+
+    def keep_from(self, step: int) -> None:
+        """Remove the rows of all steps before one; nobody may need them any more."""
+        if (first := self.first_kept) >= step:
+            return
+        write_atomically(self._folder / FIRST_KEPT, str(step).encode())
+        for gone in range(first, step):
+            self.discard(gone)
+
     def discard(self, step: int) -> None:
-        """Remove the rows of a step; nobody may need them any more."""
+        """Remove the rows of a step, so that they are missing."""
         self._store.discard_shard(step - 1)
         for path in (self._rows_path(step), self._sampled_path(step)):
             path.unlink(missing_ok=True)

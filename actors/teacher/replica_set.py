@@ -14,7 +14,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.engines.base import EngineDied, EngineFactory, TeacherSpec, engine_environment
-from actors.placement import read_nodes, replica_request, require_room, reserve
+from actors.placement import read_nodes, replica_request, reserve
+from actors.room import require_room
 from actors.teacher.parity import Probe, ScoreParity
 from actors.teacher.replica import CALLS_AT_ONCE, EngineStarted, ReplicaHandle, TeacherReplica
 

@@ -14,20 +14,8 @@ from ray.exceptions import AuthenticationError, RayError
 from actors.config.models import EngineConfig
 from actors.config.workers import WorkersConfig
 from actors.format import plural
-from actors.placement import (
-    Cluster,
-    Node,
-    evaluator_need,
-    most_replicas,
-    read_nodes,
-    replica_request,
-    require_all_together,
-    require_room,
-    require_room_together,
-    sampler_request,
-    worker_request,
-    workers_beside,
-)
+from actors.placement import Cluster, Node, evaluator_need, read_nodes, replica_request, sampler_request, worker_request
+from actors.room import most_replicas, require_all_together, require_room, require_room_together, workers_beside
 from orchestrator.cluster import signals as sigterm
 from orchestrator.cluster.node_checks import require_gpu_nodes, require_node
 from orchestrator.cluster.node_facts import NodeFacts, read_node_facts

@@ -28,7 +28,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import load_tokenizer
 from orchestrator.doctor.checks import check_attention, check_pair, check_refused, check_scores, check_tokens
 from orchestrator.doctor.run_checks import check_devices, check_ends, check_export, check_rows
-from orchestrator.run.models import ROLES, Models, ids_below, named_below, vocab_size_of
+from orchestrator.models.models import ROLES, Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.pipeline import run_stages
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import pin_revision

@@ -13,7 +13,7 @@ from orchestrator.cluster.node_facts import NodeFacts, read_node_facts
 from orchestrator.cluster.ray_session import cluster_address, require_machine
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
-from orchestrator.run.models import Models
+from orchestrator.models.models import Models
 from orchestrator.run.run_dir import Facts
 from orchestrator.run.score_parity import Finding
 from orchestrator.run.stages import describe_ends, distillation_task

@@ -14,12 +14,13 @@ from actors.config.rollouts import ResponsesConfig
 from actors.config.workers import WorkersConfig
 from actors.format import GIB, plural
 from actors.memory import total_memory
-from actors.placement import Node, most_replicas, replica_request, worker_request, workers_beside
+from actors.placement import Node, replica_request, worker_request
+from actors.room import most_replicas, workers_beside
 from orchestrator.cluster.ray_session import RayFailed, cluster_address, require_places, why_ray_failed
 from orchestrator.config.run import FinetuneConfig, RunConfig
+from orchestrator.models.models import ROLES
 from orchestrator.planning.jobs import Estimator, trainings
 from orchestrator.planning.memory import Memory, forward_bytes, scoring_bytes, weights_bytes
-from orchestrator.run.models import ROLES
 
 Placed = TypeVar("Placed", EngineConfig, WorkersConfig)
 GPU_PROCESS_BYTES = GIB

@@ -8,6 +8,7 @@ import torch
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.config.workers import WorkersConfig
 from orchestrator.config.run import RunConfig
+from orchestrator.models.models import ROLES, Role
 from orchestrator.planning.memory import (
     Memory,
     chunk_bytes,
@@ -18,7 +19,6 @@ from orchestrator.planning.memory import (
     training_memory,
 )
 from orchestrator.planning.shapes import ModelShape, Passes, Workload, adapted, meta_model, passes_of, shape_of
-from orchestrator.run.models import ROLES, Role
 
 Training = Literal["finetune_teacher", "finetune_student", "train"]
 

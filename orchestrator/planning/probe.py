@@ -36,10 +36,10 @@ from actors.teacher.pool import TeacherPool
 from losses.loss_state import LossState
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
+from orchestrator.models.models import Models, Role
 from orchestrator.planning.jobs import Estimator
 from orchestrator.planning.shapes import Workload, plain_tokenizer, scratch_vocab_size
 from orchestrator.planning.throughput import Rates
-from orchestrator.run.models import Models, Role
 
 logger = logging.getLogger("atkd")
 

@@ -24,8 +24,8 @@ from actors.models import plain_model, scratch_model
 from actors.student.causal_lm import decoder_layers
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
-from orchestrator.run.model_checks import RowLimits, require_models_fit, row_limits
-from orchestrator.run.models import Models, Role, config_of
+from orchestrator.models.model_checks import RowLimits, require_models_fit, row_limits
+from orchestrator.models.models import Models, Role, config_of
 from orchestrator.run.responses import require_room_for_answers, training_rows
 
 

@@ -21,7 +21,7 @@ from actors.model_source import ModelSource
 from actors.score_store.store import ScoreStore
 from actors.teacher.reference_pass import count_weights
 from orchestrator.config.run import RunConfig
-from orchestrator.run.models import Models, config_of
+from orchestrator.models.models import Models, config_of
 from orchestrator.run.results_table import METRICS, MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table
 from orchestrator.run.run_dir import Facts, RunDir
 

@@ -18,7 +18,7 @@ from actors.score_store.identity import Identity, identity_hash
 from actors.score_store.store import ScoreStore
 from actors.student.finished_model import ExportProof, read_proof
 from orchestrator.config.run import RunConfig
-from orchestrator.run.models import Models
+from orchestrator.models.models import Models
 from orchestrator.run.results_table import ComparisonTable, markdown, read_table
 from orchestrator.run.run_dir import Facts, RunDir
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from orchestrator.cluster.environment import note_cluster, note_process
 from orchestrator.cluster.ray_session import ray_for, require_machine
 from orchestrator.config.run import RunConfig
+from orchestrator.models.models import ROLES, Models
 from orchestrator.run.evaluation import evaluate
 from orchestrator.run.export import export
-from orchestrator.run.models import ROLES, Models
 from orchestrator.run.responses import respond
 from orchestrator.run.rollouts import RolloutStage
 from orchestrator.run.run_dir import RunDir

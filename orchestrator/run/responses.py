@@ -11,8 +11,8 @@ from actors.rollouts.base import SamplerFactory, SamplerSpec, Sampling
 from actors.rollouts.build import build_sampler
 from actors.rollouts.writing import WritingWork, Written, write_responses, written_rows
 from orchestrator.config.run import RunConfig
-from orchestrator.run.model_checks import window_of
-from orchestrator.run.models import ROLES, Models, Role, config_of, ids_below, named_below, vocab_size_of
+from orchestrator.models.model_checks import window_of
+from orchestrator.models.models import ROLES, Models, Role, config_of, ids_below, named_below, vocab_size_of
 from orchestrator.run.run_dir import Facts, RunDir
 from orchestrator.run.score_identity import pin_revision
 

@@ -13,18 +13,19 @@ from actors.evaluation.answer_ends import read_answer_ends
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import JsonLines
 from actors.monitors.prometheus import TeacherMetrics
-from actors.placement import fit_together, read_nodes, replica_request, sampler_request, worker_request
+from actors.placement import read_nodes, replica_request, sampler_request, worker_request
 from actors.rollouts.base import SamplerFactory, SamplerSpec, Sampling
 from actors.rollouts.build import build_sampler
 from actors.rollouts.step_writer import RolloutPlan, StepFacts, StepWriter
 from actors.rollouts.weights import WeightFolders
 from actors.rollouts.workers import RolloutWorkers
+from actors.room import fit_together
 from actors.score_store.rollout_log import RolloutLog
 from actors.student.task import RolloutTask
 from actors.teacher.pool import TeacherPool
 from orchestrator.cluster.background import in_background
 from orchestrator.config.run import RunConfig
-from orchestrator.run.models import Models, ids_below, named_below, vocab_size_of
+from orchestrator.models.models import Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.responses import longest_prompt, training_rows
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import describe_failure, pin_revision

@@ -23,7 +23,7 @@ from orchestrator.cluster.logs import ProgressSnapshot, log_progress
 from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import tokenizer_hash
-from orchestrator.run.models import Models, ids_below, named_below, vocab_size_of
+from orchestrator.models.models import Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.responses import training_rows
 from orchestrator.run.run_dir import Facts, RunDir
 from orchestrator.run.score_identity import (

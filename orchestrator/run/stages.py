@@ -24,8 +24,8 @@ from orchestrator.config.data import SourceConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.data.sources import source_hash
-from orchestrator.run.model_checks import require_models_fit, row_limits
-from orchestrator.run.models import ROLES, Models, Role
+from orchestrator.models.model_checks import require_models_fit, row_limits
+from orchestrator.models.models import ROLES, Models, Role
 from orchestrator.run.responses import longest_prompt, require_room_for_answers, training_rows
 from orchestrator.run.rollouts import rollout_task
 from orchestrator.run.run_dir import Facts, RunDir, result_path

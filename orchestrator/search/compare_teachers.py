@@ -15,7 +15,7 @@ from actors.teacher.reference_pass import count_weights
 from orchestrator.cluster.logs import prefixed
 from orchestrator.config.load import ConfigError, validate
 from orchestrator.config.run import RunConfig
-from orchestrator.run.models import Models, vocab_size_of
+from orchestrator.models.models import Models, vocab_size_of
 from orchestrator.run.pipeline import run
 from orchestrator.run.run_dir import RunDir
 from orchestrator.search.analysis import TaughtBy

@@ -19,7 +19,7 @@ from losses.config import AtkdLoss
 from orchestrator.cluster.logs import ProgressSnapshot
 from orchestrator.cluster.progress import logged_progress
 from orchestrator.config.run import RunConfig
-from orchestrator.run.models import Models
+from orchestrator.models.models import Models
 from orchestrator.run.pipeline import run_stages
 from orchestrator.run.responses import training_rows
 from orchestrator.run.run_dir import RunDir, result_path

@@ -17,7 +17,7 @@ from actors.student.loop import distil
 from actors.student.task import TrainingTask, ValidationSchedule
 from actors.student.train_checkpoints import NoCheckpoints
 from orchestrator.config.tune import rung_steps
-from orchestrator.run.models import Models
+from orchestrator.models.models import Models
 from orchestrator.run.responses import training_rows
 from orchestrator.run.stages import distillation_task
 from orchestrator.run.training import train_model

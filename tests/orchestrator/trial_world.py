@@ -16,7 +16,7 @@ from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
 from orchestrator.data.tokenizers import load_tokenizer
-from orchestrator.run.models import Models
+from orchestrator.models.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
 from orchestrator.search.bound_space import BoundSpace, search_of

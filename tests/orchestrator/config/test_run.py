@@ -113,6 +113,34 @@ def test_a_config_is_frozen() -> None:
         ),
         (["scores={root: a, path: b}"], r"root and path exclude each other"),
         (["loss={kind: atkd, scope: dataset}"], r"loss\.scope dataset .* set scores\.overlap to false"),
+        (["rollouts={student_shar: 0.5}"], r"rollouts\.student_shar: there is no such key; did you mean student_share\?"),
+        (["rollouts={student_share: 0}"], r"rollouts\.student_share: Input should be greater than 0; got 0"),
+        (["rollouts={student_share: 1.5}"], r"rollouts\.student_share: Input should be less than or equal to 1; got 1\.5"),
+        (["rollouts={max_new_tokens: 0}"], r"rollouts\.max_new_tokens: Input should be greater than or equal to 1; got 0"),
+        (["rollouts={temperature: -1}"], r"rollouts\.temperature: Input should be greater than or equal to 0; got -1"),
+        (["rollouts={top_p: 0}"], r"rollouts\.top_p: Input should be greater than 0; got 0"),
+        (["rollouts={top_p: 1.1}"], r"rollouts\.top_p: Input should be less than or equal to 1; got 1\.1"),
+        (["rollouts={refresh_steps: 0}"], r"rollouts\.refresh_steps: Input should be greater than or equal to 1; got 0"),
+        (["rollouts={lag: -1}"], r"rollouts\.lag: Input should be greater than or equal to 0; got -1"),
+        (["rollouts={keep_steps: 0}"], r"rollouts\.keep_steps: Input should be greater than or equal to 1; got 0"),
+        (
+            ["rollouts={engine: {replicas: auto}}"],
+            r"rollouts: engine\.replicas is auto, but samplers stand beside teacher and student; 1 would do$",
+        ),
+        (
+            ["rollouts={}", "student.model.hidden_size=64", "loss={kind: hard_label}"],
+            r"loss\.kind hard_label learns from the rows as they are, and with rollouts the student would learn its own tokens; "
+            r"loss\.kind=atkd would do, or rollouts=null",
+        ),
+        (
+            ["rollouts={}", "student.model.hidden_size=64", "loss={kind: atkd, scope: dataset}", "scores.overlap=false"],
+            r"loss\.scope dataset ranks tokens over all rows before the training, but with rollouts rows are written on the way; "
+            r"loss\.scope=batch would do",
+        ),
+        (
+            ["rollouts={}", "student.model.hidden_size=16"],
+            r"student\.model has heads of size 8 .* vLLM on CPUs serves the sizes 32, 64.*: hidden_size 64 would do",
+        ),
         (["loss={kind: atkd, scope: microbatch, split: random}"], r"the authors' rule and has no split 'random'"),
         (["responses={writer: judge}"], r"responses\.writer: there is no 'judge'; .*there are teacher, student$"),
         (["responses={temperature: 1}"], r"responses\.writer: is missing"),
@@ -163,8 +191,42 @@ def test_models_made_from_scratch_have_room_for_the_longest_text() -> None:
     assert changed(*sizes, "responses={writer: teacher, max_new_tokens: 50}").longest_text == 151
 
 
+def test_a_loss_that_learns_from_rows_alone_goes_without_rollouts() -> None:
+    assert changed("rollouts=null", "loss={kind: hard_label}").rollouts is None
+
+
 def test_dataset_scope_without_overlap_is_accepted() -> None:
     assert changed("loss={kind: atkd, scope: dataset}", "scores.overlap=false").loss.scope == "dataset"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("refresh_steps", "lag", "least"), [(1, 0, 31), (4, 0, 34), (4, 2, 42)])
+def test_as_many_steps_are_kept_as_a_training_that_resumes_reads_again(refresh_steps: int, lag: int, least: int) -> None:
+    others = "train={keep_checkpoints: 3, checkpoint_every_steps: 10}", "student.model.hidden_size=64"
+    rollouts = f"refresh_steps: {refresh_steps}, lag: {lag}"
+    with pytest.raises(
+        ConfigError,
+        match=rf"rollouts\.keep_steps is {least - 1}, but a training that resumes from the oldest of train\.keep_checkpoints 3 "
+        rf"checkpoints reads up to {least} steps again; rollouts\.keep_steps={least} would do",
+    ):
+        changed(*others, f"rollouts={{{rollouts}, keep_steps: {least - 1}}}")
+    for keep_steps in (least, least + 1, None):
+        kept = changed(*others, f"rollouts={{{rollouts}, keep_steps: {'null' if keep_steps is None else keep_steps}}}").rollouts
+        assert kept is not None and kept.keep_steps == keep_steps
+
+
+def test_samplers_are_served_as_the_teacher_is_by_one_replica_unless_they_have_an_engine() -> None:
+    teacher = "teacher.engine={kind: transformers, dtype: float32, replicas: auto, cpus: 2}"
+    engine = changed(teacher, "rollouts={}").sampler_engine
+    assert (engine.kind, engine.dtype, engine.replicas, engine.cpus) == ("transformers", "float32", 1, 2)
+    own = changed(teacher, "rollouts={engine: {kind: transformers, dtype: bfloat16, replicas: 3}}").sampler_engine
+    assert (own.dtype, own.replicas, own.cpus) == ("bfloat16", 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "learns"), [([], True), (["rollouts={}"], True), (["rollouts={student_share: 1.0}"], False)]
+)
+def test_rows_are_learned_from_as_they_are_unless_the_student_writes_all(overrides: list[str], learns: bool) -> None:
+    assert changed("student.model.hidden_size=64", *overrides).learns_from_data is learns
 
 
 @pytest.mark.parametrize("override", ["foo", "=1", ".a=1", "a..b=1"])

@@ -30,7 +30,7 @@ from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.checks import check_scores
 from orchestrator.doctor.doctor import diagnose, largest_id, measure_served, spread_over_lengths
-from orchestrator.run.models import ROLES, Models
+from orchestrator.models.models import ROLES, Models
 from orchestrator.run.score_parity import TOLERANCES, Finding
 from tests.fakes import FakeTeacher, fake_spec
 from tests.faulty_engines import TOP_K, CrowdedEngine, RepeatingEngine, Serves, ShiftedEngine, SwappingEngine

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.run_checks import check_ends, check_export, check_rows
-from orchestrator.run.models import Models
+from orchestrator.models.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.stages import prepare
 from tests.worlds import VOCAB, tiny_llama

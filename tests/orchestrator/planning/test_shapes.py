@@ -12,9 +12,9 @@ from actors.examples import ExampleFile, write_examples
 from actors.lora import add_adapters
 from actors.model_source import ModelSource
 from actors.models import load_model
+from orchestrator.models.models import Models
 from orchestrator.planning.jobs import Estimator, trainings
 from orchestrator.planning.shapes import Passes, Workload, adapted, meta_model, passes_of, read_workload, shape_of, workload_of
-from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.stages import prepare
 from tests.orchestrator.config.test_run import changed

@@ -14,8 +14,8 @@ from actors.evaluation.evaluator import Evaluation, Metrics
 from actors.score_store.store import ScoreStore
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
+from orchestrator.models.models import Models
 from orchestrator.run.evaluation import comparison_table, evaluate, exact_match_by_task, read_evaluation, write_evaluation
-from orchestrator.run.models import Models
 from orchestrator.run.results_table import ComparisonTable, markdown, print_table, read_table, write_table, written
 from orchestrator.run.run_dir import RunDir
 from tests.evaluation_world import World, load, make_world

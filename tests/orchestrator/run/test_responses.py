@@ -13,8 +13,8 @@ from actors.examples import ExampleFile, write_examples
 from actors.rollouts.base import Prompt, Response, SamplerSpec
 from actors.rollouts.writing import Written
 from orchestrator.config.run import RunConfig
+from orchestrator.models.models import Models
 from orchestrator.planning.shapes import read_workload
-from orchestrator.run.models import Models
 from orchestrator.run.responses import describe, longest_prompt, require_room_for_answers, respond, training_rows
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.stages import distillation_task, prepare

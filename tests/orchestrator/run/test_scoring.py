@@ -13,7 +13,7 @@ from actors.engines.base import EngineFactory
 from actors.engines.build import build_engine
 from actors.score_store.store import ScoreStore
 from actors.teacher.replica_set import TeacherFailed
-from orchestrator.run.models import Models
+from orchestrator.models.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
 from tests.faulty_engines import DiesOnce, Serves, ShiftedEngine

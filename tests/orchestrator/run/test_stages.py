@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config.run import RunConfig
-from orchestrator.run.models import Models
+from orchestrator.models.models import Models
 from orchestrator.run.stages import loads_of
 
 

@@ -13,6 +13,7 @@ from actors.examples import write_examples
 from orchestrator.commands import comparison
 from orchestrator.config.load import ConfigError, load_config, validate
 from orchestrator.config.run import RunConfig
+from orchestrator.models.models import Models
 from orchestrator.reports.teachers_report import (
     changes_of,
     short_number,
@@ -20,7 +21,6 @@ from orchestrator.reports.teachers_report import (
     teachers_table,
     write_teachers_report,
 )
-from orchestrator.run.models import Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.search.analysis import TaughtBy
 from orchestrator.search.compare_teachers import (

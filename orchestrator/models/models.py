@@ -15,7 +15,7 @@ from actors.models import load_model, save_model, scratch_model
 from orchestrator.config.run import RunConfig, StudentConfig, TeacherConfig
 from orchestrator.data.chat_templates import with_default_args
 from orchestrator.data.tokenizers import ids_of, load_tokenizer, require_same_tokens, train_tokenizer
-from orchestrator.run.model_files import base_of_adapter, stored_dtype
+from orchestrator.models.model_files import base_of_adapter, stored_dtype
 
 Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = ("teacher", "student")

@@ -13,8 +13,8 @@ from actors.lora import load_adapter
 from actors.model_source import ModelSource
 from actors.models import load_model
 from orchestrator.config.load import validate
-from orchestrator.run.model_files import base_of_adapter, require_model_folder, stored_dtype
-from orchestrator.run.models import Models
+from orchestrator.models.model_files import base_of_adapter, require_model_folder, stored_dtype
+from orchestrator.models.models import Models
 from tests.worlds import tiny_llama, word_tokenizer
 
 KEY = "teacher.model.name"

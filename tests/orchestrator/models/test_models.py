@@ -15,9 +15,9 @@ from actors.models import load_model
 from actors.student.loop import distil
 from actors.student.train_checkpoints import NoCheckpoints
 from orchestrator.config.load import validate
+from orchestrator.models.models import ROLES, Models
 from orchestrator.run import stages
 from orchestrator.run.export import check_export
-from orchestrator.run.models import ROLES, Models
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
 from tests.orchestrator.config.test_run import SMALL

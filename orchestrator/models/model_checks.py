@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from actors.attention import require_attention
+from actors.engines.tensor_parallel import require_whole_heads
 from actors.examples import ExampleFile
 from actors.lora import add_adapters, shared_with_adapters
-from actors.tensor_parallel import require_whole_heads
 from orchestrator.config.run import RunConfig
-from orchestrator.run.models import ROLES, Models, Role, attention_heads, config_of
+from orchestrator.models.models import ROLES, Models, Role, attention_heads, config_of
 
 WINDOW_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions", "max_sequence_length",

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from actors.tensor_parallel import divides, require_whole_heads
+from actors.engines.tensor_parallel import divides, require_whole_heads
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
+from orchestrator.models.model_checks import RowLimits, require_models_fit
+from orchestrator.models.models import Models, attention_heads
 from orchestrator.planning.plan import PlanOptions, make_plan
-from orchestrator.run.model_checks import RowLimits, require_models_fit
-from orchestrator.run.models import Models, attention_heads
 from tests.worlds import tiny_llama
 
 

@@ -12,8 +12,8 @@ from actors.records import Example, example_key
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import require_same_tokens
-from orchestrator.run.model_checks import RowLimits, require_models_fit, row_limits, window_of
-from orchestrator.run.models import Models
+from orchestrator.models.model_checks import RowLimits, require_models_fit, row_limits, window_of
+from orchestrator.models.models import Models
 from tests.worlds import tiny_llama, word_tokenizer
 
 FITS = RowLimits(longest=20, longest_prompt=10, largest_id=90)

@@ -1,0 +1,1 @@
+"""The models of a run: which they are, where their files stand, whether they fit each other and the rows; nothing of stages."""
