@@ -35,11 +35,7 @@ class ResponsesConfig(Section):
 
     @model_validator(mode="after")
     def _sampling_is_possible(self) -> "ResponsesConfig":
-        if 0 < self.temperature < LOWEST_TEMPERATURE:
-            raise ValueError(
-                f"temperature {self.temperature:g} lies between 0 and {LOWEST_TEMPERATURE}, where vLLM samples at "
-                f"{LOWEST_TEMPERATURE}; temperature 0, which takes the most likely token, would do"
-            )
+        require_temperature(self.temperature)
         if self.temperature == 0 and self.samples_per_prompt > 1:
             raise ValueError(
                 f"samples_per_prompt {self.samples_per_prompt} with temperature 0 writes each response so many times; "
@@ -58,7 +54,7 @@ class RolloutsConfig(Section):
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest response; one that is cut there has no end to learn."""
 
-    temperature: float = Field(default=1.0, ge=0.0)
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     """Of the sampling; 0 takes the most likely token. The teacher's scores, and what is recorded, are those of temperature 1."""
 
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -78,7 +74,17 @@ class RolloutsConfig(Section):
     """How the student is served; defaults to ``teacher.engine`` with one replica."""
 
     @model_validator(mode="after")
-    def _replicas_are_known(self) -> "RolloutsConfig":
+    def _samplers_are_possible(self) -> "RolloutsConfig":
+        require_temperature(self.temperature)
         if self.engine is not None and self.engine.replicas == "auto":
             raise ValueError("engine.replicas is auto, but samplers stand beside teacher and student; 1 would do")
         return self
+
+
+def require_temperature(temperature: float) -> None:
+    """Raise a ``ValueError`` if vLLM would sample at another temperature than this."""
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature {temperature:g} lies between 0 and {LOWEST_TEMPERATURE}, where vLLM samples at {LOWEST_TEMPERATURE}; "
+            "temperature 0, which takes the most likely token, would do"
+        )

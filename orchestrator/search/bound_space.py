@@ -76,7 +76,7 @@ def search_of(config: RunConfig) -> BoundSpace:
         ConfigError: naming the key, the value seen and one that would do.
     """
     tune = config.tune
-    require_steady_workers(config, "tune")
+    require_trials(config, "tune")
     bound, size = bind(config, tune.searched), tune.searched.size()
     if tune.search == "grid" and (size or 0) > LARGEST_GRID:
         raise ConfigError(f"tune.search grid tries every point, and tune.space has {size:,}; tune.search=random would do")
@@ -87,12 +87,17 @@ def search_of(config: RunConfig) -> BoundSpace:
     return bound
 
 
-def require_steady_workers(config: RunConfig, section: Literal["tune", "compare"]) -> None:
-    """Raise if trials in one process have several workers, or trials have a number of workers that changes.
+def require_trials(config: RunConfig, section: Literal["tune", "compare"]) -> None:
+    """Raise if trials would learn from rows of their own, have several workers in one process, or a number that changes.
 
     Raises:
         ConfigError: with what would do.
     """
+    if config.rollouts is not None:
+        raise ConfigError(
+            f"rollouts is set, but all trials of {section} share scores of the same rows, and have no samplers of their own; "
+            "rollouts=null would do, or a run for each setting"
+        )
     if config.workers.elastic:
         raise ConfigError(
             f"workers.max {config.workers.max}: {section} counts how many trials find room at a time, so that each has as many "

@@ -10,7 +10,7 @@ from orchestrator.config.compare import ARMS
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
 from orchestrator.run.run_dir import RunDir
-from orchestrator.search.bound_space import BoundSpace, require_steady_workers
+from orchestrator.search.bound_space import BoundSpace, require_trials
 from orchestrator.search.controller import Assignment, ControllerHandle
 from orchestrator.search.driver import SharedInputs, TrialQueue, begin_ledger, note_cost, prepare_inputs, run_search
 from orchestrator.search.ledger import Search
@@ -32,7 +32,7 @@ def compare(config: RunConfig) -> Path:
     Raises:
         ValueError: if the budget or the devices will not do, or another comparison's ledger stands there.
     """
-    require_steady_workers(config, "compare")
+    require_trials(config, "compare")
     points = {arm: {"loss": loss_of(arm, config)} for arm in config.compare.arms}
     bound = bind_arms(config, points)
     folder = config.run_dir / config.compare.name

@@ -57,11 +57,6 @@ def prepare_inputs(config: RunConfig, run_dir: RunDir) -> SharedInputs:
         ValueError: if the run was scored before for a loss that needs no teacher.
     """
     taught = config if needs_teacher(config.loss) else config.model_copy(update={"loss": AtkdLoss(kind="atkd")})
-    if config.rollouts is not None:
-        raise ValueError(
-            "rollouts is set, but trials share scores of the same rows, and samplers of their own they have not; rollouts=null "
-            "would do, or a run for each setting"
-        )
     for finished in run_stages(taught, run_dir, overlap=False):
         if finished == "score":
             break

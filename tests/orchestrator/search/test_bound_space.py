@@ -18,10 +18,11 @@ from orchestrator.config.load import ConfigError, dump_config, load_config, pars
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import METRICS, TuneConfig, rung_steps
 from orchestrator.search.bound_space import NOT_SEARCHABLE, SEARCHABLE, bind, search_of
+from orchestrator.search.compare import compare
 from tune_spaces.registry import SPACES
 from tune_spaces.space import read_space
 
-CONFIGS = sorted(Path("configs").glob("*.yaml"))
+CONFIGS = [path for path in sorted(Path("configs").glob("*.yaml")) if load_config(path).rollouts is None]
 TINY = load_config("configs/tiny_cpu.yaml")
 PRETRAINED = load_config("configs/qwen_7b_to_0.5b_lora.yaml")
 
@@ -221,3 +222,11 @@ def test_binding_a_space_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'ray', 'numpy', 'transformers'}"
     code = f"import orchestrator.search.bound_space, sys; assert not {heavy} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rollouts_have_no_place_in_a_search() -> None:
+    config = load_config("configs/on_policy_cpu.yaml")
+    with pytest.raises(ConfigError, match="rollouts is set, but all trials of tune share scores .*; rollouts=null would do"):
+        search_of(config)
+    with pytest.raises(ConfigError, match="all trials of compare share scores of the same rows"):
+        compare(config)
