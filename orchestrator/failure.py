@@ -11,7 +11,7 @@ from pathlib import Path
 import transformers
 from ray.exceptions import RayTaskError
 
-from actors.rollouts.writing import WritingFailed
+from actors.rollouts.sampling_actors import WritingFailed
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster import signals as sigterm
 from orchestrator.cluster.logs import console_logging

@@ -1,6 +1,5 @@
 """Actors that write responses by the student's latest weights, and the driver's way to them. T tokens of a proof."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,24 +9,19 @@ from typing import Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import ActorDiedError
 
 from actors.config.models import DType
-from actors.engines.base import EngineDied, engine_environment
 from actors.handles import RemoteMethod
 from actors.model_source import ModelSource
-from actors.rollouts.base import Prompt, Response, SamplerFactory, SamplerSpec
+from actors.rollouts.base import Prompt, Response, Sampler, SamplerFactory, SamplerSpec
 from actors.rollouts.build import build_sampler
+from actors.rollouts.sampling_actors import CLOSE_SECONDS, actor_options, failures_in_words, process_ends_with_engine
 from actors.rollouts.weights import Proof
 from actors.teacher.replica import print_into
 
 MOST_NATS: dict[DType, float] = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.1}
 """Between sampler and trainer, averaged over the tokens of a proof, by the type in which the sampler computes. SmolLM2-135M in
 vLLM on a CPU lay 1e-5, 0.004 and 0.03 from float32."""
-
-
-class RolloutsFailed(RuntimeError):
-    """Samplers gave up for good."""
 
 
 class HandOverFailed(ValueError):
@@ -76,7 +70,9 @@ class RolloutWorker:
     def __init__(self, spec: SamplerSpec, log: Path | None, sampler_factory: SamplerFactory = build_sampler) -> None:
         if log is not None:
             print_into(log)
-        self._spec, self._sampler, self._loaded = spec, sampler_factory(spec), 0
+        self._spec, self._sampler_factory = spec, sampler_factory
+        self._sampler: Sampler | None = None
+        self._loaded = 0
 
     def write(self, weights: Weights, prompts: Sequence[Prompt]) -> Written:
         """Respond to prompts, by these weights.
@@ -85,25 +81,39 @@ class RolloutWorker:
             HandOverFailed: if the engine, once it has them, predicts something else than the student.
             ValueError: naming the row of a response that cannot come from a working sampler.
         """
-        try:
-            hand_over = self._load(weights) if weights.step != self._loaded else None
+        with process_ends_with_engine():
+            sampler = self._started()
+            hand_over = self._load(sampler, weights) if weights.step != self._loaded else None
             started = time.perf_counter()
-            responses = self._sampler.sample(prompts)
-        except EngineDied as error:
-            print(error, flush=True)
-            os._exit(1)  # Ray begins the actor again, and calls it again
+            responses = sampler.sample(prompts)
         seconds = time.perf_counter() - started
         for prompt, response in zip(prompts, responses, strict=True):
             require_sound(prompt, response, self._spec)
         return Written(responses, seconds, hand_over)
 
-    def _load(self, weights: Weights) -> HandOver:
+    def start(self) -> None:
+        """Build the engine, not yet in the constructor, so that its error arrives as it was raised; ``write`` does so too."""
+        with process_ends_with_engine():
+            self._started()
+
+    def close(self) -> None:
+        """Give the device back."""
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
+
+    def _started(self) -> Sampler:
+        if self._sampler is None:
+            self._sampler = self._sampler_factory(self._spec)
+        return self._sampler
+
+    def _load(self, sampler: Sampler, weights: Weights) -> HandOver:
         started = time.perf_counter()
-        self._sampler.load(weights.model)
+        sampler.load(weights.model)
         self._loaded = weights.step
         if weights.proof is None:
             return HandOver(time.perf_counter() - started)
-        gaps = np.abs(self._sampler.logprobs(weights.proof.token_ids) - weights.proof.logprobs)
+        gaps = np.abs(sampler.logprobs(weights.proof.token_ids) - weights.proof.logprobs)
         mean, largest, most = float(gaps.mean()), float(gaps.max()), MOST_NATS[self._spec.engine.dtype]
         if not mean <= most:
             raise HandOverFailed(
@@ -122,6 +132,16 @@ class RolloutWorkerHandle(Protocol):
         """See ``RolloutWorker.write``."""
         ...
 
+    @property
+    def start(self) -> RemoteMethod[[], None]:
+        """See ``RolloutWorker.start``."""
+        ...
+
+    @property
+    def close(self) -> RemoteMethod[[], None]:
+        """See ``RolloutWorker.close``."""
+        ...
+
 
 @dataclass
 class RolloutWorkers:
@@ -138,22 +158,17 @@ class RolloutWorkers:
     _actors: list[RolloutWorkerHandle] = field(default_factory=list)
 
     def __enter__(self) -> "RolloutWorkers":
-        engine = self.spec.engine
-        actor = ray.remote(RolloutWorker).options(
-            num_cpus=engine.cpus,
-            num_gpus=engine.tensor_parallel if engine.gpu else 0,
-            resources=dict(engine.resources),
-            label_selector=dict(engine.labels),
-            max_restarts=engine.max_restarts,
-            max_task_retries=engine.max_restarts,
-            runtime_env={"env_vars": engine_environment(engine)},
-        )
+        actor = ray.remote(RolloutWorker).options(**actor_options(self.spec.engine))
         self._actors = [
             actor.remote(self.spec, self.logs / f"sampler-{number}.log", self.sampler_factory) for number in range(self.count)
         ]
+        for one in self._actors:
+            one.start.remote()  # whoever writes first waits for it, and has its error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            ray.wait([actor.close.remote() for actor in self._actors], num_returns=self.count, timeout=CLOSE_SECONDS)
         for actor in self._actors:
             ray.kill(actor)
 
@@ -161,20 +176,13 @@ class RolloutWorkers:
         """Respond to prompts, each worker to a part of them; a worker that dies is started again and begins its part anew.
 
         Raises:
-            RolloutsFailed: if one died too often, or raised.
+            WritingFailed: if one died too often, or raised.
         """
         bounds = np.linspace(0, len(prompts), self.count + 1).round().astype(int)
         parts = [prompts[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
         calls = [actor.write.remote(weights, part) for actor, part in zip(self._actors, parts, strict=True) if part]
-        try:
+        with failures_in_words("a sampler", self.spec.engine, self.logs):
             written: list[Written] = ray.get(calls)
-        except ActorDiedError as error:
-            raise RolloutsFailed(
-                f"a sampler died {self.spec.engine.max_restarts + 1} times ({str(error).strip().splitlines()[0]}); what it "
-                f"printed is in {self.logs}"
-            ) from error
-        except ray.exceptions.RayTaskError as error:
-            raise RolloutsFailed(f"{type(error.cause).__name__}: {error.cause}") from error.cause
         hand_overs = [one.hand_over for one in written if one.hand_over is not None]
         return Written(
             [response for one in written for response in one.responses],

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,10 +10,8 @@ from typing import Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 from ray.util import ActorPool
 
-from actors.engines.base import EngineDied, engine_environment
 from actors.examples import ExampleFile, write_examples
 from actors.files import write_atomically
 from actors.handles import RemoteMethod
@@ -23,17 +19,13 @@ from actors.placement import read_nodes, replica_request, settled_places
 from actors.records import Example
 from actors.rollouts.base import Prompt, Response, Sampler, SamplerFactory, SamplerSpec, written_row
 from actors.rollouts.build import build_sampler
+from actors.rollouts.sampling_actors import CLOSE_SECONDS, actor_options, failures_in_words, process_ends_with_engine
 from actors.room import require_room
-from actors.teacher.replica import is_device_fault, print_into
+from actors.teacher.replica import print_into
 
 logger = logging.getLogger("atkd")
 
 NGRAM = 4
-CLOSE_SECONDS = 10.0
-
-
-class WritingFailed(RuntimeError):
-    """The writer gave up for good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +130,10 @@ class Writer:
             self._sampler = None
 
     def _responses(self, prompts: Sequence[Prompt]) -> list[Response]:
-        """Sample; where engine or device failed, end the process, so that Ray starts another."""
-        try:
+        with process_ends_with_engine():
             if self._sampler is None:
                 self._sampler = self._sampler_factory(self._spec)
             return self._sampler.sample(prompts)
-        except Exception as error:
-            if not isinstance(error, EngineDied) and not is_device_fault(error):
-                raise
-            traceback.print_exc()
-            os._exit(1)
 
 
 def write_responses(
@@ -177,29 +163,15 @@ def write_responses(
     count = max(1, min(wanted, settled_places(need, wanted)))  # one without room would hold its shard and wait for the others
     if count < wanted and engine.replicas != "auto":
         logger.warning(f"respond: {wanted} writers are wanted, and there is room for {count} now")
-    actor_class = ray.remote(Writer).options(
-        num_cpus=engine.cpus,
-        num_gpus=engine.tensor_parallel if engine.gpu else 0,
-        resources=dict(engine.resources),
-        label_selector=dict(engine.labels),
-        max_restarts=engine.max_restarts,
-        max_task_retries=engine.max_restarts,
-        runtime_env={"env_vars": engine_environment(engine)},
-    )
+    actor_class = ray.remote(Writer).options(**actor_options(engine))
     writers = [
         actor_class.remote(spec, work, logs / f"writer-{number}.log", sampler_factory) for number in range(count)
     ]
     try:
-        pool = ActorPool(writers)
-        yield from pool.map_unordered(lambda writer, shard: writer.write.remote(shard), missing)
-        ray.wait([writer.close.remote() for writer in writers], num_returns=count, timeout=CLOSE_SECONDS)
-    except RayTaskError as error:
-        raise WritingFailed(f"a writer of responses failed: {type(error.cause).__name__}: {error.cause}") from error.cause
-    except RayActorError as error:
-        raise WritingFailed(
-            f"a writer of responses died {engine.max_restarts + 1} times ({str(error).strip().splitlines()[0]}); what it printed "
-            f"is in {logs}"
-        ) from error
+        with failures_in_words("a writer of responses", engine, logs):
+            pool = ActorPool(writers)
+            yield from pool.map_unordered(lambda writer, shard: writer.write.remote(shard), missing)
+            ray.wait([writer.close.remote() for writer in writers], num_returns=count, timeout=CLOSE_SECONDS)
     finally:
         for writer in writers:
             ray.kill(writer)

@@ -131,7 +131,7 @@ class RolloutStage:
         samplers = RolloutWorkers(self._sampler_spec, int(self._config.sampler_engine.replicas), logs, self._sampler_factory)
         metrics = JsonLines(self._run_dir.path / "metrics", "rollouts", first_step=missing[0])
         try:
-            with closing(metrics), pool, samplers, pool.serving() as service:
+            with closing(metrics), samplers, pool, pool.serving() as service:
                 require_right(pool, self._config, self._run_dir)
 
                 def note(facts: StepFacts) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayTaskError
 
-from actors.rollouts.writing import WritingFailed
+from actors.rollouts.sampling_actors import WritingFailed
 from actors.score_store.identity import StoreMismatch
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster import signals as sigterm

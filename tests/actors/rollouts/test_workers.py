@@ -11,11 +11,11 @@ from actors.config.models import EngineConfig
 from actors.engines.base import EngineDied
 from actors.model_source import ModelSource
 from actors.rollouts.base import Prompt, Response, Sampler, SamplerSpec, Sampling
+from actors.rollouts.sampling_actors import WritingFailed
 from actors.rollouts.transformers_sampler import TransformersSampler
 from actors.rollouts.weights import Proof
 from actors.rollouts.workers import (
     HandOverFailed,
-    RolloutsFailed,
     RolloutWorker,
     RolloutWorkers,
     Weights,
@@ -144,7 +144,7 @@ def test_a_worker_that_dies_too_often_ends_the_rollouts(tmp_path: Path, local_ra
     (tmp_path / "logs").mkdir()
     with (
         RolloutWorkers(spec_in(tmp_path), 1, tmp_path / "logs", DiesIn(tmp_path, calls=range(9))) as workers,
-        pytest.raises(RolloutsFailed, match="a sampler died 2 times .* what it printed is in .*logs"),
+        pytest.raises(WritingFailed, match="a sampler died 2 times .* what it printed is in .*logs"),
     ):
         workers.write(weights_of(tmp_path, 2, seed=4), prompts(3))
 
@@ -156,11 +156,22 @@ class Nan(TransformersSampler):
         return [Response(one.token_ids, one.logprobs * np.nan, one.ended) for one in super().sample(prompts)]
 
 
+class Missing(TransformersSampler):
+    """Cannot be built."""
+
+    def __init__(self, spec: SamplerSpec) -> None:
+        raise ImportError("there is no such engine")
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("factory", "message"),
-    [(Nan, "ValueError: row 0: the sampler's log-probabilities"), (Stale, "HandOverFailed: the weights after step 2")],
-    ids=["nan", "stale"],
+    [
+        (Nan, "a sampler failed: ValueError: row 0: the sampler's log-probabilities"),
+        (Stale, "a sampler failed: HandOverFailed: the weights after step 2"),
+        (Missing, "a sampler failed: ImportError: there is no such engine"),
+    ],
+    ids=["nan", "stale", "no engine"],
 )
 def test_what_a_worker_raises_ends_the_rollouts_in_its_words(
     tmp_path: Path, local_ray: None, factory: Callable[[SamplerSpec], Sampler], message: str
@@ -168,6 +179,6 @@ def test_what_a_worker_raises_ends_the_rollouts_in_its_words(
     (tmp_path / "logs").mkdir()
     with (
         RolloutWorkers(spec_in(tmp_path), 1, tmp_path / "logs", factory) as workers,
-        pytest.raises(RolloutsFailed, match=message),
+        pytest.raises(WritingFailed, match=message),
     ):
         workers.write(weights_of(tmp_path, 2, seed=4), prompts(3))

@@ -17,7 +17,8 @@ from actors.engines.base import EngineDied
 from actors.examples import ExampleFile, write_examples
 from actors.model_source import ModelSource
 from actors.rollouts.base import Prompt, Response, SamplerSpec, Sampling, written_row
-from actors.rollouts.writing import Writer, WritingFailed, WritingWork, Written, repeated_share, write_responses, written_rows
+from actors.rollouts.sampling_actors import WritingFailed
+from actors.rollouts.writing import Writer, WritingWork, Written, repeated_share, write_responses, written_rows
 from tests.logs import logged
 from tests.worlds import random_examples
 
