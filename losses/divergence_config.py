@@ -116,6 +116,20 @@ class InterpolatedTarget(Section):
         return self
 
 
+class SampledReverseKL(Section):
+    """KL(q || p) estimated from the one token that the student drew, log q - log p, with the gradient of a policy's return.
+
+    The policy gradient of MiniLLM (arXiv 2306.08543) with each token's own reward alone, no later ones: on-policy distillation in
+    the words of reinforcement learning. On average over tokens drawn from q it has value and gradient of ``reverse_kl``, and it
+    needs the teacher at the drawn token only. Right where the student wrote the text, and nowhere else.
+    """
+
+    kind: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
+
+    most_nats: float | None = Field(default=None, gt=0.0)
+    """Beyond this distance log q - log p counts no further, to either side; null for no bound."""
+
+
 def name_alone_means_its_defaults(value: Any) -> Any:
     """``divergence: reverse_kl`` says the same as ``divergence: {kind: reverse_kl}``."""
     return {"kind": value} if isinstance(value, str) else value
@@ -132,7 +146,8 @@ Divergence = Annotated[
         | TotalVariation
         | AlphaBeta
         | TopOneCrossEntropy
-        | InterpolatedTarget,
+        | InterpolatedTarget
+        | SampledReverseKL,
         Field(discriminator="kind"),
     ],
     BeforeValidator(name_alone_means_its_defaults),

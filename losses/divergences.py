@@ -18,6 +18,7 @@ from losses.divergence_config import (
     InterpolatedTarget,
     JensenShannon,
     ReverseKL,
+    SampledReverseKL,
     SkewForwardKL,
     SkewReverseKL,
     TopOneCrossEntropy,
@@ -95,6 +96,14 @@ def interpolated_target(teacher: Prediction, student: Prediction, divergence: In
     p, q = teacher.logprobs, student.logprobs
     target = torch.lerp(q.detach(), p, state.teacher_share).log_softmax(dim=1)
     return Terms(categorical_kl(target, q))
+
+
+def sampled_reverse_kl(teacher: Prediction, student: Prediction, divergence: SampledReverseKL, state: LossState) -> Terms:
+    """k = log q_g - log p_g of the target g, with the gradient k * d log q_g; k itself carries none."""
+    student_logprob, most = -student.cross_entropy, divergence.most_nats
+    gap = (student_logprob + teacher.cross_entropy).detach()
+    gap = gap if most is None else gap.clamp(-most, most)
+    return Terms(gap + gap * (student_logprob - student_logprob.detach()))
 
 
 def log_mixture(first: Tensor, second: Tensor, first_weight: float) -> Tensor:

@@ -22,4 +22,5 @@ DIVERGENCES: dict[str, DivergenceFunction] = {
     "alpha_beta": divergences.alpha_beta,
     "top1_cross_entropy": divergences.top1_cross_entropy,
     "interpolated_target": divergences.interpolated_target,
+    "sampled_reverse_kl": divergences.sampled_reverse_kl,
 }

@@ -75,7 +75,12 @@ CASES = [
     Case("interpolated_target", t=0.4),
     Case("interpolated_target", t=0.0),
     Case("interpolated_target", t=1.0),
+    Case("sampled_reverse_kl"),
+    Case("sampled_reverse_kl", {"most_nats": 0.7}),
 ]
+
+DETACHED = ("adaptive_kl", "interpolated_target", "sampled_reverse_kl")
+"""Part of their value carries no gradient: finite differences would see it."""
 
 ONE_OF_EACH = [next(case for case in CASES if case.kind == kind) for kind in DIVERGENCES]
 

@@ -19,6 +19,7 @@ MERGING_NEVER_RAISES = (
     "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation",
 )  # fmt: skip
 NEVER_ZERO = "top1_cross_entropy"
+NEGATIVE_AT_TIMES = "sampled_reverse_kl"  # where the student finds its token less likely than the teacher does
 FORWARD, REVERSE = Case("forward_kl"), Case("reverse_kl")
 
 quick = settings(max_examples=30, deadline=None)
@@ -156,7 +157,8 @@ def test_never_negative(drawn: Tokens, top_k: int | None, tail: Tail) -> None:
     teacher, student, targets = drawn
     support = teacher_of(teacher, targets, top_k and min(top_k, teacher.shape[1] - 1))
     for case in CASES:
-        assert (case.values(support, student, targets, tail) > -1e-10).all(), str(case)
+        if case.kind != NEGATIVE_AT_TIMES:
+            assert (case.values(support, student, targets, tail) > -1e-10).all(), str(case)
 
 
 @quick

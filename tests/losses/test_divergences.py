@@ -11,13 +11,12 @@ from losses.registry import DIVERGENCES
 from losses.teachers import DenseTeacher
 from losses.token_weights import token_weights
 from losses.topk_teacher import TopkTeacher
-from tests.losses.comparisons import CASES, ONE_OF_EACH, Case, random_tokens, teacher_of
+from tests.losses.comparisons import CASES, DETACHED, ONE_OF_EACH, Case, random_tokens, teacher_of
 from tests.reference import divergences
 
 SUPPORTS: list[tuple[int | None, Tail]] = [
     (None, "bucket"), (1, "bucket"), (6, "bucket"), (22, "bucket"), (1, "renormalize"), (6, "renormalize"),
 ]  # fmt: skip
-DETACHED = ("adaptive_kl", "interpolated_target")  # part of the value carries no gradient: finite differences would see it
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_divergence = pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
@@ -155,3 +154,32 @@ def test_no_tokens_cost_nothing(case: Case, top_k: int | None) -> None:
     values = case.values(teacher_of(teacher, targets, top_k), student.requires_grad_(), targets)
     values.sum().backward()
     assert values.shape == (0,) and student.grad is not None and student.grad.shape == (0, 7)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_the_gradient_of_a_sampled_reverse_kl_is_that_of_the_whole_one_on_average(top_k: int | None) -> None:
+    """All tokens of a small vocabulary in turn as the one that was drawn, each as likely as the student finds it."""
+    teacher, student, _ = random_tokens(count=1, vocab_size=7, spread=1.5, seed=4)
+    expected = student.clone().requires_grad_()
+    whole = Case("reverse_kl").values(DenseTeacher(teacher, torch.zeros(1, dtype=torch.long)), expected, torch.zeros(1).long())
+    (gradient,) = torch.autograd.grad(whole.sum(), expected)
+    drawn = torch.arange(7)
+    every = student.repeat(7, 1).requires_grad_()
+    probability = student.softmax(dim=1)[0]
+    support = teacher_of(teacher.repeat(7, 1), drawn, top_k)
+    sampled = Case("sampled_reverse_kl").values(support, every, drawn)
+    torch.testing.assert_close((probability * sampled).sum(), whole.sum())
+    (of_each,) = torch.autograd.grad((probability * sampled).sum(), every)
+    torch.testing.assert_close(of_each.sum(dim=0), gradient[0])
+
+
+def test_the_gradient_of_a_sampled_reverse_kl_stays_within_its_bound() -> None:
+    teacher, student, targets = random_tokens(count=50, vocab_size=9, spread=3.0, seed=5)
+    leaf = student.clone().requires_grad_()
+    values = Case("sampled_reverse_kl", {"most_nats": 0.5}).values(DenseTeacher(teacher, targets), leaf, targets)
+    (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    logprobs = student.log_softmax(dim=1)
+    gaps = (logprobs - teacher.log_softmax(dim=1)).gather(1, targets[:, None]).clamp(-0.5, 0.5)
+    of_logprob = torch.nn.functional.one_hot(targets, 9) - logprobs.exp()
+    torch.testing.assert_close(gradient, gaps * of_logprob)
+    assert (gaps.abs() == 0.5).any() and (gaps.abs() < 0.5).any()

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from losses.config import Tail
 from losses.topk_teacher import NO_TOKEN, TopkTeacher
-from tests.losses.comparisons import CASES, ONE_OF_EACH, Case, random_tokens
+from tests.losses.comparisons import CASES, DETACHED, ONE_OF_EACH, Case, random_tokens
 from tests.reference import divergences, formulas
 
 TAILS: tuple[Tail, ...] = ("bucket", "renormalize")
-DETACHED = ("adaptive_kl", "interpolated_target")
 
 
 def kept_by_hand(teacher: list[float], target: int, top_k: int, share: float) -> list[int]:

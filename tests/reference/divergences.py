@@ -106,6 +106,11 @@ def interpolated_target(p: Logs, q: Logs, tokens: int, t: float) -> float:
     return formulas.divergence([log - normalizer for log in mixed], q)
 
 
+def sampled_reverse_kl(p: Logs, q: Logs, tokens: int, most_nats: float = math.inf) -> float:
+    """The reward of arXiv 2306.08543, eq. 3, with its sign turned; the target comes first."""
+    return max(-most_nats, min(q[0] - p[0], most_nats))
+
+
 DIVERGENCES: dict[str, Callable[..., float]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -117,6 +122,7 @@ DIVERGENCES: dict[str, Callable[..., float]] = {
     "alpha_beta": alpha_beta,
     "top1_cross_entropy": top1_cross_entropy,
     "interpolated_target": interpolated_target,
+    "sampled_reverse_kl": sampled_reverse_kl,
 }
 """(p, q, how many of the classes are one token each, knobs) -> nats."""
 

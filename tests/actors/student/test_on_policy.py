@@ -308,7 +308,7 @@ def test_each_recipe_of_the_page_is_a_configuration_that_a_student_learns_by(
 
 
 def test_the_page_has_recipes() -> None:
-    assert len(RECIPES) == 9
+    assert len(RECIPES) == 10
 
 
 def test_a_failure_of_the_writer_ends_the_training_with_its_words(tmp_path: Path) -> None:

@@ -118,6 +118,15 @@ def test_a_config_is_frozen() -> None:
         (["rollouts={student_share: 1.5}"], r"rollouts\.student_share: Input should be less than or equal to 1; got 1\.5"),
         (["rollouts={max_new_tokens: 0}"], r"rollouts\.max_new_tokens: Input should be greater than or equal to 1; got 0"),
         (["rollouts={temperature: -1}"], r"rollouts\.temperature: Input should be greater than or equal to 0; got -1"),
+        (
+            ["loss={kind: coupled, divergence: sampled_reverse_kl}"],
+            r"sampled_reverse_kl takes all targets for tokens that the student drew .* but rollouts is null; "
+            r"rollouts=\{student_share: 1\.0\} .* would do, or loss\.divergence=reverse_kl",
+        ),
+        (
+            ["loss={kind: coupled, divergence: sampled_reverse_kl}", "rollouts={top_p: 0.9}", "student.model.hidden_size=64"],
+            r"but rollouts\.student_share is 0\.5, rollouts\.temperature is 1, rollouts\.top_p is 0\.9; ",
+        ),
         (["rollouts={temperature: 0.005}"], r"temperature 0\.005 lies between 0 and 0\.01, where vLLM samples at 0\.01"),
         (["rollouts={top_p: 0}"], r"rollouts\.top_p: Input should be greater than 0; got 0"),
         (["rollouts={top_p: 1.1}"], r"rollouts\.top_p: Input should be less than or equal to 1; got 1\.1"),

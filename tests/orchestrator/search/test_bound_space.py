@@ -61,7 +61,9 @@ def test_a_whole_section_is_replaced_before_its_keys() -> None:
 def test_the_space_of_losses_has_every_divergence_and_every_kind() -> None:
     losses = [config.loss for config in map(bind(TINY, SPACES["losses"]).config_of, SPACES["losses"].grid())]
     variants = get_args(get_args(Divergence)[0])
-    assert {loss.divergence.kind for loss in losses if loss.kind != "hard_label"} == {variant().kind for variant in variants}
+    of_the_students_text = {"sampled_reverse_kl"}
+    wanted = {variant().kind for variant in variants} - of_the_students_text
+    assert {loss.divergence.kind for loss in losses if loss.kind != "hard_label"} == wanted
     kinds = {get_args(variant.model_fields["kind"].annotation)[0] for variant in get_args(TeacherLoss)}
     assert {loss.kind for loss in losses} == kinds | {"hard_label"}
 
