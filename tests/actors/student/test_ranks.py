@@ -11,6 +11,7 @@ import torch.distributed
 import torch.multiprocessing
 from pydantic import TypeAdapter
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.dataloader.collator import collate
@@ -20,11 +21,15 @@ from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
+from actors.rollouts.weights import Proof
+from actors.score_store.rollout_log import RolloutLog
 from actors.score_store.store import ScoreStore
-from actors.student.causal_lm import CausalStudent, prepare_model
+from actors.student.causal_lm import CausalStudent, make_student, prepare_model
+from actors.student.hand_over import WeightPublisher
 from actors.student.loop import accumulate_gradients, forward
 from actors.student.model import distribute, set_gradient_sync
 from actors.student.ranks import Worker
+from actors.student.task import RolloutTask, TrainingTask
 from losses.config import LossConfig
 from losses.loss_state import LossState
 from tests.worlds import VOCAB, scored_world, tiny_llama
@@ -88,6 +93,7 @@ def rank_main(rank: int, folder: Path) -> None:
     for sharding in ("replicate", "fsdp"):
         found[f"bfloat16 {sharding}"] = step_gradients(folder, worker, CASES["atkd"], sharding, 1, None, "bfloat16")
     found["what stays between passes"] = between_passes(folder, worker)
+    hand_over(folder, worker)
     if rank == 0:
         torch.save(found, folder / "found.pt")
     torch.distributed.destroy_process_group()
@@ -108,12 +114,26 @@ def between_passes(folder: Path, worker: Worker) -> dict[str, tuple[int, int, st
     }
 
 
+def hand_over(folder: Path, worker: Worker) -> None:
+    """Leave the weights of a sharded student for its samplers."""
+    train, loss = TrainConfig(sharding="fsdp"), LOSS.validate_python(CASES["atkd"])
+    source = ModelSource(str(folder / "model"))
+    task = TrainingTask(
+        name="train", model=source, tokenizer=str(folder / "model"), lora=None, loss=loss, train=train,
+        examples=str(folder / "train.arrow"), store=None, top_k=8, wait_seconds=1.0, seed=0, threads=1, gpu=False,
+        metrics=str(folder), output=None,
+        rollouts=RolloutTask(str(folder / "log"), str(folder / "weights"), 1.0, refresh_steps=1, lag=0, dtype="float32"),
+    )  # fmt: skip
+    WeightPublisher(task, worker, total_steps=9).after(make_student(source, None, loss, train, worker), 3)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, scores, a model, and what two ranks made of them."""
     folder = tmp_path_factory.mktemp("ranks")
     scored_world(folder, rows=16)
     tiny_llama(folder / "model", seed=1, tied=False)
+    RolloutLog.open_or_create(folder / "log", {"top_k": 8, "vocab_size": VOCAB}, steps=9, batch_rows=4)
     torch.multiprocessing.spawn(rank_main, (folder,), nprocs=2)
     return folder
 
@@ -128,6 +148,18 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(world: Path, case: str, cu
     assert found.keys() == expected.keys() and any("lm_head" in name for name in found)
     assert all(gradient.any() for name, gradient in expected.items()), "every trained weight has a gradient"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_sharded_weights_are_handed_over_whole(world: Path) -> None:
+    handed, wanted = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (world / "weights" / "step-00000003", world / "model")
+    )
+    assert handed.keys() == wanted.keys() and all(torch.equal(handed[name], weight) for name, weight in wanted.items())
+    proof = Proof.read(world / "weights" / "step-00000003")
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(world / "model")(torch.from_numpy(proof.token_ids).long()[None]).logits[0]
+    expected = logits.log_softmax(dim=1)[:-1].gather(1, torch.from_numpy(proof.token_ids).long()[1:, None])[:, 0]
+    torch.testing.assert_close(torch.from_numpy(proof.logprobs), expected, atol=1e-4, rtol=0)
 
 
 def test_passes_of_so_many_tokens_give_the_same(world: Path) -> None:
