@@ -146,9 +146,13 @@ class ShardFiles:
             target_logprob=means.spread("target_logprob"),
             entropy=means.spread("entropy"),
         )
-        write_atomically(self._rows_path(shard), b"".join(rows))
-        write_atomically(self._index_path(shard), index)
-        write_atomically(self._info_path(shard), json.dumps(asdict(info)).encode())
+        try:
+            write_atomically(self._rows_path(shard), b"".join(rows))
+            write_atomically(self._index_path(shard), index)
+            write_atomically(self._info_path(shard), json.dumps(asdict(info)).encode())
+        except BaseException:
+            self.discard(shard)
+            raise
         return info
 
     def require_whole(self, shard: int) -> None:

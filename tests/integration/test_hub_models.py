@@ -73,7 +73,7 @@ def test_weights_come_once_for_two_replicas_and_two_workers_before_any_of_them_s
     events = [json.loads(line) for line in (output / "first" / "events.jsonl").read_text().splitlines()]
     fetches = [event for event in events if event["event"] == "model_fetched"]
     assert [(event["role"], event["nodes"]) for event in fetches] == [("teacher", 1), ("student", 1)]
-    assert all(event["bytes"] > (hub.models[event["model"]] / "model.safetensors").stat().st_size for event in fetches)
+    assert all(event["bytes"] >= (hub.models[event["model"]] / "model.safetensors").stat().st_size for event in fetches)
 
 
 def test_a_cache_that_holds_the_models_is_not_filled_again(
