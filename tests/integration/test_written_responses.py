@@ -106,6 +106,7 @@ def test_the_same_command_again_writes_nothing(by_teacher: str, output: Path) ->
     assert [path.stat().st_mtime_ns for path in files] == before
 
 
+@pytest.mark.drill
 def test_the_student_as_it_begins_can_write_instead(output: Path) -> None:
     said = orchestrator("train", output, *BY_STUDENT)
     run = output / "student"
