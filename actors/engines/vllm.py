@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from actors.engines.base import EngineDied, TeacherSpec, candidates_of, require_top_k, scores_from_candidates
+from actors.engines.vllm_arguments import engine_arguments
 from actors.engines.vllm_limits import require_build_for
 from actors.engines.vllm_patches import ROWS_ARGUMENT, PromptArrays, TargetRows, keep_arrays
 from actors.records import Example, TeacherScores
@@ -35,29 +36,13 @@ class VllmEngine:
     def __init__(self, spec: TeacherSpec) -> None:
         engine = spec.engine
         require_build_for(engine.gpu, current_platform.device_type)
-        device_arguments: dict[str, Any] = (
-            {"tensor_parallel_size": engine.tensor_parallel, "gpu_memory_utilization": engine.gpu_memory_utilization}
-            if engine.gpu
-            else {"kv_cache_memory_bytes": engine.kv_cache_mib << 20, "enforce_eager": True}
-        )
-        if engine.tensor_parallel > 1:
-            device_arguments["distributed_executor_backend"] = "mp"  # the replica holds all devices of one node itself
         self._llm = LLM(
-            model=spec.model.name,
-            revision=spec.model.revision,
-            trust_remote_code=spec.model.trust_remote_code,
-            dtype=engine.dtype,
-            load_format="safetensors",  # other weights are pickles, which can run code
             max_model_len=spec.longest_row + 1,  # vLLM always generates one token
             max_num_batched_tokens=max(TOKENS_PER_STEP, spec.longest_row + 1),
-            max_num_seqs=engine.rows_per_call,
             max_logprobs=spec.top_k + 1 if spec.ids_below is None else -1,  # -1: as many as there are tokens
-            logprobs_mode="raw_logprobs",
             worker_extension_cls=f"{TargetRows.__module__}.{TargetRows.__qualname__}",
             enable_prefix_caching=False,  # log-probabilities of cached positions are never computed
-            skip_tokenizer_init=True,
-            seed=0,
-            **device_arguments,
+            **engine_arguments(engine, spec.model),
         )
         self.vocab_size: int = self._llm.llm_engine.model_config.get_vocab_size()
         require_top_k(spec.top_k, self.vocab_size, spec.ids_below)

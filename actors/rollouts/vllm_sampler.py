@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from actors.engines.base import EngineDied
+from actors.engines.vllm_arguments import engine_arguments
 from actors.engines.vllm_limits import require_build_for
 from actors.model_source import ModelSource
 from actors.rollouts.base import Prompt, Response, SamplerSpec, seed_of
@@ -23,26 +24,10 @@ class VllmSampler:
     def __init__(self, spec: SamplerSpec) -> None:
         engine = spec.engine
         require_build_for(engine.gpu, current_platform.device_type)
-        device_arguments: dict[str, Any] = (
-            {"tensor_parallel_size": engine.tensor_parallel, "gpu_memory_utilization": engine.gpu_memory_utilization}
-            if engine.gpu
-            else {"kv_cache_memory_bytes": engine.kv_cache_mib << 20, "enforce_eager": True}
-        )
-        if engine.tensor_parallel > 1:
-            device_arguments["distributed_executor_backend"] = "mp"  # the actor holds all devices of one node itself
         self._llm = LLM(
-            model=spec.model.name,
-            revision=spec.model.revision,
-            trust_remote_code=spec.model.trust_remote_code,
-            dtype=engine.dtype,
-            load_format="safetensors",  # other weights are pickles, which can run code
             max_model_len=spec.longest_prompt + spec.sampling.max_new_tokens,
-            max_num_seqs=engine.rows_per_call,
-            logprobs_mode="raw_logprobs",
-            skip_tokenizer_init=True,
-            seed=0,
             worker_extension_cls="actors.engines.vllm_patches.FreshHead",
-            **device_arguments,
+            **engine_arguments(engine, spec.model),
         )
         self._spec = spec
         vocab_size = self._llm.llm_engine.model_config.get_vocab_size()

@@ -19,6 +19,7 @@ from orchestrator.planning.jobs import Estimator, trainings
 from orchestrator.planning.memory import Memory
 from orchestrator.planning.nearest import Nearest, nearest_plan
 from orchestrator.planning.probe import probe
+from orchestrator.planning.rollouts import rollout_pace
 from orchestrator.planning.shapes import Workload, read_workload, workload_of
 from orchestrator.planning.throughput import (
     REPLICAS,
@@ -134,6 +135,10 @@ def make_plan(config: RunConfig, asked: PlanOptions) -> Plan:
     memory = {"scoring": estimator.replica(config, place.gpu_bytes or None)} | {
         job.name: estimator.training(job) for job in trainings(config)
     }
+    replicas = settled_replicas(config, place, shards)
+    if config.rollouts is not None:
+        row_tokens = work.train_tokens / work.rows
+        remarks += rollout_pace(config, estimator.shapes["student"], row_tokens, rates, replicas, gpu_flops).lines()
     return Plan(
         fits=not found,
         problems=tuple(found),
@@ -146,7 +151,7 @@ def make_plan(config: RunConfig, asked: PlanOptions) -> Plan:
         rates=rates,
         finetune_seconds=_finetune_seconds(config, estimator, gpu_flops, rates.training / assumed.training),
         pipeline=pipe,
-        pace=pace(pipe, settled_replicas(config, place, shards), config.workers.count),
+        pace=pace(pipe, replicas, config.workers.count),
         nearest_pace=_nearest_pace(nearest, place, estimator, rates, assumed, gpu_flops),
         feeding=replicas_that_feed(pipe, config.workers.count),
         trials=config.tune.draws,
@@ -163,11 +168,6 @@ def _remarks(config: RunConfig, place: TargetCluster, work: Workload) -> tuple[s
         for job in trainings(config)
         if job.workers.elastic
     ]
-    if config.rollouts is not None:
-        lines.append(
-            f"rollouts: {plural(int(config.sampler_engine.replicas), 'sampler')} and the teacher stand beside the workers, which "
-            "is counted; seconds and memory are those of rows that all stay as the data has them"
-        )
     if config.responses is not None:
         lines.append(
             f"respond: the {config.responses.writer} writes {work.rows:,} responses of at most {config.responses.max_new_tokens} "

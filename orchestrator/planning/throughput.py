@@ -63,7 +63,7 @@ def training_flops(shape: ModelShape, work: Workload, train: TrainConfig) -> flo
 
 def scoring_rate(shape: ModelShape, work: Workload, engine: EngineConfig, gpu_flops: float = GPU_FLOPS) -> float:
     """Return the tokens a second that a replica is assumed to score."""
-    speed = engine.tensor_parallel * _gpu_speed(engine.dtype, gpu_flops) * SCORING_SHARE if engine.gpu else _cpus(engine.cpus)
+    speed = engine.tensor_parallel * gpu_speed(engine.dtype, gpu_flops) * SCORING_SHARE if engine.gpu else cpus_flops(engine.cpus)
     return speed / forward_flops(shape, work, head_on_targets=engine.kind == "vllm")
 
 
@@ -71,15 +71,17 @@ def training_rate(
     shape: ModelShape, work: Workload, train: TrainConfig, workers: WorkersConfig, padding: float, gpu_flops: float = GPU_FLOPS
 ) -> float:
     """Return the tokens a second that a worker is assumed to learn; exchanging gradients costs nothing here."""
-    speed = _gpu_speed(train.precision, gpu_flops) * TRAINING_SHARE if workers.gpus else _cpus(workers.cpus)
+    speed = gpu_speed(train.precision, gpu_flops) * TRAINING_SHARE if workers.gpus else cpus_flops(workers.cpus)
     return speed / training_flops(shape, work, train) / padding
 
 
-def _gpu_speed(dtype: str, gpu_flops: float) -> float:
+def gpu_speed(dtype: str, gpu_flops: float) -> float:
+    """Return the operations a second of a GPU in a type, of which it does ``gpu_flops`` in 16 bits."""
     return gpu_flops * (GPU_FLOAT32 if dtype == "float32" else 1.0)
 
 
-def _cpus(cpus: float) -> float:
+def cpus_flops(cpus: float) -> float:
+    """Return the operations a second that are assumed of so many CPUs."""
     return CPU_FLOPS * max(1, int(cpus)) * CPU_SHARE
 
 

@@ -2,10 +2,6 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,158 +9,29 @@ import pytest
 
 from actors.dataloader.rollout_rows import written_by_student
 from actors.dataloader.sampler import StepSampler
-from actors.examples import ExampleFile, write_examples
 from actors.model_source import ModelSource
-from actors.records import Example, TeacherScores, example_key
+from actors.records import TeacherScores
 from actors.rollouts.base import Prompt, Response, written_row
-from actors.rollouts.step_writer import MOST_UNSCORED, RolloutPlan, StepFacts, StepWriter, numbers_of
-from actors.rollouts.weights import Proof, WeightFolders, steps_written_by, weights_step
-from actors.rollouts.workers import HandOver, Weights, Written
-from actors.score_store.rollout_log import RolloutLog
-from tests.fakes import FAKE_VOCAB, expected_scores
-
-ROWS, BATCH, STEPS, TOP_K, SEED = 10, 4, 8, 5, 2
-IDENTITY = {"top_k": TOP_K, "vocab_size": FAKE_VOCAB}
-FIRST = ModelSource("the-student-as-it-begins", None, False)
-PATIENCE_SECONDS = 120.0
-ALL_AT_ONCE = 1000
-"""Steps of a window that is longer than the training, so that nobody waits for weights."""
-
-
-def conversations(rows: int) -> list[Example]:
-    """Rows of which every second has two answers."""
-    generator, examples = np.random.default_rng(0), []
-    for row in range(rows):
-        token_ids = generator.integers(0, FAKE_VOCAB, 14).astype(np.int32)
-        mask = np.arange(14) >= 9 + row % 3
-        if row % 2:
-            mask[2:5] = True
-        examples.append(Example(token_ids, mask, example_key(token_ids, mask), 100 + row))
-    return examples
-
-
-def answer(prompt: Prompt, weights: int) -> Response:
-    """What the fake samplers write, by these weights, to a prompt."""
-    generator = np.random.default_rng([prompt.step, prompt.row, weights])
-    count = int(generator.integers(1, 6))
-    logprobs = -generator.exponential(2, count).astype(np.float32)
-    return Response(generator.integers(0, FAKE_VOCAB, count).astype(np.int32), logprobs, bool(count % 2))
-
-
-@dataclass
-class Samplers:
-    """Answers at once; stands where ``RolloutWorkers`` do."""
-
-    on_write: Callable[[int], None] = lambda step: None
-    calls: list[tuple[Weights, list[Prompt]]] = field(default_factory=list)
-
-    @property
-    def steps(self) -> list[int]:
-        return [prompts[0].step for _, prompts in self.calls]
-
-    def write(self, weights: Weights, prompts: Sequence[Prompt]) -> Written:
-        assert len({prompt.step for prompt in prompts}) == 1
-        self.on_write(prompts[0].step)
-        self.calls.append((weights, list(prompts)))
-        return Written([answer(prompt, weights.step) for prompt in prompts], 0.25, HandOver(0.5, 0.001, 0.002))
-
-
-@dataclass
-class Teacher:
-    """Scores rows as they come; fails at the call that it is told to."""
-
-    fails_on_call: int = 0
-    before: Callable[[int], None] = lambda call: None
-    calls: list[list[str]] = field(default_factory=list)
-
-    def score(self, examples: Sequence[Example]) -> dict[str, TeacherScores]:
-        self.calls.append([example.key for example in examples])
-        self.before(len(self.calls))
-        if len(self.calls) == self.fails_on_call:
-            raise RuntimeError(f"the teacher fails on call {self.fails_on_call}")
-        return {example.key: expected_scores(example, TOP_K) for example in examples}
-
-
-@dataclass
-class World:
-    """A training of some steps, its log and its weights."""
-
-    plan: RolloutPlan
-    log: RolloutLog
-    folders: WeightFolders
-    facts: list[StepFacts] = field(default_factory=list)
-
-    def writer(self, samplers: Samplers, teacher: Teacher) -> StepWriter:
-        return StepWriter(self.plan, self.log, self.folders, samplers, teacher, self.facts.append)  # type: ignore[arg-type]
-
-    def run(self, samplers: Samplers, teacher: Teacher) -> None:
-        with self.running(samplers, teacher):
-            pass
-
-    @contextmanager
-    def running(self, samplers: Samplers, teacher: Teacher) -> Iterator[threading.Event]:
-        """Run a writer beside the body; leave, with its error, once it has ended."""
-        over, writer = threading.Event(), self.writer(samplers, teacher)
-        with ThreadPoolExecutor(1) as thread:
-            running = thread.submit(writer.run, over)
-            try:
-                yield over
-                running.result(PATIENCE_SECONDS)
-            finally:
-                over.set()
-
-    def publish(self, weights: int) -> None:
-        """Leave the weights after a step, as the student does."""
-        unfinished = self.folders.path(weights).with_suffix(".unfinished")
-        unfinished.mkdir(parents=True)
-        proof_of(weights).write(unfinished)
-        unfinished.rename(self.folders.path(weights))
-
-    def train(self) -> None:
-        """Follow the log as a student does, and publish the weights that somebody waits for."""
-        for step in range(1, self.plan.total_steps + 1):
-            if self.plan.prompts(step):
-                self.log.wait_for(step, PATIENCE_SECONDS)
-            if steps_written_by(step, self.plan.refresh_steps, self.plan.lag, self.plan.total_steps):
-                self.publish(step)
-
-    def there(self) -> list[int]:
-        return [step for step in range(1, self.plan.total_steps + 1) if self.log.is_there(step)]
-
-    def missing(self) -> list[int]:
-        return StepWriter.missing_steps(self.log, self.plan)
-
-
-def proof_of(weights: int) -> Proof:
-    return Proof(np.arange(3, dtype=np.int32), np.full(2, -weights, np.float32))
-
-
-def world_in(
-    folder: Path, refresh_steps: int = 1, lag: int = 0, share: float = 0.9, keep_steps: int | None = None, steps: int = STEPS
-) -> World:
-    write_examples(folder / "train.arrow", conversations(ROWS))
-    plan = RolloutPlan(
-        examples=ExampleFile(folder / "train.arrow"),
-        sampler=StepSampler(ROWS, BATCH, SEED, store_order_first=False),
-        total_steps=steps,
-        seed=SEED,
-        student_share=share,
-        refresh_steps=refresh_steps,
-        lag=lag,
-        keep_steps=keep_steps,
-        first_model=FIRST,
-        trust_remote_code=True,
-    )
-    return World(plan, RolloutLog.open_or_create(folder / "log", IDENTITY, steps, BATCH), WeightFolders(folder / "weights"))
-
-
-def with_rows(plan: RolloutPlan) -> list[int]:
-    """Steps in which the student writes a row."""
-    rows = [len(plan.sampler.positions(step)) for step in range(1, plan.total_steps + 1)]
-    return [
-        step for step, count in enumerate(rows, start=1) if written_by_student(plan.seed, step, count, plan.student_share).any()
-    ]
-
+from actors.rollouts.step_writer import MOST_UNSCORED, numbers_of
+from actors.rollouts.weights import weights_step
+from tests.actors.rollouts.step_world import (
+    ALL_AT_ONCE,
+    BATCH,
+    FIRST,
+    PATIENCE_SECONDS,
+    ROWS,
+    SEED,
+    STEPS,
+    TOP_K,
+    Samplers,
+    Teacher,
+    answer,
+    conversations,
+    proof_of,
+    with_rows,
+    world_in,
+)
+from tests.fakes import expected_scores
 
 # ---- what is asked for
 
@@ -328,109 +195,6 @@ def test_what_is_written_when_it_ends_early_is_still_scored(tmp_path: Path) -> N
         over.set()
         ended.set()
     assert samplers.steps == world.there() == [1]
-
-
-# ---- and begins anew
-
-
-def test_a_second_writer_writes_what_is_missing_and_nothing_twice(tmp_path: Path) -> None:
-    world = world_in(tmp_path, ALL_AT_ONCE)
-    with pytest.raises(RuntimeError, match="fails on call 4"):
-        world.run(Samplers(), Teacher(fails_on_call=4))
-    there = world.there()
-    assert there == [1, 2, 3]
-    before = {step: world.log.examples(step).hash for step in there}
-    samplers, teacher = Samplers(), Teacher()
-    again = replace(world, log=RolloutLog(tmp_path / "log"), facts=[])
-    missing = again.missing()
-    assert missing == [step for step in range(1, STEPS + 1) if step not in there]
-    again.run(samplers, teacher)
-    assert samplers.steps == [facts.step for facts in again.facts] == missing and len(teacher.calls) == len(missing)
-    assert again.there() == list(range(1, STEPS + 1))
-    assert {step: again.log.examples(step).hash for step in there} == before
-    third = Samplers()
-    again.run(third, Teacher())
-    assert third.calls == []
-
-
-def test_a_step_that_failed_leaves_no_gap_that_would_pass_for_steps_that_are_gone(tmp_path: Path) -> None:
-    world, third = world_in(tmp_path, ALL_AT_ONCE), threading.Event()
-
-    def note(step: int) -> None:
-        if step == 3:
-            third.set()
-
-    def slow(call: int) -> None:
-        assert third.wait(PATIENCE_SECONDS)
-
-    with pytest.raises(RuntimeError, match="fails on call 1"):
-        world.run(samplers := Samplers(note), Teacher(fails_on_call=1, before=slow))
-    assert samplers.steps[:3] == [1, 2, 3], "two steps were written when the first one failed"
-    assert world.there() == [] and world.missing() == list(range(1, STEPS + 1))
-
-
-def test_weights_stay_until_what_they_wrote_is_in_the_log(tmp_path: Path) -> None:
-    """A student that resumes after them does not leave them again."""
-    world, written = world_in(tmp_path, lag=1), threading.Event()
-    for weights in (1, 2, 3):
-        world.publish(weights)
-
-    def note(step: int) -> None:
-        if step == 5:
-            written.set()
-
-    def slow(call: int) -> None:
-        assert call < 3 or written.wait(PATIENCE_SECONDS)
-
-    with pytest.raises(RuntimeError, match="fails on call 3"):
-        world.run(Samplers(note), Teacher(fails_on_call=3, before=slow))
-    missing = world.missing()
-    assert missing[0] == 3 and world.folders.is_there(weights_step(3, 1, 1))
-    for weights in range(4, STEPS - 1):
-        world.publish(weights)
-    world.run(samplers := Samplers(), Teacher())
-    assert samplers.steps == missing
-    assert world.there() == list(range(1, STEPS + 1))
-
-
-# ---- what is kept
-
-
-def test_only_the_latest_steps_are_kept(tmp_path: Path) -> None:
-    world = world_in(tmp_path, ALL_AT_ONCE, keep_steps=3)
-    world.run(Samplers(), Teacher())
-    assert world.there() == [STEPS - 2, STEPS - 1, STEPS]
-    assert {path.name for path in (tmp_path / "log").glob("written-*")} == {f"written-{step - 1:05d}.arrow" for step in (6, 7, 8)}
-
-
-def test_a_writer_does_not_begin_again_with_steps_that_are_gone(tmp_path: Path) -> None:
-    world = world_in(tmp_path, ALL_AT_ONCE, keep_steps=2)
-    with pytest.raises(RuntimeError, match="fails on call 6"):
-        world.run(Samplers(), Teacher(fails_on_call=6))
-    assert world.there() == [4, 5]
-    assert world.missing() == [6, 7, 8]
-    world.run(samplers := Samplers(), Teacher())
-    assert samplers.steps == [6, 7, 8] and world.there() == [7, 8]
-    assert world.missing() == []
-
-
-def test_steps_without_rows_of_the_students_leave_nothing_that_is_to_be_discarded(tmp_path: Path) -> None:
-    world = world_in(tmp_path, ALL_AT_ONCE, share=0.2, keep_steps=2, steps=40)
-    expected = with_rows(world.plan)
-    assert any(step + 1 not in expected for step in expected)
-    world.run(Samplers(), Teacher())
-    assert world.there() == [step for step in expected if step > expected[-1] - 2]
-    assert world.missing() == []
-
-
-def test_where_fewer_steps_are_kept_from_now_on_the_others_go(tmp_path: Path) -> None:
-    world = world_in(tmp_path, ALL_AT_ONCE)
-    with pytest.raises(RuntimeError, match="fails on call 7"):
-        world.run(Samplers(), Teacher(fails_on_call=7))
-    fewer = replace(world, plan=replace(world.plan, keep_steps=2))
-    fewer.run(samplers := Samplers(), Teacher())
-    assert samplers.steps[0] == 7
-    assert fewer.there() == [7, 8] and fewer.missing() == []
 
 
 # ---- what is recorded

@@ -1,0 +1,68 @@
+"""What a step with rollouts takes, against the same reckoned by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from actors.config.models import EngineConfig
+from orchestrator.config.run import RunConfig
+from orchestrator.planning.plan import PlanOptions, make_plan
+from orchestrator.planning.rollouts import RolloutPace, rollout_pace, sampling_rate
+from orchestrator.planning.shapes import ModelShape
+from orchestrator.planning.throughput import Rates
+from tests.orchestrator.config.test_run import changed
+
+STUDENT = ModelShape(
+    weights=500_000_000, trained=500_000_000, vocab_size=100_000, hidden_size=1000, intermediate_size=4000, layers=20,
+    layer_weights=20_000_000, heads=10, kv_size=512, tied=True, trains_head=True,
+)  # fmt: skip
+RATES = Rates(scoring=4_000.0, training=2_000.0, source="said")
+
+
+def config(rollouts: str, *overrides: str) -> RunConfig:
+    scratch = "student.model={kind: scratch, hidden_size: 64, layers: 1, heads: 2}"
+    return changed(scratch, f"rollouts={{{rollouts}}}", "train.batch_rows=32", "workers.count=4", *overrides)
+
+
+def test_few_rows_wait_for_the_weights_to_be_read_and_many_for_the_operations() -> None:
+    engine = EngineConfig(kind="vllm", gpu=True, dtype="bfloat16")
+    reading = 500e6 * 2 / (2.0e12 * 0.6)  # a GPU's memory, of which 60 % is used
+    a_row = (2 * 20 * 20e6 + 20 * 4 * 1000 * 200 / 2 + 2 * 100e6) / (300e12 * 0.4)
+    assert reading > 8 * a_row and reading < 200 * a_row
+    assert sampling_rate(STUDENT, engine, 8, 200, 300e12) == pytest.approx(8 / reading)
+    assert sampling_rate(STUDENT, engine, 200, 200, 300e12) == pytest.approx(1 / a_row)
+    both = engine.model_copy(update={"tensor_parallel": 2})
+    assert sampling_rate(STUDENT, both, 8, 200, 300e12) == pytest.approx(16 / reading)
+    on_cpus = EngineConfig(kind="vllm", dtype="float32", cpus=2)
+    assert sampling_rate(STUDENT, on_cpus, 1, 200, 300e12) == pytest.approx(2 * 10e9 * 0.6 / (500e6 * 4))
+
+
+@pytest.mark.parametrize(("share", "lag"), [(1.0, 0), (1.0, 1), (0.5, 1)])
+def test_the_parts_of_a_step_by_hand(share: float, lag: int) -> None:
+    engine = "engine: {kind: vllm, gpu: true, dtype: bfloat16, replicas: 2}"
+    found = rollout_pace(
+        config(f"student_share: {share}, lag: {lag}, max_new_tokens: 100, {engine}"), STUDENT, 60.0, RATES, 3, 300e12
+    )
+    written = 32 * share
+    a_sampler = sampling_rate(STUDENT, EngineConfig(gpu=True, dtype="bfloat16"), written / 2, 100, 300e12)
+    assert found.sampling_seconds == pytest.approx(written * 100 / (2 * a_sampler))
+    assert found.scoring_seconds == pytest.approx(written * 160 / (3 * 4_000))
+    assert found.training_seconds == pytest.approx((written * 160 + (32 - written) * 60) / (4 * 2_000))
+    parts = [found.sampling_seconds, found.scoring_seconds, found.training_seconds]
+    assert found.seconds == pytest.approx(max(parts) if lag else sum(parts))
+
+
+def test_as_many_as_keep_up_are_named() -> None:
+    slow = RolloutPace(2, 3, 4, 1, sampling_seconds=5.0, scoring_seconds=1.0, training_seconds=2.0)
+    assert slow.slowest == "sampling" and slow.seconds == 5.0
+    said = slow.lines()
+    assert said[0].endswith("5 s in all (the slowest of them with its lag); sampling takes longest")
+    assert said[1].startswith("rollouts: 5 samplers and 2 replicas keep up with 4 workers where the lag is 1")
+    in_turn = replace(slow, lag=0, sampling_seconds=0.1)
+    assert in_turn.seconds == pytest.approx(3.1) and in_turn.slowest == "training"
+    assert "(one after the other without a lag)" in in_turn.lines()[0] and "1 sampler and 2 replicas" in in_turn.lines()[1]
+
+
+def test_a_plan_says_it() -> None:
+    made = make_plan(config("max_new_tokens: 20"), PlanOptions(rows=500, row_tokens=40, row_targets=20))
+    assert [line.split(":")[0] for line in made.remarks] == ["rollouts", "rollouts"]
