@@ -1,7 +1,8 @@
 """What a step takes whose rows the student writes: sampling, scoring and training, who is waited for, and how many keep up.
 
-By arithmetic. A token is drawn when all weights were read once from memory and multiplied; all rows that are sampled together
-share the reading. How long responses become nobody knows before: each counts as long as it may become.
+By arithmetic. A token is drawn when all weights were read once from memory and multiplied, and the host has had its turn; all
+rows that are sampled together share reading and turn. How long responses become nobody knows before: each counts as long as it
+may become.
 """
 
 import math
@@ -19,6 +20,8 @@ GPU_BYTES_A_SECOND, CPU_BYTES_A_SECOND = 2.0e12, 10e9
 """Assumed of a GPU's memory (an A100 of 80 GiB) and of one CPU's."""
 BANDWIDTH_SHARE = 0.6
 """Assumed share of it that is used."""
+TURN_SECONDS = 0.005
+"""Assumed of the host for each token, however many rows there are; vLLM took about 10 ms for a tiny model beside other work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,4 +103,4 @@ def sampling_rate(shape: ModelShape, engine: EngineConfig, rows: float, context:
     speed = devices * gpu_speed(engine.dtype, gpu_flops) * SCORING_SHARE if engine.gpu else cpus_flops(engine.cpus)
     reading = SIZES[engine.dtype] * shape.weights / bandwidth
     computing = rows * (blocks_flops(shape, context) + head_flops(shape)) / speed
-    return rows / max(reading, computing)
+    return rows / max(reading, computing, TURN_SECONDS)

@@ -26,15 +26,21 @@ def config(rollouts: str, *overrides: str) -> RunConfig:
 
 def test_few_rows_wait_for_the_weights_to_be_read_and_many_for_the_operations() -> None:
     engine = EngineConfig(kind="vllm", gpu=True, dtype="bfloat16")
-    reading = 500e6 * 2 / (2.0e12 * 0.6)  # a GPU's memory, of which 60 % is used
-    a_row = (2 * 20 * 20e6 + 20 * 4 * 1000 * 200 / 2 + 2 * 100e6) / (300e12 * 0.4)
+    large = replace(STUDENT, weights=16_000_000_000, layer_weights=800_000_000)
+    reading = 16e9 * 2 / (2.0e12 * 0.6)  # a GPU's memory, of which 60 % is used
+    a_row = (2 * 20 * 800e6 + 20 * 4 * 1000 * 200 / 2 + 2 * 100e6) / (300e12 * 0.4)
     assert reading > 8 * a_row and reading < 200 * a_row
-    assert sampling_rate(STUDENT, engine, 8, 200, 300e12) == pytest.approx(8 / reading)
-    assert sampling_rate(STUDENT, engine, 200, 200, 300e12) == pytest.approx(1 / a_row)
+    assert sampling_rate(large, engine, 8, 200, 300e12) == pytest.approx(8 / reading)
+    assert sampling_rate(large, engine, 200, 200, 300e12) == pytest.approx(1 / a_row)
     both = engine.model_copy(update={"tensor_parallel": 2})
-    assert sampling_rate(STUDENT, both, 8, 200, 300e12) == pytest.approx(16 / reading)
+    assert sampling_rate(large, both, 8, 200, 300e12) == pytest.approx(16 / reading)
     on_cpus = EngineConfig(kind="vllm", dtype="float32", cpus=2)
     assert sampling_rate(STUDENT, on_cpus, 1, 200, 300e12) == pytest.approx(2 * 10e9 * 0.6 / (500e6 * 4))
+
+
+def test_a_small_model_waits_for_the_host() -> None:
+    engine = EngineConfig(kind="vllm", gpu=True, dtype="bfloat16")
+    assert sampling_rate(STUDENT, engine, 8, 200, 300e12) == pytest.approx(8 / 0.005)
 
 
 @pytest.mark.parametrize(("share", "lag"), [(1.0, 0), (1.0, 1), (0.5, 1)])
