@@ -145,14 +145,16 @@ class RolloutStage:
             raise
 
     def _teacher_spec(self) -> TeacherSpec:
-        engine, longest_answer = self._config.teacher.engine, self._rollouts.max_new_tokens
+        engine = self._config.teacher.engine
+        heldout = ExampleFile(self._run_dir.path / "data" / "heldout.arrow")  # of which the teacher's probe is made
+        written = self._sampler_spec.longest_prompt + self._rollouts.max_new_tokens
         if engine.replicas == "auto":
             engine = engine.model_copy(update={"replicas": self._most_replicas()})
         return TeacherSpec(
             engine=engine,
             model=self._teacher,
             top_k=self._config.scores.top_k,
-            longest_row=max(int(self._plan.examples.lengths.max()), self._sampler_spec.longest_prompt + longest_answer),
+            longest_row=max(int(heldout.lengths.max()), written),
             ids_below=named_below(self._ids_below, self._vocab_size),
         )
 
