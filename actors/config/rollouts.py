@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from actors.config.models import EngineConfig
-from losses.section import MayChange, Section
+from losses.section import MayChange, NotSearchable, Searchable, Section
 
 LOWEST_TEMPERATURE = 0.01
 """The lowest that vLLM samples at, 0 aside."""
@@ -47,30 +47,32 @@ class ResponsesConfig(Section):
 class RolloutsConfig(Section):
     """Text that the student writes while it learns, scored by the teacher as it comes (on-policy distillation)."""
 
-    student_share: float = Field(default=0.5, gt=0.0, le=1.0)
+    student_share: Annotated[float, Searchable("where the configuration has rollouts")] = Field(default=0.5, gt=0.0, le=1.0)
     """Of each step's rows, those to whose prompts the student writes the response anew; the others stay as the data has them.
     GKD's lambda (arXiv 2306.13649); 1.0 is fully on-policy."""
 
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: Annotated[int, Searchable("up to what the configuration says")] = Field(default=256, ge=1)
     """Longest response; one that is cut there has no end to learn."""
 
-    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    temperature: Annotated[float, Searchable("where the configuration has rollouts")] = Field(default=1.0, ge=0.0, le=2.0)
     """Of the sampling; 0 takes the most likely token. The teacher's scores, and what is recorded, are those of temperature 1."""
 
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_p: Annotated[float, Searchable("where the configuration has rollouts")] = Field(default=1.0, gt=0.0, le=1.0)
     """Sample from the fewest tokens that hold this share of the mass."""
 
-    refresh_steps: int = Field(default=1, ge=1)
+    refresh_steps: Annotated[int, Searchable("where the configuration has rollouts")] = Field(default=1, ge=1)
     """Optimizer steps of a window, whose rows are written by the same weights."""
 
-    lag: int = Field(default=0, ge=0)
+    lag: Annotated[int, Searchable("where the configuration has rollouts")] = Field(default=0, ge=0)
     """0: a window's rows are written by the weights with which it begins, and the workers wait for them. 1: by those with which
     the window before began, so that they are written and scored while that one trains."""
 
-    keep_steps: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
+    keep_steps: Annotated[int | None, MayChange(), NotSearchable("it says what is kept")] = Field(default=None, ge=1)
     """Of how many of the latest steps what was written is kept; null for all."""
 
-    engine: EngineConfig | None = None
+    engine: Annotated[
+        EngineConfig | None, NotSearchable("each trial has samplers of its own, all alike")
+    ] = None
     """How the student is served; defaults to ``teacher.engine`` with one replica."""
 
     @model_validator(mode="after")

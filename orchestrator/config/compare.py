@@ -33,7 +33,11 @@ class CompareConfig(Section):
     """Name of the comparison, and of its folder in the run's; another one of the same run needs another."""
 
     arms: tuple[str, ...] = tuple(ARMS)
-    """What is compared."""
+    """What is compared, by name."""
+
+    own_arms: dict[str, dict[str, Any]] = {}
+    """Further arms by name, each with what it sets in the configuration, such as ``loss`` or ``rollouts.student_share``:
+    whatever may differ between the trials of a search, and ``rollouts: null`` for those that learn from the data's rows alone."""
 
     baseline: str = "forward_kl"
     """The arm that each other one is compared to, seed by seed."""
@@ -63,12 +67,8 @@ class CompareConfig(Section):
 
     @field_validator("arms")
     @classmethod
-    def _arms_are_known(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+    def _arms_stand_once(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
         for arm in arms:
-            if arm not in ARMS:
-                nearest = difflib.get_close_matches(arm, ARMS, n=1)
-                guess = f"did you mean {nearest[0]}? There" if nearest else "there"
-                raise ValueError(f"no arm is called {arm!r}; {guess} are {', '.join(ARMS)}")
             if arms.count(arm) > 1:
                 raise ValueError(f"arm {arm} stands twice; once would do")
         return arms
@@ -102,6 +102,21 @@ class CompareConfig(Section):
     @classmethod
     def _concurrent_is_a_count(cls, concurrent: Any) -> Any:
         return require_count(concurrent)
+
+    @model_validator(mode="after")
+    def _arms_are_known(self) -> "CompareConfig":
+        for arm in self.own_arms:
+            if arm in ARMS:
+                raise ValueError(f"own_arms has {arm}, which has its loss already; another name would do")
+            if arm not in self.arms:
+                raise ValueError(f"own_arms has {arm}, but it is none of the arms {', '.join(self.arms)}; add it to arms")
+        known = (*ARMS, *self.own_arms)
+        for arm in self.arms:
+            if arm not in known:
+                nearest = difflib.get_close_matches(arm, known, n=1)
+                guess = f"did you mean {nearest[0]}? There" if nearest else "there"
+                raise ValueError(f"no arm is called {arm!r}; {guess} are {', '.join(known)}, and more in own_arms")
+        return self
 
     @model_validator(mode="after")
     def _baseline_is_an_arm(self) -> "CompareConfig":

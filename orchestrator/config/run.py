@@ -105,7 +105,7 @@ class RunConfig(Section):
         ResponsesConfig | None, NotSearchable("it changes the rows, and a search shares one score store")
     ] = None
     """Have the responses to the data's prompts written by a model; null for the data's own."""
-    rollouts: Annotated[RolloutsConfig | None, NotSearchable("each trial would need samplers of its own")] = None
+    rollouts: RolloutsConfig | None = None
     """Have the student write responses while it learns; null for none."""
     scores: Annotated[
         ScoresConfig, NotSearchable("it says how the scores are kept, and a search shares one store; scores.top_k alone can vary")

@@ -37,6 +37,9 @@ class Cost:
     scoring_seconds: float | None = None
     """Time of scoring."""
 
+    written_tokens_scored: float | None = None
+    """Tokens of responses that students of trials wrote, each scored for its trial alone."""
+
 
 def write_search_report(folder: Path) -> Path:
     """Write ``report.html`` into the folder of a search or comparison, from what stands there, and return its path.
@@ -115,6 +118,9 @@ def cost_part(search: Search, cost: Cost) -> PageSection:
         ("students: time of a trial, mean", duration(seconds / len(search.trials) if search.trials else None)),
     ]
     notes = ["All trials read the same scores: the teacher's part does not grow with their number."]
+    if cost.written_tokens_scored is not None:
+        rows.insert(2, ("teacher: tokens of students' own text scored, all trials", _tokens(cost.written_tokens_scored, None)))
+        notes = ["All trials read the same scores of the data's rows; what a student writes is scored for its trial alone."]
     if unfinished := len(search.trials) - len(ended):
         notes.append(f"The tokens of unfinished trials ({unfinished}) are not counted.")
     return PageSection("Cost", Grid((Column(""), Column("", True)), tuple(rows), tuple(notes)), classes="plain narrow")

@@ -1,7 +1,7 @@
 """The pipeline of a run: tokenize the rows, score them with the teacher once, distil the student, evaluate and export it."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from orchestrator.models.models import ROLES, Models
 from orchestrator.run.evaluation import evaluate
 from orchestrator.run.export import export
 from orchestrator.run.responses import respond
-from orchestrator.run.rollouts import RolloutStage
+from orchestrator.run.rollouts import RolloutStage, rollout_task, served_teacher
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
 from orchestrator.run.stages import fetch_models, finetune, prepare, require_same_source, train
@@ -54,14 +54,13 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
         yield "respond"
 
         scoring = ScoringStage(config, run_dir, models)
-        rollouts = RolloutStage(config, run_dir, models) if config.rollouts is not None else None
         scored = [] if scoring.complete else ["score"]
         if not overlap:
             fetch_models(config, run_dir, models, scored)
             scoring.run()
             yield "score"
         fetch_models(config, run_dir, models, [*scored, "train"])
-        with scoring.in_background() if overlap else nullcontext(), rollouts.in_background() if rollouts else nullcontext():
+        with scoring.in_background() if overlap else nullcontext(), rollouts_of(config, run_dir, models):
             run_dir.stage("train", partial(train, config, run_dir, models, scoring.training_store))
         yield "train"
 
@@ -71,3 +70,12 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
 
     run_dir.stage("export", partial(export, config, run_dir, models, scoring.training_store))
     yield "export"
+
+
+def rollouts_of(config: RunConfig, run_dir: RunDir, models: Models) -> AbstractContextManager[None]:
+    """Return what writes rows beside the training of a run; nothing where there are none, or it is trained."""
+    if (task := rollout_task(config, run_dir.path)) is None or run_dir.result("train") is not None:
+        return nullcontext()
+    stage = RolloutStage(config, run_dir.path, models, task, config.seed)
+    serve_teacher = partial(served_teacher, config, run_dir, models)
+    return stage.in_background(serve_teacher, run_dir.path / "metrics", run_dir.path / "logs")

@@ -1,9 +1,8 @@
-"""Rollouts beside the training: samplers that write by the student's weights, and the teacher that scores what they write."""
+"""Rollouts beside a training: samplers that write by the student's weights, and the teacher that scores what they write."""
 
-import logging
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
 from actors.dataloader.sampler import StepSampler, steps_in
@@ -16,13 +15,14 @@ from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import read_nodes, replica_request, sampler_request, worker_request
 from actors.rollouts.base import SamplerFactory, SamplerSpec, Sampling
 from actors.rollouts.build import build_sampler
-from actors.rollouts.step_writer import RolloutPlan, StepFacts, StepWriter
+from actors.rollouts.step_writer import RolloutPlan, StepFacts, StepWriter, Teacher
 from actors.rollouts.weights import WeightFolders
 from actors.rollouts.workers import RolloutWorkers
 from actors.room import fit_together
 from actors.score_store.rollout_log import RolloutLog
 from actors.student.task import RolloutTask
 from actors.teacher.pool import TeacherPool
+from actors.teacher.service import ScoreService
 from orchestrator.cluster.background import in_background
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models, ids_below, named_below, vocab_size_of
@@ -31,29 +31,30 @@ from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import describe_failure, pin_revision
 from orchestrator.run.score_parity import probe_of, require_right
 
-logger = logging.getLogger("atkd")
-
 MOST_REPLICAS = 64
 """Teachers that ``auto`` takes at most to score rollouts."""
 
+ServeTeacher = Callable[[], AbstractContextManager[Teacher]]
+"""Starts whoever scores rows on demand, and ends them again."""
+
+
+def rollouts_folder(folder: Path) -> Path:
+    """Return where a run or a trial keeps what the student writes."""
+    return folder / "rollouts"
+
 
 def log_folder(folder: Path) -> Path:
-    """Return where a run keeps the rows that the student writes, with their scores."""
-    return folder / "rollouts" / "log"
-
-
-def weights_folder(folder: Path) -> Path:
-    """Return where a run leaves the student's weights for its samplers."""
-    return folder / "rollouts" / "weights"
+    """Return where a run or a trial keeps the rows that the student writes, with their scores."""
+    return rollouts_folder(folder) / "log"
 
 
 def rollout_task(config: RunConfig, folder: Path) -> RolloutTask | None:
-    """Return what the training of a run is told of its rollouts; None where there are none."""
+    """Return what the training of a run, or of a trial with a folder of its own, is told of its rollouts; None if it has none."""
     if config.rollouts is None:
         return None
     return RolloutTask(
         log=str(log_folder(folder)),
-        weights=str(weights_folder(folder)),
+        weights=str(rollouts_folder(folder) / "weights"),
         student_share=config.rollouts.student_share,
         refresh_steps=config.rollouts.refresh_steps,
         lag=config.rollouts.lag,
@@ -62,36 +63,44 @@ def rollout_task(config: RunConfig, folder: Path) -> RolloutTask | None:
 
 
 class RolloutStage:
-    """The rollouts of one run. Made once teacher and student are ready, before either is started."""
+    """The rollouts of one training: samplers, and the log that they fill. Made once the student is ready.
+
+    Args:
+        config: of the run, or of a trial.
+        folder: of the run, with its rows and its tokenizer.
+        models: of the run.
+        task: what the training is told of its rollouts.
+        seed: draws who writes which row, and the responses.
+        sampler_factory: builds a sampler's engine.
+    """
 
     def __init__(
-        self, config: RunConfig, run_dir: RunDir, models: Models, sampler_factory: SamplerFactory = build_sampler,
-        engine_factory: EngineFactory = build_engine,
+        self, config: RunConfig, folder: Path, models: Models, task: RolloutTask, seed: int,
+        sampler_factory: SamplerFactory = build_sampler,
     ) -> None:  # fmt: skip
         assert config.rollouts is not None
-        self._config, self._run_dir, self._rollouts = config, run_dir, config.rollouts
-        self._sampler_factory, self._engine_factory = sampler_factory, engine_factory
-        self._teacher, student = pin_revision(models.ready("teacher")), pin_revision(models.ready("student"))
-        examples = ExampleFile(training_rows(config, run_dir.path))
-        train, seed, vocab_size = config.train, config.seed, vocab_size_of(self._teacher)
-        self._ids_below, self._vocab_size = ids_below(models), vocab_size
+        self._sampler_factory, self._task = sampler_factory, task
+        student = pin_revision(models.ready("student"))
+        examples = ExampleFile(training_rows(config, folder))
+        train, rollouts = config.train, config.rollouts
+        known, vocab_size = ids_below(models), vocab_size_of(models.ready("teacher"))
         self._sampler_spec = SamplerSpec(
             engine=config.sampler_engine,
             model=student,
-            sampling=Sampling(self._rollouts.max_new_tokens, self._rollouts.temperature, self._rollouts.top_p, seed),
+            sampling=Sampling(rollouts.max_new_tokens, rollouts.temperature, rollouts.top_p, seed),
             ends=read_answer_ends(models.tokenizer_folder, models.tokenizer()),
             longest_prompt=longest_prompt(examples),
-            ids_below=named_below(min(self._ids_below, vocab_size), vocab_size_of(student)),
+            ids_below=named_below(min(known, vocab_size), vocab_size_of(student)),
         )
         self._plan = RolloutPlan(
             examples=examples,
             sampler=StepSampler(len(examples), train.batch_rows, seed, train.first_epoch == "store_order"),
             total_steps=steps_in(len(examples), train.batch_rows, train.epochs),
             seed=seed,
-            student_share=self._rollouts.student_share,
-            refresh_steps=self._rollouts.refresh_steps,
-            lag=self._rollouts.lag,
-            keep_steps=self._rollouts.keep_steps,
+            student_share=rollouts.student_share,
+            refresh_steps=rollouts.refresh_steps,
+            lag=rollouts.lag,
+            keep_steps=rollouts.keep_steps,
             first_model=student,
             trust_remote_code=student.trust_remote_code,
         )
@@ -100,69 +109,84 @@ class RolloutStage:
             "top_k": config.scores.top_k,
             "top_mass": config.scores.top_mass,
             "vocab_size": vocab_size,
-            "ids_below": min(self._ids_below, vocab_size),
+            "ids_below": min(known, vocab_size),
         }
-        self._log = RolloutLog.open_or_create(log_folder(run_dir.path), identity, self._plan.total_steps, train.batch_rows)
+        self._log = RolloutLog.open_or_create(Path(task.log), identity, self._plan.total_steps, train.batch_rows)
 
     @contextmanager
-    def in_background(self) -> Iterator[None]:
-        """Write rows while the body trains; leave when it is done."""
-        if self._run_dir.result("train") is not None:
-            yield
-            return
-        self._log.clear_failure()  # of an earlier run, before a student of this one can read it
+    def in_background(self, serve_teacher: ServeTeacher, metrics: Path, logs: Path) -> Iterator[None]:
+        """Write rows while the body trains; leave when it is done.
+
+        Args:
+            serve_teacher: starts who scores them, unless all rows are there.
+            metrics: folder of ``rollouts.jsonl``.
+            logs: folder in which samplers leave what they print.
+        """
+        self._log.clear_failure()  # of an earlier start, before a student of this one can read it
         over = threading.Event()
-        with in_background("rollouts", lambda: self._write(over), over.set):
+        with in_background("rollouts", lambda: self._write(over, serve_teacher, metrics, logs), over.set):
             try:
                 yield
             finally:
                 over.set()
 
-    def _write(self, over: threading.Event) -> None:
+    def _write(self, over: threading.Event, serve_teacher: ServeTeacher, metrics: Path, logs: Path) -> None:
         """Write the rows of all steps that are missing; should it fail, tell the students that wait for them."""
-        live, missing = TeacherMetrics(self._config.name), StepWriter.missing_steps(self._log, self._plan)
+        missing = StepWriter.missing_steps(self._log, self._plan)
         if not missing:
             return
-        logs = self._run_dir.path / "logs"
-        pool = TeacherPool(
-            self._teacher_spec(), engine_factory=self._engine_factory, probe=probe_of(self._config, self._run_dir), live=live,
-            on_death=lambda number, error: self._run_dir.event("replica_died", replica=number, error=error), logs=logs,
-        )  # fmt: skip
-        samplers = RolloutWorkers(self._sampler_spec, int(self._config.sampler_engine.replicas), logs, self._sampler_factory)
-        metrics = JsonLines(self._run_dir.path / "metrics", "rollouts", first_step=missing[0])
+        lines = JsonLines(metrics, "rollouts", first_step=missing[0])
+
+        def note(facts: StepFacts) -> None:
+            lines.write(facts.step, facts.numbers)
+
+        spec, weights = self._sampler_spec, WeightFolders(Path(self._task.weights))
+        samplers = RolloutWorkers(spec, int(spec.engine.replicas), logs, self._sampler_factory)
         try:
-            with closing(metrics), samplers, pool, pool.serving() as service:
-                require_right(pool, self._config, self._run_dir)
-
-                def note(facts: StepFacts) -> None:
-                    metrics.write(facts.step, facts.numbers)
-
-                weights = WeightFolders(weights_folder(self._run_dir.path))
-                StepWriter(self._plan, self._log, weights, samplers, service, note).run(over)
+            with closing(lines), samplers, serve_teacher() as teacher:
+                StepWriter(self._plan, self._log, weights, samplers, teacher, note).run(over)
         except Exception as error:
             with suppress(OSError):  # on a full disk the first error matters, not that it could not be written down
                 self._log.declare_failed(describe_failure(error))
             raise
 
-    def _teacher_spec(self) -> TeacherSpec:
-        engine = self._config.teacher.engine
-        heldout = ExampleFile(self._run_dir.path / "data" / "heldout.arrow")  # of which the teacher's probe is made
-        written = self._sampler_spec.longest_prompt + self._rollouts.max_new_tokens
-        if engine.replicas == "auto":
-            engine = engine.model_copy(update={"replicas": self._most_replicas()})
-        return TeacherSpec(
-            engine=engine,
-            model=self._teacher,
-            top_k=self._config.scores.top_k,
-            longest_row=max(int(heldout.lengths.max()), written),
-            ids_below=named_below(self._ids_below, self._vocab_size),
-        )
 
-    def _most_replicas(self) -> int:
-        """Return how many teachers find room beside samplers and workers, at least one."""
-        config, nodes = self._config, read_nodes()
-        others = [(sampler_request(config.sampler_engine), int(config.sampler_engine.replicas)),
-                  (worker_request(config.workers), config.workers.count)]  # fmt: skip
-        replica = replica_request(config.teacher.engine)
-        fitting = [count for count in range(2, MOST_REPLICAS + 1) if fit_together(nodes, [(replica, count), *others])]
-        return max(fitting, default=1)
+@contextmanager
+def served_teacher(
+    config: RunConfig, run_dir: RunDir, models: Models, engine_factory: EngineFactory = build_engine
+) -> Iterator[ScoreService]:
+    """Have the teacher score rows on demand while the body runs; it is compared with its plain forward pass before."""
+    pool = TeacherPool(
+        _teacher_spec(config, run_dir.path, models), engine_factory=engine_factory, probe=probe_of(config, run_dir),
+        live=TeacherMetrics(config.name), logs=run_dir.path / "logs",
+        on_death=lambda number, error: run_dir.event("replica_died", replica=number, error=error),
+    )  # fmt: skip
+    with pool, pool.serving() as service:
+        require_right(pool, config, run_dir)
+        yield service
+
+
+def _teacher_spec(config: RunConfig, folder: Path, models: Models) -> TeacherSpec:
+    assert config.rollouts is not None
+    engine, teacher = config.teacher.engine, pin_revision(models.ready("teacher"))
+    heldout = ExampleFile(folder / "data" / "heldout.arrow")  # of which the teacher's probe is made
+    written = longest_prompt(ExampleFile(training_rows(config, folder))) + config.rollouts.max_new_tokens
+    if engine.replicas == "auto":
+        engine = engine.model_copy(update={"replicas": _most_replicas(config)})
+    return TeacherSpec(
+        engine=engine,
+        model=teacher,
+        top_k=config.scores.top_k,
+        longest_row=max(int(heldout.lengths.max()), written),
+        ids_below=named_below(ids_below(models), vocab_size_of(teacher)),
+    )
+
+
+def _most_replicas(config: RunConfig) -> int:
+    """Return how many teachers find room beside samplers and workers, at least one."""
+    nodes = read_nodes()
+    others = [(sampler_request(config.sampler_engine), int(config.sampler_engine.replicas)),
+              (worker_request(config.workers), config.workers.count)]  # fmt: skip
+    replica = replica_request(config.teacher.engine)
+    fitting = [count for count in range(2, MOST_REPLICAS + 1) if fit_together(nodes, [(replica, count), *others])]
+    return max(fitting, default=1)

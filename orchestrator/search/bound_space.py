@@ -52,7 +52,9 @@ class BoundSpace:
         try:
             for path in sorted(point, key=lambda path: path.count(".")):
                 _set(tree, path, copy.deepcopy(point[path]))
-            return validate(tree)
+            trial = validate(tree)
+            require_same_samplers(self.config, trial)
+            return trial
         except ConfigError as error:
             values = ", ".join(f"{path}={value!r}" for path, value in point.items())
             raise ConfigError(f"{self.origin}, with {values}: {error}{_integer_hint(str(error))}") from None
@@ -87,17 +89,36 @@ def search_of(config: RunConfig) -> BoundSpace:
     return bound
 
 
+def require_same_samplers(config: RunConfig, trial: RunConfig) -> None:
+    """Raise if the rollouts of a trial want another teacher or other samplers than those of the search.
+
+    Raises:
+        ConfigError: naming the key, its value here and in the trial, and what would do.
+    """
+    if trial.rollouts is None:
+        return
+    if config.rollouts is None:
+        raise ConfigError(
+            "rollouts is null in the configuration, whose samplers and teacher all trials would have; rollouts={max_new_tokens: "
+            f"{trial.rollouts.max_new_tokens}}} there would do, and rollouts: null in trials that have none"
+        )
+    if trial.rollouts.max_new_tokens > config.rollouts.max_new_tokens:
+        raise ConfigError(
+            f"rollouts.max_new_tokens is {trial.rollouts.max_new_tokens}, but the teacher of all trials takes rows with "
+            f"{config.rollouts.max_new_tokens}, as the configuration says; that, or fewer, would do"
+        )
+    if trial.sampler_engine != config.sampler_engine:
+        raise ConfigError(
+            "rollouts.engine differs from the configuration's, but the samplers of all trials are alike; leave it out there"
+        )
+
+
 def require_trials(config: RunConfig, section: Literal["tune", "compare"]) -> None:
-    """Raise if trials would learn from rows of their own, have several workers in one process, or a number that changes.
+    """Raise if trials would have several workers in one process, or a number of them that changes.
 
     Raises:
         ConfigError: with what would do.
     """
-    if config.rollouts is not None:
-        raise ConfigError(
-            f"rollouts is set, but all trials of {section} share scores of the same rows, and have no samplers of their own; "
-            "rollouts=null would do, or a run for each setting"
-        )
     if config.workers.elastic:
         raise ConfigError(
             f"workers.max {config.workers.max}: {section} counts how many trials find room at a time, so that each has as many "
@@ -122,7 +143,7 @@ def bind(config: RunConfig, space: Space) -> BoundSpace:
     bound = BoundSpace(config, space)
     for dimensions in space.alternatives().values():
         for path, dimension in dimensions.items():
-            _require_searchable(config, path)
+            require_searchable(config, path)
             if path == "scores.top_k":
                 _require_stored(config, dimension)
         for point in _probing_points(dimensions):
@@ -130,16 +151,22 @@ def bind(config: RunConfig, space: Space) -> BoundSpace:
     return bound
 
 
-def _require_searchable(config: RunConfig, path: str) -> None:
+def require_searchable(config: RunConfig, path: str, origin: str = "tune.space") -> None:
+    """Raise if what stands at a path may not differ between trials; a path that is not there is left for the configuration.
+
+    Raises:
+        ConfigError: with the reason, and what may differ.
+    """
     if path == "seed" and not _models_are_taken_as_they_are(config):
         raise ConfigError(
-            "tune.space cannot vary seed: it draws and fine-tunes models of this run as well, and all trials share them; it can "
+            f"{origin} cannot vary seed: it draws and fine-tunes models of this run as well, and all trials share them; it can "
             "where both models are pretrained, none is fine-tuned, and none writes responses"
         )
     if any(f"{path}.".startswith(f"{section}.") for section in SEARCHABLE):
         return
-    if reason := NOT_SEARCHABLE.get(path.split(".")[0]):
-        raise ConfigError(f"tune.space cannot vary {path}: {reason}. What can vary is {', '.join(SEARCHABLE)}")
+    reason = next((reason for section, reason in NOT_SEARCHABLE.items() if f"{path}.".startswith(f"{section}.")), None)
+    if reason is not None:
+        raise ConfigError(f"{origin} cannot vary {path}: {reason}. What can vary is {', '.join(SEARCHABLE)}")
 
 
 def _models_are_taken_as_they_are(config: RunConfig) -> bool:

@@ -7,10 +7,11 @@ from typing import Any
 
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.compare import ARMS
+from orchestrator.config.load import ConfigError
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import rung_steps
 from orchestrator.run.run_dir import RunDir
-from orchestrator.search.bound_space import BoundSpace, require_trials
+from orchestrator.search.bound_space import BoundSpace, require_searchable, require_trials
 from orchestrator.search.controller import Assignment, ControllerHandle
 from orchestrator.search.driver import SharedInputs, TrialQueue, begin_ledger, note_cost, prepare_inputs, run_search
 from orchestrator.search.ledger import Search
@@ -33,18 +34,24 @@ def compare(config: RunConfig) -> Path:
         ValueError: if the budget or the devices will not do, or another comparison's ledger stands there.
     """
     require_trials(config, "compare")
-    points = {arm: {"loss": loss_of(arm, config)} for arm in config.compare.arms}
+    points = {arm: point_of(arm, config) for arm in config.compare.arms}
     bound = bind_arms(config, points)
     folder = config.run_dir / config.compare.name
     with RunDir.open(config) as run_dir, ray_for(config):
-        inputs = prepare_inputs(config, run_dir)
+        inputs = prepare_inputs(config, run_dir, any(bound.config_of(point).learns_from_data for point in points.values()))
         note_cost(config, run_dir, folder)
         if config.compare.learning_rates:
             points = with_best_rates(bound, inputs, folder / "learning_rates", points)
         trials = [(arm, config.seed + seed, points[arm]) for seed in range(config.compare.seeds) for arm in points]
         search = run_all(bound, inputs, folder, trials, config.compare.baseline)
+        note_cost(config, run_dir, folder)
     write_results(search, bound, folder)
     return folder
+
+
+def point_of(arm: str, config: RunConfig) -> Point:
+    """Return what an arm sets in the configuration."""
+    return config.compare.own_arms[arm] if arm in config.compare.own_arms else {"loss": loss_of(arm, config)}
 
 
 def loss_of(arm: str, config: RunConfig) -> dict[str, Any]:
@@ -65,12 +72,17 @@ def bind_arms(config: RunConfig, points: Mapping[str, Point]) -> BoundSpace:
     """Return the configurations of the arms, each checked.
 
     Raises:
-        ConfigError: if the configuration refuses the loss of an arm.
+        ConfigError: if an arm sets what may not differ between trials, or the configuration refuses its values.
     """
-    losses = Choice(values=tuple(point["loss"] for point in points.values()))
-    bound = BoundSpace(config, Space(ranges={"loss": losses}), origin="compare.arms")
-    for point in points.values():
-        bound.config_of(point)
+    bound = BoundSpace(config, Space(ranges={"arm": Choice(values=tuple(points))}), origin="compare.arms")
+    for arm, point in points.items():
+        for path in point:
+            require_searchable(config, path, f"compare.own_arms.{arm}")
+        if (top_k := bound.config_of(point).scores.top_k) > config.scores.top_k:
+            raise ConfigError(
+                f"compare.own_arms.{arm}: scores.top_k is {top_k}, and the store that all arms share holds "
+                f"{config.scores.top_k}; that, or less, would do"
+            )
     return bound
 
 

@@ -4,7 +4,9 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -14,7 +16,9 @@ from actors.config.models import needs_teacher
 from actors.dataloader.sampler import steps_in
 from actors.examples import ExampleFile
 from actors.files import write_atomically
+from actors.monitors.metrics_log import read_metrics
 from actors.score_store.store import ScoreStore
+from actors.teacher.service import ScoreService
 from losses.config import AtkdLoss
 from orchestrator.cluster.logs import ProgressSnapshot
 from orchestrator.cluster.progress import logged_progress
@@ -22,6 +26,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models
 from orchestrator.run.pipeline import run_stages
 from orchestrator.run.responses import training_rows
+from orchestrator.run.rollouts import served_teacher
 from orchestrator.run.run_dir import RunDir, result_path
 from orchestrator.run.stages import fetch_models
 from orchestrator.search.bound_space import BoundSpace
@@ -44,23 +49,33 @@ class SharedInputs:
     """What all trials stand on."""
 
     run_folder: Path
-    training_store: Path
+    training_store: Path | None
+    """None where the student writes all rows of all trials."""
     heldout_store: Path
     total_steps: int
     """Optimizer steps of a trial by the configuration itself."""
+    serve_teacher: Callable[[], AbstractContextManager[ScoreService | None]] = nullcontext
+    """Starts who scores what the students of trials write; none where they write nothing."""
 
 
-def prepare_inputs(config: RunConfig, run_dir: RunDir) -> SharedInputs:
+def prepare_inputs(config: RunConfig, run_dir: RunDir, from_data: bool = True) -> SharedInputs:
     """Run the stages up to the complete score stores: whoever comes first scores, and the teacher's devices are free after.
+
+    Args:
+        config: of the search.
+        run_dir: the run's.
+        from_data: whether some trial learns from rows as the data has them.
 
     Raises:
         ValueError: if the run was scored before for a loss that needs no teacher.
     """
     taught = config if needs_teacher(config.loss) else config.model_copy(update={"loss": AtkdLoss(kind="atkd")})
+    taught = taught.model_copy(update={"rollouts": None}) if from_data else taught
     for finished in run_stages(taught, run_dir, overlap=False):
         if finished == "score":
             break
-    fetch_models(config, run_dir, Models(config, run_dir.path), ["train"])
+    models = Models(config, run_dir.path)
+    fetch_models(config, run_dir, models, ["train"])
     stores = json.loads((run_dir.path / "scores.json").read_text())
     for split, path in stores.items():
         if missing := ScoreStore(Path(path)).missing_shards():
@@ -70,11 +85,14 @@ def prepare_inputs(config: RunConfig, run_dir: RunDir) -> SharedInputs:
             )
     rows = len(ExampleFile(training_rows(config, run_dir.path)))
     total_steps = steps_in(rows, config.train.batch_rows, config.train.epochs)
-    return SharedInputs(run_dir.path, Path(stores["train"]), Path(stores["heldout"]), total_steps)
+    training_store = Path(stores["train"]) if "train" in stores else None
+    inputs = SharedInputs(run_dir.path, training_store, Path(stores["heldout"]), total_steps)
+    return inputs if config.rollouts is None else replace(inputs, serve_teacher=partial(served_teacher, config, run_dir, models))
 
 
 def note_cost(config: RunConfig, run_dir: RunDir, folder: Path) -> None:
-    """Write down what the scoring cost, beside the ledger: the teacher's tokens once, however many trials follow."""
+    """Write down what the scoring cost, beside the ledger: the teacher's tokens once, however many trials follow, and those of
+    what the students of trials wrote."""
     scored = run_dir.result("score") or {}
     splits = [facts for facts in scored.values() if isinstance(facts, dict)]
     files = {"train": training_rows(config, run_dir.path), "heldout": run_dir.path / "data" / "heldout.arrow"}
@@ -84,6 +102,9 @@ def note_cost(config: RunConfig, run_dir: RunDir, folder: Path) -> None:
         "dataset_tokens": sum(tokens.values()),
         "scoring_seconds": sum(facts["seconds"] for facts in splits),
     }
+    if config.rollouts is not None:
+        written = [read_metrics(path) for path in (folder / "trials").glob("*/rollouts.jsonl")]
+        cost["written_tokens_scored"] = int(sum(step["tokens"] for steps in written for step in steps))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "cost.json", json.dumps(cost).encode())
 
@@ -159,14 +180,18 @@ def run_search(
     """
     workers = bound.config.workers
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # the ledger is on this node
+    samplers = bound.config.sampler_engine if bound.config.rollouts is not None else None
     actor = ray.remote(SearchController).options(num_cpus=0, scheduling_strategy=here)
     controller: ControllerHandle = actor.remote(folder / "ledger.jsonl", spec, scheduler)
     stores = (inputs.training_store, inputs.heldout_store)
-    trial_context = TrialContext(bound, inputs.run_folder, folder / "trials", *stores, len(spec.rungs), in_process, controller)
-    at_once = min(most_at_once(workers), concurrent or spec.trials)
-    logger.info(f"{spec.kind}: {spec.trials} trials of {spec.total_steps} steps, {at_once} at a time")
-    with logged_progress(spec.kind, lambda: _progress(folder / "ledger.jsonl", at_once), PROGRESS_SECONDS):
-        run_trials(queue_of(controller, trial_context.folder), trial_context, workers, at_once)
+    with inputs.serve_teacher() as teacher:
+        trial_context = TrialContext(
+            bound, inputs.run_folder, folder / "trials", *stores, len(spec.rungs), in_process, controller, teacher
+        )
+        at_once = min(most_at_once(workers, samplers), concurrent or spec.trials)
+        logger.info(f"{spec.kind}: {spec.trials} trials of {spec.total_steps} steps, {at_once} at a time")
+        with logged_progress(spec.kind, lambda: _progress(folder / "ledger.jsonl", at_once), PROGRESS_SECONDS):
+            run_trials(queue_of(controller, trial_context.folder), trial_context, workers, samplers, at_once)
     ray.kill(controller)
     return read_ledger(folder / "ledger.jsonl")
 

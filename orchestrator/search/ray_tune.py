@@ -9,14 +9,17 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
 from ray.tune.search import Searcher
 
+from actors.config.models import EngineConfig
 from actors.config.workers import WorkersConfig
-from actors.placement import read_nodes, settled_places, worker_request
+from actors.placement import read_nodes, sampler_request, settled_places, worker_request
+from actors.room import fit_together
 from orchestrator.search.ledger import Search
 from orchestrator.search.trial import TrialContext, run_trial
 
@@ -33,13 +36,17 @@ class Trials(Protocol):
         ...
 
 
-def run_trials(trials: Trials, context: TrialContext, workers: WorkersConfig, at_once: int) -> None:
+def run_trials(
+    trials: Trials, context: TrialContext, workers: WorkersConfig, samplers: EngineConfig | None, at_once: int
+) -> None:
     """Run trial after trial, up to ``at_once`` at a time, until there is none left."""
     _keep_silent()
     storage = context.folder / "ray_tune"
     shutil.rmtree(storage, ignore_errors=True)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, context=context), trial_resources(workers, context.in_process)),
+        tune.with_resources(
+            tune.with_parameters(run_trial, context=context), trial_resources(workers, context.in_process, samplers)
+        ),
         tune_config=tune.TuneConfig(
             search_alg=_InOrder(trials), num_samples=-1, max_concurrent_trials=at_once, reuse_actors=context.in_process
         ),
@@ -97,16 +104,23 @@ def _keep_silent() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a trial's error stands in the ledger
 
 
-def trial_resources(workers: WorkersConfig, in_process: bool) -> tune.PlacementGroupFactory:
-    """Return what Ray Tune holds for a trial: all it needs, or next to nothing where Ray Train holds the rest."""
+def trial_resources(
+    workers: WorkersConfig, in_process: bool, samplers: EngineConfig | None = None
+) -> tune.PlacementGroupFactory:
+    """Return what Ray Tune holds for a trial: all it needs, samplers included, but for workers that Ray Train holds itself."""
+    held = worker_request(workers)
+    amounts, labels = dict(held.amounts), dict(held.labels)
     if not in_process:
-        return tune.PlacementGroupFactory([{"memory": 1 << 20}])  # no part of a CPU, of which the workers may need all
-    gpus = {"GPU": workers.gpus} if workers.gpus else {}
-    selector = {"bundle_label_selector": [workers.labels]} if workers.labels else {}
-    return tune.PlacementGroupFactory([{"CPU": workers.cpus, **gpus, **workers.resources}], **selector)
+        amounts, labels = {"memory": 1 << 20}, {}  # no part of a CPU, of which the workers may need all
+    bundles, selectors = [amounts], [labels]
+    if samplers is not None:
+        sampler = sampler_request(samplers)
+        bundles += [dict(sampler.amounts)] * int(samplers.replicas)
+        selectors += [dict(sampler.labels)] * int(samplers.replicas)
+    return tune.PlacementGroupFactory(bundles, **({"bundle_label_selector": selectors} if any(selectors) else {}))
 
 
-def most_at_once(workers: WorkersConfig) -> int:
+def most_at_once(workers: WorkersConfig, samplers: EngineConfig | None = None) -> int:
     """Return how many trials find room in what is free now, node by node.
 
     Raises:
@@ -119,7 +133,20 @@ def most_at_once(workers: WorkersConfig) -> int:
             f"a trial needs {need.many(workers.count)}, and there is room for {free} now: lower workers.cpus, workers.gpus or "
             "workers.count, or wait until other work is done"
         )
-    return free // workers.count
+    if samplers is None:
+        return free // workers.count
+    sampler, count = sampler_request(samplers), int(samplers.replicas)
+    now = [replace(node, total=node.free) for node in read_nodes()]
+    fitting = [
+        trials for trials in range(1, free // workers.count + 1)
+        if fit_together(now, [(need, trials * workers.count), (sampler, trials * count)])
+    ]  # fmt: skip
+    if not fitting:
+        raise ValueError(
+            f"a trial needs {need.many(workers.count)} and {sampler.many(count)}, for which there is no room now beside the "
+            "teacher: lower workers.cpus, rollouts.engine.cpus or teacher.engine.replicas, or wait until other work is done"
+        )
+    return max(fitting)
 
 
 class _InOrder(Searcher):

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from actors.monitors.metrics_log import read_metrics
 from actors.student.loop import distil
 from actors.student.task import TrainingTask, ValidationSchedule
 from actors.student.train_checkpoints import NoCheckpoints
+from actors.teacher.service import ScoreService
 from orchestrator.config.tune import rung_steps
 from orchestrator.models.models import Models
 from orchestrator.run.responses import training_rows
+from orchestrator.run.rollouts import RolloutStage, rollout_task, rollouts_folder
 from orchestrator.run.stages import distillation_task
 from orchestrator.run.training import train_model
 from orchestrator.search.bound_space import BoundSpace
@@ -35,8 +38,8 @@ class TrialContext:
     """The run's folder, with data, models and tokenizer; one that every node sees."""
     folder: Path
     """Where trials leave their metrics and checkpoints."""
-    training_store: Path
-    """The complete store of the training rows."""
+    training_store: Path | None
+    """The complete store of the training rows; None where the student writes all rows of all trials."""
     heldout_store: Path
     """The complete store of the held-out rows."""
     rungs: int
@@ -45,6 +48,8 @@ class TrialContext:
     """Train in the trial's own process, which is kept for the next trial, or in Ray Train workers."""
     controller: ControllerHandle
     """Handle of the ``SearchController``."""
+    teacher: ScoreService | None = None
+    """Scores what the students of trials write."""
 
     def task(self, assignment: Assignment) -> TrainingTask:
         """Return the training of a trial, with its validation.
@@ -64,14 +69,27 @@ class TrialContext:
             batch_rows=base.evaluate.batch_rows,
             controller=self.controller,
         )
+        folder = self.trial_folder(assignment.trial)
+        store = self.training_store if config.learns_from_data else None
         return replace(
-            distillation_task(config, self.run_folder, Models(config, self.run_folder), self.training_store),
+            distillation_task(config, self.run_folder, Models(config, self.run_folder), store),
             name=_name_of(assignment.trial),
             seed=assignment.seed,
-            metrics=str(self.trial_folder(assignment.trial)),
+            metrics=str(folder),
             output=None,
             validation=validation,
+            rollouts=rollout_task(config, folder),
         )
+
+    def rollouts(self, assignment: Assignment, task: TrainingTask) -> AbstractContextManager[None]:
+        """Return what writes rows beside the training of a trial; nothing where it has no rollouts."""
+        if task.rollouts is None:
+            return nullcontext()
+        config, folder = self.space.config_of(assignment.point), self.trial_folder(assignment.trial)
+        stage = RolloutStage(config, self.run_folder, Models(config, self.run_folder), task.rollouts, task.seed)
+        teacher = self.teacher
+        assert teacher is not None, "a search whose trials may have rollouts has one"
+        return stage.in_background(lambda: nullcontext(teacher), folder, folder)
 
     def trial_folder(self, trial: int) -> Path:
         """Return where a trial leaves its metrics."""
@@ -96,7 +114,8 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> None:
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
     outcome: Outcome = ray.get(context.controller.ended.remote(number, *spent(context.folder, number), error))
-    shutil.rmtree(context.checkpoints_folder(number), ignore_errors=True)
+    for folder in (context.checkpoints_folder(number), rollouts_folder(context.trial_folder(number))):
+        shutil.rmtree(folder, ignore_errors=True)
     _tidy_up()
     ray.tune.report({"status": outcome.status, "value": outcome.value})
 
@@ -118,10 +137,11 @@ def _folder_of(trials: Path, number: int) -> Path:
 def _train(context: TrialContext, assignment: Assignment) -> None:
     workers = context.space.config.workers
     task = context.task(assignment)
-    if context.in_process:
-        distil(task, NoCheckpoints())
-    else:
-        train_model(task, workers, context.checkpoints_folder(assignment.trial))
+    with context.rollouts(assignment, task):
+        if context.in_process:
+            distil(task, NoCheckpoints())
+        else:
+            train_model(task, workers, context.checkpoints_folder(assignment.trial))
 
 
 def _tidy_up() -> None:

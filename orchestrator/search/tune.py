@@ -34,7 +34,7 @@ def tune(config: RunConfig) -> Path:
     bound = search_of(config)
     folder = config.run_dir / config.tune.name
     with RunDir.open(config) as run_dir, ray_for(config):
-        inputs = prepare_inputs(config, run_dir)
+        inputs = prepare_inputs(config, run_dir, some_learn_from_data(bound))
         spec = spec_of(config, inputs)
         found = begin_ledger(folder, spec)
         note_cost(config, run_dir, folder)
@@ -50,8 +50,15 @@ def tune(config: RunConfig) -> Path:
             in_process=settings.trials_in == "reused_process",
             concurrent=None if settings.concurrent == "auto" else settings.concurrent,
         )  # fmt: skip
+        note_cost(config, run_dir, folder)
     write_results(search, bound, folder)
     return folder
+
+
+def some_learn_from_data(bound: BoundSpace) -> bool:
+    """Return whether a trial may learn from rows as the data has them: its point says so, or the configuration does."""
+    varied = {path for dimensions in bound.space.alternatives().values() for path in dimensions}
+    return bound.config.learns_from_data or bool(varied & {"rollouts", "rollouts.student_share"})
 
 
 def spec_of(config: RunConfig, inputs: SharedInputs) -> SearchSpec:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from losses.config import AtkdLoss, CoupledLoss
+from losses.divergence_config import ReverseKL
 from orchestrator.config.compare import ARMS, CompareConfig
-from orchestrator.config.load import load_config
+from orchestrator.config.load import ConfigError, load_config
 from orchestrator.config.run import RunConfig
-from orchestrator.search.compare import bind_arms, loss_of
+from orchestrator.search.compare import bind_arms, loss_of, point_of
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
+ON_POLICY = load_config("configs/on_policy_cpu.yaml")
 LOSSES = [
     "{kind: atkd, split: random}", "{kind: atkd, scope: microbatch}", "{kind: coupled, divergence: jensen_shannon}",
     "{kind: atkd, easy_ratio: 0.3, divergence: reverse_kl, tokens: student_entropy}", "{kind: hard_label}",
@@ -60,6 +62,38 @@ def test_a_control_of_the_authors_rule_splits_within_the_batch() -> None:
     assert [losses[arm].scope for arm in ("atkd", "atkd_random")] == ["microbatch", "batch"]
 
 
+def own(arm: dict[str, Any], config: RunConfig = ON_POLICY) -> dict[str, Any]:
+    """The checked configuration of an arm of one's own."""
+    settings = config.compare.model_copy(update={"arms": ("atkd", "mine"), "own_arms": {"mine": arm}, "baseline": "atkd"})
+    config = config.model_copy(update={"compare": settings})
+    points = {name: point_of(name, config) for name in settings.arms}
+    bound = bind_arms(config, points)
+    return {name: bound.config_of(point) for name, point in points.items()}
+
+
+def test_an_arm_of_ones_own_sets_what_it_says_and_leaves_the_rest() -> None:
+    arms = own({"rollouts.student_share": 1.0, "loss": {"kind": "coupled", "divergence": "reverse_kl"}})
+    mine, rollouts = arms["mine"], ON_POLICY.rollouts
+    assert rollouts is not None and mine.rollouts == rollouts.model_copy(update={"student_share": 1.0})
+    assert mine.loss == CoupledLoss(kind="coupled", divergence=ReverseKL())
+    assert mine.train == ON_POLICY.train and arms["atkd"].rollouts == rollouts
+    assert own({"rollouts": None})["mine"].rollouts is None
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"teacher.engine.dtype": "float32"}, "compare.own_arms.mine cannot vary teacher.engine.dtype: it changes the scores"),
+        ({"scores.top_k": 128}, "compare.own_arms.mine: scores.top_k is 128, and the store that all arms share holds 64"),
+        ({"loss": {"kind": "hard_label"}}, "compare.arms, with loss={'kind': 'hard_label'}: "),
+        ({"los": {"kind": "atkd"}}, "los: there is no such key; did you mean loss?"),
+    ],
+)
+def test_an_arm_of_ones_own_that_cannot_be_is_refused(arm: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        own(arm)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -73,6 +107,9 @@ def test_a_control_of_the_authors_rule_splits_within_the_batch() -> None:
         ({"metric": "heldout_los"}, "no trial reports 'heldout_los'; did you mean heldout_loss? There are heldout_loss"),
         ({"concurrent": 0}, "0 is no number of trials; 1 or auto would do"),
         ({"seeds": 0}, "greater than or equal to 1"),
+        ({"own_arms": {"mine": {"train.epochs": 2}}}, "own_arms has mine, but it is none of the arms cross_entropy, "),
+        ({"own_arms": {"atkd": {"train.epochs": 2}}}, "own_arms has atkd, which has its loss already; another name would do"),
+        ({"arms": ["atkd", "mein"], "own_arms": {}, "baseline": "atkd"}, "no arm is called 'mein'; there are cross_entropy"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -18,7 +18,7 @@ from orchestrator.config.load import ConfigError, dump_config, load_config, pars
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tune import METRICS, TuneConfig, rung_steps
 from orchestrator.search.bound_space import NOT_SEARCHABLE, SEARCHABLE, bind, search_of
-from orchestrator.search.compare import compare
+from orchestrator.search.tune import some_learn_from_data
 from tune_spaces.registry import SPACES
 from tune_spaces.space import read_space
 
@@ -129,9 +129,9 @@ def test_a_seed_that_draws_responses_cannot_be_searched() -> None:
 
 
 def test_every_section_can_be_searched_or_has_a_reason_why_not() -> None:
-    assert {path.split(".")[0] for path in SEARCHABLE} | NOT_SEARCHABLE.keys() == RunConfig.model_fields.keys()
+    assert {path.split(".")[0] for path in (*SEARCHABLE, *NOT_SEARCHABLE)} == RunConfig.model_fields.keys()
     for section in NOT_SEARCHABLE:
-        with pytest.raises(ConfigError, match=rf"tune\.space cannot vary {section}: .* What can vary is seed, scores"):
+        with pytest.raises(ConfigError, match=rf"tune\.space cannot vary {section}: .* What can vary is seed, rollouts"):
             bind(TINY, read_space({section: [1]}))
 
 
@@ -226,9 +226,40 @@ def test_binding_a_space_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_rollouts_have_no_place_in_a_search() -> None:
-    config = load_config("configs/on_policy_cpu.yaml")
-    with pytest.raises(ConfigError, match="rollouts is set, but all trials of tune share scores .*; rollouts=null would do"):
-        search_of(config)
-    with pytest.raises(ConfigError, match="all trials of compare share scores of the same rows"):
-        compare(config)
+ON_POLICY = load_config("configs/on_policy_cpu.yaml")
+
+
+def test_rollouts_can_be_searched_by_key_and_as_a_section() -> None:
+    section = {"student_share": 1.0, "max_new_tokens": 16, "engine": ON_POLICY.sampler_engine.model_dump(mode="json")}
+    by_key = bind(ON_POLICY, read_space({"rollouts.temperature": [0.8, 1.0], "rollouts.lag": [0, 1]}))
+    trials = [by_key.config_of(point).rollouts for point in by_key.grid()]
+    assert [(one.temperature, one.lag) for one in trials if one] == [(0.8, 0), (0.8, 1), (1.0, 0), (1.0, 1)]
+    sections = bind(ON_POLICY, read_space({"rollouts": [None, section]}))
+    assert [sections.config_of(point).rollouts is None for point in sections.grid()] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("config", "space", "message"),
+    [
+        (ON_POLICY, {"rollouts.max_new_tokens": [16, 64]},
+         r"rollouts.max_new_tokens is 64, but the teacher of all trials takes rows with 32, .*; that, or fewer, would do"),
+        (ON_POLICY, {"rollouts": [{"max_new_tokens": 16}]}, r"rollouts.engine differs from the configuration's.*; leave it out"),
+        (ON_POLICY, {"rollouts.engine.dtype": ["bfloat16"]}, r"cannot vary rollouts.engine.dtype: each trial has"),
+        (ON_POLICY, {"rollouts.keep_steps": [100]}, r"cannot vary rollouts.keep_steps: it says what is kept"),
+        (TINY, {"rollouts.lag": [0, 1]}, r"rollouts is None here and has no keys to search; give it as a mapping first"),
+        (TINY, {"rollouts": [None, {"max_new_tokens": 8}]},
+         r"rollouts is null in the configuration, .*; rollouts=\{max_new_tokens: 8\} there would do"),
+    ],
+)  # fmt: skip
+def test_rollouts_of_trials_that_want_another_teacher_or_sampler_are_refused(
+    config: RunConfig, space: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bind(config, read_space(space))
+
+
+def test_a_search_whose_trials_all_write_their_rows_needs_no_scores_of_the_data() -> None:
+    alone = ON_POLICY.model_copy(update={"rollouts": ON_POLICY.rollouts.model_copy(update={"student_share": 1.0})})  # type: ignore[union-attr]
+    assert not some_learn_from_data(bind(alone, read_space({"rollouts.lag": [0, 1]})))
+    assert some_learn_from_data(bind(alone, read_space({"rollouts.student_share": [0.5, 1.0]})))
+    assert some_learn_from_data(bind(ON_POLICY, read_space({"rollouts.lag": [0, 1]})))

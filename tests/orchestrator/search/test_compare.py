@@ -1,15 +1,19 @@
 """Comparisons on a real Ray: every arm with every seed, each arm's best learning rate, and more seeds later."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors.monitors.metrics_log import read_metrics
 from orchestrator.config.load import ConfigError, load_config
 from orchestrator.config.run import RunConfig
+from orchestrator.reports.search_report import write_search_report
 from orchestrator.search.compare import RATE, compare
 from orchestrator.search.ledger import Search, read_ledger
+from orchestrator.search.results import best_trial
 from tests.logs import logged
 from tests.orchestrator.trial_world import config_in, scored_run
 from tests.worlds import tiny_llama
@@ -69,6 +73,40 @@ def test_an_arm_that_fails_with_every_rate_is_named(local_ray: None, tmp_path: P
     config = scored_run(tmp_path, compare={**COMPARE, "learning_rates": [0.9]}, student=emptied)
     with pytest.raises(ValueError, match=r"compare.learning_rates: forward_kl was completed with none of \[0.9\]; .*_rates"):
         compare(config)
+
+
+ROLLOUTS: dict[str, Any] = {
+    "student_share": 0.5, "max_new_tokens": 6, "engine": {"kind": "transformers", "dtype": "float32", "cpus": 0.5},
+}  # fmt: skip
+ON_POLICY: dict[str, Any] = {
+    "arms": ["forward_kl", "off", "on"],
+    "own_arms": {
+        "off": {"rollouts": None, "loss": {"kind": "coupled"}},
+        "on": {"rollouts.student_share": 1.0, "loss": {"kind": "coupled", "divergence": "reverse_kl"}},
+    },
+    "baseline": "off", "seeds": 1, "rungs": 2,
+}  # fmt: skip
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["reused_process", pytest.param("ray_train", marks=pytest.mark.drill)])
+def test_arms_with_and_without_text_of_their_students(local_ray: None, tmp_path: Path, place: str) -> None:
+    """One teacher scores for all; what a trial writes is its own, drawn by its seed."""
+    config = scored_run(tmp_path, rollouts=ROLLOUTS, compare={**ON_POLICY, "trials_in": place}, workers={"cpus": 0.5})
+    folder = compare(config)
+    found = read_ledger(folder / "ledger.jsonl")
+    assert ended(found) == [("forward_kl", 0, "completed"), ("off", 0, "completed"), ("on", 0, "completed")]
+    steps = {number: read_metrics(folder / "trials" / f"{number:04d}" / "rollouts.jsonl") for number in range(3)}
+    assert [len(steps[number]) for number in range(3)] == [12, 0, 12], "the arm without rollouts wrote nothing"
+    assert sum(line["rows"] for line in steps[2]) == 96 > sum(line["rows"] for line in steps[0]) > 24
+    written = sum(line["tokens"] for number in (0, 2) for line in steps[number])
+    assert json.loads((folder / "cost.json").read_text())["written_tokens_scored"] == written
+    assert not list((folder / "trials").glob("*/rollouts/*")), "what was written goes with its trial"
+    best = load_config(str(folder / "best.yaml"))
+    assert (best.rollouts is None) == (best_trial(found).begun.arm == "off")  # type: ignore[union-attr]
+    page = write_search_report(folder).read_text()
+    assert "tokens of students&#39; own text scored" in page
 
 
 def test_one_process_holds_one_worker(tmp_path: Path) -> None:
