@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from actors.config.rollouts import ResponsesConfig, RolloutsConfig
+from actors.config.rollouts import AdaptiveShareConfig, ReplayConfig, ResponsesConfig, RolloutsConfig
 from losses.section import MayChange, NotSearchable, Searchable, Section, marked
 from orchestrator.config.run import RunConfig
 from scripts.gpu_steps import steps
@@ -72,6 +72,8 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "gpu_steps": ("docs/gpu.md", gpu_steps),
     "responses": ("docs/on_policy.md", partial(keys_of, ResponsesConfig)),
     "rollouts": ("docs/on_policy.md", partial(keys_of, RolloutsConfig)),
+    "adaptive_share": ("docs/on_policy.md", partial(keys_of, AdaptiveShareConfig)),
+    "replay": ("docs/on_policy.md", partial(keys_of, ReplayConfig)),
 }
 """For each marker, its page and the lines between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
 

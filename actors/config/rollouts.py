@@ -44,6 +44,33 @@ class ResponsesConfig(Section):
         return self
 
 
+class ReplayConfig(Section):
+    """Responses of earlier steps that are learned from again, with the scores that they had (DistiLLM, arXiv 2402.03898)."""
+
+    rows: int = Field(default=1000, ge=1)
+    """From so many of the latest responses one is drawn."""
+
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["progress"] = "progress"
+    """Of the rows that the student would write, those that are drawn from the earlier ones instead; ``progress``: the share of
+    the training that is done, so that ever fewer are written anew."""
+
+
+class AdaptiveShareConfig(Section):
+    """A student's share that grows when the loss on held-out rows rises (DistiLLM, arXiv 2402.03898)."""
+
+    first: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """The share at the beginning."""
+
+    every_steps: int = Field(default=100, ge=1)
+    """Optimizer steps between two measurements of the student's loss on the held-out rows."""
+
+    tolerance: float = Field(default=0.1, ge=0.0)
+    """Nats per target by which it must have risen since the last change, or the beginning."""
+
+    raise_by: float = Field(default=0.1, gt=0.0, le=1.0)
+    """What is then added to the share, up to ``student_share``."""
+
+
 class RolloutsConfig(Section):
     """Text that the student writes while it learns, scored by the teacher as it comes (on-policy distillation)."""
 
@@ -67,6 +94,12 @@ class RolloutsConfig(Section):
     """0: a window's rows are written by the weights with which it begins, and the workers wait for them. 1: by those with which
     the window before began, so that they are written and scored while that one trains."""
 
+    adaptive_share: Annotated[AdaptiveShareConfig | None, Searchable("where the configuration has rollouts")] = None
+    """Let the share begin lower and grow, up to ``student_share``; null keeps it as it is."""
+
+    replay: Annotated[ReplayConfig | None, Searchable("where the configuration has rollouts")] = None
+    """Learn again from what was written for earlier steps; null for none."""
+
     keep_steps: Annotated[int | None, MayChange(), NotSearchable("it says what is kept")] = Field(default=None, ge=1)
     """Of how many of the latest steps what was written is kept; null for all."""
 
@@ -74,6 +107,27 @@ class RolloutsConfig(Section):
         EngineConfig | None, NotSearchable("each trial has samplers of its own, all alike")
     ] = None
     """How the student is served; defaults to ``teacher.engine`` with one replica."""
+
+    @model_validator(mode="after")
+    def _shares_agree(self) -> "RolloutsConfig":
+        adaptive = self.adaptive_share
+        if adaptive is not None and adaptive.first > self.student_share:
+            raise ValueError(
+                f"adaptive_share.first {adaptive.first:g} lies above student_share {self.student_share:g}, up to which it grows; "
+                f"student_share={min(1.0, adaptive.first + adaptive.raise_by):g} would do"
+            )
+        if adaptive is not None and adaptive.every_steps % self.refresh_steps:
+            nearest = max(1, round(adaptive.every_steps / self.refresh_steps)) * self.refresh_steps
+            raise ValueError(
+                f"adaptive_share.every_steps {adaptive.every_steps} is no multiple of refresh_steps {self.refresh_steps}, and "
+                f"all steps of a window have one share; adaptive_share.every_steps={nearest} would do"
+            )
+        if self.replay is not None and self.keep_steps is not None:
+            raise ValueError(
+                f"keep_steps is {self.keep_steps}, but replay learns again from what was written for earlier steps; "
+                "keep_steps=null would do"
+            )
+        return self
 
     @model_validator(mode="after")
     def _samplers_are_possible(self) -> "RolloutsConfig":

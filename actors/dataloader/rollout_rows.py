@@ -1,24 +1,18 @@
 """The rows of optimizer steps of which the student wrote some. R rows of a step, N targets of a row."""
 
+import time
 from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from actors.dataloader.row_sources import RowSources
 from actors.dataloader.scored_rows import FileRows, StoredRows, as_teacher, require_same_row
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores
-from actors.score_store.rollout_log import RolloutLog
+from actors.score_store.rollout_log import POLL_SECONDS, RolloutLog
 from losses.topk_teacher import TopkTeacher
-
-
-def written_by_student(seed: int, step: int, rows: int, share: float) -> np.ndarray:
-    """Return a bool [R] mask of the rows of a step to whose prompts the student writes the response; each by a toss of its own.
-
-    The same on every worker, and for whoever writes them.
-    """
-    return np.random.default_rng([seed, step]).random(rows) < share
 
 
 class MixedRows:
@@ -26,15 +20,14 @@ class MixedRows:
 
     Args:
         data: the step's rows as the data has them.
-        written: bool [R], which of them the student answers instead; in the log they stand in this order.
+        sources: says which of them the student answers instead, or answered in an earlier step.
         log: holds what it wrote.
         step: of the training.
     """
 
-    def __init__(self, data: FileRows, written: np.ndarray, log: RolloutLog, step: int) -> None:
-        self._data, self._log, self._step = data, log, step
-        self._place = {int(row): place for place, row in enumerate(np.flatnonzero(written))}
-        """Of each row that the student wrote, its place in the log."""
+    def __init__(self, data: FileRows, sources: RowSources, log: RolloutLog, step: int) -> None:
+        self._data, self._sources, self._log, self._step = data, sources, log, step
+        self._files: dict[int, ExampleFile] = {}  # of the steps for which its rows were written
 
     def __len__(self) -> int:
         return len(self._data)
@@ -43,19 +36,22 @@ class MixedRows:
     def lengths(self) -> np.ndarray:
         """int64 [R], tokens of each row."""
         lengths = self._data.lengths.copy()
-        if self._place:
-            lengths[list(self._place)] = self._written.lengths
+        for row, (step, place) in self._places.items():
+            lengths[row] = self._written(step).lengths[place]
         return lengths
 
     def example(self, row: int) -> Example:
         """Return the tokens of a row."""
-        return self._written[self._place[row]] if row in self._place else self._data.example(row)
+        if row not in self._places:
+            return self._data.example(row)
+        step, place = self._places[row]
+        return self._written(step)[place]
 
     def uncertainty(self, row: int) -> torch.Tensor:
         """Return the teacher's UNC at the targets of a row, float32 [N]."""
-        if row not in self._place:
+        if row not in self._places:
             return self._data.uncertainty(row)
-        return torch.from_numpy(self._log.uncertainty(self._step, self._place[row]).copy())
+        return torch.from_numpy(self._log.uncertainty(*self._places[row]).copy())
 
     def teacher_losses(self) -> torch.Tensor:
         """Return the teacher's own mean loss on each row, float32 [R], in nats per target."""
@@ -71,38 +67,65 @@ class MixedRows:
 
     def are_scored(self) -> bool:
         """Return whether all rows and their scores are there."""
-        return self._data_used.are_scored() and (not self._place or self._log.is_there(self._step))
+        if not self._sources.are_known(self._step):
+            return False
+        return self._data_used.are_scored() and (not self._is_written or self._log.is_there(self._step))
 
     def wait(self, timeout_seconds: float) -> float:
         """Wait until all rows and their scores are there; return the seconds waited.
 
         Raises:
             ScoringFailed: with the error of sampler or teacher, if they gave up.
-            TimeoutError: naming the shard that did not come.
+            TimeoutError: naming the shard, or the share, that did not come.
         """
-        waited = self._data_used.wait(timeout_seconds)
-        return waited + (self._log.wait_for(self._step, timeout_seconds) if self._place else 0.0)
+        waited = self._wait_for_share(timeout_seconds) + self._data_used.wait(timeout_seconds)
+        return waited + (self._log.wait_for(self._step, timeout_seconds) if self._is_written else 0.0)
 
     @cached_property
-    def _written(self) -> ExampleFile:
-        return self._log.examples(self._step)
+    def _places(self) -> dict[int, tuple[int, int]]:
+        """Of each row that the student wrote, the step for which it did, and its place there."""
+        sources = self._sources.of_step(self._step)
+        mine = {int(row): (self._step, place) for place, row in enumerate(np.flatnonzero(sources.written))}
+        return mine | dict(sources.replayed)
+
+    @property
+    def _is_written(self) -> bool:
+        """Whether some row is written for this step."""
+        return any(step == self._step for step, _ in self._places.values())
+
+    def _written(self, step: int) -> ExampleFile:
+        if step not in self._files:
+            self._files[step] = self._log.examples(step)
+        return self._files[step]
+
+    def _wait_for_share(self, timeout_seconds: float) -> float:
+        """Wait until it is decided which rows are the student's; return the seconds waited."""
+        started = time.monotonic()
+        while not self._sources.are_known(self._step):
+            if time.monotonic() - started > timeout_seconds:
+                raise TimeoutError(
+                    f"the student's share of step {self._step} was not decided within {timeout_seconds:.0f} s; the first worker "
+                    "decides it after it has measured the held-out rows"
+                )
+            time.sleep(POLL_SECONDS)
+        return time.monotonic() - started
 
     @property
     def _data_used(self) -> FileRows:
         """The rows that stay as the data has them."""
-        kept = [row for row in range(len(self)) if row not in self._place]
+        kept = [row for row in range(len(self)) if row not in self._places]
         return FileRows(self._data.examples, self._data.store, self._data.top_k, self._data.positions[kept])
 
     def _scores(self, row: int) -> TeacherScores:
-        if row not in self._place:
+        if row not in self._places:
             return self._data.scores(row)
-        scores = self._log.scores(self._step, self._place[row], self._data.top_k)
+        scores = self._log.scores(*self._places[row], self._data.top_k)
         require_same_row(self.example(row), scores)
         return scores
 
     def _teacher_loss(self, row: int) -> float:
-        if row in self._place:
-            return self._log.teacher_loss(self._step, self._place[row])
+        if row in self._places:
+            return self._log.teacher_loss(*self._places[row])
         assert self._data.store is not None, "rows that stay as they are were scored"
         return self._data.store.teacher_loss_at(int(self._data.positions[row]))
 
@@ -113,17 +136,15 @@ class RolloutRows:
     Args:
         data: the rows as the data has them; without a store where the student answers all prompts.
         log: holds what it wrote.
-        share: of the rows, which the student writes.
-        seed: tosses for each row.
+        sources: says which rows of each step it writes.
     """
 
-    def __init__(self, data: StoredRows, log: RolloutLog, share: float, seed: int) -> None:
-        self._data, self._log, self._share, self._seed = data, log, share, seed
+    def __init__(self, data: StoredRows, log: RolloutLog, sources: RowSources) -> None:
+        self._data, self._log, self._sources = data, log, sources
 
     def batch(self, step: int) -> MixedRows:
         """Return the rows of a step."""
-        rows = self._data.batch(step)
-        return MixedRows(rows, written_by_student(self._seed, step, len(rows), self._share), self._log, step)
+        return MixedRows(self._data.batch(step), self._sources, self._log, step)
 
     def epochs_after(self, step: int) -> float:
         """Return how often the prompts were visited once a step is done."""

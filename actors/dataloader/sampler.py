@@ -29,6 +29,11 @@ class StepSampler:
             self._epoch, self._order = epoch, self._order_of(epoch)
         return self._order[index * self._batch_rows : (index + 1) * self._batch_rows]
 
+    def rows_of(self, step: int) -> int:
+        """Return R, how many rows a step has."""
+        _, index = self._place(step)
+        return min(self._batch_rows, self._rows - index * self._batch_rows)
+
     def epochs_after(self, step: int) -> float:
         """Return how often the rows were visited once a step is done."""
         epoch, index = self._place(step)

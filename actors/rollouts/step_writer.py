@@ -10,16 +10,16 @@ from typing import Protocol
 
 import numpy as np
 
-from actors.dataloader.rollout_rows import written_by_student
+from actors.dataloader.row_sources import RowSources
 from actors.dataloader.sampler import StepSampler
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores
 from actors.rollouts.base import Prompt, Response, written_row
-from actors.rollouts.weights import Proof, WeightFolders, weights_step
+from actors.rollouts.weights import Proof, WeightFolders
 from actors.rollouts.workers import RolloutWorkers, Weights, Written
 from actors.rollouts.writing import repeated_share
-from actors.score_store.rollout_log import RolloutLog, Sampled
+from actors.score_store.rollout_log import POLL_SECONDS, RolloutLog, Sampled
 
 LOOK_SECONDS = 0.5
 MOST_UNSCORED = 2
@@ -36,7 +36,7 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RolloutPlan:
-    """Which rows the student writes, in which steps, by which weights. All of it follows from numbers that are known before."""
+    """Which rows the student writes, in which steps, by which weights."""
 
     examples: ExampleFile
     """The training rows, whose last prompts are answered."""
@@ -44,14 +44,8 @@ class RolloutPlan:
     """Deals them into steps."""
     total_steps: int
     """Optimizer steps of the training."""
-    seed: int
-    """Tosses for each row who writes it."""
-    student_share: float
-    """Of the rows, which the student writes."""
-    refresh_steps: int
-    """Optimizer steps by the same weights."""
-    lag: int
-    """Windows of so many steps by which the weights are older than the step."""
+    sources: RowSources
+    """Say which of them the student writes, and by which weights."""
     keep_steps: int | None
     """How many steps' rows stay on disk; None for all."""
     first_model: ModelSource
@@ -65,12 +59,12 @@ class RolloutPlan:
         return [Prompt(self.examples[one].last_prompt, self.examples.rows[one], step=step) for one in chosen]
 
     def mask(self, step: int) -> np.ndarray:
-        """Return bool [R], which rows of a step the student writes."""
-        return written_by_student(self.seed, step, len(self.sampler.positions(step)), self.student_share)
+        """Return bool [R], which rows of a step the student writes; once that is decided."""
+        return self.sources.of_step(step).written
 
     def weights_step(self, step: int) -> int:
         """Return after which step the weights are taken that write the rows of one."""
-        return weights_step(step, self.refresh_steps, self.lag)
+        return self.sources.policy.weights_step(step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +95,11 @@ class StepWriter:
         before: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="rollout-scores") as scorer:
             for step in self.missing_steps(self._log, self._plan):
-                prompts, started = self._plan.prompts(step), time.perf_counter()
+                if not self._await_share(step, over):
+                    return
+                if not (prompts := self._plan.prompts(step)):
+                    continue
+                started = time.perf_counter()
                 if (weights := self._await_weights(step, over)) is None:
                     if over.is_set():
                         return
@@ -118,9 +116,22 @@ class StepWriter:
 
     @staticmethod
     def missing_steps(log: RolloutLog, plan: RolloutPlan) -> list[int]:
-        """Return the steps whose rows are still to be written, ascending."""
-        steps = range(log.first_kept, plan.total_steps + 1)
-        return [step for step in steps if not log.is_there(step) and plan.mask(step).any()]
+        """Return the steps whose rows are still to be written, or may have to be, ascending."""
+        steps = [step for step in range(log.first_kept, plan.total_steps + 1) if not log.is_there(step)]
+        return [step for step in steps if not plan.sources.are_known(step) or plan.mask(step).any()]
+
+    def _await_share(self, step: int, over: threading.Event) -> bool:
+        """Wait until it is decided which rows of a step are to be written; return False if all is over before."""
+        while not self._plan.sources.are_known(step):
+            if over.wait(POLL_SECONDS):
+                return False
+            self._raise_failures()
+        return True
+
+    def _raise_failures(self) -> None:
+        """Raise an error of the teacher: it is why the student does not go on."""
+        for scored in [one for one in self._unscored if one.done()]:
+            scored.result()
 
     def _await_weights(self, step: int, over: threading.Event) -> Weights | None:
         """Return the weights that write the rows of a step; None where nobody needs them: all is over, or later ones are there.
@@ -133,8 +144,7 @@ class StepWriter:
         while not self._folders.wait_for(wanted, LOOK_SECONDS):
             if over.is_set() or self._folders.newest() > wanted:
                 return None
-            for scored in [one for one in self._unscored if one.done()]:
-                scored.result()  # an error here is why the student does not come to those weights
+            self._raise_failures()
         folder = self._folders.path(wanted)
         return Weights(wanted, ModelSource(str(folder), None, self._plan.trust_remote_code), Proof.read(folder))
 
@@ -156,6 +166,7 @@ class StepWriter:
             self._log.keep_from(step - self._plan.keep_steps + 1)
         numbers = {
             **numbers_of(written.responses, scores),
+            "student_share": float(self._plan.sources.policy.share(step) or 0.0),
             "staleness_steps": float(step - 1 - weights.step),
             "sample_seconds": written.seconds,
             "score_seconds": score_seconds,

@@ -15,24 +15,6 @@ import numpy as np
 PROOF = "proof.json"
 
 
-def weights_step(step: int, refresh_steps: int, lag: int) -> int:
-    """Return after which optimizer step the weights are taken that write the rows of ``step``, which counts from 1.
-
-    Steps come in windows of ``refresh_steps``. The rows of a window are written by the weights with which it begins, or with
-    which the one ``lag`` windows before began; those of the first by the weights that the student begins with, after step 0.
-    """
-    return max(0, (step - 1) // refresh_steps - lag) * refresh_steps
-
-
-def steps_written_by(weights: int, refresh_steps: int, lag: int, total_steps: int) -> range:
-    """Return the steps whose rows are written by the weights after step ``weights``; empty where nobody waits for them."""
-    if weights % refresh_steps:
-        return range(0)
-    window = weights // refresh_steps + lag
-    first = 1 if weights == 0 else window * refresh_steps + 1
-    return range(first, min((window + 1) * refresh_steps, total_steps) + 1)
-
-
 @dataclass(frozen=True, slots=True)
 class Proof:
     """What the student itself predicts on a row, by which a sampler is compared with it."""

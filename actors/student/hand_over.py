@@ -1,5 +1,6 @@
-"""Hands the student's weights to its samplers: after the steps at which some wait for them, as an ordinary model folder."""
+"""What a student in training hands to its samplers: its weights, as an ordinary model folder, and how many rows they write."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +9,66 @@ from torch import nn
 
 from actors.attention import exact
 from actors.config.models import TrainConfig
+from actors.config.rollouts import AdaptiveShareConfig
+from actors.dataloader.row_sources import AdaptiveShares, Change, steps_written_by
 from actors.examples import ExampleFile
 from actors.files import whole_folder
 from actors.lora import merge_adapters
-from actors.rollouts.weights import Proof, WeightFolders, steps_written_by
+from actors.rollouts.weights import Proof, WeightFolders
 from actors.score_store.rollout_log import RolloutLog
 from actors.student.causal_lm import CausalStudent, prepare_model
 from actors.student.checkpoint import whole_weights
 from actors.student.finished_model import PROOF_TOKENS, trained_logprobs
 from actors.student.ranks import Worker
 from actors.student.task import TrainingTask
+from actors.student.validation import HeldoutPasses
+
+
+class ShareKeeper:
+    """Decides how many rows the student writes, where that adapts to its loss on held-out rows (DistiLLM, arXiv 2402.03898).
+
+    The share grows by ``raise_by`` each time the loss lies ``tolerance`` above what it was when the share last changed, or at the
+    beginning. What was decided stands in a file and is not decided again by a training that resumes.
+
+    Args:
+        task: of the training.
+        worker: this one; all call ``after`` together, and the first one writes.
+        vocab_size: of the student.
+    """
+
+    def __init__(self, task: TrainingTask, worker: Worker, vocab_size: int) -> None:
+        self._worker, self._policy = worker, task.rollouts.policy if task.rollouts else None
+        if self._policy is None or self._policy.shares is None:
+            return
+        rollouts = task.rollouts
+        assert rollouts is not None and rollouts.heldout is not None and rollouts.heldout_store is not None
+        self._shares = AdaptiveShares(Path(self._policy.shares))
+        examples, store = Path(rollouts.heldout), Path(rollouts.heldout_store)
+        self._heldout = HeldoutPasses(task, worker, examples, store, task.top_k, rollouts.heldout_batch_rows, vocab_size)
+
+    def after(self, student: nn.Module, step: int) -> None:
+        """Decide the share of the rows that are written by the weights after a step, if that is due and not decided yet."""
+        policy = self._policy
+        if policy is None or policy.adaptive is None or step % policy.refresh_steps:
+            return
+        decided, changes = self._shares.read()
+        if self._worker.agree(decided < step and (not changes or step % policy.adaptive.every_steps == 0)):
+            loss = self._heldout.measures(student)["heldout_loss"]
+            changes += next_change(policy.adaptive, policy.student_share, step, loss, changes)
+        if self._worker.rank == 0 and decided < step:
+            self._shares.write(step, changes)
+
+
+def next_change(
+    adaptive: AdaptiveShareConfig, most: float, step: int, loss: float, changes: Sequence[Change]
+) -> list[Change]:
+    """Return the first share, or the next, if the loss after a step has risen enough; none if it stays."""
+    if not changes:
+        return [Change(step, adaptive.first, loss)]
+    last = changes[-1]
+    if loss < last.loss + adaptive.tolerance or last.share >= most:
+        return []
+    return [Change(step, min(last.share + adaptive.raise_by, most), loss)]
 
 
 class WeightPublisher:
@@ -57,7 +108,10 @@ class WeightPublisher:
     def _is_awaited(self, step: int) -> bool:
         rollouts, log = self._rollouts, self._log
         assert rollouts is not None and log is not None
-        steps = steps_written_by(step, rollouts.refresh_steps, rollouts.lag, self._total_steps)
+        policy = rollouts.policy
+        steps = steps_written_by(step, policy.refresh_steps, policy.lag, self._total_steps)
+        if any(policy.share(one) == 0 for one in steps):  # then of none: a window has one share
+            return False
         there = WeightFolders(Path(rollouts.weights)).is_there(step)
         return self._worker.agree(not there and any(not log.is_there(one) for one in steps))
 

@@ -11,6 +11,7 @@ from torch import nn
 from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.collator import MicroBatch
 from actors.dataloader.rollout_rows import RolloutRows
+from actors.dataloader.row_sources import RowSources
 from actors.dataloader.sampler import StepSampler, steps_in
 from actors.dataloader.scored_rows import ScoredRows, StoredRows, all_rows
 from actors.dataloader.step_loader import StepLoader
@@ -23,7 +24,7 @@ from actors.score_store.store import ScoreStore
 from actors.student.causal_lm import make_student
 from actors.student.checkpoint import Progress
 from actors.student.finished_model import write_finished_model
-from actors.student.hand_over import WeightPublisher
+from actors.student.hand_over import ShareKeeper, WeightPublisher
 from actors.student.model import autocast, set_gradient_sync, undistributed
 from actors.student.optimizer import clip_gradients, make_optimizer, make_schedule
 from actors.student.ranks import Worker
@@ -45,20 +46,21 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     examples = ExampleFile(Path(task.examples))
     store = ScoreStore(Path(task.store)) if task.store and needs_teacher(task.loss) else None
     sampler = StepSampler(len(examples), task.train.batch_rows, task.seed, task.train.first_epoch == "store_order")
-    rows = rows_of(task, StoredRows(examples, store, task.top_k, sampler))
+    total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
+    rows = rows_of(task, StoredRows(examples, store, task.top_k, sampler), sampler, total_steps)
     step_weights = StepWeights(task.loss, task.seed, all_rows(examples, store, task.top_k))
 
     torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
     student = make_student(task.model, task.lora, task.loss, task.train, worker)
     vocab_size = undistributed(student).vocab_size
     gpu = GpuMonitor.of(undistributed(student).model, worker.device, task.train.precision)
-    total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
     optimizer = make_optimizer(student, task.train.optimizer)
     schedule = make_schedule(optimizer, task.train.optimizer, total_steps)
     validator, resize_monitor = Validator(task, worker, vocab_size), ResizeMonitor(task, worker)
-    publisher = WeightPublisher(task, worker, total_steps)
+    shares, publisher = ShareKeeper(task, worker, vocab_size), WeightPublisher(task, worker, total_steps)
 
     done = checkpoints.load(student, optimizer, schedule, worker) or Progress(0, LossState.first(task.loss))
+    shares.after(student, done.step)
     publisher.after(student, done.step)
     goes_on, resize_requested = True, False
     loader = StepLoader(rows, task.train, worker.rank, worker.world_size, worker.device, vocab_size, total_steps)
@@ -85,6 +87,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
             metrics |= gpu.numbers(batch.lengths, float(sums.targets), metrics)
             log.write(step, metrics | step_weights.easy_border(batch) | done.loss_state.numbers(task.loss))
             done = Progress(step, done.loss_state.after(task.loss, step, total_steps, float(sums.loss)))
+            shares.after(student, step)
             publisher.after(student, step)
             goes_on = validator.goes_on(student, step)  # before a checkpoint: a run that resumes from one is validated there
             if goes_on and step % task.train.checkpoint_every_steps == 0 and step < total_steps:
@@ -96,11 +99,12 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     return WorkerResult(resize_requested=resize_requested)
 
 
-def rows_of(task: TrainingTask, data: StoredRows) -> ScoredRows:
+def rows_of(task: TrainingTask, data: StoredRows, sampler: StepSampler, total_steps: int) -> ScoredRows:
     """Return where the rows of each step come from: the data, or in part what the student writes while it learns."""
     if task.rollouts is None:
         return data
-    return RolloutRows(data, RolloutLog(Path(task.rollouts.log)), task.rollouts.student_share, task.seed)
+    sources = RowSources(task.rollouts.policy, task.seed, sampler.rows_of, total_steps)
+    return RolloutRows(data, RolloutLog(Path(task.rollouts.log)), sources)
 
 
 def accumulate_gradients(

@@ -11,6 +11,7 @@ from typing import Protocol
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.config.tracking import TrackingConfig
 from actors.config.workers import WorkersConfig
+from actors.dataloader.row_sources import RowPolicy
 from actors.handles import RemoteMethod
 from actors.model_source import ModelSource
 from losses.config import LossConfig
@@ -63,14 +64,16 @@ class RolloutTask:
     """Folder of the rows that it wrote, with the teacher's scores."""
     weights: str
     """Folder in which its weights are left for those who sample."""
-    student_share: float
-    """Of the rows of each step, which the student writes."""
-    refresh_steps: int
-    """Optimizer steps between two versions of the weights."""
-    lag: int
-    """Windows of so many steps by which a step's writer may be older than the step."""
+    policy: RowPolicy
+    """Which rows it writes, and by which weights."""
     dtype: str
     """Type in which samplers compute."""
+    heldout: str | None = None
+    """The held-out rows as token ids, on which its loss is measured where its share adapts to it."""
+    heldout_store: str | None = None
+    """The complete store of the teacher's scores of these rows."""
+    heldout_batch_rows: int = 1
+    """Rows of one forward pass over them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
 from actors.student.model import autocast, undistributed
 from actors.student.ranks import Worker
-from actors.student.task import TrainingTask, ValidationSchedule
+from actors.student.task import TrainingTask
 
 
 class Validator:
@@ -21,10 +21,10 @@ class Validator:
     def __init__(self, task: TrainingTask, worker: Worker, vocab_size: int) -> None:
         self._task, self._worker, self._schedule = task, worker, task.validation
         self._started = time.monotonic()
-        if self._schedule is not None:
-            self._examples = ExampleFile(Path(self._schedule.examples))
-            store = ScoreStore(Path(self._schedule.store))
-            self._rows = HeldoutRows(self._examples, store, self._schedule.top_k, vocab_size)
+        if (schedule := self._schedule) is not None:
+            self._heldout = HeldoutPasses(
+                task, worker, Path(schedule.examples), Path(schedule.store), schedule.top_k, schedule.batch_rows, vocab_size
+            )
 
     def goes_on(self, student: nn.Module, step: int) -> bool:
         """Validate the student if that is due after this step; return whether training continues. All workers call it.
@@ -34,17 +34,42 @@ class Validator:
         """
         if self._schedule is None or step not in self._schedule.steps:
             return True
-        measures = self._measure(student, self._schedule)
+        measures = self._heldout.measures(student)
         told = True
         if self._worker.rank == 0:
             rung, seconds = self._schedule.steps.index(step), time.monotonic() - self._started
             told = ray.get(self._schedule.controller.measured.remote(self._schedule.trial, rung, step, measures, seconds))
         return self._worker.agree(told)
 
+
+class HeldoutPasses:
+    """Forward passes of a student in training over the held-out rows, shared out among its workers.
+
+    Args:
+        task: of the training.
+        worker: this one.
+        examples: the held-out rows as token ids.
+        store: the complete store of the teacher's scores of them.
+        top_k: how many of the store's K are used.
+        batch_rows: rows of one forward pass.
+        vocab_size: of the student.
+    """
+
+    def __init__(
+        self, task: TrainingTask, worker: Worker, examples: Path, store: Path, top_k: int, batch_rows: int, vocab_size: int
+    ) -> None:
+        self._task, self._worker, self._batch_rows = task, worker, batch_rows
+        self._examples = ExampleFile(examples)
+        self._rows = HeldoutRows(self._examples, ScoreStore(store), top_k, vocab_size)
+
     @torch.no_grad()
-    def _measure(self, student: nn.Module, validation: ValidationSchedule) -> dict[str, float]:
-        """Return the means over all held-out targets; each worker takes its share of the batches."""
-        batches = list(batches_by_length(self._examples.lengths, validation.batch_rows))
+    def measures(self, student: nn.Module) -> dict[str, float]:
+        """Return the means over all held-out targets; each worker takes its share of the batches, and all have the same.
+
+        Raises:
+            ValueError: on all workers, if the logits of any of them are not finite.
+        """
+        batches = list(batches_by_length(self._examples.lengths, self._batch_rows))
         heldout, world_size = HeldoutMetrics(), self._worker.world_size
         module = undistributed(student)
         module.eval()

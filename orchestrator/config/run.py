@@ -208,7 +208,8 @@ class RunConfig(Section):
     @property
     def learns_from_data(self) -> bool:
         """Whether rows are learned from as the data has them, or the student answers all prompts."""
-        return self.rollouts is None or self.rollouts.student_share < 1
+        rollouts = self.rollouts
+        return rollouts is None or rollouts.student_share < 1 or rollouts.adaptive_share is not None
 
     @property
     def writer_engine(self) -> EngineConfig | None:

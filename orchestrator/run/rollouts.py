@@ -1,10 +1,12 @@
 """Rollouts beside a training: samplers that write by the student's weights, and the teacher that scores what they write."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
+from actors.dataloader.row_sources import RowPolicy, RowSources
 from actors.dataloader.sampler import StepSampler, steps_in
 from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
@@ -48,17 +50,23 @@ def log_folder(folder: Path) -> Path:
     return rollouts_folder(folder) / "log"
 
 
-def rollout_task(config: RunConfig, folder: Path) -> RolloutTask | None:
+def rollout_task(config: RunConfig, folder: Path, run_folder: Path) -> RolloutTask | None:
     """Return what the training of a run, or of a trial with a folder of its own, is told of its rollouts; None if it has none."""
     if config.rollouts is None:
         return None
+    rollouts, adaptive = config.rollouts, config.rollouts.adaptive_share
+    policy = RowPolicy(
+        rollouts.student_share, rollouts.refresh_steps, rollouts.lag, rollouts.replay, adaptive,
+        shares=str(rollouts_folder(folder) / "shares.json") if adaptive is not None else None,
+    )  # fmt: skip
     return RolloutTask(
         log=str(log_folder(folder)),
         weights=str(rollouts_folder(folder) / "weights"),
-        student_share=config.rollouts.student_share,
-        refresh_steps=config.rollouts.refresh_steps,
-        lag=config.rollouts.lag,
+        policy=policy,
         dtype=config.sampler_engine.dtype,
+        heldout=str(run_folder / "data" / "heldout.arrow"),
+        heldout_store=json.loads((run_folder / "scores.json").read_text())["heldout"],
+        heldout_batch_rows=config.evaluate.batch_rows,
     )
 
 
@@ -92,14 +100,13 @@ class RolloutStage:
             longest_prompt=longest_prompt(examples),
             ids_below=named_below(min(known, vocab_size), vocab_size_of(student)),
         )
+        sampler = StepSampler(len(examples), train.batch_rows, seed, train.first_epoch == "store_order")
+        total_steps = steps_in(len(examples), train.batch_rows, train.epochs)
         self._plan = RolloutPlan(
             examples=examples,
-            sampler=StepSampler(len(examples), train.batch_rows, seed, train.first_epoch == "store_order"),
-            total_steps=steps_in(len(examples), train.batch_rows, train.epochs),
-            seed=seed,
-            student_share=rollouts.student_share,
-            refresh_steps=rollouts.refresh_steps,
-            lag=rollouts.lag,
+            sampler=sampler,
+            total_steps=total_steps,
+            sources=RowSources(task.policy, seed, sampler.rows_of, total_steps),
             keep_steps=rollouts.keep_steps,
             first_model=student,
             trust_remote_code=student.trust_remote_code,

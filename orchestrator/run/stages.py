@@ -212,6 +212,6 @@ def distillation_task(config: RunConfig, folder: Path, models: Models, store: Pa
         run=config.name,
         tracking=config.tracking,
         dtype=models.export_dtype(),
-        rollouts=rollout_task(config, folder),
+        rollouts=rollout_task(config, folder, folder),
         teacher_done=str(result_path(folder, "score")),
     )

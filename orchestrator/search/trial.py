@@ -78,7 +78,7 @@ class TrialContext:
             metrics=str(folder),
             output=None,
             validation=validation,
-            rollouts=rollout_task(config, folder),
+            rollouts=rollout_task(config, folder, self.run_folder),
         )
 
     def rollouts(self, assignment: Assignment, task: TrainingTask) -> AbstractContextManager[None]:

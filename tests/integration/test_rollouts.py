@@ -12,7 +12,7 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
-from actors.dataloader.rollout_rows import written_by_student
+from actors.dataloader.row_sources import written_by_student
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import read_metrics
 from actors.score_store.rollout_log import RolloutLog

@@ -12,7 +12,8 @@ import torch
 
 from actors.config.models import TrainConfig
 from actors.dataloader.collator import MicroBatch, collate
-from actors.dataloader.rollout_rows import MixedRows, RolloutRows, written_by_student
+from actors.dataloader.rollout_rows import MixedRows, RolloutRows
+from actors.dataloader.row_sources import RowPolicy, RowSources, written_by_student
 from actors.dataloader.sampler import StepSampler, layout_of
 from actors.dataloader.scored_rows import FileRows, StoredRows
 from actors.dataloader.step_loader import StepLoader
@@ -59,7 +60,11 @@ class World:
 
     @property
     def rows(self) -> RolloutRows:
-        return RolloutRows(self.data, self.log, self.share, SEED)
+        return RolloutRows(self.data, self.log, self.sources)
+
+    @property
+    def sources(self) -> RowSources:
+        return RowSources(RowPolicy(self.share), SEED, lambda step: len(self.data.batch(step)), STEPS)
 
     def mask(self, step: int) -> np.ndarray:
         return written_by_student(SEED, step, len(self.data.batch(step)), self.share)
@@ -258,7 +263,7 @@ def test_a_student_that_answers_all_prompts_needs_no_store(tmp_path: Path) -> No
     world = world_in(tmp_path, share=1.0)
     file = ExampleFile(tmp_path / "data" / "rows.arrow")
     data = StoredRows(file, None, TOP_K, StepSampler(ROWS, BATCH, SEED, store_order_first=True))
-    rows = RolloutRows(data, world.log, 1.0, SEED)
+    rows = RolloutRows(data, world.log, world.sources)
     assert not rows.batch(2).are_scored()
     with pytest.raises(TimeoutError, match="shard 1 of .* did not come within"):
         rows.batch(2).wait(0.02)
@@ -278,8 +283,8 @@ def test_a_student_that_answers_all_prompts_needs_no_store(tmp_path: Path) -> No
 class NotedBatch(MixedRows):
     """Rows that note whether they are cut before they are there."""
 
-    def __init__(self, data: FileRows, written: np.ndarray, log: RolloutLog, step: int, too_early: list[int]) -> None:
-        super().__init__(data, written, log, step)
+    def __init__(self, data: FileRows, sources: RowSources, log: RolloutLog, step: int, too_early: list[int]) -> None:
+        super().__init__(data, sources, log, step)
         self._too_early = too_early
 
     @property
@@ -293,12 +298,11 @@ class NotedRows(RolloutRows):
     """Where such rows come from."""
 
     def __init__(self, world: World) -> None:
-        super().__init__(world.data, world.log, world.share, SEED)
+        super().__init__(world.data, world.log, world.sources)
         self.too_early: list[int] = []
 
     def batch(self, step: int) -> MixedRows:
-        data = self._data.batch(step)
-        return NotedBatch(data, written_by_student(SEED, step, len(data), self._share), self._log, step, self.too_early)
+        return NotedBatch(self._data.batch(step), self._sources, self._log, step, self.too_early)
 
 
 @pytest.mark.parametrize("cut", [{"micro_batch_rows": 2}, {"micro_batch_tokens": 40}])

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.dataloader.rollout_rows import written_by_student
+from actors.dataloader.row_sources import RowPolicy, RowSources, steps_written_by, written_by_student
 from actors.dataloader.sampler import StepSampler
 from actors.examples import ExampleFile, write_examples
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, example_key
 from actors.rollouts.base import Prompt, Response
 from actors.rollouts.step_writer import RolloutPlan, StepFacts, StepWriter
-from actors.rollouts.weights import Proof, WeightFolders, steps_written_by
+from actors.rollouts.weights import Proof, WeightFolders
 from actors.rollouts.workers import HandOver, Weights, Written
 from actors.score_store.rollout_log import RolloutLog
 from tests.fakes import FAKE_VOCAB, expected_scores
@@ -123,7 +123,8 @@ class World:
         for step in range(1, self.plan.total_steps + 1):
             if self.plan.prompts(step):
                 self.log.wait_for(step, PATIENCE_SECONDS)
-            if steps_written_by(step, self.plan.refresh_steps, self.plan.lag, self.plan.total_steps):
+            policy = self.plan.sources.policy
+            if steps_written_by(step, policy.refresh_steps, policy.lag, self.plan.total_steps):
                 self.publish(step)
 
     def there(self) -> list[int]:
@@ -141,14 +142,12 @@ def world_in(
     folder: Path, refresh_steps: int = 1, lag: int = 0, share: float = 0.9, keep_steps: int | None = None, steps: int = STEPS
 ) -> World:
     write_examples(folder / "train.arrow", conversations(ROWS))
+    sampler, policy = StepSampler(ROWS, BATCH, SEED, store_order_first=False), RowPolicy(share, refresh_steps, lag)
     plan = RolloutPlan(
         examples=ExampleFile(folder / "train.arrow"),
-        sampler=StepSampler(ROWS, BATCH, SEED, store_order_first=False),
+        sampler=sampler,
         total_steps=steps,
-        seed=SEED,
-        student_share=share,
-        refresh_steps=refresh_steps,
-        lag=lag,
+        sources=RowSources(policy, SEED, sampler.rows_of, steps),
         keep_steps=keep_steps,
         first_model=FIRST,
         trust_remote_code=True,
@@ -159,6 +158,5 @@ def world_in(
 def with_rows(plan: RolloutPlan) -> list[int]:
     """Steps in which the student writes a row."""
     rows = [len(plan.sampler.positions(step)) for step in range(1, plan.total_steps + 1)]
-    return [
-        step for step, count in enumerate(rows, start=1) if written_by_student(plan.seed, step, count, plan.student_share).any()
-    ]
+    share = plan.sources.policy.student_share
+    return [step for step, count in enumerate(rows, start=1) if written_by_student(SEED, step, count, share).any()]

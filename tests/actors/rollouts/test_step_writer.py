@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.dataloader.rollout_rows import written_by_student
+from actors.dataloader.row_sources import weights_step, written_by_student
 from actors.dataloader.sampler import StepSampler
 from actors.model_source import ModelSource
 from actors.records import TeacherScores
 from actors.rollouts.base import Prompt, Response, written_row
 from actors.rollouts.step_writer import MOST_UNSCORED, numbers_of
-from actors.rollouts.weights import weights_step
 from tests.actors.rollouts.step_world import (
     ALL_AT_ONCE,
     BATCH,

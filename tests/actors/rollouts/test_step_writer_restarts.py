@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.rollouts.weights import weights_step
+from actors.dataloader.row_sources import weights_step
 from actors.score_store.rollout_log import RolloutLog
 from tests.actors.rollouts.step_world import (
     ALL_AT_ONCE,

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.rollouts.weights import PROOF, Proof, WeightFolders, steps_written_by, weights_step
+from actors.dataloader.row_sources import steps_written_by, weights_step
+from actors.rollouts.weights import PROOF, Proof, WeightFolders
 
 SETTINGS = [
     (refresh_steps, lag, total_steps)

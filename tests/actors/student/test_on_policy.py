@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForCausalLM
 
 from actors.config.models import EngineConfig, LoraAdapter, TrainConfig
-from actors.dataloader.rollout_rows import written_by_student
+from actors.dataloader.row_sources import RowPolicy, RowSources, written_by_student
 from actors.dataloader.sampler import StepSampler
 from actors.engines.base import TeacherSpec
 from actors.engines.transformers import TransformersEngine
@@ -101,19 +101,15 @@ class Run:
         longest = max(len(self.examples[row].last_prompt) for row in range(ROWS))
         self.spec = SamplerSpec(ENGINE, student, Sampling(NEW_TOKENS, seed=3), ENDS, longest)
         self.teacher_spec = TeacherSpec(ENGINE, ModelSource(str(self.teacher_folder)), top_k, longest + NEW_TOKENS)
-        self.plan = RolloutPlan(
-            self.examples, StepSampler(ROWS, BATCH, seed=3, store_order_first=True), STEPS, seed=3, keep_steps=None,
-            first_model=student, **settings,
-        )  # fmt: skip
+        sampler, policy = StepSampler(ROWS, BATCH, seed=3, store_order_first=True), RowPolicy(**settings)
+        sources = RowSources(policy, 3, sampler.rows_of, STEPS)
+        self.plan = RolloutPlan(self.examples, sampler, STEPS, sources, keep_steps=None, first_model=student)
         self.log = RolloutLog.open_or_create(folder / "log", {"top_k": top_k, "vocab_size": VOCAB}, STEPS, BATCH)
         self.task = TrainingTask(
             name="train", model=student, tokenizer=str(folder / "tokenizer"), lora=self.lora, loss=loss, train=self.train,
             examples=str(examples), store=str(store.path) if settings["student_share"] < 1 else None, top_k=top_k,
             wait_seconds=60.0, seed=3, threads=1, gpu=False, metrics=str(folder / "metrics"), output=str(folder / "out"),
-            rollouts=RolloutTask(
-                str(folder / "log"), str(folder / "weights"), settings["student_share"], settings["refresh_steps"],
-                settings["lag"], "float32",
-            ),
+            rollouts=RolloutTask(str(folder / "log"), str(folder / "weights"), policy, "float32"),
         )  # fmt: skip
         self.facts: list[StepFacts] = []
         self.samplers = Here(self.spec)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.dataloader.collator import collate
+from actors.dataloader.row_sources import RowPolicy
 from actors.dataloader.sampler import StepSampler
 from actors.dataloader.scored_rows import FileRows, StoredRows, all_rows
 from actors.dataloader.step_loader import StepLoader
@@ -122,7 +123,7 @@ def hand_over(folder: Path, worker: Worker) -> None:
         name="train", model=source, tokenizer=str(folder / "model"), lora=None, loss=loss, train=train,
         examples=str(folder / "train.arrow"), store=None, top_k=8, wait_seconds=1.0, seed=0, threads=1, gpu=False,
         metrics=str(folder), output=None,
-        rollouts=RolloutTask(str(folder / "log"), str(folder / "weights"), 1.0, refresh_steps=1, lag=0, dtype="float32"),
+        rollouts=RolloutTask(str(folder / "log"), str(folder / "weights"), RowPolicy(1.0), dtype="float32"),
     )  # fmt: skip
     WeightPublisher(task, worker, total_steps=9).after(make_student(source, None, loss, train, worker), 3)
 
