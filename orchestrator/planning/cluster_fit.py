@@ -10,7 +10,7 @@ import torch
 from ray.exceptions import RayError
 
 from actors.config.models import EngineConfig
-from actors.config.rollouts import ResponsesConfig
+from actors.config.rollouts import ResponsesConfig, RolloutsConfig
 from actors.config.workers import WorkersConfig
 from actors.format import GIB, plural
 from actors.memory import total_memory
@@ -23,6 +23,7 @@ from orchestrator.planning.jobs import Estimator, trainings
 from orchestrator.planning.memory import Memory, forward_bytes, scoring_bytes, weights_bytes
 
 Placed = TypeVar("Placed", EngineConfig, WorkersConfig)
+Written = TypeVar("Written", ResponsesConfig, RolloutsConfig)
 GPU_PROCESS_BYTES = GIB
 """Assumed of each process on a GPU: the context, libraries' workspaces, communication."""
 GPU_USABLE = 0.95
@@ -137,7 +138,8 @@ def planned_config(config: RunConfig, place: TargetCluster) -> RunConfig:
                 update={"engine": _anywhere(config.teacher.engine), "finetune": _finetune_anywhere(config.teacher.finetune)}
             ),
             "student": config.student.model_copy(update={"finetune": _finetune_anywhere(config.student.finetune)}),
-            "responses": _responses_anywhere(config.responses),
+            "responses": _written_anywhere(config.responses),
+            "rollouts": _written_anywhere(config.rollouts),
             "workers": _anywhere(config.workers),
         }
     )
@@ -151,8 +153,8 @@ def _finetune_anywhere(fit: FinetuneConfig | None) -> FinetuneConfig | None:
     return fit and fit.model_copy(update={"workers": _anywhere(fit.workers)})
 
 
-def _responses_anywhere(responses: ResponsesConfig | None) -> ResponsesConfig | None:
-    return responses and responses.model_copy(update={"engine": responses.engine and _anywhere(responses.engine)})
+def _written_anywhere(section: Written | None) -> Written | None:
+    return section and section.model_copy(update={"engine": section.engine and _anywhere(section.engine)})
 
 
 def settled_replicas(config: RunConfig, place: TargetCluster, shards: int) -> int:
@@ -179,6 +181,7 @@ def problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> l
     except ValueError as error:
         found.append(str(error))
     found += teacher_problems(config, place, estimator)
+    found += sampler_problems(config, place, estimator)
     for job in trainings(config):
         memory = estimator.training(job)
         if job.workers.gpus and place.gpus and gpu_bytes_of(memory) > place.gpu_bytes:
@@ -226,6 +229,24 @@ def teacher_problems(config: RunConfig, place: TargetCluster, estimator: Estimat
     return found
 
 
+def sampler_problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> list[str]:
+    """Return why a sampler of the student does not fit its GPUs."""
+    if config.rollouts is None or not config.sampler_engine.gpu or not place.gpus:
+        return []
+    engine, memory = config.sampler_engine, estimator.sampler(config)
+    if engine.kind == "transformers":
+        wanted = gpu_bytes_of(memory)
+        return [f"rollouts.engine: {_too_large('a sampler', wanted, place)}"] if wanted > place.gpu_bytes else []
+    share = engine.gpu_memory_utilization * place.gpu_bytes
+    if memory.total <= share:
+        return []
+    return [
+        f"rollouts.engine: weights, activations, logits and the cache of one text take {memory.total / GIB:.1f} GiB of each GPU, "
+        f"and gpu_memory_utilization {engine.gpu_memory_utilization:g} of {place.gpu_bytes / GIB:g} GiB gives them "
+        f"{share / GIB:.1f}"
+    ]
+
+
 def node_problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> list[str]:
     """Return what exceeds a node's memory among the jobs that run on CPUs; on one node those of one time count together."""
     taken: dict[str, float] = {}
@@ -237,8 +258,12 @@ def node_problems(config: RunConfig, place: TargetCluster, estimator: Estimator)
         if not job.workers.gpus:
             a_worker = estimator.training(job).total / CPU_USABLE + CPU_PROCESS_BYTES
             taken[job.name] = (job.workers.count if together else 1) * a_worker
-    if together and config.scores.overlap and {"scoring", "train"} <= set(taken):
-        taken["scoring and train, at one time,"] = taken["scoring"] + taken["train"]
+    if config.rollouts is not None and not config.sampler_engine.gpu:
+        count = int(config.sampler_engine.replicas) if together else 1
+        taken["sampling"] = count * (estimator.sampler(config).total + CPU_PROCESS_BYTES)
+    beside = [name for name in ("scoring", "sampling", "train") if name in taken]
+    if together and (config.scores.overlap or config.rollouts is not None) and len(beside) > 1:
+        taken[f"{' and '.join(beside)}, at one time,"] = sum(taken[name] for name in beside)
     return [
         f"{name} takes {count / GIB:.1f} GiB of a node's memory, and there are {place.node_bytes / GIB:.1f} GiB"
         for name, count in taken.items()

@@ -14,6 +14,7 @@ from orchestrator.planning.memory import (
     chunk_bytes,
     evaluator_memory,
     replica_memory,
+    sampler_memory,
     saved_bytes,
     store_bytes,
     training_memory,
@@ -113,6 +114,10 @@ class Estimator:
         work = self.work
         most = int(work.targets.max()) * work.longest // int(work.lengths.max())
         return replica_memory(self.shapes["teacher"], config.teacher.engine, work.longest, most, device_bytes)
+
+    def sampler(self, config: RunConfig, device_bytes: float | None = None) -> Memory:
+        """Return what a sampler of the student takes on each of its devices."""
+        return sampler_memory(self.shapes["student"], config.sampler_engine, self.work.longest, device_bytes)
 
     def evaluator(self, config: RunConfig, role: Role) -> Memory:
         """Return what the evaluator of a role's model takes."""

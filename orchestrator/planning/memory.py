@@ -252,6 +252,18 @@ def replica_memory(
     return Memory({name: count for name, count in parts.items() if count}, "scoring")
 
 
+def sampler_memory(shape: ModelShape, engine: EngineConfig, longest: int, device_bytes: float | None = None) -> Memory:
+    """Return what a sampler takes on each of its devices: what a replica does, but for the logits.
+
+    vLLM draws a token for each of ``rows_per_call`` texts at a time, from their logits [rows, V] in its type and twice in
+    float32; transformers writes one text after the other, and computes the logits of its last token alone.
+    """
+    parts = dict(replica_memory(shape, engine, longest, 0, device_bytes).parts)
+    rows, in_float = (engine.rows_per_call if engine.kind == "vllm" else 1), 2 * FLOAT
+    parts["scoring"] = rows * shape.vocab_size * (SIZES[engine.dtype] + in_float)
+    return Memory({"logits" if name == "scoring" else name: count for name, count in parts.items()}, "sampling")
+
+
 def evaluator_memory(shape: ModelShape, evaluate: EvaluateConfig, longest: int) -> Memory:
     """Return what an evaluator takes on its device: one model, and a forward pass over the longest rows."""
     number = 2 if evaluate.precision == "bfloat16" else 4

@@ -132,9 +132,10 @@ def make_plan(config: RunConfig, asked: PlanOptions) -> Plan:
     nearest = nearest_plan(config, place, estimator) if found else None
     pipe = pipeline_of(work, config.scores, config.train, config.loss, rates)
     shards = max(1, len(pipe.shard_tokens))
-    memory = {"scoring": estimator.replica(config, place.gpu_bytes or None)} | {
-        job.name: estimator.training(job) for job in trainings(config)
-    }
+    memory = {"scoring": estimator.replica(config, place.gpu_bytes or None)}
+    if config.rollouts is not None:
+        memory["sampling"] = estimator.sampler(config, place.gpu_bytes or None)
+    memory |= {job.name: estimator.training(job) for job in trainings(config)}
     replicas = settled_replicas(config, place, shards)
     if config.rollouts is not None:
         row_tokens = work.train_tokens / work.rows

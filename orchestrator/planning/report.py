@@ -13,10 +13,16 @@ from orchestrator.planning.plan import SHOWN_REPLICAS, SHOWN_STUDENTS, Plan, sat
 from orchestrator.planning.throughput import Pace, pace
 
 JOBS = {
-    "scoring": "a replica of the teacher", "finetune_teacher": "a worker that fine-tunes the teacher",
+    "scoring": "a replica of the teacher", "sampling": "a sampler of the student",
+    "finetune_teacher": "a worker that fine-tunes the teacher",
     "finetune_student": "a worker that fine-tunes the student", "train": "a worker that distils the student",
 }  # fmt: skip
 """Names of the jobs for people."""
+COLUMNS = {
+    "scoring": "the teacher", "sampling": "a sampler", "finetune_teacher": "fine-tunes the teacher",
+    "finetune_student": "fine-tunes the student", "train": "distils the student",
+}  # fmt: skip
+"""The same, over columns."""
 
 
 def as_plain(made: Plan) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def _memory_table(memory: dict[str, Memory], console: Console) -> Table:
     shown = _table(
         console,
         "memory of one device",
-        *(JOBS[name].replace("a worker that ", "").replace("a replica of ", "") for name in memory),
+        *(COLUMNS[name] for name in memory),
     )
     purposes = dict.fromkeys(purpose for one in memory.values() for purpose in one.parts)
     for purpose in purposes:

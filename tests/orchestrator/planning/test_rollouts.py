@@ -6,6 +6,8 @@ import pytest
 
 from actors.config.models import EngineConfig
 from orchestrator.config.run import RunConfig
+from orchestrator.planning.cluster_fit import node_problems
+from orchestrator.planning.memory import replica_memory, sampler_memory
 from orchestrator.planning.plan import PlanOptions, make_plan
 from orchestrator.planning.rollouts import RolloutPace, rollout_pace, sampling_rate
 from orchestrator.planning.shapes import ModelShape
@@ -72,3 +74,37 @@ def test_as_many_as_keep_up_are_named() -> None:
 def test_a_plan_says_it() -> None:
     made = make_plan(config("max_new_tokens: 20"), PlanOptions(rows=500, row_tokens=40, row_targets=20))
     assert [line.split(":")[0] for line in made.remarks] == ["rollouts", "rollouts"]
+
+
+HERE = PlanOptions(rows=500, row_tokens=40, row_targets=20)
+ON_GPUS = ("teacher.engine.gpu=true", "teacher.engine.kind=vllm", "workers.gpus=1")
+SAMPLER = "max_new_tokens: 40, engine: {kind: vllm, gpu: true, dtype: bfloat16, labels: {role: writer}}"
+
+
+def test_a_sampler_is_counted_like_a_replica_but_for_its_logits() -> None:
+    for kind, rows in (("vllm", 64), ("transformers", 1)):
+        engine = EngineConfig(kind=kind, dtype="bfloat16", rows_per_call=64)
+        found, replica = sampler_memory(STUDENT, engine, 500), replica_memory(STUDENT, engine, 500, 0)
+        assert found.parts["logits"] == rows * 100_000 * (2 + 4 + 4)
+        rest = {name: count for name, count in replica.parts.items() if name != "scoring"}
+        assert {name: count for name, count in found.parts.items() if name != "logits"} == rest
+
+
+def test_samplers_stand_in_the_plan_and_count_beside_teacher_and_workers() -> None:
+    made = make_plan(config("max_new_tokens: 40, engine: {kind: transformers, cpus: 1, replicas: 2}", "workers.count=1"), HERE)
+    assert list(made.memory)[:2] == ["scoring", "sampling"]
+    place = replace(made.place, nodes=made.place.nodes[:1], node_bytes=1.0)
+    lines = node_problems(config("engine: {kind: transformers, cpus: 1}"), place, made.estimator)
+    assert any(line.startswith("scoring and sampling and train, at one time, takes ") for line in lines)
+
+
+def test_a_sampler_that_no_gpu_holds_is_a_problem_in_words() -> None:
+    """The labels of its nodes are nothing that numbers know."""
+    asked = PlanOptions(gpus=8, gpu_memory=80.0, rows=1000, row_tokens=100.0, row_targets=50.0)
+    assert make_plan(config(SAMPLER, *ON_GPUS), asked).fits
+    small = replace(asked, gpu_memory=0.01)
+    problems = make_plan(config(SAMPLER, *ON_GPUS), small).problems
+    assert any(line.startswith("rollouts.engine: weights, activations, logits and the cache") for line in problems), problems
+    plain = SAMPLER.replace("kind: vllm", "kind: transformers")
+    problems = make_plan(config(plain, *ON_GPUS), small).problems
+    assert any(line.startswith("rollouts.engine: a sampler takes ") for line in problems), problems
