@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from actors.config.models import EngineConfig
 from losses.section import MayChange, Section
 
+Wire = Literal["top_k", "candidates", "hidden"]
+"""What the teacher says of each token that the student writes."""
+
 LOWEST_TEMPERATURE = 0.01
 """The lowest that vLLM samples at, 0 aside."""
 
@@ -66,6 +69,11 @@ class RolloutsConfig(Section):
     lag: int = Field(default=0, ge=0)
     """0: a window's rows are written by the weights with which it begins, and the workers wait for them. 1: by those with which
     the window before began, so that they are written and scored while that one trains."""
+
+    wire: Wire = "top_k"
+    """What the teacher says of each token that the student writes: ``top_k``, its log-probabilities of that token and of its own
+    ``scores.top_k`` most likely ones; ``candidates``, those and its log-probabilities of as many tokens that the student holds
+    most likely."""
 
     keep_steps: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
     """Of how many of the latest steps what was written is kept; null for all."""

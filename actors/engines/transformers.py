@@ -1,13 +1,16 @@
-"""The reference engine: a plain transformers forward pass. B batch, T tokens, N targets, K top-k, V vocabulary."""
+"""The reference engine: a plain transformers forward pass.
+
+B batch, T tokens, N targets, K top-k, C candidates, V vocabulary.
+"""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from actors.engines.base import TeacherSpec, candidates_of, require_top_k, scores_from_candidates
+from actors.engines.base import TeacherSpec, likeliest_asked, require_top_k, scores_from_likeliest
 from actors.models import load_model
-from actors.records import Example, TeacherScores
+from actors.records import Example, TeacherScores, with_candidates
 
 MAX_LOGITS = 1 << 27  # of one forward pass, [B, T, V]: 512 MiB in float32
 
@@ -65,9 +68,12 @@ class TransformersEngine:
             logprobs = logits[row, before_target].float().log_softmax(dim=-1)  # [N, V]
             targets = torch.from_numpy(example.targets.astype(np.int64)).to(self._device)
             target_logprob = logprobs.gather(1, targets[:, None])[:, 0]
-            top = logprobs.topk(candidates_of(self._spec, self.vocab_size), dim=-1)
-            scores = scores_from_candidates(
+            top = logprobs.topk(likeliest_asked(self._spec, self.vocab_size), dim=-1)
+            scores = scores_from_likeliest(
                 example, target_logprob.cpu().numpy(), top.indices.cpu().numpy(), top.values.cpu().numpy(), self._spec
             )
-            assert scores is not None, "enough candidates were asked for"
+            assert scores is not None, "enough of the likeliest were asked for"
+            if example.candidates is not None:
+                wanted = torch.from_numpy(example.candidates.astype(np.int64)).clamp(min=0).to(self._device)  # [N, C]
+                scores = with_candidates(example, scores, logprobs.gather(1, wanted).cpu().numpy())
             yield scores

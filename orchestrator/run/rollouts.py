@@ -82,6 +82,7 @@ class RolloutStage:
             ends=read_answer_ends(models.tokenizer_folder, models.tokenizer()),
             longest_prompt=longest_prompt(examples),
             ids_below=named_below(min(self._ids_below, vocab_size), vocab_size_of(student)),
+            candidates=config.scores.top_k if self._rollouts.wire == "candidates" else 0,
         )
         self._plan = RolloutPlan(
             examples=examples,
@@ -98,7 +99,8 @@ class RolloutStage:
         identity = {
             "rollouts": True,
             "top_k": config.scores.top_k,
-            "top_mass": config.scores.top_mass,
+            "top_mass": config.scores.top_mass if self._rollouts.wire == "top_k" else None,
+            "wire": self._rollouts.wire,
             "vocab_size": vocab_size,
             "ids_below": min(self._ids_below, vocab_size),
         }
@@ -156,6 +158,7 @@ class RolloutStage:
             top_k=self._config.scores.top_k,
             longest_row=max(int(heldout.lengths.max()), written),
             ids_below=named_below(self._ids_below, self._vocab_size),
+            wire=self._rollouts.wire,
         )
 
     def _most_replicas(self) -> int:
