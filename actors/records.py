@@ -1,4 +1,4 @@
-"""What crosses between teacher and student. T tokens of a row, N targets of it, K top-k, C candidates, V vocabulary."""
+"""What crosses between teacher and student. T tokens of a row, N targets of it, K top-k, C candidates, H hidden size, V vocabulary."""
 
 import hashlib
 from collections.abc import Iterable
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+BFLOAT16_EXPONENT = np.uint16(0x7F80)  # all of its bits are set where a number is not finite
 LOWEST_COMPARED = -24.0  # nats; stored log-probabilities are exact down to here
 MASS_TOLERANCE = 1e-3  # room for a teacher that computes in 16 bits
 NO_TOKEN = -1
@@ -88,6 +89,9 @@ class TeacherScores:
     tail_logmass: np.ndarray
     """float32 [N], log of the mass outside target and top-K; -inf where nothing is left."""
 
+    hidden: np.ndarray | None = None
+    """uint16 [N, H], the bits in bfloat16 of the teacher's last hidden states where it predicts the targets; None if not kept."""
+
 
 def uncertainty(scores: TeacherScores) -> np.ndarray:
     """Return UNC, the teacher's mass off the target, float32 [N] (arXiv 2402.11890, section 3)."""
@@ -115,7 +119,7 @@ def truncate_scores(scores: TeacherScores, top_k: int) -> TeacherScores:
     masses = np.concatenate([np.exp(dropped), np.exp(scores.tail_logmass.astype(np.float64))[:, None]], axis=1)
     with np.errstate(divide="ignore"):
         tail = np.log(masses.sum(axis=1)).astype(np.float32)
-    return TeacherScores(scores.key, scores.target_logprob, scores.topk_ids[:, :top_k], scores.topk_logprobs[:, :top_k], tail)
+    return replace(scores, topk_ids=scores.topk_ids[:, :top_k], topk_logprobs=scores.topk_logprobs[:, :top_k], tail_logmass=tail)
 
 
 def keep_mass(scores: TeacherScores, share: float) -> TeacherScores:
@@ -131,7 +135,7 @@ def keep_mass(scores: TeacherScores, share: float) -> TeacherScores:
         tail = np.log(np.exp(scores.tail_logmass.astype(np.float64)) + (masses * dropped).sum(axis=1)).astype(np.float32)
     ids = np.where(dropped, np.int32(NO_TOKEN), scores.topk_ids)
     logprobs = np.where(dropped, np.float32(-np.inf), scores.topk_logprobs)
-    return TeacherScores(scores.key, scores.target_logprob, ids, logprobs, tail)
+    return replace(scores, topk_ids=ids, topk_logprobs=logprobs, tail_logmass=tail)
 
 
 def with_candidates(example: Example, scores: TeacherScores, logprobs: np.ndarray) -> TeacherScores:
@@ -173,6 +177,8 @@ def check_scores(example: Example, scores: TeacherScores, ids_below: int) -> Non
     shapes = (scores.target_logprob.shape, scores.topk_ids.shape, scores.topk_logprobs.shape, scores.tail_logmass.shape)
     if shapes != ((targets,), (targets, top_k), (targets, top_k), (targets,)):
         raise ValueError(f"{where}: has {targets} targets, but its scores have the shapes {shapes}")
+    if scores.hidden is not None and len(scores.hidden) != targets:
+        raise ValueError(f"{where}: has {targets} targets, but hidden states of {len(scores.hidden)}")
     named = (scores.topk_ids != NO_TOKEN) | ~np.isneginf(scores.topk_logprobs)  # [N, K]
     for name, values in (("target_logprob", scores.target_logprob), ("topk_logprobs", scores.topk_logprobs[named])):
         if not np.isfinite(values).all():
@@ -182,6 +188,8 @@ def check_scores(example: Example, scores: TeacherScores, ids_below: int) -> Non
     mass = np.exp(scores.target_logprob.astype(np.float64)) + np.exp(scores.topk_logprobs.astype(np.float64)).sum(axis=1)
     if (mass > 1 + MASS_TOLERANCE).any():
         raise ValueError(f"{where}: target and top-K hold a mass of {mass.max():.6f}; at most 1 can be right")
+    if scores.hidden is not None and ((scores.hidden & BFLOAT16_EXPONENT) == BFLOAT16_EXPONENT).any():
+        raise ValueError(f"{where}: hidden holds a value that is not finite; the teacher's hidden states must be finite")
     ids = scores.topk_ids[named]
     if (ids < 0).any() or (ids >= ids_below).any():
         raise ValueError(f"{where}: topk_ids holds {ids.max()}; tokens that can be named are below {ids_below}")

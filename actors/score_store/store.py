@@ -239,7 +239,8 @@ class ScoreStore:
 
     def _encoding(self) -> RowEncoding:
         unions = self.wire == "candidates"  # of K tokens and as many candidates, some of which are the same
-        return RowEncoding(2 * self.top_k if unions else self.top_k, self.vocab_size, unions or self.top_mass is not None)
+        width, ragged = (2 * self.top_k, True) if unions else (self.top_k, self.top_mass is not None)
+        return RowEncoding(width, self.vocab_size, ragged, self.identity.get("hidden_size", 0))
 
     @property
     def _failure_path(self) -> Path:
