@@ -1,4 +1,7 @@
-"""What crosses between teacher and student. T tokens of a row, N targets of it, K top-k, C candidates, H hidden size, V vocabulary."""
+"""What crosses between teacher and student.
+
+T tokens of a row, N targets of it, K top-k, C candidates, H hidden size, V vocabulary.
+"""
 
 import hashlib
 from collections.abc import Iterable

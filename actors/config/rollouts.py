@@ -73,7 +73,7 @@ class RolloutsConfig(Section):
     wire: Wire = "top_k"
     """What the teacher says of each token that the student writes: ``top_k``, its log-probabilities of that token and of its own
     ``scores.top_k`` most likely ones; ``candidates``, those and its log-probabilities of as many tokens that the student holds
-    most likely."""
+    most likely; ``hidden``, its last hidden states too, of which its output head makes all log-probabilities on the workers."""
 
     keep_steps: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
     """Of how many of the latest steps what was written is kept; null for all."""
@@ -86,6 +86,11 @@ class RolloutsConfig(Section):
         require_temperature(self.temperature)
         if self.engine is not None and self.engine.replicas == "auto":
             raise ValueError("engine.replicas is auto, but samplers stand beside teacher and student; 1 would do")
+        if self.wire == "hidden" and self.student_share < 1:
+            raise ValueError(
+                f"wire is hidden, but student_share is {self.student_share:g}, and of rows that stay as the data has them no hidden "
+                "states are kept; student_share=1.0 would do, or wire=candidates"
+            )
         return self
 
 

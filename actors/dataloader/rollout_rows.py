@@ -6,10 +6,13 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from actors.dataloader.hidden_states import as_hidden_teacher, require_right_head
 from actors.dataloader.scored_rows import FileRows, StoredRows, as_teacher, require_same_row
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores
 from actors.score_store.rollout_log import RolloutLog
+from losses.lm_head import LMHead
+from losses.teachers import HiddenTeacher
 from losses.topk_teacher import TopkTeacher
 
 
@@ -29,10 +32,12 @@ class MixedRows:
         written: bool [R], which of them the student answers instead; in the log they stand in this order.
         log: holds what it wrote.
         step: of the training.
+        head: the teacher's, where the log keeps hidden states, and the student writes all rows.
     """
 
-    def __init__(self, data: FileRows, written: np.ndarray, log: RolloutLog, step: int) -> None:
+    def __init__(self, data: FileRows, written: np.ndarray, log: RolloutLog, step: int, head: LMHead | None = None) -> None:
         self._data, self._log, self._step = data, log, step
+        self._head, self._head_is_right = head, False
         self._place = {int(row): place for place, row in enumerate(np.flatnonzero(written))}
         """Of each row that the student wrote, its place in the log."""
 
@@ -61,13 +66,20 @@ class MixedRows:
         """Return the teacher's own mean loss on each row, float32 [R], in nats per target."""
         return torch.tensor([self._teacher_loss(row) for row in range(len(self))])
 
-    def teacher(self, rows: Sequence[int]) -> TopkTeacher:
+    def teacher(self, rows: Sequence[int]) -> TopkTeacher | HiddenTeacher:
         """Return the teacher's scores at the targets of some rows, one row after the other.
 
         Raises:
-            ValueError: if there are scores of other rows in their places.
+            ValueError: if there are scores of other rows in their places, or the head is not that of the hidden states.
         """
-        return as_teacher([self._scores(row) for row in rows])
+        scores = [self._scores(row) for row in rows]
+        if self._head is None:
+            return as_teacher(scores)
+        examples = [self.example(row) for row in rows]
+        if not self._head_is_right:
+            require_right_head(examples[0], scores[0], self._head)
+            self._head_is_right = True
+        return as_hidden_teacher(examples, scores, self._head)
 
     def are_scored(self) -> bool:
         """Return whether all rows and their scores are there."""
@@ -115,15 +127,16 @@ class RolloutRows:
         log: holds what it wrote.
         share: of the rows, which the student writes.
         seed: tosses for each row.
+        head: the teacher's, where the log keeps hidden states.
     """
 
-    def __init__(self, data: StoredRows, log: RolloutLog, share: float, seed: int) -> None:
-        self._data, self._log, self._share, self._seed = data, log, share, seed
+    def __init__(self, data: StoredRows, log: RolloutLog, share: float, seed: int, head: LMHead | None = None) -> None:
+        self._data, self._log, self._share, self._seed, self._head = data, log, share, seed, head
 
     def batch(self, step: int) -> MixedRows:
         """Return the rows of a step."""
         rows = self._data.batch(step)
-        return MixedRows(rows, written_by_student(self._seed, step, len(rows), self._share), self._log, step)
+        return MixedRows(rows, written_by_student(self._seed, step, len(rows), self._share), self._log, step, self._head)
 
     def epochs_after(self, step: int) -> float:
         """Return how often the prompts were visited once a step is done."""

@@ -1,23 +1,27 @@
 """vLLM as a scoring engine.
 
-L tokens of a prompt, N targets, K top-k, M most likely tokens: K+1, and some to spare for those not named; C candidates.
+L tokens of a prompt, N targets, K top-k, M most likely tokens: K+1, and some to spare for those not named; C candidates, H hidden size.
 
 Prompt log-probabilities are asked for M tokens: vLLM computes an array [L-1, 1+M] with the prompt's own next token in
 column 0 and the M most likely ones after it; row i speaks of token i+1. Two patches of its insides (``vllm_patches``) make that
 cheap. Where the installed version does not take one, or a probe comes out differently, the public way is gone: ``flat_logprobs``
-(0.15 and later) is read, and all rows are computed. Candidates need both patches.
+(0.15 and later) is read, and all rows are computed. Candidates and hidden states need both patches.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from actors.dataloader.hidden_states import bits_of
 from actors.engines.base import EngineDied, TeacherSpec, likeliest_asked, require_top_k, scores_from_likeliest
+from actors.engines.teacher_head import read_head
 from actors.engines.vllm_arguments import engine_arguments
 from actors.engines.vllm_limits import require_build_for
 from actors.engines.vllm_patches import PromptArrays, TargetRows, WantedRows, keep_arrays
@@ -26,7 +30,7 @@ from actors.records import NO_TOKEN, Example, TeacherScores, with_candidates
 TOKENS_PER_STEP = 8192
 SPARE = 8  # tokens asked for beyond K+1 where some tokens are not to be named; a row that needs more is asked again
 PROBE_TOKENS = 5
-MOST_COLUMNS = 1 << 24  # of a request with candidates: which its engine has to allow before the vocabulary is known
+MOST_COLUMNS = 1 << 24  # that a request may ask for with candidates or hidden states, whatever vocabulary and hidden size are
 PROBE_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}  # nats; products of other shapes round differently
 
 
@@ -51,6 +55,7 @@ class VllmEngine:
         require_top_k(spec.top_k, self.vocab_size, spec.ids_below)
         self._spec = spec
         self._likeliest = likeliest_asked(spec, self.vocab_size, SPARE)
+        self._hidden_size: int = self._llm.llm_engine.model_config.get_hidden_size() if spec.wire == "hidden" else 0
         self._tolerance = PROBE_TOLERANCES[engine.dtype]
         self.reads_arrays = False
         """Whether results come as the engine's arrays; otherwise through the public flat_logprobs."""
@@ -58,10 +63,11 @@ class VllmEngine:
         self.skips_prompts = False
         """Whether only the rows that predict targets are multiplied by the output head."""
         self.skips_prompts = self.reads_arrays and self._take_target_rows() and self._probe_rows(spec.longest_row)
-        if spec.wire == "candidates" and not (self.skips_prompts and self._probe_candidates(spec.longest_row)):
+        probes = {"top_k": lambda longest_row: True, "candidates": self._probe_candidates, "hidden": self._probe_hidden}
+        if spec.wire != "top_k" and not (self.skips_prompts and probes[spec.wire](spec.longest_row)):
             raise ValueError(
-                f"rollouts.wire is candidates, but vLLM {vllm.__version__} is of an unknown form, which gives no "
-                "log-probabilities of tokens that it is told; rollouts.wire=top_k, or teacher.engine.kind=transformers, would do"
+                f"rollouts.wire is {spec.wire}, but vLLM {vllm.__version__} is of an unknown form, which tells no more than its most "
+                "likely tokens; rollouts.wire=top_k, or teacher.engine.kind=transformers, would do"
             )
         name = f"vLLM {vllm.__version__}, {engine.dtype}"
         self.way = f"{name}; only rows that predict targets go through the output head" if self.skips_prompts else (
@@ -86,7 +92,7 @@ class VllmEngine:
         """Return the scores of each example from so many most likely tokens; None where these are too few."""
         results = self._prompt_arrays(
             [example.token_ids.tolist() for example in examples],
-            [wanted_of(example) for example in examples] if self.skips_prompts else None,
+            [self._wanted(example) for example in examples] if self.skips_prompts else None,
             likeliest,
         )
         return [self._scores(example, arrays, likeliest) for example, arrays in zip(examples, results, strict=True)]
@@ -103,9 +109,10 @@ class VllmEngine:
             )
         best = slice(1, 1 + likeliest)
         scores = scores_from_likeliest(example, logprobs[:, 0], token_ids[:, best], logprobs[:, best], self._spec)
-        if scores is None or example.candidates is None:
-            return scores
-        return with_candidates(example, scores, logprobs[:, best.stop :])
+        further = logprobs[:, best.stop :]
+        if scores is not None and self._spec.wire == "hidden":
+            return replace(scores, hidden=bits_of(torch.from_numpy(further)))
+        return scores if scores is None or example.candidates is None else with_candidates(example, scores, further)
 
     def _prompt_arrays(
         self, prompts: Sequence[list[int]], wanted: Sequence[WantedRows] | None = None, likeliest: int | None = None
@@ -137,6 +144,11 @@ class VllmEngine:
         return PromptArrays(
             np.asarray(result.token_ids).reshape(-1, width), np.asarray(result.logprobs, dtype=np.float32).reshape(-1, width)
         )
+
+    def _wanted(self, example: Example) -> WantedRows:
+        """Return what is wanted of a row; where it has fewer than C candidates, token 0 stands for those that are missing."""
+        candidates = None if example.candidates is None else np.where(example.candidates == NO_TOKEN, 0, example.candidates)
+        return WantedRows((example.target_positions - 1).tolist(), candidates, self._hidden_size)
 
     def _take_target_rows(self) -> bool:
         return all(self._llm.collective_rpc("take_target_rows"))
@@ -171,6 +183,19 @@ class VllmEngine:
             and np.allclose(some.logprobs[:, given], whole.logprobs[rows, 1:][:, ::-1], atol=self._tolerance)
         )
 
+    def _probe_hidden(self, longest_row: int) -> bool:
+        """Whether the teacher's head makes of the hidden states what the engine says of the tokens."""
+        prompt = [token % self.vocab_size for token in range(min(2 * PROBE_TOKENS, longest_row))]
+        rows = list(range(len(prompt) - 1))
+        (some,) = self._prompt_arrays([prompt], [WantedRows(rows, hidden_size=self._hidden_size)])
+        said, states = some.logprobs[:, : 1 + self._likeliest], torch.from_numpy(some.logprobs[:, 1 + self._likeliest :])
+        if states.shape != (len(rows), self._hidden_size):
+            return False
+        head = read_head(self._spec.model, getattr(torch, self._spec.engine.dtype))
+        logprobs = head.logits(states.to(head.weight.dtype)).float().log_softmax(dim=1)
+        ids = torch.from_numpy(some.token_ids[:, : 1 + self._likeliest].astype(np.int64))
+        return np.allclose(logprobs.gather(1, ids).numpy(), said, atol=self._tolerance)
+
     def _probe_arrays(self, tokens: int) -> bool:
         """Whether arrays come as expected: the shape is right and the values are those of ``flat_logprobs``."""
         if tokens < 2:
@@ -193,12 +218,6 @@ class VllmEngine:
 
 def most_logprobs(spec: TeacherSpec) -> int:
     """Return how many columns of log-probabilities a request may ask for; -1 for as many as there are tokens."""
-    if spec.wire == "candidates":
+    if spec.wire != "top_k":
         return MOST_COLUMNS
     return spec.top_k + 1 if spec.ids_below is None else -1
-
-
-def wanted_of(example: Example) -> WantedRows:
-    """Return what is wanted of a row; where it has fewer than C candidates, token 0 stands for those that are missing."""
-    rows, candidates = (example.target_positions - 1).tolist(), example.candidates
-    return WantedRows(rows, None if candidates is None else np.where(candidates == NO_TOKEN, 0, candidates))

@@ -1,11 +1,11 @@
 """Patches of vLLM's insides, each of which looks first whether the installed version takes it.
 
-L tokens of a prompt, N rows of it that are wanted, n of those in one step, M most likely tokens, C candidates.
+L tokens of a prompt, N rows of it that are wanted, n of those in one step, M most likely tokens, C candidates, H hidden size.
 
 ``keep_arrays``: vLLM turns each prompt log-probability into a Python object; ours keeps its arrays. It looks for the form of
 0.9 to 0.32. ``TargetRows``: vLLM multiplies every position of the prompt by the output head, one request at a time, ranks every
 target and normalises the whole vocabulary; ours does so for the rows that predict targets alone, those of all requests together,
-and tells the log-probabilities of given candidates too.
+and tells the log-probabilities of given candidates too, or the hidden states, in further columns.
 ``FreshHead``: reloading weights makes each layer's packed copy anew, but not that of a head whose matrix is the embeddings'.
 """
 
@@ -22,6 +22,7 @@ from vllm.v1.outputs import LogprobsTensors
 
 ROWS_ARGUMENT = "atkd_target_rows"  # of a request's extra_args: which rows of its prompt are wanted, ascending
 CANDIDATES_ARGUMENT = "atkd_candidates"  # and of which C tokens besides the most likely ones, for each of these rows
+HIDDEN_ARGUMENT = "atkd_hidden_size"  # H, if the rows' last hidden states are wanted too
 ROWS_AT_ONCE = {"cpu": 128}  # few enough for their logits to stay in the cache
 ROWS_AT_ONCE_ELSEWHERE = 1024
 
@@ -34,10 +35,10 @@ class PromptArrays:
     """The prompt log-probabilities of one prompt as the engine computed them."""
 
     token_ids: np.ndarray
-    """int [L-1, 1+M], column 0 the prompt's own next token; [N, 1+M+C] where rows and candidates were asked for."""
+    """int [L-1, 1+M], column 0 the prompt's own next token; [N, 1+M+C+H] of rows that were asked for, the last H zero."""
 
     logprobs: np.ndarray
-    """float32, as many."""
+    """float32, as many; the last H are no log-probabilities, but the hidden states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +51,18 @@ class WantedRows:
     candidates: np.ndarray | None = None
     """int [N, C], tokens whose log-probabilities are wanted besides those of the most likely ones."""
 
+    hidden_size: int = 0
+    """H, if the last hidden states are wanted; else 0."""
+
     @property
     def extra_columns(self) -> int:
         """Columns beside those of the most likely tokens."""
-        return 0 if self.candidates is None else self.candidates.shape[1]
+        return self.hidden_size + (0 if self.candidates is None else self.candidates.shape[1])
 
     def arguments(self) -> dict[str, Any]:
         """Return the request's extra_args, of types that travel to processes."""
         candidates = {} if self.candidates is None else {CANDIDATES_ARGUMENT: self.candidates.tolist()}
-        return {ROWS_ARGUMENT: self.rows, **candidates}
+        return {ROWS_ARGUMENT: self.rows, HIDDEN_ARGUMENT: self.hidden_size, **candidates}
 
 
 def keep_arrays() -> bool:
@@ -132,7 +136,7 @@ class _Part:
     """What this step computes of one request."""
 
     result: Any
-    """LogprobsTensors on the CPU, [N, 1+M+C], filled step by step."""
+    """LogprobsTensors on the CPU, [N, 1+M+C+H], filled step by step."""
 
     first: int
     """Which of the N rows comes first."""
@@ -146,11 +150,14 @@ class _Part:
     candidates: list[list[int]]
     """[n, C]; empty where none are wanted."""
 
+    hidden_size: int
+    """H where the hidden states are wanted; else 0."""
+
     @property
-    def widths(self) -> tuple[int, int]:
-        """M and C."""
+    def widths(self) -> tuple[int, int, int]:
+        """M, C, and H where it is wanted."""
         given = len(self.candidates[0]) if self.candidates else 0
-        return self.result.logprobs.shape[1] - 1 - given, given
+        return self.result.logprobs.shape[1] - 1 - given - self.hidden_size, given, self.hidden_size
 
 
 def _logprobs_of_rows(runner: Any, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
@@ -171,9 +178,8 @@ def _logprobs_of_rows(runner: Any, hidden_states: torch.Tensor, num_scheduled_to
         offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[name]]) - start
         first, last = bisect_left(rows, start), bisect_left(rows, start + scheduled)
         if wanted := rows[first:last]:
-            given = arguments.get(CANDIDATES_ARGUMENT, [])[first:last]
             hidden, next_tokens = hidden_states[[offset + row for row in wanted]], [prompt[row + 1] for row in wanted]
-            parts.append(_Part(result, first, hidden, next_tokens, given))
+            parts.append(_Part(result, first, hidden, next_tokens, *_extras(arguments, first, last)))
         if start + scheduled >= len(prompt):
             finished[name] = result
             del runner.num_prompt_logprobs[name]
@@ -228,8 +234,8 @@ def take_target_rows_v2(worker: Any) -> bool:
             if wanted := rows[first:last]:
                 offset = int(input_batch.query_start_loc_np[index]) - start
                 next_tokens = all_token_ids[slot, [row + 1 for row in wanted]].tolist()
-                given = arguments_of[name].get(CANDIDATES_ARGUMENT, [])[first:last]
-                parts.append(_Part(results[name], first, hidden_states[[offset + row for row in wanted]], next_tokens, given))
+                hidden, extras = hidden_states[[offset + row for row in wanted]], _extras(arguments_of[name], first, last)
+                parts.append(_Part(results[name], first, hidden, next_tokens, *extras))
             if stop >= length:
                 finished[name] = results.pop(name)
         if parts:
@@ -241,14 +247,19 @@ def take_target_rows_v2(worker: Any) -> bool:
     return True
 
 
+def _extras(arguments: dict[str, Any], first: int, last: int) -> tuple[list[list[int]], int]:
+    """Return the candidates of some of a request's rows, and H where their hidden states are wanted."""
+    return arguments.get(CANDIDATES_ARGUMENT, [])[first:last], arguments.get(HIDDEN_ARGUMENT, 0)
+
+
 def _fill(logits_of: LogitsOf, parts: Sequence[_Part]) -> None:
     """Compute the rows of all requests, those of equal widths together, and write them where they belong."""
     for widths in {part.widths for part in parts}:
         _fill_alike(logits_of, [part for part in parts if part.widths == widths], *widths)
 
 
-def _fill_alike(logits_of: LogitsOf, parts: Sequence[_Part], likeliest: int, given: int) -> None:
-    """Fill the columns of each row: the prompt's own next token, the M most likely ones, and the C that were given."""
+def _fill_alike(logits_of: LogitsOf, parts: Sequence[_Part], likeliest: int, given: int, hidden_size: int) -> None:
+    """Fill the columns of each row: the prompt's own next token, the M most likely ones, the C that were given, the states."""
     hidden = torch.cat([part.hidden for part in parts])
     named = [[token] for part in parts for token in part.next_tokens]
     if given:
@@ -265,6 +276,9 @@ def _fill_alike(logits_of: LogitsOf, parts: Sequence[_Part], likeliest: int, giv
         logprobs = torch.cat([at_tokens[:, :1], best.values, at_tokens[:, 1:]], dim=1) - normalizer
         chunks.append((token_ids.cpu(), logprobs.cpu()))
     token_ids, logprobs = (torch.cat(columns) for columns in zip(*chunks, strict=True))
+    if hidden_size:
+        token_ids = torch.cat([token_ids, token_ids.new_zeros(len(token_ids), hidden_size)], dim=1)
+        logprobs = torch.cat([logprobs, hidden.float().cpu()], dim=1)
     begin = 0
     for part in parts:
         here, there = slice(begin, begin + len(part.next_tokens)), slice(part.first, part.first + len(part.next_tokens))

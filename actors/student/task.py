@@ -71,6 +71,10 @@ class RolloutTask:
     """Windows of so many steps by which a step's writer may be older than the step."""
     dtype: str
     """Type in which samplers compute."""
+    head_of: ModelSource | None = None
+    """The teacher, where the log keeps its hidden states: its output head makes the logits of them. None where it keeps none."""
+    head_dtype: str = "float32"
+    """Type in which the teacher is served, and its head computes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,10 @@ from pathlib import Path
 from actors.dataloader.sampler import StepSampler, steps_in
 from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
+from actors.engines.teacher_head import require_head_alone
 from actors.evaluation.answer_ends import read_answer_ends
 from actors.examples import ExampleFile
+from actors.model_source import ModelSource
 from actors.monitors.metrics_log import JsonLines
 from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import read_nodes, replica_request, sampler_request, worker_request
@@ -25,7 +27,7 @@ from actors.student.task import RolloutTask
 from actors.teacher.pool import TeacherPool
 from orchestrator.cluster.background import in_background
 from orchestrator.config.run import RunConfig
-from orchestrator.models.models import Models, ids_below, named_below, vocab_size_of
+from orchestrator.models.models import Models, config_of, ids_below, named_below, vocab_size_of
 from orchestrator.run.responses import longest_prompt, training_rows
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import describe_failure, pin_revision
@@ -47,7 +49,7 @@ def weights_folder(folder: Path) -> Path:
     return folder / "rollouts" / "weights"
 
 
-def rollout_task(config: RunConfig, folder: Path) -> RolloutTask | None:
+def rollout_task(config: RunConfig, folder: Path, models: Models) -> RolloutTask | None:
     """Return what the training of a run is told of its rollouts; None where there are none."""
     if config.rollouts is None:
         return None
@@ -58,7 +60,24 @@ def rollout_task(config: RunConfig, folder: Path) -> RolloutTask | None:
         refresh_steps=config.rollouts.refresh_steps,
         lag=config.rollouts.lag,
         dtype=config.sampler_engine.dtype,
+        head_of=pin_revision(models.ready("teacher")) if config.rollouts.wire == "hidden" else None,
+        head_dtype=config.teacher.engine.dtype,
     )
+
+
+def require_hidden_states_teach(teacher: ModelSource, student: ModelSource) -> None:
+    """Raise if a teacher's hidden states and its output head cannot teach a student.
+
+    Raises:
+        ValueError: naming the key, what was found, and what would do.
+    """
+    require_head_alone(teacher)
+    sizes = vocab_size_of(teacher), vocab_size_of(student)
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"rollouts.wire is hidden, but the teacher has a vocabulary of {sizes[0]} tokens and the student one of {sizes[1]}, "
+            "and whole distributions are compared; rollouts.wire=candidates would do"
+        )
 
 
 class RolloutStage:
@@ -72,6 +91,8 @@ class RolloutStage:
         self._config, self._run_dir, self._rollouts = config, run_dir, config.rollouts
         self._sampler_factory, self._engine_factory = sampler_factory, engine_factory
         self._teacher, student = pin_revision(models.ready("teacher")), pin_revision(models.ready("student"))
+        if self._rollouts.wire == "hidden":
+            require_hidden_states_teach(self._teacher, student)
         examples = ExampleFile(training_rows(config, run_dir.path))
         train, seed, vocab_size = config.train, config.seed, vocab_size_of(self._teacher)
         self._ids_below, self._vocab_size = ids_below(models), vocab_size
@@ -99,10 +120,11 @@ class RolloutStage:
         identity = {
             "rollouts": True,
             "top_k": config.scores.top_k,
-            "top_mass": config.scores.top_mass if self._rollouts.wire == "top_k" else None,
+            "top_mass": None if self._rollouts.wire == "candidates" else config.scores.top_mass,
             "wire": self._rollouts.wire,
             "vocab_size": vocab_size,
             "ids_below": min(self._ids_below, vocab_size),
+            "hidden_size": config_of(self._teacher).get_text_config().hidden_size if self._rollouts.wire == "hidden" else 0,
         }
         self._log = RolloutLog.open_or_create(log_folder(run_dir.path), identity, self._plan.total_steps, train.batch_rows)
 

@@ -119,6 +119,23 @@ def test_candidates_follow_the_most_likely_tokens_of_their_own_rows() -> None:
         torch.testing.assert_close(found.logprobs[index].double(), logprobs[ids], atol=1e-5, rtol=0)
 
 
+def test_hidden_states_follow_in_columns_of_their_own() -> None:
+    worker, prompts, slots = Worker(), {"a": list(range(3, 11)), "b": [9, 4, 40, 7, 21]}, {"a": 2, "b": 0}
+    assert take_target_rows_v2(worker)
+    wanted = WantedRows([1, 4, 6], hidden_size=HIDDEN)
+    more = SimpleNamespace(prompt_logprobs=CANDIDATES + wanted.extra_columns, extra_args=wanted.arguments())
+    worker.add_request("a", slots["a"], more)
+    worker.add_request("b", slots["b"], asked([2, 3]))
+    assert_right(step(worker, prompts, slots, {"a": (0, 5), "b": (0, 5)})["b"], prompts["b"], [2, 3])
+    found = step(worker, prompts, slots, {"a": (5, 8)})["a"]
+    assert found.logprobs.shape == found.logprob_token_ids.shape == (3, 1 + CANDIDATES + HIDDEN)
+    torch.testing.assert_close(found.logprobs[:, 1 + CANDIDATES :], states_of(prompts["a"])[wanted.rows])
+    for index, row in enumerate(wanted.rows):
+        logprobs = (states_of(prompts["a"])[row].double() @ HEAD.double()).log_softmax(0)
+        ids = [prompts["a"][row + 1], *logprobs.topk(CANDIDATES).indices.tolist()]
+        assert found.logprob_token_ids[index, : 1 + CANDIDATES].tolist() == ids
+
+
 def test_a_step_with_a_request_that_names_no_rows_goes_vllms_own_way() -> None:
     worker = Worker()
     assert take_target_rows_v2(worker)
