@@ -60,7 +60,7 @@ def rollout_task(config: RunConfig, folder: Path, models: Models) -> RolloutTask
         refresh_steps=config.rollouts.refresh_steps,
         lag=config.rollouts.lag,
         dtype=config.sampler_engine.dtype,
-        head_of=pin_revision(models.ready("teacher")) if config.rollouts.wire == "hidden" else None,
+        head_of=models.ready("teacher") if config.rollouts.wire == "hidden" else None,
         head_dtype=config.teacher.engine.dtype,
     )
 
