@@ -4,7 +4,7 @@ A top-K log-probability is stored as a uint16 count of 1/2048 nats below zero: a
 -31.99, below which it stays there. An id is stored as its low 16 bits, and, for vocabularies above 65,536, its high 8 bits.
 Target and tail keep float32. With the uncertainty, which stands in the shard's index, that is 4 K + 12 bytes a target, or
 5 K + 12. A store that keeps fewer than K tokens where they hold enough mass says how many in 2 bytes a target, and stores no
-others.
+others. Hidden states, if they are kept, are 16 bits each.
 """
 
 from dataclasses import dataclass
