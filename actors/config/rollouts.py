@@ -88,8 +88,8 @@ class RolloutsConfig(Section):
             raise ValueError("engine.replicas is auto, but samplers stand beside teacher and student; 1 would do")
         if self.wire == "hidden" and self.student_share < 1:
             raise ValueError(
-                f"wire is hidden, but student_share is {self.student_share:g}, and of rows that stay as the data has them no hidden "
-                "states are kept; student_share=1.0 would do, or wire=candidates"
+                f"wire is hidden, but student_share is {self.student_share:g}, and of rows that stay as the data has them no "
+                "hidden states are kept; student_share=1.0 would do, or wire=candidates"
             )
         return self
 

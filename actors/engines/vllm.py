@@ -1,6 +1,7 @@
 """vLLM as a scoring engine.
 
-L tokens of a prompt, N targets, K top-k, M most likely tokens: K+1, and some to spare for those not named; C candidates, H hidden size.
+L tokens of a prompt, N targets, K top-k, M most likely tokens: K+1, and some to spare for those not named; C candidates, H hidden
+size.
 
 Prompt log-probabilities are asked for M tokens: vLLM computes an array [L-1, 1+M] with the prompt's own next token in
 column 0 and the M most likely ones after it; row i speaks of token i+1. Two patches of its insides (``vllm_patches``) make that
@@ -63,11 +64,10 @@ class VllmEngine:
         self.skips_prompts = False
         """Whether only the rows that predict targets are multiplied by the output head."""
         self.skips_prompts = self.reads_arrays and self._take_target_rows() and self._probe_rows(spec.longest_row)
-        probes = {"top_k": lambda longest_row: True, "candidates": self._probe_candidates, "hidden": self._probe_hidden}
-        if spec.wire != "top_k" and not (self.skips_prompts and probes[spec.wire](spec.longest_row)):
+        if spec.wire != "top_k" and not self._tells_more():
             raise ValueError(
-                f"rollouts.wire is {spec.wire}, but vLLM {vllm.__version__} is of an unknown form, which tells no more than its most "
-                "likely tokens; rollouts.wire=top_k, or teacher.engine.kind=transformers, would do"
+                f"rollouts.wire is {spec.wire}, but vLLM {vllm.__version__} is of an unknown form, which tells no more than its "
+                "most likely tokens; rollouts.wire=top_k, or teacher.engine.kind=transformers, would do"
             )
         name = f"vLLM {vllm.__version__}, {engine.dtype}"
         self.way = f"{name}; only rows that predict targets go through the output head" if self.skips_prompts else (
@@ -168,6 +168,13 @@ class VllmEngine:
                 self._prompt_arrays(prompts, [WantedRows(some) for some in rows]), self._prompt_arrays(prompts), rows, strict=True
             )
         )
+
+    def _tells_more(self) -> bool:
+        """Whether what the wire asks for besides the most likely tokens comes, and is right."""
+        if not self.skips_prompts:
+            return False
+        longest = self._spec.longest_row
+        return self._probe_hidden(longest) if self._spec.wire == "hidden" else self._probe_candidates(longest)
 
     def _probe_candidates(self, longest_row: int) -> bool:
         """Whether given tokens get their own log-probabilities: the most likely ones those that they have, in another order."""
