@@ -3,6 +3,7 @@
 And where their hidden states become logits, so that the loss can do that step itself, chunk by chunk.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from actors.attention import attention_for
 from actors.config.models import ScratchModel
@@ -38,6 +40,18 @@ def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTr
         dtype=dtype,
         attn_implementation=attention_for(config, source.attention),
     )
+
+
+def weights_folder(source: ModelSource) -> Path:
+    """Return the folder in which all files of the weights are; those of a model on the hub are fetched."""
+    where = {"revision": source.revision}
+    try:
+        index = cached_file(source.name, SAFE_WEIGHTS_NAME, **where)
+    except OSError:
+        index = cached_file(source.name, SAFE_WEIGHTS_INDEX_NAME, **where)
+        for name in sorted(set(json.loads(Path(index).read_text())["weight_map"].values())):
+            cached_file(source.name, name, **where)
+    return Path(index).parent
 
 
 def scratch_model(

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from actors.config.models import DType, EngineConfig
-from actors.engines.base import TeacherSpec, engine_environment, scores_from_candidates
+from actors.engines.base import TeacherSpec, engine_environment, scores_from_likeliest
 from actors.engines.build import build_engine
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
@@ -140,7 +140,7 @@ def served_with_fault(model: Path, fault: Fault, rows: Sequence[Example]) -> lis
         logprobs = (logits[row.target_positions - 1 + fault.later] / fault.temperature).log_softmax(dim=1)  # [N, V]
         at_target = logprobs.gather(1, torch.from_numpy(row.targets.astype(np.int64))[:, None])[:, 0]
         best = logprobs.topk(TOP_K + 1, dim=1)
-        found = scores_from_candidates(row, at_target.numpy(), best.indices.numpy(), best.values.numpy(), spec)
+        found = scores_from_likeliest(row, at_target.numpy(), best.indices.numpy(), best.values.numpy(), spec)
         assert found is not None, "one candidate more than K was taken"
         scores.append(found)
     return scores

@@ -99,7 +99,7 @@ def value_and_gradient(sample: Sample, teacher: Teacher, weights: TokenWeights, 
     return value, torch.cat(gradients)
 
 
-def off_by(sample: Sample, cut: TopkTeacher, loss: TeacherLoss, group: str = "all") -> str:
+def off_by(sample: Sample, cut: Teacher, loss: TeacherLoss, group: str = "all") -> str:
     """Return, as text, how far value and gradient of the cut teacher are off the dense one's, over a group of tokens."""
     uncertainty = sample.teacher.uncertainty
     easy = split_easy(uncertainty, loss, seed=0) if isinstance(loss, AtkdLoss) else None

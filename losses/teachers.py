@@ -109,8 +109,9 @@ class HiddenTeacher:
 
     @torch.no_grad()
     def dense(self) -> DenseTeacher:
-        """Return the logits; [N, V] numbers."""
-        return DenseTeacher(self.head.logits(self.hidden), self.targets)
+        """Return the logits; [N, V] numbers, in the head's type whatever autocast is set to."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return DenseTeacher(self.head.logits(self.hidden.to(self.head.weight.dtype)), self.targets)
 
     def check(self, targets: Tensor, vocab_size: int) -> None:
         """Raise if the hidden states are of other targets, the head of another vocabulary, or values not finite.

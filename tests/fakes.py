@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.config.models import EngineConfig
-from actors.engines.base import EngineDied, TeacherSpec, scores_from_candidates
+from actors.engines.base import EngineDied, TeacherSpec, scores_from_likeliest
 from actors.examples import ExampleFile, write_examples
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, example_key, tail_logmass
@@ -207,6 +207,6 @@ class FakeEngine:
         candidates = np.argsort(-logprobs, axis=1)
         rows = np.arange(len(logprobs))
         values = np.take_along_axis(logprobs, candidates, axis=1)
-        scores = scores_from_candidates(example, logprobs[rows, example.targets], candidates, values, self._spec)
+        scores = scores_from_likeliest(example, logprobs[rows, example.targets], candidates, values, self._spec)
         assert scores is not None
         return scores

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.engines.base import TeacherEngine, TeacherSpec, scores_from_candidates
+from actors.engines.base import TeacherEngine, TeacherSpec, scores_from_likeliest
 from actors.engines.build import build_engine
 from actors.engines.transformers import TransformersEngine
 from actors.model_source import ModelSource
@@ -61,7 +61,7 @@ class ShiftedEngine(TransformersEngine):
         logprobs = logits[example.target_positions].float().log_softmax(dim=1)
         gold = logprobs.gather(1, torch.from_numpy(example.targets.astype(np.int64))[:, None])[:, 0]
         top = logprobs.topk(TOP_K + 1, dim=1)
-        scores = scores_from_candidates(example, gold.numpy(), top.indices.numpy(), top.values.numpy(), self._spec)
+        scores = scores_from_likeliest(example, gold.numpy(), top.indices.numpy(), top.values.numpy(), self._spec)
         assert scores is not None
         return scores
 

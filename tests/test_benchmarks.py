@@ -12,7 +12,7 @@ import torch
 from actors.config.models import ScratchModel, TrainConfig
 from actors.examples import ExampleFile, write_examples
 from actors.models import save_model, scratch_model
-from benchmarks import batches, losses, parity, truncation
+from benchmarks import batches, losses, parity, truncation, wires
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, peak_bytes, print_table, report
 from orchestrator.config.data import BuiltinSource
 from orchestrator.data.sources import read_rows
@@ -78,6 +78,21 @@ def test_what_truncation_costs_is_measured(
     forward = next(line for line in lines if line.startswith("| forward KL"))
     off = [float(cell.split("%")[0]) for cell in forward.split("|")[2:6]]
     assert off == sorted(off, reverse=True) and off[0] > off[-1], "a larger K is nearer"
+
+
+def test_what_the_wires_cost_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, name in enumerate(("teacher_finetuned", "student_finetuned")):
+        tiny_llama(tmp_path / "models" / name, seed=seed)
+    (tmp_path / "data").mkdir()
+    write_examples(tmp_path / "data" / "heldout.arrow", random_examples(6, seed=0))
+    monkeypatch.setattr(sys, "argv", ["wires", str(tmp_path), "--rows", "5", "--new-tokens", "6", "--rounds", "1"])
+    assert wires.main() == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    reverse = {(line[0], line[1]): float(line[4].split("%")[0]) for line in lines[2:]}
+    assert reverse["hidden", "8"] < 1 and reverse["candidates", "8"] < reverse["top_k", "8"]
+    assert {(line[0], line[1]): line[2] for line in lines[2:]}["hidden", "8"] == str(4 * 8 + 12 + 2 * 16)
 
 
 def test_padding_and_speed_of_passes_are_measured(

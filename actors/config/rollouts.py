@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from actors.config.models import EngineConfig
 from losses.section import MayChange, NotSearchable, Searchable, Section
 
+Wire = Literal["top_k", "candidates", "hidden"]
+"""What the teacher says of each token that the student writes."""
+
 LOWEST_TEMPERATURE = 0.01
 """The lowest that vLLM samples at, 0 aside."""
 
@@ -100,6 +103,11 @@ class RolloutsConfig(Section):
     replay: Annotated[ReplayConfig | None, Searchable("where the configuration has rollouts")] = None
     """Learn again from what was written for earlier steps; null for none."""
 
+    wire: Annotated[Wire, NotSearchable("one teacher scores for all trials")] = "top_k"
+    """What the teacher says of each token that the student writes: ``top_k``, its log-probabilities of that token and of its own
+    ``scores.top_k`` most likely ones; ``candidates``, those and its log-probabilities of as many tokens that the student holds
+    most likely; ``hidden``, its last hidden states too, of which its output head makes all log-probabilities on the workers."""
+
     keep_steps: Annotated[int | None, MayChange(), NotSearchable("it says what is kept")] = Field(default=None, ge=1)
     """Of how many of the latest steps what was written is kept; null for all."""
 
@@ -126,6 +134,12 @@ class RolloutsConfig(Section):
             raise ValueError(
                 f"keep_steps is {self.keep_steps}, but replay learns again from what was written for earlier steps; "
                 "keep_steps=null would do"
+            )
+        if self.wire == "hidden" and (self.student_share < 1 or adaptive is not None):
+            seen = f"student_share is {self.student_share:g}" if adaptive is None else "adaptive_share begins lower"
+            raise ValueError(
+                f"wire is hidden, but {seen}, and of rows that stay as the data has them no hidden states are kept; "
+                "student_share=1.0 without adaptive_share would do, or wire=candidates"
             )
         return self
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from actors.dataloader.scored_rows import RowBatch
+from losses.teachers import HiddenTeacher
 from losses.token_weights import TokenWeights
 from losses.topk_teacher import TopkTeacher, check_target_ids
 
@@ -32,7 +33,7 @@ class MicroBatch:
     targets: torch.Tensor
     """int64 [N], the targets in the same order."""
 
-    teacher: TopkTeacher | None
+    teacher: TopkTeacher | HiddenTeacher | None
     """The teacher's scores of the same N targets; None where the loss needs no teacher."""
 
     weights: TokenWeights | None
@@ -57,10 +58,22 @@ class MicroBatch:
     def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
         return MicroBatch(
             change(self.token_ids), change(self.attention_mask), change(self.predicting), change(self.targets),
-            TopkTeacher(*(change(tensor) for tensor in self.teacher.tensors())) if self.teacher else None,
+            _changed_teacher(self.teacher, change),
             TokenWeights(*(change(tensor) for tensor in self.weights.tensors())) if self.weights else None,
             self.row_counts,
         )  # fmt: skip
+
+
+def _changed_teacher(
+    teacher: TopkTeacher | HiddenTeacher | None, change: Callable[[torch.Tensor], torch.Tensor]
+) -> TopkTeacher | HiddenTeacher | None:
+    match teacher:
+        case TopkTeacher():
+            return TopkTeacher(*(change(tensor) for tensor in teacher.tensors()))
+        case HiddenTeacher():  # whose head is where it is needed, once for all batches
+            return HiddenTeacher(change(teacher.hidden), teacher.head, change(teacher.targets))
+        case None:
+            return None
 
 
 def collate(

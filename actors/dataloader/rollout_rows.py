@@ -7,11 +7,14 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from actors.dataloader.hidden_states import as_hidden_teacher, require_right_head
 from actors.dataloader.row_sources import RowSources
 from actors.dataloader.scored_rows import FileRows, StoredRows, as_teacher, require_same_row
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores
 from actors.score_store.rollout_log import POLL_SECONDS, RolloutLog
+from losses.lm_head import LMHead
+from losses.teachers import HiddenTeacher
 from losses.topk_teacher import TopkTeacher
 
 
@@ -23,10 +26,12 @@ class MixedRows:
         sources: says which of them the student answers instead, or answered in an earlier step.
         log: holds what it wrote.
         step: of the training.
+        head: the teacher's, where the log keeps hidden states, and the student writes all rows.
     """
 
-    def __init__(self, data: FileRows, sources: RowSources, log: RolloutLog, step: int) -> None:
+    def __init__(self, data: FileRows, sources: RowSources, log: RolloutLog, step: int, head: LMHead | None = None) -> None:
         self._data, self._sources, self._log, self._step = data, sources, log, step
+        self._head, self._head_is_right = head, False
         self._files: dict[int, ExampleFile] = {}  # of the steps for which its rows were written
 
     def __len__(self) -> int:
@@ -57,13 +62,20 @@ class MixedRows:
         """Return the teacher's own mean loss on each row, float32 [R], in nats per target."""
         return torch.tensor([self._teacher_loss(row) for row in range(len(self))])
 
-    def teacher(self, rows: Sequence[int]) -> TopkTeacher:
+    def teacher(self, rows: Sequence[int]) -> TopkTeacher | HiddenTeacher:
         """Return the teacher's scores at the targets of some rows, one row after the other.
 
         Raises:
-            ValueError: if there are scores of other rows in their places.
+            ValueError: if there are scores of other rows in their places, or the head is not that of the hidden states.
         """
-        return as_teacher([self._scores(row) for row in rows])
+        scores = [self._scores(row) for row in rows]
+        if self._head is None:
+            return as_teacher(scores)
+        examples = [self.example(row) for row in rows]
+        if not self._head_is_right:
+            require_right_head(examples[0], scores[0], self._head)
+            self._head_is_right = True
+        return as_hidden_teacher(examples, scores, self._head)
 
     def are_scored(self) -> bool:
         """Return whether all rows and their scores are there."""
@@ -137,14 +149,15 @@ class RolloutRows:
         data: the rows as the data has them; without a store where the student answers all prompts.
         log: holds what it wrote.
         sources: says which rows of each step it writes.
+        head: the teacher's, where the log keeps hidden states.
     """
 
-    def __init__(self, data: StoredRows, log: RolloutLog, sources: RowSources) -> None:
-        self._data, self._log, self._sources = data, log, sources
+    def __init__(self, data: StoredRows, log: RolloutLog, sources: RowSources, head: LMHead | None = None) -> None:
+        self._data, self._log, self._sources, self._head = data, log, sources, head
 
     def batch(self, step: int) -> MixedRows:
         """Return the rows of a step."""
-        return MixedRows(self._data.batch(step), self._sources, self._log, step)
+        return MixedRows(self._data.batch(step), self._sources, self._log, step, self._head)
 
     def epochs_after(self, step: int) -> float:
         """Return how often the prompts were visited once a step is done."""

@@ -11,6 +11,7 @@ from actors.dataloader.sampler import StepSampler
 from actors.examples import ExampleFile
 from actors.records import NO_TOKEN, Example, TeacherScores
 from actors.score_store.store import ScoreStore
+from losses.teachers import HiddenTeacher
 from losses.topk_teacher import TopkTeacher
 
 
@@ -38,7 +39,7 @@ class RowBatch(Protocol):
         """Return the teacher's own mean loss on each row, float32 [R], in nats per target."""
         ...
 
-    def teacher(self, rows: Sequence[int]) -> TopkTeacher | None:
+    def teacher(self, rows: Sequence[int]) -> TopkTeacher | HiddenTeacher | None:
         """Return the teacher's scores at the targets of some rows, one row after the other; None without a teacher.
 
         Raises:

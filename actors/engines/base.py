@@ -1,6 +1,6 @@
 """What a scoring engine is: how it is built, what it answers, and the environment that it needs.
 
-T tokens of a row, N targets of it, K top-k, V vocabulary.
+T tokens of a row, N targets of it, K top-k, C candidates that a row brings, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from actors.config.models import EngineConfig
+from actors.config.rollouts import Wire
 from actors.environment import task_environment
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores, tail_logmass
@@ -29,6 +30,8 @@ class TeacherSpec:
     """Tokens of the longest row that will be scored."""
     ids_below: int | None = None
     """Name no token from this id on: the tokenizer or the student has none. Their mass stays in the tail. None names all."""
+    wire: Wire = "top_k"
+    """What scores hold besides the K most likely tokens."""
 
 
 class TeacherEngine(Protocol):
@@ -41,7 +44,10 @@ class TeacherEngine(Protocol):
     """How it comes to its scores, in words; what is slower than it might be begins with ``slow:``."""
 
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
-        """Return the scores of each example, in their order, with exactly K tokens, below ``ids_below``, besides the target."""
+        """Return the scores of each example, in their order, with exactly K tokens, below ``ids_below``, besides the target.
+
+        Those of a row with candidates hold these too, in K + C columns (``with_candidates``).
+        """
         ...
 
     def close(self) -> None:
@@ -79,7 +85,7 @@ def require_top_k(top_k: int, vocab_size: int, ids_below: int | None = None) -> 
         )
 
 
-def candidates_of(spec: TeacherSpec, vocab_size: int, spare: int | None = None) -> int:
+def likeliest_asked(spec: TeacherSpec, vocab_size: int, spare: int | None = None) -> int:
     """Return how many of the most likely tokens are asked for so that K are left without the target and ids that are not named.
 
     ``spare`` of those that are not named are reckoned with; None reckons with all there are, and is always enough.
@@ -88,28 +94,28 @@ def candidates_of(spec: TeacherSpec, vocab_size: int, spare: int | None = None) 
     return spec.top_k + 1 + (unnamed if spare is None else min(unnamed, spare))
 
 
-def scores_from_candidates(
-    example: Example, target_logprob: np.ndarray, candidate_ids: np.ndarray, candidate_logprobs: np.ndarray, spec: TeacherSpec
+def scores_from_likeliest(
+    example: Example, target_logprob: np.ndarray, likeliest_ids: np.ndarray, likeliest_logprobs: np.ndarray, spec: TeacherSpec
 ) -> TeacherScores | None:
     """Turn the M most likely tokens of each target's distribution into scores with exactly K non-target tokens.
 
     Args:
         example: the row, with N targets.
         target_logprob: [N], log-probability of each target.
-        candidate_ids: [N, M], the most likely tokens, most likely first; M above K.
-        candidate_logprobs: [N, M], their log-probabilities, descending.
+        likeliest_ids: [N, M], the most likely tokens, most likely first; M above K.
+        likeliest_logprobs: [N, M], their log-probabilities, descending.
         spec: K, and from which id on no token is named.
 
     Returns:
-        The scores; None where fewer than K candidates of a target can be named, so that more are to be asked for.
+        The scores; None where fewer than K of those of a target can be named, so that more are to be asked for.
     """
-    named = candidate_ids != example.targets[:, None]  # [N, M]
+    named = likeliest_ids != example.targets[:, None]  # [N, M]
     if spec.ids_below is not None:
-        named &= candidate_ids < spec.ids_below
+        named &= likeliest_ids < spec.ids_below
     kept = named & (named.cumsum(axis=1) <= spec.top_k)  # [N, M], K True in each row
     if not (kept.sum(axis=1) == spec.top_k).all():
         return None
     target = target_logprob.astype(np.float32)
-    topk_logprobs = candidate_logprobs[kept].reshape(-1, spec.top_k).astype(np.float32)
-    topk_ids = candidate_ids[kept].reshape(-1, spec.top_k).astype(np.int32)
+    topk_logprobs = likeliest_logprobs[kept].reshape(-1, spec.top_k).astype(np.float32)
+    topk_ids = likeliest_ids[kept].reshape(-1, spec.top_k).astype(np.int32)
     return TeacherScores(example.key, target, topk_ids, topk_logprobs, tail_logmass(target, topk_logprobs))

@@ -1,13 +1,19 @@
-"""The reference engine: a plain transformers forward pass. B batch, T tokens, N targets, K top-k, V vocabulary."""
+"""The reference engine: a plain transformers forward pass.
+
+B batch, T tokens, N targets, K top-k, C candidates, H hidden size, V vocabulary.
+"""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from actors.engines.base import TeacherSpec, candidates_of, require_top_k, scores_from_candidates
-from actors.models import load_model
-from actors.records import Example, TeacherScores
+from actors.dataloader.hidden_states import bits_of
+from actors.engines.base import TeacherSpec, likeliest_asked, require_top_k, scores_from_likeliest
+from actors.engines.teacher_head import require_head_of
+from actors.models import load_model, output_head
+from actors.records import Example, TeacherScores, with_candidates
 
 MAX_LOGITS = 1 << 27  # of one forward pass, [B, T, V]: 512 MiB in float32
 
@@ -21,6 +27,8 @@ class TransformersEngine:
         self._model.eval().to(self._device)
         self.vocab_size: int = self._model.get_output_embeddings().weight.shape[0]
         require_top_k(spec.top_k, self.vocab_size, spec.ids_below)
+        if spec.wire == "hidden":
+            require_head_of(self._model)
         self._spec = spec
         self.way = f"transformers, {spec.engine.dtype}"
 
@@ -57,17 +65,25 @@ class TransformersEngine:
         for row, example in enumerate(examples):
             token_ids[row, : len(example.token_ids)] = torch.from_numpy(example.token_ids.astype(np.int64))
             attention_mask[row, : len(example.token_ids)] = 1
-        logits = self._model(
-            input_ids=token_ids.to(self._device), attention_mask=attention_mask.to(self._device), use_cache=False
-        ).logits  # [B, T, V]
+        decode = self._model.get_decoder() if self._spec.wire == "hidden" else self._model
+        outputs = decode(input_ids=token_ids.to(self._device), attention_mask=attention_mask.to(self._device), use_cache=False)
         for row, example in enumerate(examples):
             before_target = torch.from_numpy(example.target_positions - 1).to(self._device)
-            logprobs = logits[row, before_target].float().log_softmax(dim=-1)  # [N, V]
+            hidden = None
+            if self._spec.wire == "hidden":
+                hidden = outputs.last_hidden_state[row, before_target]  # [N, H]
+                logits = output_head(self._model).logits(hidden)
+            else:
+                logits = outputs.logits[row, before_target]
+            logprobs = logits.float().log_softmax(dim=-1)  # [N, V]
             targets = torch.from_numpy(example.targets.astype(np.int64)).to(self._device)
             target_logprob = logprobs.gather(1, targets[:, None])[:, 0]
-            top = logprobs.topk(candidates_of(self._spec, self.vocab_size), dim=-1)
-            scores = scores_from_candidates(
+            top = logprobs.topk(likeliest_asked(self._spec, self.vocab_size), dim=-1)
+            scores = scores_from_likeliest(
                 example, target_logprob.cpu().numpy(), top.indices.cpu().numpy(), top.values.cpu().numpy(), self._spec
             )
-            assert scores is not None, "enough candidates were asked for"
-            yield scores
+            assert scores is not None, "enough of the likeliest were asked for"
+            if example.candidates is not None:
+                wanted = torch.from_numpy(example.candidates.astype(np.int64)).clamp(min=0).to(self._device)  # [N, C]
+                scores = with_candidates(example, scores, logprobs.gather(1, wanted).cpu().numpy())
+            yield scores if hidden is None else replace(scores, hidden=bits_of(hidden))

@@ -54,7 +54,7 @@ class HeldoutMetrics:
 
     def add_logits(self, logits: Tensor, batch: MicroBatch) -> None:
         """Add a model's logits [N, V] at the targets of a batch; where they are not finite, ``require_finite`` says so."""
-        assert batch.teacher is not None, "the rows come with the teacher's scores"
+        assert isinstance(batch.teacher, TopkTeacher), "the rows come with scores from a store"
         targets_at_once = max(1, LOGPROBS_AT_ONCE // logits.shape[1])
         for start in range(0, len(logits), targets_at_once):
             some = slice(start, start + targets_at_once)

@@ -97,7 +97,7 @@ def view_of(
     example = examples[position]
     start, stop = window_of(len(example.token_ids), int(example.target_positions[0]))
     shown = (example.target_positions >= start) & (example.target_positions < stop)
-    assert batch.teacher is not None, "the rows come with the teacher's scores"
+    assert isinstance(batch.teacher, TopkTeacher), "the rows come with scores from a store"
     kept = torch.from_numpy(np.flatnonzero(shown))  # the longest rows have many times more targets than are shown
     divergence, probability, favourite, favourite_probability = readings(
         logits_of(batch)[kept], batch.targets[kept], batch.teacher.select(kept)

@@ -1,6 +1,6 @@
 """What an engine that samples is: what it is built from, what it is asked, what it answers.
 
-T tokens of a prompt, N of a response.
+T tokens of a prompt, N of a response, C candidates.
 """
 
 import hashlib
@@ -45,6 +45,8 @@ class SamplerSpec:
     """Tokens of the longest prompt."""
     ids_below: int | None = None
     """Draw no token from this id on: the tokenizer or the student has none. None draws all."""
+    candidates: int = 0
+    """C: how many of the tokens that the writer holds most likely are noted at each token that it draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,9 @@ class Response:
     """float32 [N], the writer's log-probability of each, before temperature and ``top_p``."""
     ended: bool
     """Whether it ended by itself, and was not cut."""
+    candidates: np.ndarray | None = None
+    """int32 [N, C], the writer's most likely tokens in the place of each, before temperature and ``top_p``, below ``ids_below``;
+    ``NO_TOKEN`` where there are fewer. None where none are wanted."""
 
 
 class Sampler(Protocol):
@@ -106,4 +111,4 @@ def written_row(prompt: Prompt, response: Response) -> Example:
     """Return the row of a prompt and its response, whose tokens are the targets."""
     token_ids = np.concatenate([prompt.token_ids, response.token_ids]).astype(np.int32)
     loss_mask = np.arange(len(token_ids)) >= len(prompt.token_ids)
-    return Example(token_ids, loss_mask, example_key(token_ids, loss_mask), prompt.row)
+    return Example(token_ids, loss_mask, example_key(token_ids, loss_mask), prompt.row, response.candidates)

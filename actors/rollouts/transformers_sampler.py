@@ -1,6 +1,6 @@
 """Sampling by transformers, a response at a time: the reference for others, and for models that vLLM does not know.
 
-T tokens of a prompt, N of a response, V vocabulary.
+T tokens of a prompt, N of a response, C candidates, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from actors.model_source import ModelSource
 from actors.models import load_model
+from actors.records import NO_TOKEN
 from actors.rollouts.base import Prompt, Response, SamplerSpec, Sampling, seed_of
 
 
@@ -45,17 +46,28 @@ class TransformersSampler:
     def _respond(self, prompt: Prompt) -> Response:
         generator = np.random.default_rng(seed_of(self._spec.sampling, prompt))
         token_ids: list[int] = []
+        candidates: list[Tensor] = []
         logprobs, cache = [], None
         unread = torch.from_numpy(prompt.token_ids.astype(np.int64))[None]
         while len(token_ids) < self._spec.sampling.max_new_tokens and not (token_ids and token_ids[-1] in self._spec.ends):
             outputs = self._model(input_ids=unread.to(self._model.device), past_key_values=cache, use_cache=True)
             cache = outputs.past_key_values
             predicted = outputs.logits[0, -1].double().log_softmax(dim=-1).cpu()  # [V]
-            token = draw(predicted[: self._spec.ids_below], self._spec.sampling, generator)
+            named = predicted[: self._spec.ids_below]
+            token = draw(named, self._spec.sampling, generator)
             token_ids.append(token)
             logprobs.append(float(predicted[token]))
+            candidates.append(most_likely(named, self._spec.candidates))
             unread = torch.tensor([[token]])
-        return Response(np.array(token_ids, np.int32), np.array(logprobs, np.float32), token_ids[-1] in self._spec.ends)
+        noted = torch.stack(candidates).numpy().astype(np.int32) if self._spec.candidates else None
+        ended = token_ids[-1] in self._spec.ends
+        return Response(np.array(token_ids, np.int32), np.array(logprobs, np.float32), ended, noted)
+
+
+def most_likely(logprobs: Tensor, count: int) -> Tensor:
+    """Return the most likely of the tokens [V], int64 [count], most likely first; ``NO_TOKEN`` where there are fewer."""
+    found = logprobs.topk(min(count, len(logprobs))).indices
+    return torch.cat([found, found.new_full((count - len(found),), NO_TOKEN)])
 
 
 def draw(logprobs: Tensor, sampling: Sampling, generator: np.random.Generator) -> int:

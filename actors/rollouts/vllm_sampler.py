@@ -1,4 +1,4 @@
-"""Sampling by vLLM. T tokens of a prompt, N of a response."""
+"""Sampling by vLLM. T tokens of a prompt, N of a response, C candidates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,10 @@ from actors.engines.base import EngineDied
 from actors.engines.vllm_arguments import engine_arguments
 from actors.engines.vllm_limits import require_build_for
 from actors.model_source import ModelSource
+from actors.records import NO_TOKEN
 from actors.rollouts.base import Prompt, Response, SamplerSpec, seed_of
+
+SPARE = 8  # tokens noted beyond C where some may not be named; a place with more of those has fewer candidates
 
 
 class VllmSampler:
@@ -24,14 +27,16 @@ class VllmSampler:
     def __init__(self, spec: SamplerSpec) -> None:
         engine = spec.engine
         require_build_for(engine.gpu, current_platform.device_type)
+        self._noted = spec.candidates + SPARE if spec.candidates and spec.ids_below is not None else spec.candidates
         self._llm = LLM(
             max_model_len=spec.longest_prompt + spec.sampling.max_new_tokens,
+            max_logprobs=self._noted,
             worker_extension_cls="actors.engines.vllm_patches.FreshHead",
             **engine_arguments(engine, spec.model),
         )
         self._spec = spec
-        vocab_size = self._llm.llm_engine.model_config.get_vocab_size()
-        unnamed = spec.ids_below is not None and spec.ids_below < vocab_size
+        self._vocab_size: int = self._llm.llm_engine.model_config.get_vocab_size()
+        unnamed = spec.ids_below is not None and spec.ids_below < self._vocab_size
         self._allowed = list(range(spec.ids_below)) if spec.ids_below is not None and unnamed else None
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Response]:
@@ -75,11 +80,24 @@ class VllmSampler:
             ignore_eos=True,  # of the model's own; where responses end is settled for the run
             stop_token_ids=list(self._spec.ends),
             allowed_token_ids=self._allowed,
-            logprobs=0,
+            logprobs=min(self._noted, self._vocab_size),
+            flat_logprobs=True,
             detokenize=False,
         )
 
     def _response(self, output: Any) -> Response:
-        token_ids = list(output.token_ids)
-        logprobs = [at_token[token].logprob for token, at_token in zip(token_ids, output.logprobs, strict=True)]
-        return Response(np.array(token_ids, np.int32), np.array(logprobs, np.float32), token_ids[-1] in self._spec.ends)
+        token_ids = np.array(output.token_ids, np.int32)
+        noted = np.array(output.logprobs.token_ids, np.int32).reshape(len(token_ids), -1)  # the drawn one, then the most likely
+        logprobs = np.array(output.logprobs.logprobs, np.float32).reshape(noted.shape)
+        assert (noted[:, 0] == token_ids).all(), "vLLM begins with the token that was drawn"
+        candidates = first_named(noted[:, 1:], self._spec) if self._spec.candidates else None
+        return Response(token_ids, logprobs[:, 0], int(token_ids[-1]) in self._spec.ends, candidates)
+
+
+def first_named(likeliest: np.ndarray, spec: SamplerSpec) -> np.ndarray:
+    """Return the first C tokens below ``ids_below`` of each row [N, M], int32 [N, C]; ``NO_TOKEN`` where there are fewer."""
+    named = likeliest < (spec.ids_below if spec.ids_below is not None else np.iinfo(np.int32).max)
+    first = np.argsort(~named, axis=1, kind="stable")
+    ids = np.take_along_axis(np.where(named, likeliest, np.int32(NO_TOKEN)), first, axis=1)[:, : spec.candidates]
+    missing = spec.candidates - ids.shape[1]
+    return np.pad(ids, ((0, 0), (0, missing)), constant_values=NO_TOKEN).astype(np.int32)

@@ -13,6 +13,7 @@ import ray
 from actors.config.models import DType
 from actors.handles import RemoteMethod
 from actors.model_source import ModelSource
+from actors.records import NO_TOKEN
 from actors.rollouts.base import Prompt, Response, Sampler, SamplerFactory, SamplerSpec
 from actors.rollouts.build import build_sampler
 from actors.rollouts.sampling_actors import CLOSE_SECONDS, actor_options, failures_in_words, process_ends_with_engine
@@ -200,6 +201,8 @@ def require_sound(prompt: Prompt, response: Response, spec: SamplerSpec) -> None
     ids, logprobs, most = response.token_ids, response.logprobs, spec.sampling.max_new_tokens
     if not 1 <= len(ids) <= most:
         raise ValueError(f"row {prompt.row}: the response has {len(ids)} tokens; 1 to {most} were asked for")
+    if spec.candidates:
+        require_sound_candidates(prompt, response, spec)
     if spec.ids_below is not None and (ids >= spec.ids_below).any():
         raise ValueError(f"row {prompt.row}: the response has token {ids.max()}; all are below {spec.ids_below}")
     if len(logprobs) != len(ids) or not np.isfinite(logprobs).all() or (logprobs > 1e-3).any():
@@ -207,3 +210,19 @@ def require_sound(prompt: Prompt, response: Response, spec: SamplerSpec) -> None
             f"row {prompt.row}: the sampler's log-probabilities of {len(ids)} tokens are not all finite and negative: "
             f"{np.array2string(logprobs, precision=3, threshold=8)}"
         )
+
+
+def require_sound_candidates(prompt: Prompt, response: Response, spec: SamplerSpec) -> None:
+    """Raise if the tokens that a response says were most likely cannot be.
+
+    Raises:
+        ValueError: naming the row and what is wrong.
+    """
+    found, shape = response.candidates, (len(response.token_ids), spec.candidates)
+    if found is None or found.shape != shape:
+        seen = "none" if found is None else f"those of the shape {list(found.shape)}"
+        raise ValueError(f"row {prompt.row}: the response has {seen} of the most likely tokens; {list(shape)} were asked for")
+    lowest, highest = int(found.min()), int(found.max())
+    if lowest < NO_TOKEN or (spec.ids_below is not None and highest >= spec.ids_below):
+        wrong = lowest if lowest < NO_TOKEN else highest
+        raise ValueError(f"row {prompt.row}: a most likely token is {wrong}; all are from 0 and below {spec.ids_below}")

@@ -4,7 +4,7 @@ A top-K log-probability is stored as a uint16 count of 1/2048 nats below zero: a
 -31.99, below which it stays there. An id is stored as its low 16 bits, and, for vocabularies above 65,536, its high 8 bits.
 Target and tail keep float32. With the uncertainty, which stands in the shard's index, that is 4 K + 12 bytes a target, or
 5 K + 12. A store that keeps fewer than K tokens where they hold enough mass says how many in 2 bytes a target, and stores no
-others.
+others. Hidden states, if they are kept, are 16 bits each.
 """
 
 from dataclasses import dataclass
@@ -37,6 +37,8 @@ class RowEncoding:
     """V, above which there is no id."""
     ragged: bool
     """Whether ``NO_TOKEN`` is left out."""
+    hidden_size: int = 0
+    """H, if hidden states are kept; else 0."""
 
     def encode(self, scores: TeacherScores) -> bytes:
         """Return a row's scores, its key aside, column after column."""
@@ -50,6 +52,9 @@ class RowEncoding:
         columns += [steps, (ids & 0xFFFF).astype("<u2")]
         if self.wide_ids:
             columns.append((ids >> 16).astype("u1"))
+        if self.hidden_size:
+            assert scores.hidden is not None and scores.hidden.shape[1] == self.hidden_size, "the teacher was asked for them"
+            columns.append(scores.hidden.astype("<u2"))
         return b"".join(column.tobytes() for column in columns)
 
     def decode(self, content: bytes, key: str, targets: int) -> TeacherScores:
@@ -62,11 +67,14 @@ class RowEncoding:
         ids = fields.next("<u2", tokens).astype(np.int32)
         if self.wide_ids:
             ids |= fields.next("u1", tokens).astype(np.int32) << 16
+        hidden = None
+        if self.hidden_size:
+            hidden = fields.next("<u2", targets * self.hidden_size).reshape(targets, self.hidden_size)
         if self.ragged:
             kept = np.arange(self.top_k) < counts[:, None]  # [N, K]
             ids, logprobs = _spread_out(ids, kept, NO_TOKEN), _spread_out(logprobs, kept, -np.inf)
         shape = (targets, self.top_k)
-        return TeacherScores(key, target_logprob, ids.reshape(shape), logprobs.reshape(shape), tail_logmass)
+        return TeacherScores(key, target_logprob, ids.reshape(shape), logprobs.reshape(shape), tail_logmass, hidden)
 
     @property
     def wide_ids(self) -> bool:

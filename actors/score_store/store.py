@@ -53,13 +53,14 @@ class ScoreStore:
             self.rows_per_shard: int = manifest["rows_per_shard"]
             self.top_k: int = self.identity["top_k"]
             self.top_mass: float | None = self.identity.get("top_mass")
+            self.wire: str = self.identity.get("wire", "top_k")
             self.vocab_size: int = self.identity["vocab_size"]
             self.ids_below: int = self.identity.get("ids_below", self.vocab_size)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{manifest_path} is damaged: {type(error).__name__}: {error}; {remedy}") from error
         if manifest.pop("sha256", None) != identity_hash(manifest):
             raise ValueError(f"manifest.json of {path} was changed: its fields do not give its checksum; {remedy}")
-        self._files = ShardFiles(path, RowEncoding(self.top_k, self.vocab_size, ragged=self.top_mass is not None))
+        self._files = ShardFiles(path, self._encoding())
 
     @classmethod
     def open_or_create(
@@ -142,7 +143,8 @@ class ScoreStore:
         Args:
             shard: its number.
             examples: the rows of the shard.
-            scores: their scores with all K tokens; what ``top_mass`` leaves out is dropped here.
+            scores: their scores with all K tokens, and the candidates if the store keeps some; what ``top_mass`` leaves out is
+                dropped here.
             known: where the rows of other shards of this store lie.
 
         Raises:
@@ -152,7 +154,7 @@ class ScoreStore:
         assert len(examples) == len(scores) <= len(self.positions(shard))
         for example, score in zip(examples, scores, strict=True):
             check_scores(example, score, self.ids_below)
-        require_rows_differ(examples, scores)
+        require_rows_differ(examples, [truncate_scores(score, self.top_k) for score in scores])  # candidates do in any case
         means = RowMeans.of(scores)
         if known is not None:
             known.require(examples, means)
@@ -161,13 +163,15 @@ class ScoreStore:
         return self._files.write(shard, scores, means)
 
     def scores_at(self, position: int, top_k: int | None = None) -> TeacherScores:
-        """Return the scores of the example at ``position``, with the store's K or a smaller one.
+        """Return the scores of the example at ``position``, with the store's K or a smaller one; those with candidates whole.
 
         Raises:
             ValueError: if the row's bytes are not those that were written, or ``top_k`` exceeds the store's K.
         """
         scores = self._files.scores(*divmod(position, self.rows_per_shard))
-        return scores if top_k is None or top_k == self.top_k else truncate_scores(scores, top_k)
+        if top_k is None or top_k == self.top_k or self.wire == "candidates":
+            return scores
+        return truncate_scores(scores, top_k)
 
     def uncertainty_at(self, position: int) -> np.ndarray:
         """Return UNC of each target of the example at ``position``, float32 [N], from the index alone."""
@@ -232,6 +236,11 @@ class ScoreStore:
     def discard_shard(self, shard: int) -> None:
         """Forget a shard, so that it is scored again."""
         self._files.discard(shard)
+
+    def _encoding(self) -> RowEncoding:
+        unions = self.wire == "candidates"  # of K tokens and as many candidates, some of which are the same
+        width, ragged = (2 * self.top_k, True) if unions else (self.top_k, self.top_mass is not None)
+        return RowEncoding(width, self.vocab_size, ragged, self.identity.get("hidden_size", 0))
 
     @property
     def _failure_path(self) -> Path:

@@ -16,6 +16,7 @@ from actors.dataloader.sampler import StepSampler, steps_in
 from actors.dataloader.scored_rows import ScoredRows, StoredRows, all_rows
 from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
+from actors.engines.teacher_head import read_head
 from actors.examples import ExampleFile
 from actors.monitors.gpu import GpuMonitor
 from actors.monitors.metrics_log import MetricsLog, step_metrics
@@ -47,7 +48,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     store = ScoreStore(Path(task.store)) if task.store and needs_teacher(task.loss) else None
     sampler = StepSampler(len(examples), task.train.batch_rows, task.seed, task.train.first_epoch == "store_order")
     total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
-    rows = rows_of(task, StoredRows(examples, store, task.top_k, sampler), sampler, total_steps)
+    rows = rows_of(task, StoredRows(examples, store, task.top_k, sampler), sampler, total_steps, worker)
     step_weights = StepWeights(task.loss, task.seed, all_rows(examples, store, task.top_k))
 
     torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
@@ -99,12 +100,16 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     return WorkerResult(resize_requested=resize_requested)
 
 
-def rows_of(task: TrainingTask, data: StoredRows, sampler: StepSampler, total_steps: int) -> ScoredRows:
+def rows_of(
+    task: TrainingTask, data: StoredRows, sampler: StepSampler, total_steps: int, worker: Worker
+) -> ScoredRows:
     """Return where the rows of each step come from: the data, or in part what the student writes while it learns."""
-    if task.rollouts is None:
+    if (rollouts := task.rollouts) is None:
         return data
-    sources = RowSources(task.rollouts.policy, task.seed, sampler.rows_of, total_steps)
-    return RolloutRows(data, RolloutLog(Path(task.rollouts.log)), sources)
+    sources, head = RowSources(rollouts.policy, task.seed, sampler.rows_of, total_steps), None
+    if rollouts.head_of is not None:
+        head = read_head(rollouts.head_of, getattr(torch, rollouts.head_dtype), worker.device)
+    return RolloutRows(data, RolloutLog(Path(rollouts.log)), sources, head)
 
 
 def accumulate_gradients(

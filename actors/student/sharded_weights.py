@@ -1,6 +1,5 @@
 """The weights of a sharded student: each worker reads its share of them from the files, so that none ever holds them whole."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,11 +9,11 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from actors.attention import attention_for
 from actors.lora import plain_name
 from actors.model_source import ModelSource
+from actors.models import weights_folder
 
 
 def model_without_weights(source: ModelSource) -> PreTrainedModel | None:
@@ -51,18 +50,6 @@ def read_shares(student: nn.Module, source: ModelSource) -> None:
     model = getattr(student, "model", student)
     tensors = {plain_name(name): tensor.detach() for name, tensor in _stored_tensors(model).items() if ".lora_" not in name}
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(weights_folder(source))))
-
-
-def weights_folder(source: ModelSource) -> Path:
-    """Return the folder in which all files of the weights are; those of a model on the hub are fetched."""
-    where = {"revision": source.revision}
-    try:
-        index = cached_file(source.name, SAFE_WEIGHTS_NAME, **where)
-    except OSError:
-        index = cached_file(source.name, SAFE_WEIGHTS_INDEX_NAME, **where)
-        for name in sorted(set(json.loads(Path(index).read_text())["weight_map"].values())):
-            cached_file(source.name, name, **where)
-    return Path(index).parent
 
 
 def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:

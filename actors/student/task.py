@@ -74,6 +74,10 @@ class RolloutTask:
     """The complete store of the teacher's scores of these rows."""
     heldout_batch_rows: int = 1
     """Rows of one forward pass over them."""
+    head_of: ModelSource | None = None
+    """The teacher, where the log keeps its hidden states: its output head makes the logits of them. None where it keeps none."""
+    head_dtype: str = "float32"
+    """Type in which the teacher is served, and its head computes."""
 
 
 @dataclass(frozen=True, slots=True)

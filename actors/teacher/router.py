@@ -116,7 +116,7 @@ class ScoreRouter:
     def __init__(self, limits: RouterLimits) -> None:
         self._limits = limits
         self._replicas: dict[int, _Replica] = {}
-        self._asked: dict[str, _Request] = {}  # by the row's key, until it is scored
+        self._asked: dict[tuple[str, bytes], _Request] = {}  # by what is asked, until it is scored
         self._waiting: deque[_Request] = deque()
         self._room = asyncio.Condition()
         self._lost: asyncio.Queue[LostReplica] = asyncio.Queue()
@@ -178,12 +178,12 @@ class ScoreRouter:
 
     async def _ask(self, example: Example) -> "asyncio.Future[ray.ObjectRef]":
         async with self._room:
-            await self._room.wait_for(lambda: example.key in self._asked or len(self._asked) < self._limits.most_rows)
+            await self._room.wait_for(lambda: _question(example) in self._asked or len(self._asked) < self._limits.most_rows)
         if self._given_up is not None:
             raise RowFailed(self._given_up)
-        if (asked := self._asked.get(example.key)) is None:
+        if (asked := self._asked.get(_question(example))) is None:
             asked = _Request(example, asyncio.get_running_loop().create_future())
-            self._asked[example.key] = asked
+            self._asked[_question(example)] = asked
             self._waiting.append(asked)
             self.most_asked = max(self.most_asked, len(self._asked))
             self._hand_out()
@@ -271,7 +271,7 @@ class ScoreRouter:
         self._waiting.append(asked)
 
     def _settle(self, asked: _Request, scores: ray.ObjectRef | None = None, error: RowFailed | None = None) -> None:
-        if self._asked.pop(asked.example.key, None) is None:
+        if self._asked.pop(_question(asked.example), None) is None:
             return  # given up meanwhile
         if error is not None:
             asked.scores.set_exception(error)
@@ -279,6 +279,11 @@ class ScoreRouter:
         else:
             assert scores is not None
             asked.scores.set_result(scores)
+
+
+def _question(example: Example) -> tuple[str, bytes]:
+    """Return what is asked of the teacher: the row, and its candidates."""
+    return example.key, b"" if example.candidates is None else example.candidates.tobytes()
 
 
 def _named(example: Example) -> str:

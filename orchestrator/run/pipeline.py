@@ -74,7 +74,7 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
 
 def rollouts_of(config: RunConfig, run_dir: RunDir, models: Models) -> AbstractContextManager[None]:
     """Return what writes rows beside the training of a run; nothing where there are none, or it is trained."""
-    if (task := rollout_task(config, run_dir.path, run_dir.path)) is None or run_dir.result("train") is not None:
+    if (task := rollout_task(config, run_dir.path, run_dir.path, models)) is None or run_dir.result("train") is not None:
         return nullcontext()
     stage = RolloutStage(config, run_dir.path, models, task, config.seed)
     serve_teacher = partial(served_teacher, config, run_dir, models)

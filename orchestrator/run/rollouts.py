@@ -10,8 +10,10 @@ from actors.dataloader.row_sources import RowPolicy, RowSources
 from actors.dataloader.sampler import StepSampler, steps_in
 from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
+from actors.engines.teacher_head import require_head_alone
 from actors.evaluation.answer_ends import read_answer_ends
 from actors.examples import ExampleFile
+from actors.model_source import ModelSource
 from actors.monitors.metrics_log import JsonLines
 from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import read_nodes, replica_request, sampler_request, worker_request
@@ -27,7 +29,7 @@ from actors.teacher.pool import TeacherPool
 from actors.teacher.service import ScoreService
 from orchestrator.cluster.background import in_background
 from orchestrator.config.run import RunConfig
-from orchestrator.models.models import Models, ids_below, named_below, vocab_size_of
+from orchestrator.models.models import Models, config_of, ids_below, named_below, vocab_size_of
 from orchestrator.run.responses import longest_prompt, training_rows
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import describe_failure, pin_revision
@@ -50,7 +52,7 @@ def log_folder(folder: Path) -> Path:
     return rollouts_folder(folder) / "log"
 
 
-def rollout_task(config: RunConfig, folder: Path, run_folder: Path) -> RolloutTask | None:
+def rollout_task(config: RunConfig, folder: Path, run_folder: Path, models: Models) -> RolloutTask | None:
     """Return what the training of a run, or of a trial with a folder of its own, is told of its rollouts; None if it has none."""
     if config.rollouts is None:
         return None
@@ -65,9 +67,26 @@ def rollout_task(config: RunConfig, folder: Path, run_folder: Path) -> RolloutTa
         policy=policy,
         dtype=config.sampler_engine.dtype,
         heldout=str(run_folder / "data" / "heldout.arrow"),
-        heldout_store=json.loads((run_folder / "scores.json").read_text())["heldout"],
+        heldout_store=json.loads((run_folder / "scores.json").read_text())["heldout"] if adaptive is not None else None,
         heldout_batch_rows=config.evaluate.batch_rows,
+        head_of=models.ready("teacher") if config.rollouts.wire == "hidden" else None,
+        head_dtype=config.teacher.engine.dtype,
     )
+
+
+def require_hidden_states_teach(teacher: ModelSource, student: ModelSource) -> None:
+    """Raise if a teacher's hidden states and its output head cannot teach a student.
+
+    Raises:
+        ValueError: naming the key, what was found, and what would do.
+    """
+    require_head_alone(teacher)
+    sizes = vocab_size_of(teacher), vocab_size_of(student)
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"rollouts.wire is hidden, but the teacher has a vocabulary of {sizes[0]} tokens and the student one of {sizes[1]}, "
+            "and whole distributions are compared; rollouts.wire=candidates would do"
+        )
 
 
 class RolloutStage:
@@ -88,10 +107,12 @@ class RolloutStage:
     ) -> None:  # fmt: skip
         assert config.rollouts is not None
         self._sampler_factory, self._task = sampler_factory, task
-        student = pin_revision(models.ready("student"))
-        examples = ExampleFile(training_rows(config, folder))
+        teacher, student = models.ready("teacher"), pin_revision(models.ready("student"))
         train, rollouts = config.train, config.rollouts
-        known, vocab_size = ids_below(models), vocab_size_of(models.ready("teacher"))
+        if rollouts.wire == "hidden":
+            require_hidden_states_teach(teacher, student)
+        examples = ExampleFile(training_rows(config, folder))
+        known, vocab_size = ids_below(models), vocab_size_of(teacher)
         self._sampler_spec = SamplerSpec(
             engine=config.sampler_engine,
             model=student,
@@ -99,6 +120,7 @@ class RolloutStage:
             ends=read_answer_ends(models.tokenizer_folder, models.tokenizer()),
             longest_prompt=longest_prompt(examples),
             ids_below=named_below(min(known, vocab_size), vocab_size_of(student)),
+            candidates=config.scores.top_k if rollouts.wire == "candidates" else 0,
         )
         sampler = StepSampler(len(examples), train.batch_rows, seed, train.first_epoch == "store_order")
         total_steps = steps_in(len(examples), train.batch_rows, train.epochs)
@@ -114,9 +136,11 @@ class RolloutStage:
         identity = {
             "rollouts": True,
             "top_k": config.scores.top_k,
-            "top_mass": config.scores.top_mass,
+            "top_mass": None if rollouts.wire == "candidates" else config.scores.top_mass,
+            "wire": rollouts.wire,
             "vocab_size": vocab_size,
             "ids_below": min(known, vocab_size),
+            "hidden_size": config_of(teacher).get_text_config().hidden_size if rollouts.wire == "hidden" else 0,
         }
         self._log = RolloutLog.open_or_create(Path(task.log), identity, self._plan.total_steps, train.batch_rows)
 
@@ -186,6 +210,7 @@ def _teacher_spec(config: RunConfig, folder: Path, models: Models) -> TeacherSpe
         top_k=config.scores.top_k,
         longest_row=max(int(heldout.lengths.max()), written),
         ids_below=named_below(ids_below(models), vocab_size_of(teacher)),
+        wire=config.rollouts.wire,
     )
 
 

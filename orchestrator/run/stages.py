@@ -124,6 +124,8 @@ def loads_of(stage: str, config: RunConfig, models: Models) -> list[tuple[Role, 
         if config.rollouts is not None:
             loads.append(("student", models.ready("student"), sampler_request(config.sampler_engine)))
             loads.append(("teacher", models.ready("teacher"), replica_request(config.teacher.engine)))
+            if config.rollouts.wire == "hidden":  # workers read its output head
+                loads.append(("teacher", models.ready("teacher"), worker_request(config.workers)))
         return loads
     if stage == "evaluate":
         measured = [role for role in ROLES if role == "student" or config.evaluate.teacher == "model"]
@@ -212,6 +214,6 @@ def distillation_task(config: RunConfig, folder: Path, models: Models, store: Pa
         run=config.name,
         tracking=config.tracking,
         dtype=models.export_dtype(),
-        rollouts=rollout_task(config, folder, folder),
+        rollouts=rollout_task(config, folder, folder, models),
         teacher_done=str(result_path(folder, "score")),
     )

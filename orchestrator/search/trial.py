@@ -70,15 +70,15 @@ class TrialContext:
             controller=self.controller,
         )
         folder = self.trial_folder(assignment.trial)
-        store = self.training_store if config.learns_from_data else None
+        models, store = Models(config, self.run_folder), self.training_store if config.learns_from_data else None
         return replace(
-            distillation_task(config, self.run_folder, Models(config, self.run_folder), store),
+            distillation_task(config, self.run_folder, models, store),
             name=_name_of(assignment.trial),
             seed=assignment.seed,
             metrics=str(folder),
             output=None,
             validation=validation,
-            rollouts=rollout_task(config, folder, self.run_folder),
+            rollouts=rollout_task(config, folder, self.run_folder, models),
         )
 
     def rollouts(self, assignment: Assignment, task: TrainingTask) -> AbstractContextManager[None]:

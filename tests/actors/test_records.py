@@ -17,6 +17,7 @@ from actors.records import (
     tail_logmass,
     truncate_scores,
     uncertainty,
+    with_candidates,
 )
 from losses.topk_teacher import TopkTeacher
 from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples, fake_logprobs
@@ -143,3 +144,60 @@ def test_scores_that_keep_a_share_are_truncated_as_all_scores_are() -> None:
         first, then = keep_mass(expected_scores(example, 12), 0.8), keep_mass(expected_scores(example, 4), 0.8)
         np.testing.assert_array_equal(truncate_scores(first, 4).topk_ids, then.topk_ids)
         np.testing.assert_allclose(truncate_scores(first, 4).tail_logmass, then.tail_logmass, atol=1e-5)
+
+
+# ---- unions of the teacher's tokens and a row's own
+
+
+def rows_with_candidates(count: int, seed: int) -> list[Example]:
+    generator, rows = np.random.default_rng(seed), []
+    for example in fake_examples(4, seed=seed):
+        candidates = np.stack([generator.permutation(FAKE_VOCAB)[:count] for _ in example.targets]).astype(np.int32)
+        candidates[generator.random(candidates.shape) < 0.2] = NO_TOKEN
+        rows.append(replace(example, candidates=candidates))
+    return rows
+
+
+@pytest.mark.parametrize(("top_k", "count"), [(4, 5), (1, 1), (12, 40), (1, FAKE_VOCAB)])
+def test_a_union_has_each_token_once_with_what_the_teacher_gives_it(top_k: int, count: int) -> None:
+    for example in rows_with_candidates(count, seed=top_k):
+        own = expected_scores(example, top_k)
+        logprobs = fake_logprobs(example.token_ids, FAKE_VOCAB)[example.target_positions - 1]
+        assert example.candidates is not None
+        union = with_candidates(example, own, np.take_along_axis(logprobs, example.candidates, axis=1))
+        check_scores(example, union, FAKE_VOCAB)
+        assert union.topk_ids.shape == (len(example.targets), top_k + count) and union.topk_logprobs.dtype == np.float32
+        for row, (target, here) in enumerate(zip(example.targets.tolist(), logprobs, strict=True)):
+            wanted = {*own.topk_ids[row].tolist(), *example.candidates[row].tolist()} - {target, NO_TOKEN}
+            order = sorted(wanted, key=lambda token: -here[token])
+            assert union.topk_ids[row].tolist() == order + [NO_TOKEN] * (top_k + count - len(order))
+            np.testing.assert_allclose(union.topk_logprobs[row, : len(order)], here[order], atol=1e-5)
+            left = math.fsum(math.exp(one) for token, one in enumerate(here) if token not in {*order, target})
+            assert math.exp(union.tail_logmass[row]) == pytest.approx(left, abs=1e-6)
+        np.testing.assert_array_equal(truncate_scores(union, top_k).topk_ids, own.topk_ids)
+        np.testing.assert_allclose(uncertainty(union), uncertainty(own), atol=1e-6)
+
+
+def test_a_candidate_that_the_teacher_excludes_stays_finite() -> None:
+    example = replace(fake_examples(1)[0])
+    example = replace(example, candidates=np.full((len(example.targets), 1), 3, np.int32))
+    union = with_candidates(example, expected_scores(example, 2), np.full((len(example.targets), 1), -np.inf))
+    there = (union.topk_ids == 3) & (union.topk_logprobs < -30)
+    assert there.any() and np.isfinite(union.topk_logprobs[there]).all()
+    check_scores(example, union, FAKE_VOCAB)
+
+
+def test_a_wrong_number_of_a_candidate_is_refused() -> None:
+    example = rows_with_candidates(5, seed=2)[0]
+    union = with_candidates(example, expected_scores(example, 3), np.full((len(example.targets), 5), np.nan))
+    with pytest.raises(ValueError, match="topk_logprobs holds nan; the teacher's scores must be finite"):
+        check_scores(example, union, FAKE_VOCAB)
+
+
+def test_rows_of_which_a_target_names_one_token_are_not_taken_for_uniform() -> None:
+    example = fake_examples(1)[0]
+    count = len(example.targets)
+    own = expected_scores(example, 1)
+    example = replace(example, candidates=own.topk_ids)
+    check_scores(example, with_candidates(example, own, own.topk_logprobs), FAKE_VOCAB)
+    assert count > 1

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from transformers import AutoModelForCausalLM
@@ -60,6 +61,24 @@ def test_a_run_mixes_the_datas_rows_with_what_the_student_writes(tmp_path: Path)
     assert "What the student writes" in page and "Sampler beside trainer" in page and "<h3>Step 12</h3>" in page
     again = finish(tmp_path, "mixed", settings)
     assert again.returncode == 0 and "train: done in" not in again.stdout
+
+
+@pytest.mark.parametrize("wire", ["candidates", "hidden"])
+def test_a_run_by_another_wire_has_what_it_asks_for_and_keeps_to_it(tmp_path: Path, wire: str) -> None:
+    rollouts = "student_share: 1.0, lag: 1, engine: {kind: transformers, dtype: float32, cpus: 0.2}"
+    overrides = ["teacher.engine.kind=vllm", "train.epochs=0.5", "loss={kind: coupled, divergence: reverse_kl}"]
+    done = finish(tmp_path, wire, f"wire: {wire}, {rollouts}", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = RolloutLog(tmp_path / wire / "rollouts" / "log")
+    scores = log.scores(1, 0)
+    if wire == "candidates":
+        assert scores.topk_ids.shape[1] == 2 * 16 and scores.hidden is None
+    else:
+        assert scores.topk_ids.shape[1] == 16 and scores.hidden is not None and scores.hidden.shape[1] == 64
+    losses = [line["loss"] for line in read_metrics(tmp_path / wire / "metrics" / "train.jsonl")]
+    assert losses and np.isfinite(losses).all()
+    other = finish(tmp_path, wire, f"wire: top_k, {rollouts}", *overrides)
+    assert other.returncode != 0 and "rollouts.wire" in other.stdout + other.stderr
 
 
 @pytest.mark.drill

@@ -110,6 +110,17 @@ def test_hidden_states_teach_what_their_logits_teach(loss: LossConfig, softcap: 
             torch.testing.assert_close(torch.autograd.grad(ours, leaves), gradients, rtol=1e-9, atol=1e-12)
 
 
+def test_states_in_16_bits_make_logits_in_the_heads_type_whatever_autocast_is_set_to() -> None:
+    exact = hidden_teacher()
+    head = exact.head.to(torch.float32)
+    rounded = HiddenTeacher(exact.hidden.to(torch.bfloat16), head, exact.targets)
+    expected = head.logits(exact.hidden.to(torch.bfloat16).float())
+    torch.testing.assert_close(rounded.dense().logits, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rounded.dense().logits, rounded.select(slice(None)).dense().logits)
+        torch.testing.assert_close(rounded.dense().logits, expected)
+
+
 def test_nothing_flows_into_the_teachers_head() -> None:
     teacher = hidden_teacher()
     teacher.hidden.requires_grad_(), teacher.head.weight.requires_grad_()

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from actors.config.models import EngineConfig
-from actors.engines.base import TeacherSpec, candidates_of, engine_environment, require_top_k, scores_from_candidates
+from actors.engines.base import TeacherSpec, engine_environment, likeliest_asked, require_top_k, scores_from_likeliest
 from actors.engines.build import build_engine
 from actors.engines.transformers import TransformersEngine
 from actors.examples import write_examples
@@ -141,12 +141,12 @@ def test_tokens_that_the_tokenizer_has_not_join_the_tail(model_folder: Path, exa
 
 def test_more_candidates_are_asked_for_where_too_few_can_be_named(model_folder: Path) -> None:
     bounded = replace(spec(model_folder, top_k=2), ids_below=10)
-    assert [candidates_of(bounded, vocab_size, 3) for vocab_size in (10, 12, 90)] == [3, 5, 6]
-    assert candidates_of(bounded, 90) == 83 and candidates_of(replace(bounded, ids_below=None), 90) == 3
+    assert [likeliest_asked(bounded, vocab_size, 3) for vocab_size in (10, 12, 90)] == [3, 5, 6]
+    assert likeliest_asked(bounded, 90) == 83 and likeliest_asked(replace(bounded, ids_below=None), 90) == 3
     example = Example(np.array([0, 4], np.int32), np.array([False, True]), "k", 0)
     ids, logprobs = np.array([[4, 11, 1, 12, 2]]), np.log([[0.4, 0.3, 0.1, 0.1, 0.05]])
-    assert scores_from_candidates(example, np.log([0.4]), ids[:, :4], logprobs[:, :4], bounded) is None
-    scores = scores_from_candidates(example, np.log([0.4]), ids, logprobs, bounded)
+    assert scores_from_likeliest(example, np.log([0.4]), ids[:, :4], logprobs[:, :4], bounded) is None
+    scores = scores_from_likeliest(example, np.log([0.4]), ids, logprobs, bounded)
     assert scores is not None and scores.topk_ids.tolist() == [[1, 2]]
     np.testing.assert_allclose(np.exp(scores.tail_logmass), [0.45], rtol=1e-5)
 
@@ -177,7 +177,7 @@ def test_the_target_is_dropped_from_the_candidates_or_else_the_last_of_them() ->
     example = Example(np.array([0, 4, 9, 2], np.int32), np.array([False, True, True, True]), "k", 0)
     ids = np.array([[4, 1, 2], [1, 2, 3], [5, 6, 2]])
     logprobs = np.log([[0.5, 0.2, 0.1], [0.4, 0.3, 0.1], [0.4, 0.3, 0.2]])
-    scores = scores_from_candidates(example, np.log([0.5, 0.05, 0.2]), ids, logprobs, fake_spec(top_k=2))
+    scores = scores_from_likeliest(example, np.log([0.5, 0.05, 0.2]), ids, logprobs, fake_spec(top_k=2))
     assert scores is not None
     assert scores.topk_ids.tolist() == [[1, 2], [1, 2], [5, 6]]
     np.testing.assert_allclose(np.exp(scores.topk_logprobs), [[0.2, 0.1], [0.4, 0.3], [0.4, 0.3]], rtol=1e-6)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
-from actors.engines.vllm_patches import ROWS_ARGUMENT, take_target_rows_v2  # noqa: E402  # after the check above
+from actors.engines.vllm_patches import ROWS_ARGUMENT, WantedRows, take_target_rows_v2  # noqa: E402  # after the check above
 
 HIDDEN, VOCAB, CANDIDATES = 8, 50, 5
 HEAD = torch.randn(HIDDEN, VOCAB, generator=torch.Generator().manual_seed(0))
@@ -99,6 +99,41 @@ def test_the_rows_of_prompts_read_in_pieces_beside_others() -> None:
         worker.remove_request(name)
     worker.add_request("c", slots["a"], asked([1]))  # the name and the slot of one before
     assert_right(step(worker, prompts, {**slots, "c": 2}, {"c": (0, 3)})["c"], prompts["c"], [1])
+
+
+def test_candidates_follow_the_most_likely_tokens_of_their_own_rows() -> None:
+    worker, prompts, slots = Worker(), {"a": list(range(3, 11)), "b": [9, 4, 40, 7, 21]}, {"a": 2, "b": 0}
+    assert take_target_rows_v2(worker)
+    wanted = WantedRows([1, 4, 6], np.array([[7, 8], [0, 49], [30, 2]]))
+    more = SimpleNamespace(prompt_logprobs=CANDIDATES + wanted.extra_columns, extra_args=wanted.arguments())
+    worker.add_request("a", slots["a"], more)
+    worker.add_request("b", slots["b"], asked([2, 3]))  # without candidates, in the same step
+    assert set(step(worker, prompts, slots, {"a": (0, 5), "b": (0, 5)})) == {"b"}
+    found = step(worker, prompts, slots, {"a": (5, 8)})["a"]
+    assert found.logprobs.shape == (3, 1 + CANDIDATES + 2)
+    for index, (row, candidates) in enumerate(zip(wanted.rows, wanted.candidates.tolist(), strict=True)):
+        logprobs = (states_of(prompts["a"])[row].double() @ HEAD.double()).log_softmax(0)
+        best = logprobs.topk(CANDIDATES).indices.tolist()
+        ids = [prompts["a"][row + 1], *best, *candidates]
+        assert found.logprob_token_ids[index].tolist() == ids
+        torch.testing.assert_close(found.logprobs[index].double(), logprobs[ids], atol=1e-5, rtol=0)
+
+
+def test_hidden_states_follow_in_columns_of_their_own() -> None:
+    worker, prompts, slots = Worker(), {"a": list(range(3, 11)), "b": [9, 4, 40, 7, 21]}, {"a": 2, "b": 0}
+    assert take_target_rows_v2(worker)
+    wanted = WantedRows([1, 4, 6], hidden_size=HIDDEN)
+    more = SimpleNamespace(prompt_logprobs=CANDIDATES + wanted.extra_columns, extra_args=wanted.arguments())
+    worker.add_request("a", slots["a"], more)
+    worker.add_request("b", slots["b"], asked([2, 3]))
+    assert_right(step(worker, prompts, slots, {"a": (0, 5), "b": (0, 5)})["b"], prompts["b"], [2, 3])
+    found = step(worker, prompts, slots, {"a": (5, 8)})["a"]
+    assert found.logprobs.shape == found.logprob_token_ids.shape == (3, 1 + CANDIDATES + HIDDEN)
+    torch.testing.assert_close(found.logprobs[:, 1 + CANDIDATES :], states_of(prompts["a"])[wanted.rows])
+    for index, row in enumerate(wanted.rows):
+        logprobs = (states_of(prompts["a"])[row].double() @ HEAD.double()).log_softmax(0)
+        ids = [prompts["a"][row + 1], *logprobs.topk(CANDIDATES).indices.tolist()]
+        assert found.logprob_token_ids[index, : 1 + CANDIDATES].tolist() == ids
 
 
 def test_a_step_with_a_request_that_names_no_rows_goes_vllms_own_way() -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -32,6 +34,21 @@ def test_a_row_comes_back() -> None:
         np.testing.assert_array_equal(found.tail_logmass, wanted.tail_logmass)
         np.testing.assert_array_equal(found.topk_ids, wanted.topk_ids)
         np.testing.assert_allclose(found.topk_logprobs, wanted.topk_logprobs, atol=2.5e-4)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_hidden_states_come_back_bit_by_bit_and_take_two_bytes_each(ragged: bool) -> None:
+    generator = np.random.default_rng(0)
+    for example in fake_examples(5):
+        plain = expected_scores(example, 6)
+        hidden = generator.integers(0, 1 << 16, (len(example.targets), 24)).astype(np.uint16)
+        encoding, without = RowEncoding(6, FAKE_VOCAB, ragged, hidden_size=24), RowEncoding(6, FAKE_VOCAB, ragged)
+        found = again(encoding, replace(plain, hidden=hidden))
+        assert found.hidden is not None and found.hidden.dtype == np.uint16
+        np.testing.assert_array_equal(found.hidden, hidden)
+        np.testing.assert_array_equal(found.topk_ids, plain.topk_ids)
+        assert again(without, plain).hidden is None
+        assert len(encoding.encode(replace(plain, hidden=hidden))) == len(without.encode(plain)) + 48 * len(example.targets)
 
 
 @pytest.mark.parametrize("vocab_size", [65_536, 65_537, 152_000, 1 << 24])

@@ -13,9 +13,11 @@ from actors.config.rollouts import AdaptiveShareConfig, ReplayConfig
 from actors.dataloader.row_sources import AdaptiveShares, Change
 from actors.score_store.rollout_log import RolloutLog
 from actors.student.hand_over import next_change
+from tests.actors.student import test_on_policy as on_policy
 from tests.actors.student.test_on_policy import BATCH, STEPS, Run
 from tests.worlds import scored_world
 
+one_load_at_a_time = on_policy._one_load_at_a_time
 ADAPTIVE = AdaptiveShareConfig(first=0.2, every_steps=2, tolerance=0.1, raise_by=0.5)
 
 

@@ -87,6 +87,7 @@ class Run:
         self.folder, settings = folder, {"student_share": 1.0, "refresh_steps": 1, "lag": 0, **changes}
         top_k, self.lora = settings.pop("top_k", VOCAB - 1), settings.pop("lora", None)
         tied, loss = settings.pop("tied", True), settings.pop("loss", CoupledLoss(kind="coupled"))
+        wire = settings.pop("wire", "top_k")
         examples, store = scored_world(folder / "world", rows=ROWS, top_k=top_k)
         self.teacher_folder = tiny_llama(folder / "teacher", seed=1)
         # With seed 2 a draw of step 6 lies within rounding of its border.
@@ -99,17 +100,21 @@ class Run:
             {"batch_rows": BATCH, "micro_batch_rows": 3, "optimizer": optimizer, "checkpoint_every_steps": 2}
         )
         longest = max(len(self.examples[row].last_prompt) for row in range(ROWS))
-        self.spec = SamplerSpec(ENGINE, student, Sampling(NEW_TOKENS, seed=3), ENDS, longest)
-        self.teacher_spec = TeacherSpec(ENGINE, ModelSource(str(self.teacher_folder)), top_k, longest + NEW_TOKENS)
+        noted, teacher = top_k if wire == "candidates" else 0, ModelSource(str(self.teacher_folder))
+        self.spec = SamplerSpec(ENGINE, student, Sampling(NEW_TOKENS, seed=3), ENDS, longest, candidates=noted)
+        self.teacher_spec = TeacherSpec(ENGINE, teacher, top_k, longest + NEW_TOKENS, wire=wire)
         sampler, policy = StepSampler(ROWS, BATCH, seed=3, store_order_first=True), RowPolicy(**settings)
         sources = RowSources(policy, 3, sampler.rows_of, STEPS)
         self.plan = RolloutPlan(self.examples, sampler, STEPS, sources, keep_steps=None, first_model=student)
-        self.log = RolloutLog.open_or_create(folder / "log", {"top_k": top_k, "vocab_size": VOCAB}, STEPS, BATCH)
+        identity = {"top_k": top_k, "vocab_size": VOCAB, "wire": wire, "hidden_size": 16 if wire == "hidden" else 0}
+        self.log = RolloutLog.open_or_create(folder / "log", identity, STEPS, BATCH)
         self.task = TrainingTask(
             name="train", model=student, tokenizer=str(folder / "tokenizer"), lora=self.lora, loss=loss, train=self.train,
             examples=str(examples), store=str(store.path) if settings["student_share"] < 1 else None, top_k=top_k,
             wait_seconds=60.0, seed=3, threads=1, gpu=False, metrics=str(folder / "metrics"), output=str(folder / "out"),
-            rollouts=RolloutTask(str(folder / "log"), str(folder / "weights"), policy, "float32"),
+            rollouts=RolloutTask(
+                str(folder / "log"), str(folder / "weights"), policy, "float32", head_of=teacher if wire == "hidden" else None
+            ),
         )  # fmt: skip
         self.facts: list[StepFacts] = []
         self.samplers = Here(self.spec)

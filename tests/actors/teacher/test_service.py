@@ -61,6 +61,19 @@ def test_many_callers_get_their_rows_by_key_and_each_row_is_scored_once(local_ra
             service.score(examples[:1])
 
 
+def test_a_row_is_scored_again_for_who_names_other_candidates(local_ray: None, tmp_path: Path) -> None:
+    (example,), log = fake_examples(1), tmp_path / "scored"
+    first, second = (replace(example, candidates=np.full((len(example.targets), 1), token, np.int32)) for token in (3, 4))
+
+    async def ask_all(service: ScoreService) -> None:
+        await asyncio.gather(*(service.score_async([one]) for one in (example, first, first, second)))
+
+    teacher = FakeTeacher(log=log, seconds_per_call=0.2)
+    with TeacherPool(fake_spec(TOP_K), engine_factory=teacher) as pool, pool.serving() as service:
+        asyncio.run(ask_all(service))
+    assert log.read_text().split() == [example.key] * 3
+
+
 @pytest.mark.parametrize("way", ["engine_dies_on_call", "hangs_on_call"])
 def test_rows_of_a_replica_that_is_lost_are_scored_by_another(local_ray: None, tmp_path: Path, way: str) -> None:
     examples = fake_examples(24)

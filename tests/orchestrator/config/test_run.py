@@ -133,6 +133,15 @@ def test_a_config_is_frozen() -> None:
         (["rollouts={refresh_steps: 0}"], r"rollouts\.refresh_steps: Input should be greater than or equal to 1; got 0"),
         (["rollouts={lag: -1}"], r"rollouts\.lag: Input should be greater than or equal to 0; got -1"),
         (["rollouts={keep_steps: 0}"], r"rollouts\.keep_steps: Input should be greater than or equal to 1; got 0"),
+        (["rollouts={wire: candidate}"], r"rollouts\.wire: there is no 'candidate'; did you mean candidates\?"),
+        (
+            ["rollouts={wire: hidden, student_share: 0.4}"],
+            r"rollouts: wire is hidden, but student_share is 0\.4, .*; student_share=1\.0 without .* would do, or wire=candidates$",
+        ),
+        (
+            ["rollouts={wire: hidden, student_share: 1.0, adaptive_share: {every_steps: 10}}"],
+            r"rollouts: wire is hidden, but adaptive_share begins lower, and of rows that stay .* would do, or wire=candidates$",
+        ),
         (
             ["rollouts={engine: {replicas: auto}}"],
             r"rollouts: engine\.replicas is auto, but samplers stand beside teacher and student; 1 would do$",
