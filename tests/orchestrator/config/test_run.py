@@ -136,7 +136,7 @@ def test_a_config_is_frozen() -> None:
         (["rollouts={wire: candidate}"], r"rollouts\.wire: there is no 'candidate'; did you mean candidates\?"),
         (
             ["rollouts={wire: hidden, student_share: 0.4}"],
-            r"rollouts: wire is hidden, but student_share is 0\.4, .*; student_share=1\.0 without .* would do, or wire=candidates$",
+            r"rollouts: wire is hidden, but student_share is 0\.4, .*; student_share=1\.0 without .* wire=candidates$",
         ),
         (
             ["rollouts={wire: hidden, student_share: 1.0, adaptive_share: {every_steps: 10}}"],
