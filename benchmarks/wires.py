@@ -148,6 +148,8 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    if options.engine == "vllm":
+        ray.init(log_to_driver=False)
     lines, targets, vocab_size = measure(options.run, options)
     print(f"\n{targets} targets written by the student, V = {vocab_size}; value off by / gradient off by\n")
     print_table(["wire", "K", "bytes a target", "s a 1000 targets", *LOSSES], lines)
