@@ -9,7 +9,8 @@ import torch
 from actors.dataloader.scored_rows import FileRows, StoredRows, as_teacher, require_same_row
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores
-from actors.score_store.rollout_log import RolloutLog
+from actors.score_store.rollout_log import RolloutLog, Sampled
+from losses.policy_gradient import DrawnTokens
 from losses.topk_teacher import TopkTeacher
 
 
@@ -57,6 +58,19 @@ class MixedRows:
             return self._data.uncertainty(row)
         return torch.from_numpy(self._log.uncertainty(self._step, self._place[row]).copy())
 
+    def drawn(self, row: int) -> DrawnTokens:
+        """Return how the targets of a row, N of them, came about."""
+        if row not in self._place:
+            return self._data.drawn(row)
+        sampled = self._sampled[self._place[row]]
+        drawn = sampled.logprobs if sampled.drawn_logprobs is None else sampled.drawn_logprobs
+        return DrawnTokens(
+            student_logprob=torch.from_numpy(sampled.logprobs.copy()),
+            teacher_logprob=torch.from_numpy(self._log.teacher_logprobs(self._step, self._place[row]).copy()),
+            drawn_logprob=torch.from_numpy(drawn.copy()),
+            drawn=torch.ones(len(sampled.logprobs), dtype=torch.bool),
+        )
+
     def teacher_losses(self) -> torch.Tensor:
         """Return the teacher's own mean loss on each row, float32 [R], in nats per target."""
         return torch.tensor([self._teacher_loss(row) for row in range(len(self))])
@@ -86,6 +100,10 @@ class MixedRows:
     @cached_property
     def _written(self) -> ExampleFile:
         return self._log.examples(self._step)
+
+    @cached_property
+    def _sampled(self) -> list[Sampled]:
+        return self._log.sampled(self._step)
 
     @property
     def _data_used(self) -> FileRows:

@@ -19,10 +19,11 @@ from actors.config.rollouts import ResponsesConfig, RolloutsConfig
 from actors.config.tracking import TrackingConfig
 from actors.config.workers import WorkersConfig
 from actors.engines.vllm_limits import require_cpu_head_size
-from losses.config import AtkdLoss, HardLabelLoss, LossConfig
+from losses.config import AtkdLoss, LossConfig
 from losses.section import LARGEST_SEED, MayChange, NotSearchable, Searchable, Section
 from orchestrator.config.compare import CompareConfig
 from orchestrator.config.data import DataConfig
+from orchestrator.config.own_text import require_own_text
 from orchestrator.config.tune import TuneConfig
 
 
@@ -146,7 +147,7 @@ class RunConfig(Section):
         for engine, section, shape in served:
             if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
                 require_cpu_head_size(shape.hidden_size, shape.heads, section)
-        self._require_own_text()
+        require_own_text(self.loss, self.rollouts)
         if "pretrained" in kinds and self.tokenizer is not None:
             raise ValueError(
                 "tokenizer is trained only where both models are made from scratch; a pretrained model brings its own: "
@@ -163,20 +164,6 @@ class RunConfig(Section):
                 f"number of workers, which workers.max {self.workers.max} lets change; loss.scope batch would do"
             )
         return self
-
-    def _require_own_text(self) -> None:
-        """Raise if the loss takes the targets for tokens that the student drew, and they are not."""
-        if isinstance(self.loss, HardLabelLoss) or self.loss.divergence.kind != "sampled_reverse_kl":
-            return
-        wanted = {"student_share": 1.0, "temperature": 1.0, "top_p": 1.0}
-        found = {key: getattr(self.rollouts, key) for key in wanted} if self.rollouts is not None else {}
-        if found != wanted:
-            seen = ", ".join(f"rollouts.{key} is {value:g}" for key, value in found.items()) or "rollouts is null"
-            raise ValueError(
-                "loss.divergence sampled_reverse_kl takes all targets for tokens that the student drew from its own "
-                f"distribution, but {seen}; rollouts={{student_share: 1.0}} at temperature 1 and top_p 1 would do, or "
-                "loss.divergence=reverse_kl"
-            )
 
     def _rollouts_agree(self, rollouts: RolloutsConfig) -> None:
         if not needs_teacher(self.loss):

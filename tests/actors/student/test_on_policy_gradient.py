@@ -1,0 +1,53 @@
+"""A student that learns by policy gradient from what it writes: against the same written plainly."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from actors.student.optimizer import make_optimizer
+from losses.config import PolicyGradientLoss
+from tests.actors.student.test_on_policy import STEPS, Run, _one_load_at_a_time  # noqa: F401
+
+MINILLM = PolicyGradientLoss(kind="policy_gradient")
+
+
+def plain_training(run: Run) -> nn.Module:
+    """MiniLLM with loops, on the rows that the run has drawn: the student as it is then is the one that wrote them."""
+    teacher = AutoModelForCausalLM.from_pretrained(run.teacher_folder).eval()
+    student = AutoModelForCausalLM.from_pretrained(run.student_folder)
+    optimizer = make_optimizer(student, run.train.optimizer)
+    for step in range(1, STEPS + 1):
+        written = run.log.examples(step)
+        rows = [(len(run.examples[row].last_prompt), written[place].token_ids.tolist()) for place, row in enumerate(written.rows)]
+        exact, logprobs, advantages = torch.zeros(()), [], []
+        for first, text in rows:
+            ids, new = torch.tensor([text]), torch.tensor(text[first:])[:, None]
+            with torch.no_grad():
+                p = teacher(input_ids=ids).logits[0, first - 1 : -1].log_softmax(dim=1)
+            q = student(input_ids=ids).logits[0, first - 1 : -1].log_softmax(dim=1)
+            exact = exact + (q.exp() * (q - p)).sum()
+            logprobs.append(q.gather(1, new).flatten())
+            rewards = ((p.gather(1, new).flatten() - logprobs[-1]) / 0.5).tolist()
+            advantages += [sum(rewards[here + 1 :]) / (len(rewards) - here) for here in range(len(rewards))]
+        mean = sum(advantages) / len(advantages)
+        deviation = math.sqrt(sum((one - mean) ** 2 for one in advantages) / len(advantages) + 1e-8)
+        whitened = torch.tensor([(one - mean) / deviation for one in advantages])
+        loss = (exact - (whitened * torch.cat(logprobs)).sum()) / len(advantages)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), run.train.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return student
+
+
+def test_the_student_learns_as_a_plain_minillm_does(tmp_path: Path) -> None:
+    run = Run(tmp_path, learning_rate=2e-3, loss=MINILLM)
+    run.go()
+    student = plain_training(run)
+    before = AutoModelForCausalLM.from_pretrained(run.student_folder).state_dict()
+    for name, weight in student.state_dict().items():
+        torch.testing.assert_close(run.weights[name], weight, atol=1e-4, rtol=0)
+        assert (weight - before[name]).abs().max() > 5e-3, "it has moved far beyond the tolerance"
