@@ -3,11 +3,13 @@
 import math
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
+from torch.optim import SGD
 from transformers import AutoModelForCausalLM
 
-from actors.student.optimizer import make_optimizer
+from actors.student import loop
 from losses.config import PolicyGradientLoss
 from tests.actors.student.test_on_policy import STEPS, Run, _one_load_at_a_time  # noqa: F401
 
@@ -18,7 +20,7 @@ def plain_training(run: Run) -> nn.Module:
     """MiniLLM with loops, on the rows that the run has drawn: the student as it is then is the one that wrote them."""
     teacher = AutoModelForCausalLM.from_pretrained(run.teacher_folder).eval()
     student = AutoModelForCausalLM.from_pretrained(run.student_folder)
-    optimizer = make_optimizer(student, run.train.optimizer)
+    optimizer = SGD(student.parameters(), run.train.optimizer.learning_rate)
     for step in range(1, STEPS + 1):
         written = run.log.examples(step)
         rows = [(len(run.examples[row].last_prompt), written[place].token_ids.tolist()) for place, row in enumerate(written.rows)]
@@ -43,11 +45,17 @@ def plain_training(run: Run) -> nn.Module:
     return student
 
 
+@pytest.fixture(autouse=True)
+def _plain_descent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's first steps follow the sign of a gradient, which in a weight that has nearly none is that of its rounding."""
+    monkeypatch.setattr(loop, "make_optimizer", lambda student, config: SGD(student.parameters(), config.learning_rate))
+
+
 def test_the_student_learns_as_a_plain_minillm_does(tmp_path: Path) -> None:
-    run = Run(tmp_path, learning_rate=2e-3, loss=MINILLM)
+    run = Run(tmp_path, learning_rate=0.1, loss=MINILLM)
     run.go()
     student = plain_training(run)
     before = AutoModelForCausalLM.from_pretrained(run.student_folder).state_dict()
     for name, weight in student.state_dict().items():
-        torch.testing.assert_close(run.weights[name], weight, atol=1e-4, rtol=0)
-        assert (weight - before[name]).abs().max() > 5e-3, "it has moved far beyond the tolerance"
+        torch.testing.assert_close(run.weights[name], weight, atol=1e-5, rtol=0)
+        assert (weight - before[name]).abs().max() > 1e-3, "it has moved far beyond the tolerance"
