@@ -60,6 +60,10 @@ class RolloutsConfig(Section):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample from the fewest tokens that hold this share of the mass."""
 
+    teacher_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability by which the teacher draws a token of these responses in the student's place: text that both write, by token
+    (MiniLLM's alpha, 0.2 in arXiv 2306.08543). Needs engines that sample from the teacher, beside those that score."""
+
     refresh_steps: int = Field(default=1, ge=1)
     """Optimizer steps of a window, whose rows are written by the same weights."""
 
@@ -73,11 +77,20 @@ class RolloutsConfig(Section):
     engine: EngineConfig | None = None
     """How the student is served; defaults to ``teacher.engine`` with one replica."""
 
+    teacher_engine: EngineConfig | None = None
+    """How the teacher is served where it draws tokens; defaults to ``teacher.engine`` with one replica."""
+
     @model_validator(mode="after")
     def _samplers_are_possible(self) -> "RolloutsConfig":
         require_temperature(self.temperature)
-        if self.engine is not None and self.engine.replicas == "auto":
-            raise ValueError("engine.replicas is auto, but samplers stand beside teacher and student; 1 would do")
+        for key, engine in (("engine", self.engine), ("teacher_engine", self.teacher_engine)):
+            if engine is not None and engine.replicas == "auto":
+                raise ValueError(f"{key}.replicas is auto, but samplers stand beside teacher and student; 1 would do")
+        if self.teacher_engine is not None and self.teacher_share == 0:
+            raise ValueError(
+                "teacher_engine says how the teacher draws tokens, but teacher_share is 0; teacher_share=0.2 would do, or "
+                "teacher_engine=null"
+            )
         return self
 
 

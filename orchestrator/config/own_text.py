@@ -22,6 +22,11 @@ def require_own_text(loss: LossConfig, rollouts: RolloutsConfig | None) -> None:
             f"distribution, but {seen}; rollouts={{student_share: 1.0}} at temperature 1 and top_p 1 would do, or "
             "loss.divergence=reverse_kl"
         )
+    if rollouts is not None and rollouts.teacher_share > 0:
+        raise ValueError(
+            "loss.divergence sampled_reverse_kl has no weights for tokens that the teacher drew, but rollouts.teacher_share is "
+            f"{rollouts.teacher_share:g}; rollouts.teacher_share=0 would do, or loss.kind=policy_gradient"
+        )
 
 
 def require_drawn_rows(loss: PolicyGradientLoss, rollouts: RolloutsConfig | None) -> None:

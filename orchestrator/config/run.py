@@ -144,6 +144,8 @@ class RunConfig(Section):
         if self.rollouts is not None:
             self._rollouts_agree(self.rollouts)
             served.append((self.sampler_engine, "student.model", self.student.model))
+        if self.teacher_sampler_engine is not None:
+            served.append((self.teacher_sampler_engine, "teacher.model", self.teacher.model))
         for engine, section, shape in served:
             if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
                 require_cpu_head_size(shape.hidden_size, shape.heads, section)
@@ -193,6 +195,13 @@ class RunConfig(Section):
         return self.rollouts.engine or self.teacher.engine.model_copy(update={"replicas": 1})
 
     @property
+    def teacher_sampler_engine(self) -> EngineConfig | None:
+        """How the teacher is served where it draws tokens of what the student writes; None where it draws none."""
+        if self.rollouts is None or self.rollouts.teacher_share == 0:
+            return None
+        return self.rollouts.teacher_engine or self.teacher.engine.model_copy(update={"replicas": 1})
+
+    @property
     def learns_from_data(self) -> bool:
         """Whether rows are learned from as the data has them, or the student answers all prompts."""
         return self.rollouts is None or self.rollouts.student_share < 1
@@ -207,6 +216,8 @@ class RunConfig(Section):
         """All engines of a run, by the sections that speak of them."""
         writers = {"responses.engine": self.responses, "rollouts.engine": self.rollouts}
         own = {name: part.engine for name, part in writers.items() if part is not None and part.engine is not None}
+        if self.rollouts is not None and self.rollouts.teacher_engine is not None:
+            own["rollouts.teacher_engine"] = self.rollouts.teacher_engine
         return {"teacher.engine": self.teacher.engine, **own}
 
     @property

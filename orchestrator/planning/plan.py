@@ -138,7 +138,7 @@ def make_plan(config: RunConfig, asked: PlanOptions) -> Plan:
     replicas = settled_replicas(config, place, shards)
     if config.rollouts is not None:
         row_tokens = work.train_tokens / work.rows
-        remarks += rollout_pace(config, estimator.shapes["student"], row_tokens, rates, replicas, gpu_flops).lines()
+        remarks += rollout_pace(config, estimator.shapes, row_tokens, rates, replicas, gpu_flops).lines()
     return Plan(
         fits=not found,
         problems=tuple(found),

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from actors.dataloader.sampler import StepSampler, steps_in
@@ -13,9 +14,10 @@ from actors.evaluation.answer_ends import read_answer_ends
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import JsonLines
 from actors.monitors.prometheus import TeacherMetrics
-from actors.placement import read_nodes, replica_request, sampler_request, worker_request
+from actors.placement import read_nodes, replica_request, sampler_request, teacher_sampler_request, worker_request
 from actors.rollouts.base import SamplerFactory, SamplerSpec, Sampling
 from actors.rollouts.build import build_sampler
+from actors.rollouts.mixed_writing import MixedWriters
 from actors.rollouts.step_writer import RolloutPlan, StepFacts, StepWriter
 from actors.rollouts.weights import WeightFolders
 from actors.rollouts.workers import RolloutWorkers
@@ -94,6 +96,7 @@ class RolloutStage:
             keep_steps=self._rollouts.keep_steps,
             first_model=student,
             trust_remote_code=student.trust_remote_code,
+            teacher_share=self._rollouts.teacher_share,
         )
         identity = {
             "rollouts": True,
@@ -128,7 +131,7 @@ class RolloutStage:
             self._teacher_spec(), engine_factory=self._engine_factory, probe=probe_of(self._config, self._run_dir), live=live,
             on_death=lambda number, error: self._run_dir.event("replica_died", replica=number, error=error), logs=logs,
         )  # fmt: skip
-        samplers = RolloutWorkers(self._sampler_spec, int(self._config.sampler_engine.replicas), logs, self._sampler_factory)
+        samplers = self._samplers(logs)
         metrics = JsonLines(self._run_dir.path / "metrics", "rollouts", first_step=missing[0])
         try:
             with closing(metrics), samplers, pool, pool.serving() as service:
@@ -143,6 +146,17 @@ class RolloutStage:
             with suppress(OSError):  # on a full disk the first error matters, not that it could not be written down
                 self._log.declare_failed(describe_failure(error))
             raise
+
+    def _samplers(self, logs: Path) -> RolloutWorkers | MixedWriters:
+        """Return those who write: samplers of the student, and of the teacher where it draws some of the tokens."""
+        spec = self._sampler_spec
+        student = RolloutWorkers(spec, int(spec.engine.replicas), logs, self._sampler_factory)
+        if (engine := self._config.teacher_sampler_engine) is None:
+            return student
+        ids_below = named_below(self._ids_below, self._vocab_size)
+        of_teacher = replace(spec, engine=engine, model=self._teacher, ids_below=ids_below)
+        teacher = RolloutWorkers(of_teacher, int(engine.replicas), logs, self._sampler_factory, "teacher sampler")
+        return MixedWriters(student, teacher, self._rollouts.teacher_share)
 
     def _teacher_spec(self) -> TeacherSpec:
         engine = self._config.teacher.engine
@@ -163,6 +177,8 @@ class RolloutStage:
         config, nodes = self._config, read_nodes()
         others = [(sampler_request(config.sampler_engine), int(config.sampler_engine.replicas)),
                   (worker_request(config.workers), config.workers.count)]  # fmt: skip
+        if (drawing := config.teacher_sampler_engine) is not None:
+            others.append((teacher_sampler_request(drawing), int(drawing.replicas)))
         replica = replica_request(config.teacher.engine)
         fitting = [count for count in range(2, MOST_REPLICAS + 1) if fit_together(nodes, [(replica, count), *others])]
         return max(fitting, default=1)

@@ -33,6 +33,27 @@ POLICY_GRADIENT = "loss={kind: policy_gradient}"
         r"loss\.corpus_weight is 0\.1 and rollouts\.student_share is 1; "
         r"loss\.corpus_weight=0 would do, or rollouts\.student_share=0\.5$",
     ),
+    (
+        ["loss={kind: coupled, divergence: sampled_reverse_kl}", "rollouts={student_share: 1, teacher_share: 0.2}", WIDE],
+        r"sampled_reverse_kl has no weights for tokens that the teacher drew, but rollouts\.teacher_share is 0\.2; "
+        r"rollouts\.teacher_share=0 would do, or loss\.kind=policy_gradient$",
+    ),
+    (["rollouts={teacher_share: 1}"], r"rollouts\.teacher_share: Input should be less than 1; got 1"),
+    (["rollouts={teacher_share: -0.1}"], r"rollouts\.teacher_share: Input should be greater than or equal to 0; got -0\.1"),
+    (
+        ["rollouts={teacher_engine: {kind: transformers}}"],
+        r"teacher_engine says how the teacher draws tokens, but teacher_share is 0; teacher_share=0\.2 would do, or "
+        r"teacher_engine=null$",
+    ),
+    (
+        ["rollouts={teacher_share: 0.2, teacher_engine: {replicas: auto}}"],
+        r"teacher_engine\.replicas is auto, but samplers stand beside teacher and student; 1 would do$",
+    ),
+    (
+        ["rollouts={teacher_share: 0.2, teacher_engine: {kind: vllm}}", "teacher.model.heads=8",
+         "teacher.engine.kind=transformers", WIDE],
+        r"teacher\.model has heads of size 16 .* hidden_size 256 would do",
+    ),
     (["loss={kind: policy_gradient, exact_weight: 1.5}"], r"loss\.exact_weight: Input should be less than or equal to 1"),
     (["loss={kind: policy_gradient, clip_ratio: 1}"], r"loss\.clip_ratio: Input should be less than 1; got 1"),
     (["loss={kind: policy_gradient, reward_scale: 0}"], r"loss\.reward_scale: Input should be greater than 0; got 0"),
@@ -44,7 +65,18 @@ def test_what_does_not_fit_is_named_with_what_would_do(overrides: list[str], mes
 
 
 @pytest.mark.parametrize("overrides", [
-    [POLICY_GRADIENT, "rollouts={student_share: 1}"], ["loss={kind: policy_gradient, corpus_weight: 0.1}", "rollouts={}"],
+    [POLICY_GRADIENT, "rollouts={student_share: 1}"], [POLICY_GRADIENT, "rollouts={student_share: 1, teacher_share: 0.2}"],
+    ["loss={kind: policy_gradient, corpus_weight: 0.1}", "rollouts={}"],
 ])  # fmt: skip
 def test_what_is_drawn_can_be_learned_from(overrides: list[str]) -> None:
     assert isinstance(load_config("configs/tiny_cpu.yaml", [*overrides, WIDE]).loss, PolicyGradientLoss)
+
+
+def test_a_teacher_that_draws_tokens_is_served_as_it_scores_or_by_an_engine_of_its_own() -> None:
+    config = load_config("configs/tiny_cpu.yaml", ["rollouts={teacher_share: 0.2}", "teacher.engine.cpus=0.5", WIDE])
+    assert config.teacher_sampler_engine == config.teacher.engine.model_copy(update={"replicas": 1})
+    assert "rollouts.teacher_engine" not in config.engines
+    own = load_config("configs/tiny_cpu.yaml", ["rollouts={teacher_share: 0.2, teacher_engine: {replicas: 3}}", WIDE])
+    assert own.teacher_sampler_engine is not None and own.teacher_sampler_engine.replicas == 3
+    assert own.engines["rollouts.teacher_engine"] == own.teacher_sampler_engine
+    assert load_config("configs/tiny_cpu.yaml", ["rollouts={}", WIDE]).teacher_sampler_engine is None
