@@ -67,6 +67,10 @@ class RolloutsConfig(Section):
     refresh_steps: int = Field(default=1, ge=1)
     """Optimizer steps of a window, whose rows are written by the same weights."""
 
+    inner_epochs: int = Field(default=1, ge=1)
+    """How often the rows of a window are learned from, one time after the other, before others are written (4 in arXiv
+    2306.08543, with windows of 256 rows). The training has so many times as many optimizer steps."""
+
     lag: int = Field(default=0, ge=0)
     """0: a window's rows are written by the weights with which it begins, and the workers wait for them. 1: by those with which
     the window before began, so that they are written and scored while that one trains."""

@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from actors.dataloader.sampler import Visits
 from actors.dataloader.scored_rows import FileRows, StoredRows, as_teacher, require_same_row
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores
@@ -133,16 +134,18 @@ class RolloutRows:
         log: holds what it wrote.
         share: of the rows, which the student writes.
         seed: tosses for each row.
+        visits: in which steps rows are learned from, where that is more than once; data and log know deals alone.
     """
 
-    def __init__(self, data: StoredRows, log: RolloutLog, share: float, seed: int) -> None:
-        self._data, self._log, self._share, self._seed = data, log, share, seed
+    def __init__(self, data: StoredRows, log: RolloutLog, share: float, seed: int, visits: Visits | None = None) -> None:
+        self._data, self._log, self._share, self._seed, self._visits = data, log, share, seed, visits
 
     def batch(self, step: int) -> MixedRows:
         """Return the rows of a step."""
-        rows = self._data.batch(step)
-        return MixedRows(rows, written_by_student(self._seed, step, len(rows), self._share), self._log, step)
+        deal = self._visits.deal(step) if self._visits else step
+        rows = self._data.batch(deal)
+        return MixedRows(rows, written_by_student(self._seed, deal, len(rows), self._share), self._log, deal)
 
     def epochs_after(self, step: int) -> float:
-        """Return how often the prompts were visited once a step is done."""
-        return self._data.epochs_after(step)
+        """Return how often the prompts were answered once a step is done."""
+        return self._data.epochs_after(self._visits.newest(step) if self._visits else step)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from actors.dataloader.rollout_rows import written_by_student
-from actors.dataloader.sampler import StepSampler
+from actors.dataloader.sampler import StepSampler, Visits
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores
@@ -44,7 +44,8 @@ class RolloutPlan:
     sampler: StepSampler
     """Deals them into steps."""
     total_steps: int
-    """Optimizer steps of the training."""
+    """Optimizer steps of the training; where rows are learned from several times, those of the first time, by which all steps
+    here count."""
     seed: int
     """Tosses for each row who writes it."""
     student_share: float
@@ -61,6 +62,8 @@ class RolloutPlan:
     """Whether the model's own code may be run."""
     teacher_share: float = 0.0
     """Probability by which the teacher draws a token of what the student writes."""
+    inner_epochs: int = 1
+    """How often the rows of a window are learned from."""
 
     def prompts(self, step: int) -> list[Prompt]:
         """Return what the student is to answer for a step, in the order in which the log has it."""
@@ -72,8 +75,13 @@ class RolloutPlan:
         return written_by_student(self.seed, step, len(self.sampler.positions(step)), self.student_share)
 
     def weights_step(self, step: int) -> int:
-        """Return after which step the weights are taken that write the rows of one."""
-        return weights_step(step, self.refresh_steps, self.lag)
+        """Return after which optimizer step the weights are taken that write the rows of a step."""
+        return weights_step(step, self.refresh_steps, self.lag, self.inner_epochs)
+
+    @property
+    def visits(self) -> Visits:
+        """In which optimizer steps the rows are learned from."""
+        return Visits(self.total_steps, self.refresh_steps, self.inner_epochs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +125,7 @@ class StepWriter:
                     self._unscored.popleft().result()
             while self._unscored:
                 self._unscored.popleft().result()
-        self._folders.discard_before(self._plan.total_steps)
+        self._folders.discard_before(self._plan.visits.total_steps)
 
     @staticmethod
     def missing_steps(log: RolloutLog, plan: RolloutPlan) -> list[int]:
@@ -160,7 +168,7 @@ class StepWriter:
             self._log.keep_from(step - self._plan.keep_steps + 1)
         numbers = {
             **numbers_of(written.responses, scores, sampled),
-            "staleness_steps": float(step - 1 - weights.step),
+            "staleness_steps": float(self._plan.visits.first_step(step) - 1 - weights.step),
             "sample_seconds": written.seconds,
             "score_seconds": score_seconds,
             "weights_seconds": waited_seconds,

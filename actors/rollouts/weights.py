@@ -15,20 +15,24 @@ import numpy as np
 PROOF = "proof.json"
 
 
-def weights_step(step: int, refresh_steps: int, lag: int) -> int:
+def weights_step(step: int, refresh_steps: int, lag: int, inner_epochs: int = 1) -> int:
     """Return after which optimizer step the weights are taken that write the rows of ``step``, which counts from 1.
 
     Steps come in windows of ``refresh_steps``. The rows of a window are written by the weights with which it begins, or with
     which the one ``lag`` windows before began; those of the first by the weights that the student begins with, after step 0.
+    Where each window is learned from ``inner_epochs`` times, ``step`` counts its rows once, and weights count all steps.
     """
-    return max(0, (step - 1) // refresh_steps - lag) * refresh_steps
+    return max(0, (step - 1) // refresh_steps - lag) * refresh_steps * inner_epochs
 
 
-def steps_written_by(weights: int, refresh_steps: int, lag: int, total_steps: int) -> range:
-    """Return the steps whose rows are written by the weights after step ``weights``; empty where nobody waits for them."""
-    if weights % refresh_steps:
+def steps_written_by(weights: int, refresh_steps: int, lag: int, total_steps: int, inner_epochs: int = 1) -> range:
+    """Return the steps whose rows are written by the weights after step ``weights``; empty where nobody waits for them.
+
+    Arguments as of ``weights_step``, whose ``step`` ends at ``total_steps``.
+    """
+    if weights % (refresh_steps * inner_epochs):
         return range(0)
-    window = weights // refresh_steps + lag
+    window = weights // (refresh_steps * inner_epochs) + lag
     first = 1 if weights == 0 else window * refresh_steps + 1
     return range(first, min((window + 1) * refresh_steps, total_steps) + 1)
 

@@ -26,7 +26,7 @@ class WeightPublisher:
     Args:
         task: of the training.
         worker: this one; all call ``after`` together, and the first one writes.
-        total_steps: of the training.
+        total_steps: of the training; where rows are learned from several times, those of the first time.
     """
 
     def __init__(self, task: TrainingTask, worker: Worker, total_steps: int) -> None:
@@ -57,7 +57,7 @@ class WeightPublisher:
     def _is_awaited(self, step: int) -> bool:
         rollouts, log = self._rollouts, self._log
         assert rollouts is not None and log is not None
-        steps = steps_written_by(step, rollouts.refresh_steps, rollouts.lag, self._total_steps)
+        steps = steps_written_by(step, rollouts.refresh_steps, rollouts.lag, self._total_steps, rollouts.inner_epochs)
         there = WeightFolders(Path(rollouts.weights)).is_there(step)
         return self._worker.agree(not there and any(not log.is_there(one) for one in steps))
 

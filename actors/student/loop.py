@@ -11,7 +11,7 @@ from torch import nn
 from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.collator import MicroBatch
 from actors.dataloader.rollout_rows import RolloutRows
-from actors.dataloader.sampler import StepSampler, steps_in
+from actors.dataloader.sampler import StepSampler, Visits, steps_in
 from actors.dataloader.scored_rows import ScoredRows, StoredRows, all_rows
 from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
@@ -45,18 +45,19 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     examples = ExampleFile(Path(task.examples))
     store = ScoreStore(Path(task.store)) if task.store and needs_teacher(task.loss) else None
     sampler = StepSampler(len(examples), task.train.batch_rows, task.seed, task.train.first_epoch == "store_order")
-    rows = rows_of(task, StoredRows(examples, store, task.top_k, sampler))
+    visits = visits_of(task, steps_in(len(examples), task.train.batch_rows, task.train.epochs))
+    rows = rows_of(task, StoredRows(examples, store, task.top_k, sampler), visits)
     step_weights = StepWeights(task.loss, task.seed, all_rows(examples, store, task.top_k))
 
     torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
     student = make_student(task.model, task.lora, task.loss, task.train, worker)
     vocab_size = undistributed(student).vocab_size
     gpu = GpuMonitor.of(undistributed(student).model, worker.device, task.train.precision)
-    total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
+    total_steps = visits.total_steps
     optimizer = make_optimizer(student, task.train.optimizer)
     schedule = make_schedule(optimizer, task.train.optimizer, total_steps)
     validator, resize_monitor = Validator(task, worker, vocab_size), ResizeMonitor(task, worker)
-    publisher = WeightPublisher(task, worker, total_steps)
+    publisher = WeightPublisher(task, worker, visits.deals)
 
     done = checkpoints.load(student, optimizer, schedule, worker) or Progress(0, LossState.first(task.loss))
     publisher.after(student, done.step)
@@ -96,11 +97,16 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     return WorkerResult(resize_requested=resize_requested)
 
 
-def rows_of(task: TrainingTask, data: StoredRows) -> ScoredRows:
+def visits_of(task: TrainingTask, deals: int) -> Visits:
+    """Return which steps learn from which deal of rows: each from its own, but where the student's text is visited again."""
+    return Visits(deals) if task.rollouts is None else Visits(deals, task.rollouts.refresh_steps, task.rollouts.inner_epochs)
+
+
+def rows_of(task: TrainingTask, data: StoredRows, visits: Visits) -> ScoredRows:
     """Return where the rows of each step come from: the data, or in part what the student writes while it learns."""
     if task.rollouts is None:
         return data
-    return RolloutRows(data, RolloutLog(Path(task.rollouts.log)), task.rollouts.student_share, task.seed)
+    return RolloutRows(data, RolloutLog(Path(task.rollouts.log)), task.rollouts.student_share, task.seed, visits)
 
 
 def accumulate_gradients(

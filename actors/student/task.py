@@ -71,6 +71,8 @@ class RolloutTask:
     """Windows of so many steps by which a step's writer may be older than the step."""
     dtype: str
     """Type in which samplers compute."""
+    inner_epochs: int = 1
+    """How often the rows of each window are learned from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Configuration schema of a run: the whole configuration, one section a class. Imports neither torch nor Ray."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -180,6 +181,8 @@ class RunConfig(Section):
             )
         if rollouts.keep_steps is not None:
             repeated = self.train.keep_checkpoints * self.train.checkpoint_every_steps
+            if rollouts.inner_epochs > 1:  # the rows of whole windows are read again
+                repeated = math.ceil(repeated / (rollouts.refresh_steps * rollouts.inner_epochs)) * rollouts.refresh_steps
             least = repeated + (rollouts.lag + 1) * rollouts.refresh_steps
             if rollouts.keep_steps < least:
                 raise ValueError(

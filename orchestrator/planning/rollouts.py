@@ -28,7 +28,7 @@ TURN_SECONDS = 0.005
 
 @dataclass(frozen=True, slots=True)
 class RolloutPace:
-    """Seconds of one optimizer step, by part; those of sampling and scoring at most."""
+    """Seconds of one optimizer step, by part; those of sampling and scoring at most, and shared by all steps on the same rows."""
 
     samplers: int
     replicas: int
@@ -99,8 +99,8 @@ def rollout_pace(
         replicas=replicas,
         workers=config.workers.count,
         lag=rollouts.lag,
-        sampling_seconds=sampling_seconds,
-        scoring_seconds=read / (replicas * rates.scoring),
+        sampling_seconds=sampling_seconds / rollouts.inner_epochs,
+        scoring_seconds=read / (replicas * rates.scoring) / rollouts.inner_epochs,
         training_seconds=(read + (rows - written) * row_tokens) / (config.workers.count * rates.training),
     )
 

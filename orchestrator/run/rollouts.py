@@ -60,6 +60,7 @@ def rollout_task(config: RunConfig, folder: Path) -> RolloutTask | None:
         refresh_steps=config.rollouts.refresh_steps,
         lag=config.rollouts.lag,
         dtype=config.sampler_engine.dtype,
+        inner_epochs=config.rollouts.inner_epochs,
     )
 
 
@@ -97,6 +98,7 @@ class RolloutStage:
             first_model=student,
             trust_remote_code=student.trust_remote_code,
             teacher_share=self._rollouts.teacher_share,
+            inner_epochs=self._rollouts.inner_epochs,
         )
         identity = {
             "rollouts": True,

@@ -2,11 +2,14 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
 
+from actors.model_source import ModelSource
 from actors.rollouts.base import Prompt, SamplerSpec
+from actors.rollouts.mixed_writing import MixedWriters
 from actors.rollouts.workers import Read, RolloutWorker, Weights, Written, worst_of
 
 ONE_AT_A_TIME = threading.Lock()
@@ -40,3 +43,8 @@ class Together:
 
     def logprobs(self, weights: Weights, texts: Sequence[np.ndarray]) -> Read:
         return self._workers[-1].logprobs(weights, texts)
+
+
+def mixed_writers(student: SamplerSpec, teacher: ModelSource, share: float) -> MixedWriters:
+    """Both, of whom the teacher draws a share of the tokens."""
+    return MixedWriters(Together(student), Together(replace(student, model=teacher)), share)  # type: ignore[arg-type]

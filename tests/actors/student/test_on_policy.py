@@ -38,6 +38,7 @@ from actors.student.task import RolloutTask, TrainingTask
 from actors.student.train_checkpoints import NoCheckpoints
 from losses.config import AtkdLoss, CoupledLoss
 from orchestrator.config.load import load_config
+from tests.actors.rollouts.mixed_world import mixed_writers
 from tests.worlds import VOCAB, scored_world, tiny_llama, word_tokenizer
 
 ROWS, BATCH, STEPS, NEW_TOKENS = 24, 4, 6, 8
@@ -112,7 +113,7 @@ class Run:
             wait_seconds=60.0, seed=3, threads=1, gpu=False, metrics=str(folder / "metrics"), output=str(folder / "out"),
             rollouts=RolloutTask(
                 str(folder / "log"), str(folder / "weights"), settings["student_share"], settings["refresh_steps"],
-                settings["lag"], "float32",
+                settings["lag"], "float32", settings.get("inner_epochs", 1),
             ),
         )  # fmt: skip
         self.facts: list[StepFacts] = []
@@ -301,14 +302,18 @@ def test_each_recipe_of_the_page_is_a_configuration_that_a_student_learns_by(
     if config.rollouts is None:
         assert "data" in recipe or "teacher's text" in recipe
         return
-    run = Run(tmp_path, student_share=config.rollouts.student_share, loss=config.loss, top_k=8)
+    asked = config.rollouts
+    settings = {key: getattr(asked, key) for key in ("student_share", "teacher_share", "refresh_steps", "inner_epochs")}
+    run = Run(tmp_path, loss=config.loss, top_k=8, **settings)
+    if asked.teacher_share:
+        run.samplers = mixed_writers(run.spec, ModelSource(str(run.teacher_folder)), asked.teacher_share)  # type: ignore[assignment]
     run.go()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics" / "train.jsonl").read_text().splitlines()]
-    assert len(losses) == STEPS and np.isfinite(losses).all()
+    assert len(losses) == STEPS * asked.inner_epochs and np.isfinite(losses).all()
 
 
 def test_the_page_has_recipes() -> None:
-    assert len(RECIPES) == 10
+    assert len(RECIPES) == 13
 
 
 def test_a_failure_of_the_writer_ends_the_training_with_its_words(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Losses that learn from what models drew are refused where nothing is drawn, or otherwise than they take it for."""
+"""Losses that learn from what models drew are refused where nothing is drawn, and rollouts that cannot be."""
 
 import pytest
 
+from actors.dataloader.sampler import Visits
 from losses.config import PolicyGradientLoss
 from orchestrator.config.load import ConfigError, load_config
 
@@ -54,6 +55,12 @@ POLICY_GRADIENT = "loss={kind: policy_gradient}"
          "teacher.engine.kind=transformers", WIDE],
         r"teacher\.model has heads of size 16 .* hidden_size 256 would do",
     ),
+    (["rollouts={inner_epochs: 0}"], r"rollouts\.inner_epochs: Input should be greater than or equal to 1; got 0"),
+    (
+        ["rollouts={refresh_steps: 8, inner_epochs: 4, keep_steps: 15}", "train.keep_checkpoints=2",
+         "train.checkpoint_every_steps=17", WIDE],
+        r"rollouts\.keep_steps is 15, but .* reads up to 24 steps again; rollouts\.keep_steps=24 would do",
+    ),
     (["loss={kind: policy_gradient, exact_weight: 1.5}"], r"loss\.exact_weight: Input should be less than or equal to 1"),
     (["loss={kind: policy_gradient, clip_ratio: 1}"], r"loss\.clip_ratio: Input should be less than 1; got 1"),
     (["loss={kind: policy_gradient, reward_scale: 0}"], r"loss\.reward_scale: Input should be greater than 0; got 0"),
@@ -80,3 +87,22 @@ def test_a_teacher_that_draws_tokens_is_served_as_it_scores_or_by_an_engine_of_i
     assert own.teacher_sampler_engine is not None and own.teacher_sampler_engine.replicas == 3
     assert own.engines["rollouts.teacher_engine"] == own.teacher_sampler_engine
     assert load_config("configs/tiny_cpu.yaml", ["rollouts={}", WIDE]).teacher_sampler_engine is None
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(("window", "times", "repeated"), [(3, 2, 10), (1, 4, 7), (5, 3, 30), (4, 2, 1)])
+def test_kept_steps_hold_all_that_a_training_of_several_visits_reads_again(
+    lag: int, window: int, times: int, repeated: int
+) -> None:
+    """Wherever it is killed: the last rows that may be written then, and the first that it reads from a checkpoint on."""
+    settings = f"refresh_steps: {window}, inner_epochs: {times}, lag: {lag}"
+    checkpoints = ["train.keep_checkpoints=1", f"train.checkpoint_every_steps={repeated}", WIDE]
+    with pytest.raises(ConfigError, match=r"rollouts\.keep_steps=\d+ would do") as refused:
+        load_config("configs/tiny_cpu.yaml", [f"rollouts={{{settings}, keep_steps: 1}}", *checkpoints])
+    least = int(str(refused.value).split("rollouts.keep_steps=")[1].split()[0])
+    load_config("configs/tiny_cpu.yaml", [f"rollouts={{{settings}, keep_steps: {least}}}", *checkpoints])
+    visits = Visits(10_000, window, times)
+    for step in range(repeated + 1, repeated + 3 * window * times + 1):
+        oldest = min(visits.deal(again) for again in range(step - repeated + 1, step + 1))
+        newest = ((visits.deal(step) - 1) // window + 1 + lag) * window
+        assert newest - oldest + 1 <= least

@@ -7,7 +7,7 @@ import pytest
 from actors.config.models import EngineConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Role
-from orchestrator.planning.plan import PlanOptions, make_plan
+from orchestrator.planning.plan import PlanOptions, make_plan, visited
 from orchestrator.planning.rollouts import RolloutPace, rollout_pace, sampling_rate
 from orchestrator.planning.shapes import ModelShape
 from orchestrator.planning.throughput import Rates
@@ -59,6 +59,18 @@ def test_the_parts_of_a_step_by_hand(share: float, lag: int) -> None:
     assert found.training_seconds == pytest.approx((written * 160 + (32 - written) * 60) / (4 * 2_000))
     parts = [found.sampling_seconds, found.scoring_seconds, found.training_seconds]
     assert found.seconds == pytest.approx(max(parts) if lag else sum(parts))
+
+
+def test_steps_on_the_same_rows_share_what_it_took_to_write_them() -> None:
+    once, thrice = (
+        rollout_pace(config(f"student_share: 1, max_new_tokens: 100, inner_epochs: {times}"), SHAPES, 60.0, RATES, 3, 300e12)
+        for times in (1, 3)
+    )
+    assert thrice.sampling_seconds == pytest.approx(once.sampling_seconds / 3)
+    assert thrice.scoring_seconds == pytest.approx(once.scoring_seconds / 3)
+    assert thrice.training_seconds == once.training_seconds
+    assert visited(config("inner_epochs: 3", "train.epochs=2")).epochs == 6
+    assert visited(changed()) == changed().train
 
 
 def test_tokens_that_the_teacher_draws_take_its_time() -> None:
