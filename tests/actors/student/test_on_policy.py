@@ -1,7 +1,6 @@
 """A student that learns from what it writes: the loop, the writer of steps, samplers and teacher, all in this process."""
 
 import json
-import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +36,6 @@ from actors.student.ranks import Worker
 from actors.student.task import RolloutTask, TrainingTask
 from actors.student.train_checkpoints import NoCheckpoints
 from losses.config import AtkdLoss, CoupledLoss
-from orchestrator.config.load import load_config
-from tests.actors.rollouts.mixed_world import mixed_writers
 from tests.worlds import VOCAB, scored_world, tiny_llama, word_tokenizer
 
 ROWS, BATCH, STEPS, NEW_TOKENS = 24, 4, 6, 8
@@ -289,31 +286,6 @@ def test_what_is_handed_over_predicts_what_the_student_predicts(tmp_path: Path, 
     run.go()
     assert len(seen) == STEPS - 1 and min(seen) > 0.01, "the student was another than at the beginning"
     assert all(facts.numbers["hand_over_largest_gap"] < 1e-4 for facts in run.facts[1:])
-
-
-RECIPES = re.findall(r"^\| ([^|`]+) \| `((?:loss|responses|rollouts)=[^|]*)` \|$", Path("docs/on_policy.md").read_text(), re.M)
-
-
-@pytest.mark.parametrize(("recipe", "overrides"), RECIPES, ids=[recipe for recipe, _ in RECIPES])
-def test_each_recipe_of_the_page_is_a_configuration_that_a_student_learns_by(
-    tmp_path: Path, recipe: str, overrides: str
-) -> None:
-    config = load_config("configs/tiny_cpu.yaml", re.split(r" (?=responses=|rollouts=)", overrides))
-    if config.rollouts is None:
-        assert "data" in recipe or "teacher's text" in recipe
-        return
-    asked = config.rollouts
-    settings = {key: getattr(asked, key) for key in ("student_share", "teacher_share", "refresh_steps", "inner_epochs")}
-    run = Run(tmp_path, loss=config.loss, top_k=8, **settings)
-    if asked.teacher_share:
-        run.samplers = mixed_writers(run.spec, ModelSource(str(run.teacher_folder)), asked.teacher_share)  # type: ignore[assignment]
-    run.go()
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics" / "train.jsonl").read_text().splitlines()]
-    assert len(losses) == STEPS * asked.inner_epochs and np.isfinite(losses).all()
-
-
-def test_the_page_has_recipes() -> None:
-    assert len(RECIPES) == 13
 
 
 def test_a_failure_of_the_writer_ends_the_training_with_its_words(tmp_path: Path) -> None:
