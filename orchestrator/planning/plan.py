@@ -228,7 +228,6 @@ def _finetune_seconds(
     return seconds
 
 
-
 def visited(config: RunConfig) -> TrainConfig:
     """Return the student's training with as many epochs as there are visits of a row."""
     times = config.rollouts.inner_epochs if config.rollouts is not None else 1

@@ -16,9 +16,7 @@ RECIPES = re.findall(r"^\| ([^|`]+) \| `((?:loss|responses|rollouts)=[^|]*)` \|$
 
 
 @pytest.mark.parametrize(("recipe", "overrides"), RECIPES, ids=[recipe for recipe, _ in RECIPES])
-def test_each_recipe_of_the_page_is_a_configuration_that_a_student_learns_by(
-    tmp_path: Path, recipe: str, overrides: str
-) -> None:
+def test_each_recipe_of_the_page_is_a_configuration_that_a_student_learns_by(tmp_path: Path, recipe: str, overrides: str) -> None:
     config = load_config("configs/tiny_cpu.yaml", re.split(r" (?=responses=|rollouts=)", overrides))
     if config.rollouts is None:
         assert "data" in recipe or "teacher's text" in recipe
