@@ -103,6 +103,11 @@ def sampler_request(engine: EngineConfig) -> ResourceRequest:
     return replica_request(engine, "rollouts.engine", "sampler")
 
 
+def teacher_sampler_request(engine: EngineConfig) -> ResourceRequest:
+    """Return what one engine that samples from the teacher needs."""
+    return replica_request(engine, "rollouts.teacher_engine", "teacher sampler")
+
+
 def worker_request(workers: WorkersConfig, section: str = "workers") -> ResourceRequest:
     """Return what one training worker needs; ``section`` is where the configuration speaks of it."""
     amounts = _amounts(workers.cpus, workers.gpus, workers.resources)

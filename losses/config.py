@@ -111,6 +111,47 @@ class HardLabelLoss(Section):
     kind: Literal["hard_label"]
 
 
+class PolicyGradientLoss(Section):
+    """Reverse KL of whole responses, from those that the student wrote, by policy gradient (MiniLLM, arXiv 2306.08543).
+
+    A token's reward is log p - log q; its advantage adds up its own reward and those of all later tokens. On-policy distillation
+    from each token's reward alone ("OPD") is ``discount: 0`` with ``exact_weight``, ``length_normalization`` and ``whiten`` off.
+    losses/policy_gradient.py has the equations, and for which settings the gradient has no bias.
+    """
+
+    kind: Literal["policy_gradient"]
+
+    exact_weight: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Share of a token's own reward that is taken as its exact mean, reverse KL over the teacher's support, rather than as that
+    of the drawn token alone."""
+
+    discount: float = Field(default=1.0, ge=0.0, le=1.0)
+    """The paper's gamma: by how much the reward of each later token counts less than that of the one before it."""
+
+    length_normalization: bool = True
+    """Divide a token's advantage by the number of tokens from it to the end of its response."""
+
+    whiten: bool = True
+    """Shift and scale the advantages of a step to mean 0 and standard deviation 1."""
+
+    reward_scale: float = Field(default=0.5, gt=0.0)
+    """Rewards are divided by it."""
+
+    most_reward: float | None = Field(default=100.0, gt=0.0)
+    """Beyond this a reward, once it is divided, counts no further, to either side; null for no bound."""
+
+    clip_ratio: float | None = Field(default=0.2, gt=0.0, lt=1.0)
+    """The paper's epsilon: a token whose probability has moved further than by this factor the way its advantage wants is learned
+    from no more until it is drawn anew; null for no bound."""
+
+    corpus_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of the cross entropy of the rows that stay as the data has them, which are not distilled; the paper's pre-training
+    loss."""
+
+    tail: Tail = "bucket"
+    """As of the other kinds; for the exact part."""
+
+
 TeacherLoss = AtkdLoss | CoupledLoss | DecoupledLoss | TargetOnlyLoss | DiversityOnlyLoss
 
-LossConfig = Annotated[TeacherLoss | HardLabelLoss, Field(discriminator="kind")]
+LossConfig = Annotated[TeacherLoss | PolicyGradientLoss | HardLabelLoss, Field(discriminator="kind")]

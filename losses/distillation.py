@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from losses.config import AtkdLoss, HardLabelLoss, LossConfig, TeacherLoss
+from losses.config import AtkdLoss, DistillationLoss, HardLabelLoss, LossConfig, PolicyGradientLoss, TeacherLoss
 from losses.divergence_config import SPLIT_DIVERGENCES
+from losses.divergences import DIVERGENCES
 from losses.loss_state import LossState
+from losses.policy_gradient import clipped_return
 from losses.prediction import student_log_odds
-from losses.registry import DIVERGENCES
 from losses.teachers import Teacher, predictions
-from losses.terms import Terms
+from losses.terms import Terms, kl_terms
 from losses.token_weights import TokenWeights
 from losses.topk_teacher import Index, check_targets, working_dtype
 from losses.weighing import highest_in_rows, selection_scores
@@ -58,6 +59,9 @@ class LossSums:
     easy: Tensor
     """Number of easy tokens."""
 
+    clipped: Tensor
+    """Number of tokens that a policy gradient learns from no more, since their probability has moved far enough."""
+
     @staticmethod
     def zero(device: torch.device | str, dtype: torch.dtype = torch.float32) -> "LossSums":
         """Return the sums over no tokens."""
@@ -85,6 +89,8 @@ class LossSums:
         if isinstance(loss, HardLabelLoss):
             return found
         found["divergence"] = float(self.divergence) / targets
+        if isinstance(loss, PolicyGradientLoss):
+            return found | {"clipped_share": float(self.clipped) / targets}
         if loss.divergence.kind in SPLIT_DIVERGENCES:
             found["target_term"] = float(self.target_term) / targets
             found["diversity_term"] = float(self.diversity_term) / targets
@@ -143,7 +149,7 @@ def taught_alone(taught: Tensor, weights: TokenWeights, loss: TeacherLoss) -> tu
 
 def selects_tokens(loss: LossConfig) -> TypeGuard[TeacherLoss]:
     """Whether only some of the targets are taught."""
-    return not isinstance(loss, HardLabelLoss) and not isinstance(loss.tokens, AllTokens)
+    return isinstance(loss, DistillationLoss) and not isinstance(loss.tokens, AllTokens)
 
 
 def check_teacher_and_weights(
@@ -183,15 +189,22 @@ def weighted_sums(
         assert teacher is not None, "checked by the caller"
         teacher_side, student_side = predictions(teacher, student_logits, targets, loss.tail)
         log_odds = student_side.log_odds
-        terms = DIVERGENCES[loss.divergence.kind](teacher_side, student_side, loss.divergence, state)
+        if isinstance(loss, PolicyGradientLoss):
+            terms = Terms(kl_terms(student_side, teacher_side).whole)
+        else:
+            terms = DIVERGENCES[loss.divergence.kind](teacher_side, student_side, loss.divergence, state)
     cross_entropy = -logsigmoid(log_odds)
     total = weights.divergence.to(dtype) * terms.whole + weights.cross_entropy.to(dtype) * cross_entropy
     if terms.target is not None and terms.diversity is not None:
         total = total + weights.target.to(dtype) * terms.target + weights.diversity.to(dtype) * terms.diversity
-    return summed(total, terms, cross_entropy.detach(), weights.easy)
+    clipped = torch.zeros_like(weights.easy)
+    if isinstance(loss, PolicyGradientLoss):
+        gain, clipped = clipped_return(-cross_entropy, weights.advantage.to(dtype), weights.sampled_logprob.to(dtype), loss)
+        total = total - gain
+    return summed(total, terms, cross_entropy.detach(), weights.easy, clipped)
 
 
-def summed(losses: Tensor, terms: Terms, cross_entropy: Tensor, easy: Tensor) -> LossSums:
+def summed(losses: Tensor, terms: Terms, cross_entropy: Tensor, easy: Tensor, clipped: Tensor) -> LossSums:
     """Sum the tokens' weighted losses [N] and their terms [N], of all tokens and of each group."""
     whole = terms.whole.detach()
     nothing = torch.zeros_like(whole)
@@ -210,4 +223,5 @@ def summed(losses: Tensor, terms: Terms, cross_entropy: Tensor, easy: Tensor) ->
         cross_entropy=cross_entropy.sum(),
         targets=torch.full_like(whole.sum(), len(easy)),
         easy=is_easy.sum(),
+        clipped=clipped.to(whole.dtype).sum(),
     )

@@ -3,10 +3,12 @@
 p is the teacher, q the student, both read at the same N targets as log-probabilities [N, C] over the same C classes: all
 tokens of a dense teacher; target, top-K and tail of a truncated one. All but ``top1_cross_entropy`` are zero at p = q.
 Merging classes never raises the KLs, their skewed forms, Jensen-Shannon and total variation, so a tail in one bucket stays
-below their dense value; the others have no such law.
+below their dense value; the others have no such law. docs/add_a_loss.md says how to add one.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ from losses.divergence_config import (
 from losses.loss_state import LossState
 from losses.prediction import Prediction
 from losses.terms import Terms, categorical_kl, kl_terms
+
+DivergenceFunction = Callable[[Prediction, Prediction, Any, LossState], Terms]
+"""(teacher, student, the divergence's own config, the state of this step) -> what each token costs."""
 
 EQUAL_NATS = 1e-5  # by which log-probabilities of equal tokens may differ in float32
 LIKELY_AT_ONCE = 64  # tokens looked at when the head of a distribution is sought; four times as many, while they do not do
@@ -137,3 +142,19 @@ def head_of(prediction: Prediction, logprobs: Tensor, mass: float) -> Tensor:
     if prediction.has_tail:
         head[:, -1:] = needed == likely.shape[1]
     return head
+
+
+DIVERGENCES: dict[str, DivergenceFunction] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "adaptive_kl": adaptive_kl,
+    "total_variation": total_variation,
+    "alpha_beta": alpha_beta,
+    "top1_cross_entropy": top1_cross_entropy,
+    "interpolated_target": interpolated_target,
+    "sampled_reverse_kl": sampled_reverse_kl,
+}
+"""Those that a user may name."""

@@ -7,7 +7,7 @@ and thresholds move with the run; all of them advance once a step, from the step
 import math
 from dataclasses import dataclass, replace
 
-from losses.config import HardLabelLoss, LossConfig
+from losses.config import DistillationLoss, LossConfig
 from losses.divergence_config import InterpolatedTarget
 from losses.weighing_config import AllTokens, DistantTokens
 
@@ -42,7 +42,7 @@ class LossState:
     @staticmethod
     def first(loss: LossConfig) -> "LossState":
         """Return the state before the first step."""
-        if isinstance(loss, HardLabelLoss):
+        if not isinstance(loss, DistillationLoss):
             return LossState()
         share = loss.divergence.start if isinstance(loss.divergence, InterpolatedTarget) else 1.0
         fraction = 1.0 if isinstance(loss.tokens, AllTokens) else loss.tokens.fraction
@@ -51,7 +51,7 @@ class LossState:
     def after(self, loss: LossConfig, step: int, total_steps: int, value: float) -> "LossState":
         """Return the state after ``step`` (counted from 1) of ``total_steps``, whose loss was ``value``."""
         state = replace(self, progress=step / total_steps)
-        if isinstance(loss, HardLabelLoss):
+        if not isinstance(loss, DistillationLoss):
             return state
         if isinstance(loss.divergence, InterpolatedTarget):
             state = state._towards_the_teacher(loss.divergence, value)
@@ -61,7 +61,7 @@ class LossState:
 
     def numbers(self, loss: LossConfig) -> dict[str, float]:
         """Return, for the log, those that move under this loss."""
-        if isinstance(loss, HardLabelLoss):
+        if not isinstance(loss, DistillationLoss):
             return {}
         moving = {}
         if isinstance(loss.divergence, InterpolatedTarget):

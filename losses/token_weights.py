@@ -3,26 +3,31 @@
 A divergence gives every token its terms; a kind of loss gives every token its weights. A step's loss is
 
     sum over its tokens i of   divergence_i * D_i  +  target_i * TKD_i  +  diversity_i * DKD_i  +  cross_entropy_i * CE_i
+                               -  min(advantage_i * ratio_i, advantage_i * clipped ratio_i)
 
 and the weights below already hold every division by the number of tokens. They are computed once for a whole optimizer
 step, over all ranks and all accumulated micro-batches; the step's loss is then a plain sum, however it was cut.
 
-| kind                 | divergence D | target TKD           | diversity DKD        |
-|----------------------|--------------|----------------------|----------------------|
-| coupled              | 1 / N        | 0                    | 0                    |
-| decoupled            | 0            | 1 / N                | 1 / N                |
-| target_only          | 0            | 1 / N                | 0                    |
-| diversity_only       | 0            | 0                    | 1 / N                |
-| atkd, easy token     | 0            | 0                    | λ / N_easy           |
-| atkd, hard token     | 0            | (1 - λ) / N_hard     | (1 - λ) / N_hard     |
+| kind                 | divergence D | target TKD           | diversity DKD        | advantage | cross entropy CE |
+|----------------------|--------------|----------------------|----------------------|-----------|------------------|
+| coupled              | 1 / N        | 0                    | 0                    | 0         | c / N            |
+| decoupled            | 0            | 1 / N                | 1 / N                | 0         | c / N            |
+| target_only          | 0            | 1 / N                | 0                    | 0         | c / N            |
+| diversity_only       | 0            | 0                    | 1 / N                | 0         | c / N            |
+| atkd, easy token     | 0            | 0                    | λ / N_easy           | 0         | c / N            |
+| atkd, hard token     | 0            | (1 - λ) / N_hard     | (1 - λ) / N_hard     | 0         | c / N            |
+| policy_gradient, own | x / N        | 0                    | 0                    | w A / N   | 0                |
+| policy_gradient, data| 0            | 0                    | 0                    | 0         | c / N            |
+| hard_label           | 0            | 0                    | 0                    | 0         | 1 / N            |
 
 A KL divergence is D = TKD + UNC * DKD, so coupled and decoupled differ by the factor UNC = 1 - p_g, the mass off the
-target. λ is ``easy_weight``; N tokens of the step. All but the cross entropy are times ``distillation_weight``.
-Source: arXiv 2402.11890, section 3.
+target. λ is ``easy_weight``, c ``cross_entropy_weight`` or ``corpus_weight``, x ``exact_weight``; N tokens of the step. All but
+the cross entropy are times ``distillation_weight``. Of ``policy_gradient`` D is reverse KL, a token is a model's own or the
+data's, and ``policy_gradient.py`` has A, w and the ratio. Source: arXiv 2402.11890, section 3.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -34,6 +39,7 @@ from losses.config import (
     DiversityOnlyLoss,
     HardLabelLoss,
     LossConfig,
+    PolicyGradientLoss,
     TargetOnlyLoss,
 )
 from losses.topk_teacher import Index
@@ -44,7 +50,7 @@ class TokenWeights:
     """What each of N tokens weighs in the loss of its optimizer step.
 
     Raises:
-        ValueError: if the five are not of one length.
+        ValueError: if they are not of one length.
     """
 
     divergence: Tensor
@@ -59,12 +65,19 @@ class TokenWeights:
     cross_entropy: Tensor
     """float32 [N], weight of the cross entropy to the data's token."""
 
+    advantage: Tensor
+    """float32 [N], weight of the ratio of probabilities that a policy gradient moves, with its sign; 0 of other kinds."""
+
+    sampled_logprob: Tensor
+    """float32 [N], the student's log-probability of the token when it was drawn, to which that ratio refers; 0 of other kinds."""
+
     easy: Tensor
     """bool [N], which tokens are easy; all False where the kind of loss does not split."""
 
     def __post_init__(self) -> None:
-        for name in ("divergence", "target", "diversity", "cross_entropy"):
-            shape, easy_shape = list(getattr(self, name).shape), list(self.easy.shape)
+        easy_shape = list(self.easy.shape)
+        for name in (field.name for field in fields(self)):
+            shape = list(getattr(self, name).shape)
             if shape != easy_shape or len(shape) != 1:
                 raise ValueError(f"weights.{name} has the shape {shape} and weights.easy {easy_shape}; both must be [N]")
 
@@ -72,7 +85,7 @@ class TokenWeights:
     def zero(count: int) -> "TokenWeights":
         """Return the weights of ``count`` tokens that add nothing."""
         nothing = torch.zeros(count)
-        return TokenWeights(nothing, nothing, nothing, nothing, torch.zeros(count, dtype=torch.bool))
+        return TokenWeights(nothing, nothing, nothing, nothing, nothing, nothing, torch.zeros(count, dtype=torch.bool))
 
     @staticmethod
     def concatenate(parts: Sequence["TokenWeights"]) -> "TokenWeights":
@@ -80,8 +93,8 @@ class TokenWeights:
         return TokenWeights(*(torch.cat(tensors) for tensors in zip(*(part.tensors() for part in parts), strict=True)))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the five in the order of the fields."""
-        return self.divergence, self.target, self.diversity, self.cross_entropy, self.easy
+        """Return all in the order of the fields."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     def split(self, counts: Sequence[int]) -> list["TokenWeights"]:
         """Cut the weights into parts of ``counts`` tokens, such as the rows of a step."""
@@ -102,7 +115,7 @@ class TokenWeights:
         """Return the weights, those of the distillation terms times one factor, or [N] of them, the cross entropy's another."""
         return TokenWeights(
             self.divergence * distillation, self.target * distillation, self.diversity * distillation,
-            self.cross_entropy * cross_entropy, self.easy,
+            self.cross_entropy * cross_entropy, self.advantage * distillation, self.sampled_logprob, self.easy,
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> "TokenWeights":
@@ -171,7 +184,7 @@ def token_weights(uncertainty: Tensor, loss: LossConfig, easy: Tensor | None = N
         easy: bool [N] from ``split_easy``; required by ``atkd``, by the others only passed on for reports.
 
     Raises:
-        ValueError: if ``easy`` is missing or of another shape.
+        ValueError: if ``easy`` is missing or of another shape, or the kind is ``policy_gradient``, which knows more of a token.
     """
     if easy is None:
         if isinstance(loss, AtkdLoss):
@@ -181,10 +194,12 @@ def token_weights(uncertainty: Tensor, loss: LossConfig, easy: Tensor | None = N
         raise ValueError(f"uncertainty has the shape {list(uncertainty.shape)} and easy {list(easy.shape)}; both must be [N]")
 
     each = torch.full_like(uncertainty, 1 / max(len(uncertainty), 1))
-    whole = target = diversity = torch.zeros_like(uncertainty)
+    whole = target = diversity = nothing = torch.zeros_like(uncertainty)
     match loss:
         case HardLabelLoss():
-            return TokenWeights(whole, target, diversity, each, easy)
+            return TokenWeights(whole, target, diversity, each, nothing, nothing, easy)
+        case PolicyGradientLoss():
+            raise ValueError("loss.kind policy_gradient weighs tokens by how they were drawn: call policy_gradient_weights(...)")
         case CoupledLoss():
             whole = each
         case DecoupledLoss():
@@ -195,7 +210,7 @@ def token_weights(uncertainty: Tensor, loss: LossConfig, easy: Tensor | None = N
             diversity = each
         case AtkdLoss():
             target, diversity = adaptive_weights(easy, loss, like=uncertainty)
-    weights = TokenWeights(whole, target, diversity, each, easy)
+    weights = TokenWeights(whole, target, diversity, each, nothing, nothing, easy)
     return weights.times(loss.distillation_weight, loss.cross_entropy_weight)
 
 

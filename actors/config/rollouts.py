@@ -90,8 +90,16 @@ class RolloutsConfig(Section):
     top_p: Annotated[float, Searchable("where the configuration has rollouts")] = Field(default=1.0, gt=0.0, le=1.0)
     """Sample from the fewest tokens that hold this share of the mass."""
 
+    teacher_share: Annotated[float, Searchable("where the configuration has rollouts")] = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability by which the teacher draws a token of these responses in the student's place: text that both write, by token
+    (MiniLLM's alpha, 0.2 in arXiv 2306.08543). Needs engines that sample from the teacher, beside those that score."""
+
     refresh_steps: Annotated[int, Searchable("where the configuration has rollouts")] = Field(default=1, ge=1)
     """Optimizer steps of a window, whose rows are written by the same weights."""
+
+    inner_epochs: Annotated[int, Searchable("where the configuration has rollouts")] = Field(default=1, ge=1)
+    """How often the rows of a window are learned from, one time after the other, before others are written (4 in arXiv
+    2306.08543, with windows of 256 rows). The training has so many times as many optimizer steps."""
 
     lag: Annotated[int, Searchable("where the configuration has rollouts")] = Field(default=0, ge=0)
     """0: a window's rows are written by the weights with which it begins, and the workers wait for them. 1: by those with which
@@ -116,6 +124,16 @@ class RolloutsConfig(Section):
     ] = None
     """How the student is served; defaults to ``teacher.engine`` with one replica."""
 
+    teacher_engine: Annotated[
+        EngineConfig | None, NotSearchable("each trial has samplers of its own, all alike")
+    ] = None
+    """How the teacher is served where it draws tokens; defaults to ``teacher.engine`` with one replica."""
+
+    @property
+    def learns_from_data(self) -> bool:
+        """Whether rows are learned from as the data has them, or the student answers all prompts."""
+        return self.student_share < 1 or self.adaptive_share is not None
+
     @model_validator(mode="after")
     def _shares_agree(self) -> "RolloutsConfig":
         adaptive = self.adaptive_share
@@ -124,11 +142,17 @@ class RolloutsConfig(Section):
                 f"adaptive_share.first {adaptive.first:g} lies above student_share {self.student_share:g}, up to which it grows; "
                 f"student_share={min(1.0, adaptive.first + adaptive.raise_by):g} would do"
             )
-        if adaptive is not None and adaptive.every_steps % self.refresh_steps:
-            nearest = max(1, round(adaptive.every_steps / self.refresh_steps)) * self.refresh_steps
+        window = self.refresh_steps * self.inner_epochs
+        if adaptive is not None and adaptive.every_steps % window:
+            nearest = max(1, round(adaptive.every_steps / window)) * window
             raise ValueError(
-                f"adaptive_share.every_steps {adaptive.every_steps} is no multiple of refresh_steps {self.refresh_steps}, and "
-                f"all steps of a window have one share; adaptive_share.every_steps={nearest} would do"
+                f"adaptive_share.every_steps {adaptive.every_steps} is no multiple of the {window} steps of a window, which have "
+                f"one share; adaptive_share.every_steps={nearest} would do"
+            )
+        if self.wire == "candidates" and self.teacher_share > 0:
+            raise ValueError(
+                f"wire is candidates, but teacher_share is {self.teacher_share:g}, and of tokens that the teacher draws the "
+                "student notes no others; teacher_share=0 would do, or wire=hidden, or wire=top_k"
             )
         if self.replay is not None and self.keep_steps is not None:
             raise ValueError(
@@ -146,8 +170,14 @@ class RolloutsConfig(Section):
     @model_validator(mode="after")
     def _samplers_are_possible(self) -> "RolloutsConfig":
         require_temperature(self.temperature)
-        if self.engine is not None and self.engine.replicas == "auto":
-            raise ValueError("engine.replicas is auto, but samplers stand beside teacher and student; 1 would do")
+        for key, engine in (("engine", self.engine), ("teacher_engine", self.teacher_engine)):
+            if engine is not None and engine.replicas == "auto":
+                raise ValueError(f"{key}.replicas is auto, but samplers stand beside teacher and student; 1 would do")
+        if self.teacher_engine is not None and self.teacher_share == 0:
+            raise ValueError(
+                "teacher_engine says how the teacher draws tokens, but teacher_share is 0; teacher_share=0.2 would do, or "
+                "teacher_engine=null"
+            )
         return self
 
 

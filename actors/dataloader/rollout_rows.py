@@ -9,11 +9,13 @@ import torch
 
 from actors.dataloader.hidden_states import as_hidden_teacher, require_right_head
 from actors.dataloader.row_sources import RowSources
+from actors.dataloader.sampler import Visits
 from actors.dataloader.scored_rows import FileRows, StoredRows, as_teacher, require_same_row
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores
-from actors.score_store.rollout_log import POLL_SECONDS, RolloutLog
+from actors.score_store.rollout_log import POLL_SECONDS, RolloutLog, Sampled
 from losses.lm_head import LMHead
+from losses.policy_gradient import DrawnTokens
 from losses.teachers import HiddenTeacher
 from losses.topk_teacher import TopkTeacher
 
@@ -33,6 +35,7 @@ class MixedRows:
         self._data, self._sources, self._log, self._step = data, sources, log, step
         self._head, self._head_is_right = head, False
         self._files: dict[int, ExampleFile] = {}  # of the steps for which its rows were written
+        self._draws: dict[int, list[Sampled]] = {}  # of the same
 
     def __len__(self) -> int:
         return len(self._data)
@@ -57,6 +60,20 @@ class MixedRows:
         if row not in self._places:
             return self._data.uncertainty(row)
         return torch.from_numpy(self._log.uncertainty(*self._places[row]).copy())
+
+    def drawn(self, row: int) -> DrawnTokens:
+        """Return how the targets of a row, N of them, came about."""
+        if row not in self._places:
+            return self._data.drawn(row)
+        step, place = self._places[row]
+        sampled = self._sampled(step)[place]
+        drawn = sampled.logprobs if sampled.drawn_logprobs is None else sampled.drawn_logprobs
+        return DrawnTokens(
+            student_logprob=torch.from_numpy(sampled.logprobs.copy()),
+            teacher_logprob=torch.from_numpy(self._log.teacher_logprobs(step, place).copy()),
+            drawn_logprob=torch.from_numpy(drawn.copy()),
+            drawn=torch.ones(len(sampled.logprobs), dtype=torch.bool),
+        )
 
     def teacher_losses(self) -> torch.Tensor:
         """Return the teacher's own mean loss on each row, float32 [R], in nats per target."""
@@ -122,6 +139,11 @@ class MixedRows:
             time.sleep(POLL_SECONDS)
         return time.monotonic() - started
 
+    def _sampled(self, step: int) -> list[Sampled]:
+        if step not in self._draws:
+            self._draws[step] = self._log.sampled(step)
+        return self._draws[step]
+
     @property
     def _data_used(self) -> FileRows:
         """The rows that stay as the data has them."""
@@ -150,15 +172,19 @@ class RolloutRows:
         log: holds what it wrote.
         sources: says which rows of each step it writes.
         head: the teacher's, where the log keeps hidden states.
+        visits: in which steps rows are learned from, where that is more than once; data and log know deals alone.
     """
 
-    def __init__(self, data: StoredRows, log: RolloutLog, sources: RowSources, head: LMHead | None = None) -> None:
-        self._data, self._log, self._sources, self._head = data, log, sources, head
+    def __init__(
+        self, data: StoredRows, log: RolloutLog, sources: RowSources, head: LMHead | None = None, visits: Visits | None = None
+    ) -> None:
+        self._data, self._log, self._sources, self._head, self._visits = data, log, sources, head, visits
 
     def batch(self, step: int) -> MixedRows:
         """Return the rows of a step."""
-        return MixedRows(self._data.batch(step), self._sources, self._log, step, self._head)
+        deal = self._visits.deal(step) if self._visits else step
+        return MixedRows(self._data.batch(deal), self._sources, self._log, deal, self._head)
 
     def epochs_after(self, step: int) -> float:
-        """Return how often the prompts were visited once a step is done."""
-        return self._data.epochs_after(step)
+        """Return how often the prompts were answered once a step is done."""
+        return self._data.epochs_after(self._visits.newest(step) if self._visits else step)

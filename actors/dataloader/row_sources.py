@@ -12,23 +12,28 @@ from pathlib import Path
 import numpy as np
 
 from actors.config.rollouts import AdaptiveShareConfig, ReplayConfig
+from actors.dataloader.sampler import Visits
 from actors.files import write_atomically
 
 
-def weights_step(step: int, refresh_steps: int, lag: int) -> int:
+def weights_step(step: int, refresh_steps: int, lag: int, inner_epochs: int = 1) -> int:
     """Return after which optimizer step the weights are taken that write the rows of ``step``, which counts from 1.
 
     Steps come in windows of ``refresh_steps``. The rows of a window are written by the weights with which it begins, or with
     which the one ``lag`` windows before began; those of the first by the weights that the student begins with, after step 0.
+    Where each window is learned from ``inner_epochs`` times, ``step`` counts its rows once, and weights count all steps.
     """
-    return max(0, (step - 1) // refresh_steps - lag) * refresh_steps
+    return max(0, (step - 1) // refresh_steps - lag) * refresh_steps * inner_epochs
 
 
-def steps_written_by(weights: int, refresh_steps: int, lag: int, total_steps: int) -> range:
-    """Return the steps whose rows are written by the weights after step ``weights``; empty where nobody waits for them."""
-    if weights % refresh_steps:
+def steps_written_by(weights: int, refresh_steps: int, lag: int, total_steps: int, inner_epochs: int = 1) -> range:
+    """Return the steps whose rows are written by the weights after step ``weights``; empty where nobody waits for them.
+
+    Arguments as of ``weights_step``, whose ``step`` ends at ``total_steps``.
+    """
+    if weights % (refresh_steps * inner_epochs):
         return range(0)
-    window = weights // refresh_steps + lag
+    window = weights // (refresh_steps * inner_epochs) + lag
     first = 1 if weights == 0 else window * refresh_steps + 1
     return range(first, min((window + 1) * refresh_steps, total_steps) + 1)
 
@@ -88,6 +93,8 @@ class RowPolicy:
     """Optimizer steps between two versions of the weights."""
     lag: int = 0
     """Windows of so many steps by which a step's writer may be older than the step."""
+    inner_epochs: int = 1
+    """How often the rows of each window are learned from. Steps of this module count them once."""
     replay: ReplayConfig | None = None
     """Rows that the student wrote earlier, to be learned from again."""
     adaptive: AdaptiveShareConfig | None = None
@@ -97,7 +104,16 @@ class RowPolicy:
 
     def weights_step(self, step: int) -> int:
         """Return after which step the weights are taken that write the rows of ``step``, which counts from 1."""
-        return weights_step(step, self.refresh_steps, self.lag)
+        return weights_step(step, self.refresh_steps, self.lag, self.inner_epochs)
+
+    @property
+    def window_steps(self) -> int:
+        """Optimizer steps of a window, all visits of its rows together."""
+        return self.refresh_steps * self.inner_epochs
+
+    def visits(self, deals: int) -> Visits:
+        """Return in which optimizer steps the rows of so many deals are learned from."""
+        return Visits(deals, self.refresh_steps, self.inner_epochs)
 
     def share(self, step: int) -> float | None:
         """Return the student's share of the rows of a step; None if it is not decided yet."""

@@ -1,6 +1,7 @@
 """Which rows make up which optimizer step: the same for any number of workers, and known from the step's number alone."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -52,6 +53,48 @@ def steps_in(rows: int, batch_rows: int, epochs: float) -> int:
     """Return the number of optimizer steps of a run."""
     whole, fraction = int(epochs), epochs - int(epochs)
     return whole * math.ceil(rows / batch_rows) + math.ceil(round(fraction * rows, 6) / batch_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Visits:
+    """Which optimizer step learns from the rows of which deal, where the rows of a window are visited several times.
+
+    A deal is what a step would take if all were visited once. The deals of a window follow each other, all of them again and
+    again, until the next window begins; the last may be shorter. Deals and steps count from 1.
+    """
+
+    deals: int
+    """How many there are."""
+    window: int = 1
+    """Deals of a window."""
+    times: int = 1
+    """Visits of each."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all visits."""
+        return self.deals * self.times
+
+    def deal(self, step: int) -> int:
+        """Return whose rows a step learns from."""
+        first, count, place = self._place(step)
+        return first + place % count
+
+    def first_step(self, deal: int) -> int:
+        """Return the step of a deal's first visit."""
+        window, place = divmod(deal - 1, self.window)
+        return window * self.window * self.times + place + 1
+
+    def newest(self, step: int) -> int:
+        """Return the last deal that has been visited once a step is done."""
+        first, count, place = self._place(step)
+        return first + min(place, count - 1)
+
+    def _place(self, step: int) -> tuple[int, int, int]:
+        """Return a window's first deal, how many it has, and how many steps of it lie before one."""
+        window, place = divmod(step - 1, self.window * self.times)
+        first = window * self.window + 1
+        return first, min(self.window, self.deals - first + 1), place
 
 
 Layout = list[list[list[int]]]

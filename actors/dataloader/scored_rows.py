@@ -11,6 +11,7 @@ from actors.dataloader.sampler import StepSampler
 from actors.examples import ExampleFile
 from actors.records import NO_TOKEN, Example, TeacherScores
 from actors.score_store.store import ScoreStore
+from losses.policy_gradient import DrawnTokens
 from losses.teachers import HiddenTeacher
 from losses.topk_teacher import TopkTeacher
 
@@ -33,6 +34,10 @@ class RowBatch(Protocol):
 
     def uncertainty(self, row: int) -> torch.Tensor:
         """Return the teacher's UNC at the targets of a row, float32 [N]; zeros without a teacher."""
+        ...
+
+    def drawn(self, row: int) -> DrawnTokens:
+        """Return how the targets of a row, N of them, came about."""
         ...
 
     def teacher_losses(self) -> torch.Tensor:
@@ -93,6 +98,10 @@ class FileRows:
         if self.store is None:
             return torch.zeros(int(self.example(row).loss_mask.sum()))
         return torch.from_numpy(self.store.uncertainty_at(int(self.positions[row])).copy())
+
+    def drawn(self, row: int) -> DrawnTokens:
+        """Return that the targets of a row are the data's."""
+        return DrawnTokens.of_data(int(self.example(row).loss_mask.sum()))
 
     def teacher_losses(self) -> torch.Tensor:
         """Return the teacher's own mean loss on each row, float32 [R], in nats per target."""

@@ -7,8 +7,9 @@ import torch
 from actors.config.models import needs_complete_store
 from actors.dataloader.sampler import Layout
 from actors.dataloader.scored_rows import FileRows, RowBatch
-from losses.config import AtkdLoss, HardLabelLoss, LossConfig
+from losses.config import AtkdLoss, DistillationLoss, LossConfig, PolicyGradientLoss
 from losses.loss_state import LossState
+from losses.policy_gradient import DrawnTokens, policy_gradient_weights
 from losses.token_weights import TokenWeights, easy_border, split_easy, token_weights
 from losses.weighing import sample_weights, selection_factor
 from losses.weighing_config import AllTokens, TeacherLossSamples
@@ -37,6 +38,10 @@ class StepWeights:
 
     def of_step(self, batch: RowBatch, layout: Layout, step: int, state: LossState) -> list[TokenWeights]:
         """Return the weights of each row's targets, normalised over the step; ``layout`` matters to scope ``microbatch``."""
+        if isinstance(self._loss, PolicyGradientLoss):
+            tokens = [batch.drawn(row) for row in range(len(batch))]
+            counts = [len(row) for row in tokens]
+            return policy_gradient_weights(DrawnTokens.concatenate(tokens), counts, self._loss).split(counts)
         uncertainties = [batch.uncertainty(row) for row in range(len(batch))]
         if isinstance(self._loss, AtkdLoss) and self._loss.scope == "microbatch":
             passes = [rows for worker in layout for rows in worker if rows]
@@ -77,7 +82,7 @@ class StepWeights:
 
     def _weighed(self, weights: list[TokenWeights], batch: RowBatch, state: LossState) -> list[TokenWeights]:
         """Make up for targets that will not be taught, and weigh the rows among each other."""
-        if isinstance(self._loss, HardLabelLoss):
+        if not isinstance(self._loss, DistillationLoss):
             return weights
         if not isinstance(self._loss.tokens, AllTokens):
             factor = selection_factor([len(row) for row in weights], state.kept_fraction)

@@ -61,6 +61,10 @@ class Prompt:
     """Which of the row's samples this is."""
     step: int = 0
     """For which optimizer step; 0 where it is for none."""
+    written: int = 0
+    """Tokens of the response that are there already, at the end of ``token_ids``."""
+    most: int | None = None
+    """Tokens to add at most, where they are fewer than the sampling allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +105,17 @@ class Sampler(Protocol):
 SamplerFactory = Callable[[SamplerSpec], Sampler]
 
 
+def most_tokens(sampling: Sampling, prompt: Prompt) -> int:
+    """Return how many tokens are added to a prompt at most."""
+    return sampling.max_new_tokens if prompt.most is None else prompt.most
+
+
 def seed_of(sampling: Sampling, prompt: Prompt) -> int:
     """Return the seed of a response, from 0 to 2**63 - 1."""
-    content = f"{sampling.seed} {prompt.step} {prompt.row} {prompt.sample}".encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+    content = f"{sampling.seed} {prompt.step} {prompt.row} {prompt.sample}"
+    if prompt.written:
+        content += f" {prompt.written}"  # what is continued draws anew
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def written_row(prompt: Prompt, response: Response) -> Example:

@@ -11,11 +11,12 @@ from typing import Protocol
 import numpy as np
 
 from actors.dataloader.row_sources import RowSources
-from actors.dataloader.sampler import StepSampler
+from actors.dataloader.sampler import StepSampler, Visits
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores
 from actors.rollouts.base import Prompt, Response, written_row
+from actors.rollouts.mixed_writing import MixedWriters, mixture_logprobs
 from actors.rollouts.weights import Proof, WeightFolders
 from actors.rollouts.workers import RolloutWorkers, Weights, Written
 from actors.rollouts.writing import repeated_share
@@ -43,7 +44,8 @@ class RolloutPlan:
     sampler: StepSampler
     """Deals them into steps."""
     total_steps: int
-    """Optimizer steps of the training."""
+    """Optimizer steps of the training; where rows are learned from several times, those of the first time, by which all steps
+    here count."""
     sources: RowSources
     """Say which of them the student writes, and by which weights."""
     keep_steps: int | None
@@ -52,6 +54,8 @@ class RolloutPlan:
     """The weights that the student begins with."""
     trust_remote_code: bool = False
     """Whether the model's own code may be run."""
+    teacher_share: float = 0.0
+    """Probability by which the teacher draws a token of what the student writes."""
 
     def prompts(self, step: int) -> list[Prompt]:
         """Return what the student is to answer for a step, in the order in which the log has it."""
@@ -63,8 +67,13 @@ class RolloutPlan:
         return self.sources.of_step(step).written
 
     def weights_step(self, step: int) -> int:
-        """Return after which step the weights are taken that write the rows of one."""
+        """Return after which optimizer step the weights are taken that write the rows of a step."""
         return self.sources.policy.weights_step(step)
+
+    @property
+    def visits(self) -> Visits:
+        """In which optimizer steps the rows are learned from."""
+        return self.sources.policy.visits(self.total_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +92,8 @@ class StepWriter:
     """
 
     def __init__(
-        self, plan: RolloutPlan, log: RolloutLog, folders: WeightFolders, workers: RolloutWorkers, teacher: Teacher,
-        on_step: Callable[[StepFacts], None],
+        self, plan: RolloutPlan, log: RolloutLog, folders: WeightFolders, workers: RolloutWorkers | MixedWriters,
+        teacher: Teacher, on_step: Callable[[StepFacts], None],
     ) -> None:  # fmt: skip
         self._plan, self._log, self._folders = plan, log, folders
         self._workers, self._teacher, self._on_step = workers, teacher, on_step
@@ -112,7 +121,7 @@ class StepWriter:
                     self._unscored.popleft().result()
             while self._unscored:
                 self._unscored.popleft().result()
-        self._folders.discard_before(self._plan.total_steps)
+        self._folders.discard_before(self._plan.visits.total_steps)
 
     @staticmethod
     def missing_steps(log: RolloutLog, plan: RolloutPlan) -> list[int]:
@@ -159,15 +168,16 @@ class StepWriter:
         by_key = self._teacher.score(rows)
         scores = [by_key[row.key] for row in rows]
         score_seconds = time.perf_counter() - started
-        sampled = [Sampled(response.logprobs, response.ended, weights.step) for response in written.responses]
+        pairs = zip(written.responses, scores, strict=True)
+        sampled = [sampled_from(response, score, weights.step, self._plan.teacher_share) for response, score in pairs]
         self._log.write(step, rows, scores, sampled)
         self._folders.discard_before(weights.step)  # not sooner: who begins again after a failure writes the step by them
         if self._plan.keep_steps is not None:
             self._log.keep_from(step - self._plan.keep_steps + 1)
         numbers = {
-            **numbers_of(written.responses, scores),
+            **numbers_of(written.responses, scores, sampled),
             "student_share": float(self._plan.sources.policy.share(step) or 0.0),
-            "staleness_steps": float(step - 1 - weights.step),
+            "staleness_steps": float(self._plan.visits.first_step(step) - 1 - weights.step),
             "sample_seconds": written.seconds,
             "score_seconds": score_seconds,
             "weights_seconds": waited_seconds,
@@ -179,15 +189,28 @@ class StepWriter:
         self._on_step(StepFacts(step, numbers))
 
 
-def numbers_of(responses: Sequence[Response], scores: Sequence[TeacherScores]) -> dict[str, float]:
+def sampled_from(response: Response, score: TeacherScores, weights_step: int, teacher_share: float) -> Sampled:
+    """Return what the log keeps of how a response was drawn."""
+    mixed = mixture_logprobs(response.logprobs, score.target_logprob, teacher_share) if teacher_share else None
+    return Sampled(response.logprobs, response.ended, weights_step, mixed)
+
+
+def numbers_of(
+    responses: Sequence[Response], scores: Sequence[TeacherScores], sampled: Sequence[Sampled] = ()
+) -> dict[str, float]:
     """Return what a step's responses are like; means over tokens are in nats.
 
-    ``reverse_kl`` and ``student_entropy`` are estimates from the tokens that were drawn: exact on average at temperature 1.
+    ``reverse_kl`` and ``student_entropy`` are estimates from the tokens that were drawn: exact on average at temperature 1. Of a
+    mixture with the teacher each token weighs in them as much as the student draws it more often; ``effective_share`` is how many
+    tokens of equal weight would do as well, as a share of those there are.
     """
     lengths = np.array([len(response.token_ids) for response in responses])
     student = np.concatenate([response.logprobs for response in responses]).astype(np.float64)
     teacher = np.concatenate([score.target_logprob for score in scores]).astype(np.float64)
-    return {
+    mixed = [one.drawn_logprobs for one in sampled if one.drawn_logprobs is not None]
+    weights = np.exp(student - np.concatenate(mixed)) if mixed else np.ones_like(student)
+    effective = {"effective_share": float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))} if mixed else {}
+    return effective | {
         "rows": float(len(responses)),
         "tokens": float(lengths.sum()),
         "mean_length": float(lengths.mean()),
@@ -195,8 +218,8 @@ def numbers_of(responses: Sequence[Response], scores: Sequence[TeacherScores]) -
         "ended": float(np.mean([response.ended for response in responses])),
         "empty": float(np.mean([response.ended and len(response.token_ids) == 1 for response in responses])),
         "repeated": float(np.mean([repeated_share(response.token_ids) for response in responses])),
-        "student_entropy": float(-student.mean()),
+        "student_entropy": float(-(weights * student).mean()),
         "teacher_loss": float(-teacher.mean()),
-        "reverse_kl": float((student - teacher).mean()),
+        "reverse_kl": float((weights * (student - teacher)).mean()),
         "uncertainty": float((1 - np.exp(np.minimum(teacher, 0.0))).mean()),
     }

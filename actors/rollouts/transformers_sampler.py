@@ -12,7 +12,7 @@ from torch import Tensor
 from actors.model_source import ModelSource
 from actors.models import load_model
 from actors.records import NO_TOKEN
-from actors.rollouts.base import Prompt, Response, SamplerSpec, Sampling, seed_of
+from actors.rollouts.base import Prompt, Response, SamplerSpec, Sampling, most_tokens, seed_of
 
 
 class TransformersSampler:
@@ -49,7 +49,8 @@ class TransformersSampler:
         candidates: list[Tensor] = []
         logprobs, cache = [], None
         unread = torch.from_numpy(prompt.token_ids.astype(np.int64))[None]
-        while len(token_ids) < self._spec.sampling.max_new_tokens and not (token_ids and token_ids[-1] in self._spec.ends):
+        most = most_tokens(self._spec.sampling, prompt)
+        while len(token_ids) < most and not (token_ids and token_ids[-1] in self._spec.ends):
             outputs = self._model(input_ids=unread.to(self._model.device), past_key_values=cache, use_cache=True)
             cache = outputs.past_key_values
             predicted = outputs.logits[0, -1].double().log_softmax(dim=-1).cpu()  # [V]

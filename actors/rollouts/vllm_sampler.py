@@ -13,7 +13,7 @@ from actors.engines.vllm_arguments import engine_arguments
 from actors.engines.vllm_limits import require_build_for
 from actors.model_source import ModelSource
 from actors.records import NO_TOKEN
-from actors.rollouts.base import Prompt, Response, SamplerSpec, seed_of
+from actors.rollouts.base import Prompt, Response, SamplerSpec, most_tokens, seed_of
 
 SPARE = 8  # tokens noted beyond C where some may not be named; a place with more of those has fewer candidates
 
@@ -73,7 +73,7 @@ class VllmSampler:
     def _parameters(self, prompt: Prompt) -> SamplingParams:
         sampling = self._spec.sampling
         return SamplingParams(
-            max_tokens=sampling.max_new_tokens,
+            max_tokens=most_tokens(sampling, prompt),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=seed_of(sampling, prompt),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -14,11 +14,13 @@ from actors.config.models import DType
 from actors.handles import RemoteMethod
 from actors.model_source import ModelSource
 from actors.records import NO_TOKEN
-from actors.rollouts.base import Prompt, Response, Sampler, SamplerFactory, SamplerSpec
+from actors.rollouts.base import Prompt, Response, Sampler, SamplerFactory, SamplerSpec, most_tokens
 from actors.rollouts.build import build_sampler
 from actors.rollouts.sampling_actors import CLOSE_SECONDS, actor_options, failures_in_words, process_ends_with_engine
 from actors.rollouts.weights import Proof
 from actors.teacher.replica import print_into
+
+Work = TypeVar("Work")
 
 MOST_NATS: dict[DType, float] = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.1}
 """Between sampler and trainer, averaged over the tokens of a proof, by the type in which the sampler computes. SmolLM2-135M in
@@ -65,6 +67,16 @@ class Written:
     """Of the weights, if they were new; the worst of the workers'."""
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a call read."""
+
+    logprobs: list[np.ndarray]
+    """Of each token of each text but its first, float32 [T-1]."""
+    hand_over: HandOver | None = None
+    """Of the weights, if they were new; the worst of the workers'."""
+
+
 class RolloutWorker:
     """One engine that writes by the weights it is given. Becomes a Ray actor."""
 
@@ -83,14 +95,23 @@ class RolloutWorker:
             ValueError: naming the row of a response that cannot come from a working sampler.
         """
         with process_ends_with_engine():
-            sampler = self._started()
-            hand_over = self._load(sampler, weights) if weights.step != self._loaded else None
+            sampler, hand_over = self._with(weights)
             started = time.perf_counter()
             responses = sampler.sample(prompts)
         seconds = time.perf_counter() - started
         for prompt, response in zip(prompts, responses, strict=True):
             require_sound(prompt, response, self._spec)
         return Written(responses, seconds, hand_over)
+
+    def logprobs(self, weights: Weights, texts: Sequence[np.ndarray]) -> Read:
+        """Return the log-probability of each token of texts but their first, by these weights.
+
+        Raises:
+            HandOverFailed: if the engine, once it has them, predicts something else than the student.
+        """
+        with process_ends_with_engine():
+            sampler, hand_over = self._with(weights)
+            return Read([sampler.logprobs(text) for text in texts], hand_over)
 
     def start(self) -> None:
         """Build the engine, not yet in the constructor, so that its error arrives as it was raised; ``write`` does so too."""
@@ -102,6 +123,11 @@ class RolloutWorker:
         if self._sampler is not None:
             self._sampler.close()
             self._sampler = None
+
+    def _with(self, weights: Weights) -> tuple[Sampler, HandOver | None]:
+        """Return the engine with these weights, and how they came to it if they were new."""
+        sampler = self._started()
+        return sampler, self._load(sampler, weights) if weights.step != self._loaded else None
 
     def _started(self) -> Sampler:
         if self._sampler is None:
@@ -134,6 +160,11 @@ class RolloutWorkerHandle(Protocol):
         ...
 
     @property
+    def logprobs(self) -> RemoteMethod[[Weights, Sequence[np.ndarray]], Read]:
+        """See ``RolloutWorker.logprobs``."""
+        ...
+
+    @property
     def start(self) -> RemoteMethod[[], None]:
         """See ``RolloutWorker.start``."""
         ...
@@ -156,12 +187,15 @@ class RolloutWorkers:
     """Folder in which each leaves what its engine prints."""
     sampler_factory: SamplerFactory = build_sampler
     """Builds the engine inside the actor; picklable."""
+    name: str = "sampler"
+    """What each is called in errors, and in the name of what it prints."""
     _actors: list[RolloutWorkerHandle] = field(default_factory=list)
 
     def __enter__(self) -> "RolloutWorkers":
         actor = ray.remote(RolloutWorker).options(**actor_options(self.spec.engine))
         self._actors = [
-            actor.remote(self.spec, self.logs / f"sampler-{number}.log", self.sampler_factory) for number in range(self.count)
+            actor.remote(self.spec, self.logs / f"{self.name.replace(' ', '-')}-{number}.log", self.sampler_factory)
+            for number in range(self.count)
         ]
         for one in self._actors:
             one.start.remote()  # whoever writes first waits for it, and has its error
@@ -179,17 +213,36 @@ class RolloutWorkers:
         Raises:
             WritingFailed: if one died too often, or raised.
         """
-        bounds = np.linspace(0, len(prompts), self.count + 1).round().astype(int)
-        parts = [prompts[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
-        calls = [actor.write.remote(weights, part) for actor, part in zip(self._actors, parts, strict=True) if part]
-        with failures_in_words("a sampler", self.spec.engine, self.logs):
+        calls = [actor.write.remote(weights, part) for actor, part in self._dealt(prompts)]
+        with failures_in_words(f"a {self.name}", self.spec.engine, self.logs):
             written: list[Written] = ray.get(calls)
-        hand_overs = [one.hand_over for one in written if one.hand_over is not None]
         return Written(
             [response for one in written for response in one.responses],
             max(one.seconds for one in written),
-            max(hand_overs, key=lambda one: one.mean_gap, default=None),
+            worst_of([one.hand_over for one in written]),
         )
+
+    def logprobs(self, weights: Weights, texts: Sequence[np.ndarray]) -> Read:
+        """Read texts by these weights, each worker a part of them.
+
+        Raises:
+            WritingFailed: if one died too often, or raised.
+        """
+        calls = [actor.logprobs.remote(weights, part) for actor, part in self._dealt(texts)]
+        with failures_in_words(f"a {self.name}", self.spec.engine, self.logs):
+            read: list[Read] = ray.get(calls)
+        return Read([logprobs for one in read for logprobs in one.logprobs], worst_of([one.hand_over for one in read]))
+
+    def _dealt(self, work: Sequence[Work]) -> list[tuple[RolloutWorkerHandle, Sequence[Work]]]:
+        """Return each worker with its part of the work; those for whom there is none are left out."""
+        bounds = np.linspace(0, len(work), self.count + 1).round().astype(int)
+        parts = [work[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
+        return [(actor, part) for actor, part in zip(self._actors, parts, strict=True) if len(part)]
+
+
+def worst_of(hand_overs: Sequence[HandOver | None]) -> HandOver | None:
+    """Return the one of the largest mean gap; None where there was none."""
+    return max((one for one in hand_overs if one is not None), key=lambda one: one.mean_gap, default=None)
 
 
 def require_sound(prompt: Prompt, response: Response, spec: SamplerSpec) -> None:
@@ -198,7 +251,7 @@ def require_sound(prompt: Prompt, response: Response, spec: SamplerSpec) -> None
     Raises:
         ValueError: naming the row and what is wrong.
     """
-    ids, logprobs, most = response.token_ids, response.logprobs, spec.sampling.max_new_tokens
+    ids, logprobs, most = response.token_ids, response.logprobs, most_tokens(spec.sampling, prompt)
     if not 1 <= len(ids) <= most:
         raise ValueError(f"row {prompt.row}: the response has {len(ids)} tokens; 1 to {most} were asked for")
     if spec.candidates:

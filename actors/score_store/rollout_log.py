@@ -21,7 +21,12 @@ FIRST_KEPT = "first_kept.txt"
 POLL_SECONDS = 0.02
 """Between two looks of a worker that waits: a step may take less than a second."""
 
-SCHEMA = pa.schema([("logprobs", pa.list_(pa.float32())), ("ended", pa.bool_()), ("weights_step", pa.int64())])
+NUMBERS = pa.list_(pa.float32())
+SCHEMA = pa.schema([
+    ("logprobs", NUMBERS), ("ended", pa.bool_()), ("weights_step", pa.int64()), ("drawn_logprobs", NUMBERS),
+    ("teacher_logprobs", NUMBERS),
+])  # fmt: skip
+"""The teacher's of the targets stand here once more, for workers who read those of all rows of a step and the rest of few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +34,14 @@ class Sampled:
     """What the sampler knew of a row that it wrote."""
 
     logprobs: np.ndarray
-    """float32 [N], the writer's log-probability of each target when it was drawn."""
+    """float32 [N], the student's log-probability of each target when it was drawn."""
     ended: bool
     """Whether the response ended by itself, and was not cut."""
     weights_step: int
     """After which optimizer step its weights were taken; 0 for those the student begins with."""
+    drawn_logprobs: np.ndarray | None = None
+    """float32 [N], the log-probability of each target under the mixture of student and teacher from which it was drawn; None
+    where the student alone wrote."""
 
 
 class RolloutLog:
@@ -85,9 +93,11 @@ class RolloutLog:
         """
         write_examples(self._rows_path(step), examples)
         columns = [
-            pa.array([one.logprobs for one in sampled], SCHEMA.field("logprobs").type),
+            pa.array([one.logprobs for one in sampled], NUMBERS),
             pa.array([one.ended for one in sampled]),
             pa.array([one.weights_step for one in sampled], pa.int64()),
+            pa.array([one.drawn_logprobs for one in sampled], NUMBERS),
+            pa.array([score.target_logprob for score in scores], NUMBERS),
         ]
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -101,9 +111,18 @@ class RolloutLog:
 
     def sampled(self, step: int) -> list[Sampled]:
         """Return what the sampler knew of the rows of a step that is there."""
-        batch = pa.ipc.open_file(pa.memory_map(str(self._sampled_path(step)))).get_batch(0)
-        logprobs, rows = batch["logprobs"], zip(batch["ended"].to_pylist(), batch["weights_step"].to_pylist(), strict=True)
-        return [Sampled(logprobs[row].values.to_numpy(), ended, taken) for row, (ended, taken) in enumerate(rows)]
+        batch = self._sampled_batch(step)
+        logprobs, drawn = batch["logprobs"], batch["drawn_logprobs"]
+        rows = zip(batch["ended"].to_pylist(), batch["weights_step"].to_pylist(), strict=True)
+        return [
+            Sampled(logprobs[row].values.to_numpy(), ended, taken, drawn[row].values.to_numpy() if drawn[row].is_valid else None)
+            for row, (ended, taken) in enumerate(rows)
+        ]
+
+    def teacher_logprobs(self, step: int, row: int) -> np.ndarray:
+        """Return the teacher's log-probability of each target of a row of a step, float32 [N]."""
+        numbers: np.ndarray = self._sampled_batch(step)["teacher_logprobs"][row].values.to_numpy()
+        return numbers
 
     def scores(self, step: int, row: int, top_k: int | None = None) -> TeacherScores:
         """Return the teacher's scores of a row of a step."""
@@ -144,6 +163,9 @@ class RolloutLog:
     def clear_failure(self) -> None:
         """Begin again after a failure."""
         self._store.clear_failure()
+
+    def _sampled_batch(self, step: int) -> pa.RecordBatch:
+        return pa.ipc.open_file(pa.memory_map(str(self._sampled_path(step)))).get_batch(0)
 
     def _position(self, step: int, row: int) -> int:
         return (step - 1) * self._store.rows_per_shard + row

@@ -49,7 +49,7 @@ class ShareKeeper:
     def after(self, student: nn.Module, step: int) -> None:
         """Decide the share of the rows that are written by the weights after a step, if that is due and not decided yet."""
         policy = self._policy
-        if policy is None or policy.adaptive is None or step % policy.refresh_steps:
+        if policy is None or policy.adaptive is None or step % policy.window_steps:
             return
         decided, changes = self._shares.read()
         if self._worker.agree(decided < step and (not changes or step % policy.adaptive.every_steps == 0)):
@@ -77,7 +77,7 @@ class WeightPublisher:
     Args:
         task: of the training.
         worker: this one; all call ``after`` together, and the first one writes.
-        total_steps: of the training.
+        total_steps: of the training; where rows are learned from several times, those of the first time.
     """
 
     def __init__(self, task: TrainingTask, worker: Worker, total_steps: int) -> None:
@@ -109,7 +109,7 @@ class WeightPublisher:
         rollouts, log = self._rollouts, self._log
         assert rollouts is not None and log is not None
         policy = rollouts.policy
-        steps = steps_written_by(step, policy.refresh_steps, policy.lag, self._total_steps)
+        steps = steps_written_by(step, policy.refresh_steps, policy.lag, self._total_steps, policy.inner_epochs)
         if any(policy.share(one) == 0 for one in steps):  # then of none: a window has one share
             return False
         there = WeightFolders(Path(rollouts.weights)).is_there(step)

@@ -12,7 +12,7 @@ from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.collator import MicroBatch
 from actors.dataloader.rollout_rows import RolloutRows
 from actors.dataloader.row_sources import RowSources
-from actors.dataloader.sampler import StepSampler, steps_in
+from actors.dataloader.sampler import StepSampler, Visits, steps_in
 from actors.dataloader.scored_rows import ScoredRows, StoredRows, all_rows
 from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
@@ -47,18 +47,19 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     examples = ExampleFile(Path(task.examples))
     store = ScoreStore(Path(task.store)) if task.store and needs_teacher(task.loss) else None
     sampler = StepSampler(len(examples), task.train.batch_rows, task.seed, task.train.first_epoch == "store_order")
-    total_steps = steps_in(len(examples), task.train.batch_rows, task.train.epochs)
-    rows = rows_of(task, StoredRows(examples, store, task.top_k, sampler), sampler, total_steps, worker)
+    visits = visits_of(task, steps_in(len(examples), task.train.batch_rows, task.train.epochs))
+    rows = rows_of(task, StoredRows(examples, store, task.top_k, sampler), sampler, visits, worker)
     step_weights = StepWeights(task.loss, task.seed, all_rows(examples, store, task.top_k))
 
     torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
     student = make_student(task.model, task.lora, task.loss, task.train, worker)
     vocab_size = undistributed(student).vocab_size
     gpu = GpuMonitor.of(undistributed(student).model, worker.device, task.train.precision)
+    total_steps = visits.total_steps
     optimizer = make_optimizer(student, task.train.optimizer)
     schedule = make_schedule(optimizer, task.train.optimizer, total_steps)
     validator, resize_monitor = Validator(task, worker, vocab_size), ResizeMonitor(task, worker)
-    shares, publisher = ShareKeeper(task, worker, vocab_size), WeightPublisher(task, worker, total_steps)
+    shares, publisher = ShareKeeper(task, worker, vocab_size), WeightPublisher(task, worker, visits.deals)
 
     done = checkpoints.load(student, optimizer, schedule, worker) or Progress(0, LossState.first(task.loss))
     shares.after(student, done.step)
@@ -100,16 +101,19 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     return WorkerResult(resize_requested=resize_requested)
 
 
-def rows_of(
-    task: TrainingTask, data: StoredRows, sampler: StepSampler, total_steps: int, worker: Worker
-) -> ScoredRows:
+def visits_of(task: TrainingTask, deals: int) -> Visits:
+    """Return which steps learn from which deal of rows: each from its own, but where the student's text is visited again."""
+    return Visits(deals) if task.rollouts is None else task.rollouts.policy.visits(deals)
+
+
+def rows_of(task: TrainingTask, data: StoredRows, sampler: StepSampler, visits: Visits, worker: Worker) -> ScoredRows:
     """Return where the rows of each step come from: the data, or in part what the student writes while it learns."""
     if (rollouts := task.rollouts) is None:
         return data
-    sources, head = RowSources(rollouts.policy, task.seed, sampler.rows_of, total_steps), None
+    sources, head = RowSources(rollouts.policy, task.seed, sampler.rows_of, visits.deals), None
     if rollouts.head_of is not None:
         head = read_head(rollouts.head_of, getattr(torch, rollouts.head_dtype), worker.device)
-    return RolloutRows(data, RolloutLog(Path(rollouts.log)), sources, head)
+    return RolloutRows(data, RolloutLog(Path(rollouts.log)), sources, head, visits)
 
 
 def accumulate_gradients(

@@ -14,7 +14,16 @@ from ray.exceptions import AuthenticationError, RayError
 from actors.config.models import EngineConfig
 from actors.config.workers import WorkersConfig
 from actors.format import plural
-from actors.placement import Cluster, Node, evaluator_need, read_nodes, replica_request, sampler_request, worker_request
+from actors.placement import (
+    Cluster,
+    Node,
+    evaluator_need,
+    read_nodes,
+    replica_request,
+    sampler_request,
+    teacher_sampler_request,
+    worker_request,
+)
 from actors.room import most_replicas, require_all_together, require_room, require_room_together, workers_beside
 from orchestrator.cluster import signals as sigterm
 from orchestrator.cluster.node_checks import require_gpu_nodes, require_node
@@ -51,7 +60,8 @@ def demand(config: RunConfig) -> Demand:
     scoring, training = _teachers(config.teacher.engine), _workers(config.workers)
     stages = [scoring + training] if config.scores.overlap else [scoring, training]
     if config.rollouts is not None:
-        stages.append(scoring + _teachers(config.sampler_engine) + training)
+        samplers = [engine for engine in (config.sampler_engine, config.teacher_sampler_engine) if engine is not None]
+        stages.append(sum(map(_teachers, samplers), scoring + training))
     stages += [_workers(side.finetune.workers) for side in (config.teacher, config.student) if side.finetune]
     stages += [_teachers(engine) for engine in config.engines.values()]
     stages.append(Demand(config.evaluate.cpus, config.evaluate.gpus))
@@ -186,9 +196,12 @@ def require_places(config: RunConfig, nodes: Sequence[Node]) -> None:
         require_room(nodes, replica_request(engine, section), _replicas(engine))
     require_room(nodes, worker, workers)
     if config.rollouts is not None:
-        sampler, samplers = sampler_request(config.sampler_engine), _replicas(config.sampler_engine)
-        require_room(nodes, sampler, samplers)
-        require_all_together(nodes, [(replica, replicas), (sampler, samplers), (worker, workers)])
+        samplers = [(sampler_request(config.sampler_engine), _replicas(config.sampler_engine))]
+        if (drawing := config.teacher_sampler_engine) is not None:
+            samplers.append((teacher_sampler_request(drawing), _replicas(drawing)))
+        for need, count in samplers:
+            require_room(nodes, need, count)
+        require_all_together(nodes, [(replica, replicas), *samplers, (worker, workers)])
     elif config.scores.overlap:
         require_room_together(nodes, replica, replicas, worker, workers)
     for role, side in (("teacher", config.teacher), ("student", config.student)):

@@ -1,5 +1,6 @@
 """Configuration schema of a run: the whole configuration, one section a class. Imports neither torch nor Ray."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,10 +20,11 @@ from actors.config.rollouts import ResponsesConfig, RolloutsConfig
 from actors.config.tracking import TrackingConfig
 from actors.config.workers import WorkersConfig
 from actors.engines.vllm_limits import require_cpu_head_size
-from losses.config import AtkdLoss, HardLabelLoss, LossConfig
+from losses.config import AtkdLoss, LossConfig
 from losses.section import LARGEST_SEED, MayChange, NotSearchable, Searchable, Section
 from orchestrator.config.compare import CompareConfig
 from orchestrator.config.data import DataConfig
+from orchestrator.config.own_text import require_own_text
 from orchestrator.config.tune import TuneConfig
 
 
@@ -143,10 +145,12 @@ class RunConfig(Section):
         if self.rollouts is not None:
             self._rollouts_agree(self.rollouts)
             served.append((self.sampler_engine, "student.model", self.student.model))
+        if self.teacher_sampler_engine is not None:
+            served.append((self.teacher_sampler_engine, "teacher.model", self.teacher.model))
         for engine, section, shape in served:
             if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
                 require_cpu_head_size(shape.hidden_size, shape.heads, section)
-        self._require_own_text()
+        require_own_text(self.loss, self.rollouts)
         if "pretrained" in kinds and self.tokenizer is not None:
             raise ValueError(
                 "tokenizer is trained only where both models are made from scratch; a pretrained model brings its own: "
@@ -164,20 +168,6 @@ class RunConfig(Section):
             )
         return self
 
-    def _require_own_text(self) -> None:
-        """Raise if the loss takes the targets for tokens that the student drew, and they are not."""
-        if isinstance(self.loss, HardLabelLoss) or self.loss.divergence.kind != "sampled_reverse_kl":
-            return
-        wanted = {"student_share": 1.0, "temperature": 1.0, "top_p": 1.0}
-        found = {key: getattr(self.rollouts, key) for key in wanted} if self.rollouts is not None else {}
-        if found != wanted:
-            seen = ", ".join(f"rollouts.{key} is {value:g}" for key, value in found.items()) or "rollouts is null"
-            raise ValueError(
-                "loss.divergence sampled_reverse_kl takes all targets for tokens that the student drew from its own "
-                f"distribution, but {seen}; rollouts={{student_share: 1.0}} at temperature 1 and top_p 1 would do, or "
-                "loss.divergence=reverse_kl"
-            )
-
     def _rollouts_agree(self, rollouts: RolloutsConfig) -> None:
         if not needs_teacher(self.loss):
             raise ValueError(
@@ -191,6 +181,8 @@ class RunConfig(Section):
             )
         if rollouts.keep_steps is not None:
             repeated = self.train.keep_checkpoints * self.train.checkpoint_every_steps
+            if rollouts.inner_epochs > 1:  # the rows of whole windows are read again
+                repeated = math.ceil(repeated / (rollouts.refresh_steps * rollouts.inner_epochs)) * rollouts.refresh_steps
             least = repeated + (rollouts.lag + 1) * rollouts.refresh_steps
             if rollouts.keep_steps < least:
                 raise ValueError(
@@ -206,10 +198,16 @@ class RunConfig(Section):
         return self.rollouts.engine or self.teacher.engine.model_copy(update={"replicas": 1})
 
     @property
+    def teacher_sampler_engine(self) -> EngineConfig | None:
+        """How the teacher is served where it draws tokens of what the student writes; None where it draws none."""
+        if self.rollouts is None or self.rollouts.teacher_share == 0:
+            return None
+        return self.rollouts.teacher_engine or self.teacher.engine.model_copy(update={"replicas": 1})
+
+    @property
     def learns_from_data(self) -> bool:
         """Whether rows are learned from as the data has them, or the student answers all prompts."""
-        rollouts = self.rollouts
-        return rollouts is None or rollouts.student_share < 1 or rollouts.adaptive_share is not None
+        return self.rollouts is None or self.rollouts.learns_from_data
 
     @property
     def writer_engine(self) -> EngineConfig | None:
@@ -221,6 +219,8 @@ class RunConfig(Section):
         """All engines of a run, by the sections that speak of them."""
         writers = {"responses.engine": self.responses, "rollouts.engine": self.rollouts}
         own = {name: part.engine for name, part in writers.items() if part is not None and part.engine is not None}
+        if self.rollouts is not None and self.rollouts.teacher_engine is not None:
+            own["rollouts.teacher_engine"] = self.rollouts.teacher_engine
         return {"teacher.engine": self.teacher.engine, **own}
 
     @property

@@ -19,7 +19,7 @@ from actors.room import most_replicas, workers_beside
 from orchestrator.cluster.ray_session import RayFailed, cluster_address, require_places, why_ray_failed
 from orchestrator.config.run import FinetuneConfig, RunConfig
 from orchestrator.models.models import ROLES
-from orchestrator.planning.jobs import Estimator, trainings
+from orchestrator.planning.jobs import Estimator, samplers, trainings
 from orchestrator.planning.memory import Memory, forward_bytes, scoring_bytes, weights_bytes
 
 Placed = TypeVar("Placed", EngineConfig, WorkersConfig)
@@ -154,7 +154,10 @@ def _finetune_anywhere(fit: FinetuneConfig | None) -> FinetuneConfig | None:
 
 
 def _written_anywhere(section: Written | None) -> Written | None:
-    return section and section.model_copy(update={"engine": section.engine and _anywhere(section.engine)})
+    if section is None:
+        return None
+    engines = {key: getattr(section, key) for key in ("engine", "teacher_engine") if hasattr(section, key)}
+    return section.model_copy(update={key: engine and _anywhere(engine) for key, engine in engines.items()})
 
 
 def settled_replicas(config: RunConfig, place: TargetCluster, shards: int) -> int:
@@ -230,21 +233,23 @@ def teacher_problems(config: RunConfig, place: TargetCluster, estimator: Estimat
 
 
 def sampler_problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> list[str]:
-    """Return why a sampler of the student does not fit its GPUs."""
-    if config.rollouts is None or not config.sampler_engine.gpu or not place.gpus:
-        return []
-    engine, memory = config.sampler_engine, estimator.sampler(config)
-    if engine.kind == "transformers":
-        wanted = gpu_bytes_of(memory)
-        return [f"rollouts.engine: {_too_large('a sampler', wanted, place)}"] if wanted > place.gpu_bytes else []
-    share = engine.gpu_memory_utilization * place.gpu_bytes
-    if memory.total <= share:
-        return []
-    return [
-        f"rollouts.engine: weights, activations, logits and the cache of one text take {memory.total / GIB:.1f} GiB of each GPU, "
-        f"and gpu_memory_utilization {engine.gpu_memory_utilization:g} of {place.gpu_bytes / GIB:g} GiB gives them "
-        f"{share / GIB:.1f}"
-    ]
+    """Return why a sampler does not fit its GPUs."""
+    found = []
+    for name, (role, engine) in samplers(config).items():
+        section = "rollouts.engine" if name == "sampling" else "rollouts.teacher_engine"
+        memory = estimator.sampler(role, engine)
+        share = engine.gpu_memory_utilization * place.gpu_bytes
+        if not engine.gpu or not place.gpus:
+            continue
+        if engine.kind == "transformers" and (wanted := gpu_bytes_of(memory)) > place.gpu_bytes:
+            found.append(f"{section}: {_too_large('a sampler', wanted, place)}")
+        if engine.kind == "vllm" and memory.total > share:
+            found.append(
+                f"{section}: weights, activations, logits and the cache of one text take {memory.total / GIB:.1f} GiB of each "
+                f"GPU, and gpu_memory_utilization {engine.gpu_memory_utilization:g} of {place.gpu_bytes / GIB:g} GiB gives them "
+                f"{share / GIB:.1f}"
+            )
+    return found
 
 
 def node_problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> list[str]:
@@ -258,10 +263,10 @@ def node_problems(config: RunConfig, place: TargetCluster, estimator: Estimator)
         if not job.workers.gpus:
             a_worker = estimator.training(job).total / CPU_USABLE + CPU_PROCESS_BYTES
             taken[job.name] = (job.workers.count if together else 1) * a_worker
-    if config.rollouts is not None and not config.sampler_engine.gpu:
-        count = int(config.sampler_engine.replicas) if together else 1
-        taken["sampling"] = count * (estimator.sampler(config).total + CPU_PROCESS_BYTES)
-    beside = [name for name in ("scoring", "sampling", "train") if name in taken]
+    for name, (role, engine) in samplers(config).items():
+        if not engine.gpu:
+            taken[name] = (int(engine.replicas) if together else 1) * (estimator.sampler(role, engine).total + CPU_PROCESS_BYTES)
+    beside = [name for name in ("scoring", "sampling", "sampling_teacher", "train") if name in taken]
     if together and (config.scores.overlap or config.rollouts is not None) and len(beside) > 1:
         taken[f"{' and '.join(beside)}, at one time,"] = sum(taken[name] for name in beside)
     return [

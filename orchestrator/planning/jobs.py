@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from actors.config.models import LoraAdapter, TrainConfig
+from actors.config.models import EngineConfig, LoraAdapter, TrainConfig
 from actors.config.workers import WorkersConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import ROLES, Role
@@ -68,6 +68,16 @@ def trainings(config: RunConfig) -> list[Job]:
     return [*jobs, Job("train", "student", config.train, config.workers, "train", config.student.lora)]
 
 
+def samplers(config: RunConfig) -> dict[str, tuple[Role, EngineConfig]]:
+    """Return whose samplers stand beside the training, by the names of their jobs, and how they are served."""
+    found: dict[str, tuple[Role, EngineConfig]] = {}
+    if config.rollouts is not None:
+        found["sampling"] = ("student", config.sampler_engine)
+    if config.teacher_sampler_engine is not None:
+        found["sampling_teacher"] = ("teacher", config.teacher_sampler_engine)
+    return found
+
+
 class Estimator:
     """Memory of the jobs of one configuration and its variants, which share models and rows; what is traced is remembered.
 
@@ -115,9 +125,9 @@ class Estimator:
         most = int(work.targets.max()) * work.longest // int(work.lengths.max())
         return replica_memory(self.shapes["teacher"], config.teacher.engine, work.longest, most, device_bytes)
 
-    def sampler(self, config: RunConfig, device_bytes: float | None = None) -> Memory:
-        """Return what a sampler of the student takes on each of its devices."""
-        return sampler_memory(self.shapes["student"], config.sampler_engine, self.work.longest, device_bytes)
+    def sampler(self, role: Role, engine: EngineConfig, device_bytes: float | None = None) -> Memory:
+        """Return what a sampler of a role's model takes on each of its devices."""
+        return sampler_memory(self.shapes[role], engine, self.work.longest, device_bytes)
 
     def evaluator(self, config: RunConfig, role: Role) -> Memory:
         """Return what the evaluator of a role's model takes."""

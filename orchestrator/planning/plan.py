@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from actors.config.models import TrainConfig
 from actors.format import plural
 from orchestrator.cluster.ray_session import demand
 from orchestrator.config.run import RunConfig
@@ -15,7 +16,7 @@ from orchestrator.planning.cluster_fit import (
     settled_replicas,
     with_steady_workers,
 )
-from orchestrator.planning.jobs import Estimator, trainings
+from orchestrator.planning.jobs import Estimator, samplers, trainings
 from orchestrator.planning.memory import Memory
 from orchestrator.planning.nearest import Nearest, nearest_plan
 from orchestrator.planning.probe import probe
@@ -130,16 +131,16 @@ def make_plan(config: RunConfig, asked: PlanOptions) -> Plan:
     rates = probe(config, estimator, assumed) if asked.probe else assumed
     found = problems(config, place, estimator)
     nearest = nearest_plan(config, place, estimator) if found else None
-    pipe = pipeline_of(work, config.scores, config.train, config.loss, rates)
+    pipe = pipeline_of(work, config.scores, visited(config), config.loss, rates)
     shards = max(1, len(pipe.shard_tokens))
     memory = {"scoring": estimator.replica(config, place.gpu_bytes or None)}
-    if config.rollouts is not None:
-        memory["sampling"] = estimator.sampler(config, place.gpu_bytes or None)
+    for name, (role, engine) in samplers(config).items():
+        memory[name] = estimator.sampler(role, engine, place.gpu_bytes or None)
     memory |= {job.name: estimator.training(job) for job in trainings(config)}
     replicas = settled_replicas(config, place, shards)
     if config.rollouts is not None:
         row_tokens = work.train_tokens / work.rows
-        remarks += rollout_pace(config, estimator.shapes["student"], row_tokens, rates, replicas, gpu_flops).lines()
+        remarks += rollout_pace(config, estimator.shapes, row_tokens, rates, replicas, gpu_flops).lines()
     return Plan(
         fits=not found,
         problems=tuple(found),
@@ -228,6 +229,12 @@ def _finetune_seconds(
     return seconds
 
 
+def visited(config: RunConfig) -> TrainConfig:
+    """Return the student's training with as many epochs as there are visits of a row."""
+    times = config.rollouts.inner_epochs if config.rollouts is not None else 1
+    return config.train.model_copy(update={"epochs": config.train.epochs * times})
+
+
 def _nearest_pace(
     nearest: Nearest | None, place: TargetCluster, estimator: Estimator, rates: Rates, assumed: Rates, gpu_flops: float
 ) -> Pace | None:
@@ -241,7 +248,7 @@ def _nearest_pace(
         scoring=rates.scoring * other.scoring / assumed.scoring,
         training=rates.training * other.training / assumed.training,
     )
-    pipe = pipeline_of(estimator.work, config.scores, config.train, config.loss, scaled)
+    pipe = pipeline_of(estimator.work, config.scores, visited(config), config.loss, scaled)
     return pace(pipe, settled_replicas(config, place, max(1, len(pipe.shard_tokens))), config.workers.count)
 
 

@@ -14,12 +14,14 @@ from orchestrator.planning.throughput import Pace, pace
 
 JOBS = {
     "scoring": "a replica of the teacher", "sampling": "a sampler of the student",
+    "sampling_teacher": "a sampler of the teacher",
     "finetune_teacher": "a worker that fine-tunes the teacher",
     "finetune_student": "a worker that fine-tunes the student", "train": "a worker that distils the student",
 }  # fmt: skip
 """Names of the jobs for people."""
 COLUMNS = {
-    "scoring": "the teacher", "sampling": "a sampler", "finetune_teacher": "fine-tunes the teacher",
+    "scoring": "the teacher", "sampling": "a sampler", "sampling_teacher": "a teacher's sampler",
+    "finetune_teacher": "fine-tunes the teacher",
     "finetune_student": "fine-tunes the student", "train": "distils the student",
 }  # fmt: skip
 """The same, over columns."""

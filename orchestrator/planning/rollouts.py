@@ -6,12 +6,14 @@ may become.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from actors.config.models import EngineConfig
 from actors.flops import blocks_flops, head_flops
 from actors.format import plural
 from orchestrator.config.run import RunConfig
+from orchestrator.models.models import Role
 from orchestrator.planning.memory import SIZES
 from orchestrator.planning.shapes import ModelShape
 from orchestrator.planning.throughput import SCORING_SHARE, Rates, cpus_flops, gpu_speed
@@ -26,14 +28,14 @@ TURN_SECONDS = 0.005
 
 @dataclass(frozen=True, slots=True)
 class RolloutPace:
-    """Seconds of one optimizer step, by part; those of sampling and scoring at most."""
+    """Seconds of one optimizer step, by part; those of sampling and scoring at most, and shared by all steps on the same rows."""
 
     samplers: int
     replicas: int
     workers: int
     lag: int
     sampling_seconds: float
-    """By all samplers together."""
+    """By all samplers together; where the teacher draws some tokens, its after the student's, without the turns between them."""
     scoring_seconds: float
     """By all replicas of the teacher."""
     training_seconds: float
@@ -66,13 +68,13 @@ class RolloutPace:
 
 
 def rollout_pace(
-    config: RunConfig, student: ModelShape, row_tokens: float, rates: Rates, replicas: int, gpu_flops: float
+    config: RunConfig, shapes: Mapping[Role, ModelShape], row_tokens: float, rates: Rates, replicas: int, gpu_flops: float
 ) -> RolloutPace:
     """Return what a step of a run with rollouts takes.
 
     Args:
         config: of the run; its rollouts are set.
-        student: who samples.
+        shapes: of student and teacher, who sample.
         row_tokens: mean tokens of a row as the data has it, prompt and response.
         rates: of one replica that scores and one worker that learns.
         replicas: of the teacher.
@@ -83,15 +85,22 @@ def rollout_pace(
     samplers, rows = int(engine.replicas), config.train.batch_rows
     written = rows * rollouts.student_share
     at_once = min(engine.rows_per_call, max(1.0, written / samplers))
-    tokens = written * rollouts.max_new_tokens
+    tokens, context = written * rollouts.max_new_tokens, rollouts.max_new_tokens
+    rate = samplers * sampling_rate(shapes["student"], engine, at_once, context, gpu_flops)
+    sampling_seconds = (1 - rollouts.teacher_share) * tokens / rate
+    if (drawing := config.teacher_sampler_engine) is not None:
+        drawers = int(drawing.replicas)
+        at_once = min(drawing.rows_per_call, max(1.0, written / drawers))
+        rate = drawers * sampling_rate(shapes["teacher"], drawing, at_once, context, gpu_flops)
+        sampling_seconds += rollouts.teacher_share * tokens / rate
     read = written * (row_tokens + rollouts.max_new_tokens)  # no more of a prompt than of a whole row
     return RolloutPace(
         samplers=samplers,
         replicas=replicas,
         workers=config.workers.count,
         lag=rollouts.lag,
-        sampling_seconds=tokens / (samplers * sampling_rate(student, engine, at_once, rollouts.max_new_tokens, gpu_flops)),
-        scoring_seconds=read / (replicas * rates.scoring),
+        sampling_seconds=sampling_seconds / rollouts.inner_epochs,
+        scoring_seconds=read / (replicas * rates.scoring) / rollouts.inner_epochs,
         training_seconds=(read + (rows - written) * row_tokens) / (config.workers.count * rates.training),
     )
 

@@ -74,6 +74,8 @@ def require_room_for_answers(config: RunConfig, models: Models, longest_prompt: 
         answers.append(("responses.max_new_tokens", config.responses.max_new_tokens))
     if config.rollouts is not None:
         served["student"].add(config.sampler_engine.kind)
+        if config.teacher_sampler_engine is not None:
+            served["teacher"].add(config.teacher_sampler_engine.kind)
         answers.append(("rollouts.max_new_tokens", config.rollouts.max_new_tokens))
     for role in ROLES:
         if models.side(role).model.kind == "scratch":

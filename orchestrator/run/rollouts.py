@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from actors.dataloader.row_sources import RowPolicy, RowSources
@@ -16,9 +17,17 @@ from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.monitors.metrics_log import JsonLines
 from actors.monitors.prometheus import TeacherMetrics
-from actors.placement import read_nodes, replica_request, sampler_request, worker_request
+from actors.placement import (
+    ResourceRequest,
+    read_nodes,
+    replica_request,
+    sampler_request,
+    teacher_sampler_request,
+    worker_request,
+)
 from actors.rollouts.base import SamplerFactory, SamplerSpec, Sampling
 from actors.rollouts.build import build_sampler
+from actors.rollouts.mixed_writing import MixedWriters
 from actors.rollouts.step_writer import RolloutPlan, StepFacts, StepWriter, Teacher
 from actors.rollouts.weights import WeightFolders
 from actors.rollouts.workers import RolloutWorkers
@@ -52,13 +61,29 @@ def log_folder(folder: Path) -> Path:
     return rollouts_folder(folder) / "log"
 
 
+def optimizer_steps(config: RunConfig, rows: int) -> int:
+    """Return how many optimizer steps the distillation of so many rows takes."""
+    times = config.rollouts.inner_epochs if config.rollouts is not None else 1
+    return steps_in(rows, config.train.batch_rows, config.train.epochs) * times
+
+
+def samplers_of(config: RunConfig) -> list[tuple[ResourceRequest, int]]:
+    """Return what each kind of sampler beside a training needs, and how many there are."""
+    if config.rollouts is None:
+        return []
+    found = [(sampler_request(config.sampler_engine), int(config.sampler_engine.replicas))]
+    if (drawing := config.teacher_sampler_engine) is not None:
+        found.append((teacher_sampler_request(drawing), int(drawing.replicas)))
+    return found
+
+
 def rollout_task(config: RunConfig, folder: Path, run_folder: Path, models: Models) -> RolloutTask | None:
     """Return what the training of a run, or of a trial with a folder of its own, is told of its rollouts; None if it has none."""
     if config.rollouts is None:
         return None
     rollouts, adaptive = config.rollouts, config.rollouts.adaptive_share
     policy = RowPolicy(
-        rollouts.student_share, rollouts.refresh_steps, rollouts.lag, rollouts.replay, adaptive,
+        rollouts.student_share, rollouts.refresh_steps, rollouts.lag, rollouts.inner_epochs, rollouts.replay, adaptive,
         shares=str(rollouts_folder(folder) / "shares.json") if adaptive is not None else None,
     )  # fmt: skip
     return RolloutTask(
@@ -122,6 +147,11 @@ class RolloutStage:
             ids_below=named_below(min(known, vocab_size), vocab_size_of(student)),
             candidates=config.scores.top_k if rollouts.wire == "candidates" else 0,
         )
+        self._teacher_sampler_spec = None
+        if (drawing := config.teacher_sampler_engine) is not None:
+            self._teacher_sampler_spec = replace(
+                self._sampler_spec, engine=drawing, model=pin_revision(teacher), ids_below=named_below(known, vocab_size)
+            )
         sampler = StepSampler(len(examples), train.batch_rows, seed, train.first_epoch == "store_order")
         total_steps = steps_in(len(examples), train.batch_rows, train.epochs)
         self._plan = RolloutPlan(
@@ -132,6 +162,7 @@ class RolloutStage:
             keep_steps=rollouts.keep_steps,
             first_model=student,
             trust_remote_code=student.trust_remote_code,
+            teacher_share=rollouts.teacher_share,
         )
         identity = {
             "rollouts": True,
@@ -171,8 +202,7 @@ class RolloutStage:
         def note(facts: StepFacts) -> None:
             lines.write(facts.step, facts.numbers)
 
-        spec, weights = self._sampler_spec, WeightFolders(Path(self._task.weights))
-        samplers = RolloutWorkers(spec, int(spec.engine.replicas), logs, self._sampler_factory)
+        samplers, weights = self._samplers(logs), WeightFolders(Path(self._task.weights))
         try:
             with closing(lines), samplers, serve_teacher() as teacher:
                 StepWriter(self._plan, self._log, weights, samplers, teacher, note).run(over)
@@ -180,6 +210,16 @@ class RolloutStage:
             with suppress(OSError):  # on a full disk the first error matters, not that it could not be written down
                 self._log.declare_failed(describe_failure(error))
             raise
+
+    def _samplers(self, logs: Path) -> RolloutWorkers | MixedWriters:
+        """Return those who write: samplers of the student, and of the teacher where it draws some of the tokens."""
+        spec, of_teacher = self._sampler_spec, self._teacher_sampler_spec
+        student = RolloutWorkers(spec, int(spec.engine.replicas), logs, self._sampler_factory)
+        if of_teacher is None:
+            return student
+        replicas = int(of_teacher.engine.replicas)
+        teacher = RolloutWorkers(of_teacher, replicas, logs, self._sampler_factory, "teacher sampler")
+        return MixedWriters(student, teacher, self._plan.teacher_share)
 
 
 @contextmanager
@@ -217,8 +257,7 @@ def _teacher_spec(config: RunConfig, folder: Path, models: Models) -> TeacherSpe
 def _most_replicas(config: RunConfig) -> int:
     """Return how many teachers find room beside samplers and workers, at least one."""
     nodes = read_nodes()
-    others = [(sampler_request(config.sampler_engine), int(config.sampler_engine.replicas)),
-              (worker_request(config.workers), config.workers.count)]  # fmt: skip
+    others = [*samplers_of(config), (worker_request(config.workers), config.workers.count)]
     replica = replica_request(config.teacher.engine)
     fitting = [count for count in range(2, MOST_REPLICAS + 1) if fit_together(nodes, [(replica, count), *others])]
     return max(fitting, default=1)

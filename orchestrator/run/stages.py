@@ -14,7 +14,15 @@ from actors.examples import ExampleFile
 from actors.format import plural
 from actors.hub_files import NodeDownloads, nodes_for
 from actors.model_source import ModelSource
-from actors.placement import ResourceRequest, evaluator_need, read_nodes, replica_request, sampler_request, worker_request
+from actors.placement import (
+    ResourceRequest,
+    evaluator_need,
+    read_nodes,
+    replica_request,
+    sampler_request,
+    teacher_sampler_request,
+    worker_request,
+)
 from actors.score_store.store import ScoreStore
 from actors.student.task import TrainingTask
 from losses.config import HardLabelLoss
@@ -126,6 +134,8 @@ def loads_of(stage: str, config: RunConfig, models: Models) -> list[tuple[Role, 
             loads.append(("teacher", models.ready("teacher"), replica_request(config.teacher.engine)))
             if config.rollouts.wire == "hidden":  # workers read its output head
                 loads.append(("teacher", models.ready("teacher"), worker_request(config.workers)))
+        if config.teacher_sampler_engine is not None:
+            loads.append(("teacher", models.ready("teacher"), teacher_sampler_request(config.teacher_sampler_engine)))
         return loads
     if stage == "evaluate":
         measured = [role for role in ROLES if role == "student" or config.evaluate.teacher == "model"]

@@ -107,7 +107,12 @@ def require_same_samplers(config: RunConfig, trial: RunConfig) -> None:
             f"rollouts.max_new_tokens is {trial.rollouts.max_new_tokens}, but the teacher of all trials takes rows with "
             f"{config.rollouts.max_new_tokens}, as the configuration says; that, or fewer, would do"
         )
-    if trial.sampler_engine != config.sampler_engine:
+    if trial.teacher_sampler_engine is not None and config.teacher_sampler_engine is None:
+        raise ConfigError(
+            f"rollouts.teacher_share is {trial.rollouts.teacher_share:g}, but 0 in the configuration, whose samplers all trials "
+            "have; a share above 0 there would do, and 0 in trials in which the teacher draws nothing"
+        )
+    if trial.sampler_engine != config.sampler_engine or trial.rollouts.teacher_engine != config.rollouts.teacher_engine:
         raise ConfigError(
             "rollouts.engine differs from the configuration's, but the samplers of all trials are alike; leave it out there"
         )

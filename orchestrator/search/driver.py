@@ -13,7 +13,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.config.models import needs_teacher
-from actors.dataloader.sampler import steps_in
 from actors.examples import ExampleFile
 from actors.files import write_atomically
 from actors.monitors.metrics_log import read_metrics
@@ -26,7 +25,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models
 from orchestrator.run.pipeline import run_stages
 from orchestrator.run.responses import training_rows
-from orchestrator.run.rollouts import served_teacher
+from orchestrator.run.rollouts import optimizer_steps, samplers_of, served_teacher
 from orchestrator.run.run_dir import RunDir, result_path
 from orchestrator.run.stages import fetch_models
 from orchestrator.search.bound_space import BoundSpace
@@ -84,7 +83,7 @@ def prepare_inputs(config: RunConfig, run_dir: RunDir, from_data: bool = True) -
                 f"delete {result_path(run_dir.path, 'score')} and run again"
             )
     rows = len(ExampleFile(training_rows(config, run_dir.path)))
-    total_steps = steps_in(rows, config.train.batch_rows, config.train.epochs)
+    total_steps = optimizer_steps(config, rows)
     training_store = Path(stores["train"]) if "train" in stores else None
     inputs = SharedInputs(run_dir.path, training_store, Path(stores["heldout"]), total_steps)
     return inputs if config.rollouts is None else replace(inputs, serve_teacher=partial(served_teacher, config, run_dir, models))
@@ -180,7 +179,7 @@ def run_search(
     """
     workers = bound.config.workers
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # the ledger is on this node
-    samplers = bound.config.sampler_engine if bound.config.rollouts is not None else None
+    samplers = samplers_of(bound.config)
     actor = ray.remote(SearchController).options(num_cpus=0, scheduling_strategy=here)
     controller: ControllerHandle = actor.remote(folder / "ledger.jsonl", spec, scheduler)
     stores = (inputs.training_store, inputs.heldout_store)

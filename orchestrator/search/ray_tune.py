@@ -8,7 +8,7 @@ Ray Tune is asked by the controller.
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +16,8 @@ from typing import Any, Protocol
 from ray import tune
 from ray.tune.search import Searcher
 
-from actors.config.models import EngineConfig
 from actors.config.workers import WorkersConfig
-from actors.placement import read_nodes, sampler_request, settled_places, worker_request
+from actors.placement import ResourceRequest, read_nodes, settled_places, worker_request
 from actors.room import fit_together
 from orchestrator.search.ledger import Search
 from orchestrator.search.trial import TrialContext, run_trial
@@ -37,7 +36,7 @@ class Trials(Protocol):
 
 
 def run_trials(
-    trials: Trials, context: TrialContext, workers: WorkersConfig, samplers: EngineConfig | None, at_once: int
+    trials: Trials, context: TrialContext, workers: WorkersConfig, samplers: Sequence[tuple[ResourceRequest, int]], at_once: int
 ) -> None:
     """Run trial after trial, up to ``at_once`` at a time, until there is none left."""
     _keep_silent()
@@ -105,7 +104,7 @@ def _keep_silent() -> None:
 
 
 def trial_resources(
-    workers: WorkersConfig, in_process: bool, samplers: EngineConfig | None = None
+    workers: WorkersConfig, in_process: bool, samplers: Sequence[tuple[ResourceRequest, int]] = ()
 ) -> tune.PlacementGroupFactory:
     """Return what Ray Tune holds for a trial: all it needs, samplers included, but for workers that Ray Train holds itself."""
     held = worker_request(workers)
@@ -113,14 +112,13 @@ def trial_resources(
     if not in_process:
         amounts, labels = {"memory": 1 << 20}, {}  # no part of a CPU, of which the workers may need all
     bundles, selectors = [amounts], [labels]
-    if samplers is not None:
-        sampler = sampler_request(samplers)
-        bundles += [dict(sampler.amounts)] * int(samplers.replicas)
-        selectors += [dict(sampler.labels)] * int(samplers.replicas)
+    for sampler, count in samplers:
+        bundles += [dict(sampler.amounts)] * count
+        selectors += [dict(sampler.labels)] * count
     return tune.PlacementGroupFactory(bundles, **({"bundle_label_selector": selectors} if any(selectors) else {}))
 
 
-def most_at_once(workers: WorkersConfig, samplers: EngineConfig | None = None) -> int:
+def most_at_once(workers: WorkersConfig, samplers: Sequence[tuple[ResourceRequest, int]] = ()) -> int:
     """Return how many trials find room in what is free now, node by node.
 
     Raises:
@@ -133,18 +131,18 @@ def most_at_once(workers: WorkersConfig, samplers: EngineConfig | None = None) -
             f"a trial needs {need.many(workers.count)}, and there is room for {free} now: lower workers.cpus, workers.gpus or "
             "workers.count, or wait until other work is done"
         )
-    if samplers is None:
+    if not samplers:
         return free // workers.count
-    sampler, count = sampler_request(samplers), int(samplers.replicas)
     now = [replace(node, total=node.free) for node in read_nodes()]
     fitting = [
         trials for trials in range(1, free // workers.count + 1)
-        if fit_together(now, [(need, trials * workers.count), (sampler, trials * count)])
+        if fit_together(now, [(need, trials * workers.count), *((sampler, trials * count) for sampler, count in samplers)])
     ]  # fmt: skip
     if not fitting:
+        wanted = " and ".join(one.many(count) for one, count in [(need, workers.count), *samplers])
         raise ValueError(
-            f"a trial needs {need.many(workers.count)} and {sampler.many(count)}, for which there is no room now beside the "
-            "teacher: lower workers.cpus, rollouts.engine.cpus or teacher.engine.replicas, or wait until other work is done"
+            f"a trial needs {wanted}, for which there is no room now beside the teacher: lower workers.cpus, "
+            "rollouts.engine.cpus or teacher.engine.replicas, or wait until other work is done"
         )
     return max(fitting)
 

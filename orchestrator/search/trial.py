@@ -11,7 +11,6 @@ import ray
 import ray.tune
 import torch
 
-from actors.dataloader.sampler import steps_in
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import read_metrics
 from actors.student.loop import distil
@@ -21,7 +20,7 @@ from actors.teacher.service import ScoreService
 from orchestrator.config.tune import rung_steps
 from orchestrator.models.models import Models
 from orchestrator.run.responses import training_rows
-from orchestrator.run.rollouts import RolloutStage, rollout_task, rollouts_folder
+from orchestrator.run.rollouts import RolloutStage, optimizer_steps, rollout_task, rollouts_folder
 from orchestrator.run.stages import distillation_task
 from orchestrator.run.training import train_model
 from orchestrator.search.bound_space import BoundSpace
@@ -58,8 +57,7 @@ class TrialContext:
             ValueError: if it has fewer steps than there are rungs.
         """
         config, base = self.space.config_of(assignment.point), self.space.config
-        rows = len(ExampleFile(training_rows(config, self.run_folder)))
-        total_steps = steps_in(rows, config.train.batch_rows, config.train.epochs)
+        total_steps = optimizer_steps(config, len(ExampleFile(training_rows(config, self.run_folder))))
         validation = ValidationSchedule(
             trial=assignment.trial,
             steps=rung_steps(total_steps, self.rungs),

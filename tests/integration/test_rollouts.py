@@ -79,6 +79,29 @@ def test_a_run_by_another_wire_has_what_it_asks_for_and_keeps_to_it(tmp_path: Pa
     assert losses and np.isfinite(losses).all()
     other = finish(tmp_path, wire, f"wire: top_k, {rollouts}", *overrides)
     assert other.returncode != 0 and "rollouts.wire" in other.stdout + other.stderr
+def test_two_workers_learn_from_what_both_models_write_as_one_does(tmp_path: Path) -> None:
+    engine = "{kind: transformers, dtype: float32, cpus: 0.2}"
+    rollouts = f"student_share: 0.7, teacher_share: 0.3, refresh_steps: 2, inner_epochs: 2, engine: {engine}"
+    rollouts += f", teacher_engine: {engine}"
+    loss = ["loss={kind: policy_gradient, corpus_weight: 0.5}", "train.epochs=0.5", "train.micro_batch_rows=5"]
+    for workers in (1, 2):
+        done = finish(tmp_path, f"of-{workers}", rollouts, *loss, f"workers={{count: {workers}, cpus: 0.3}}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    folders, deals = [tmp_path / "of-1", tmp_path / "of-2"], STEPS // 2
+    one, two = (read_metrics(folder / "metrics" / "train.jsonl") for folder in folders)
+    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 2 * deals + 1))
+    assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
+    for key in ("loss", "divergence", "clipped_share", "gradient_norm"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=2e-3, abs=1e-4), key
+    logs = [RolloutLog(folder / "rollouts" / "log") for folder in folders]
+    for deal in range(1, deals + 1):
+        assert logs[0].examples(deal).keys == logs[1].examples(deal).keys
+        assert {sampled.weights_step for sampled in logs[1].sampled(deal)} == {(deal - 1) // 2 * 4}
+        assert all(sampled.drawn_logprobs is not None for sampled in logs[1].sampled(deal))
+    assert {path.name for path in (folders[1] / "logs").glob("*sampler*")} == {"sampler-0.log", "teacher-sampler-0.log"}
+    lines = read_metrics(folders[1] / "metrics" / "rollouts.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, deals + 1))
+    assert all(0 < line["effective_share"] <= 1 for line in lines)
 
 
 @pytest.mark.drill

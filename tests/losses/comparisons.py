@@ -8,8 +8,8 @@ from torch import Tensor
 
 from losses.config import Tail
 from losses.divergence_config import Divergence
+from losses.divergences import DIVERGENCES
 from losses.loss_state import LossState
-from losses.registry import DIVERGENCES
 from losses.teachers import DenseTeacher, Teacher, predictions
 from losses.topk_teacher import TopkTeacher
 from tests.reference import divergences, formulas

@@ -15,6 +15,7 @@ from losses.config import (
     DiversityOnlyLoss,
     HardLabelLoss,
     LossConfig,
+    PolicyGradientLoss,
     TargetOnlyLoss,
 )
 from losses.distillation import LossSums, distillation_loss
@@ -150,7 +151,7 @@ def test_sums_for_reports_are_of_each_group_and_carry_no_gradient() -> None:
 def test_means_are_over_the_tokens_each_term_speaks_of() -> None:
     values = dict(
         loss=1.0, divergence=20.0, target_term=8.0, diversity_term=12.0, easy_diversity=2.0, hard_target=3.0, hard_diversity=9.0,
-        easy_loss=0.125, cross_entropy=4.0, targets=4.0, easy=1.0,
+        easy_loss=0.125, cross_entropy=4.0, targets=4.0, easy=1.0, clipped=3.0,
     )  # fmt: skip
     sums = LossSums(**{name: torch.tensor(value) for name, value in values.items()})
     atkd, jensen = AtkdLoss(kind="atkd"), loss_of("coupled", divergence="jensen_shannon")
@@ -160,6 +161,8 @@ def test_means_are_over_the_tokens_each_term_speaks_of() -> None:
     }  # fmt: skip
     assert sums.means(loss_of("coupled")).keys() == {"cross_entropy", "targets", "divergence", "target_term", "diversity_term"}
     assert sums.means(jensen) == {"cross_entropy": 1.0, "targets": 4.0, "divergence": 5.0}, "it has no two terms"
+    policy = PolicyGradientLoss(kind="policy_gradient")
+    assert sums.means(policy) == {"cross_entropy": 1.0, "targets": 4.0, "divergence": 5.0, "clipped_share": 0.75}
     assert sums.means(HardLabelLoss(kind="hard_label")) == {"cross_entropy": 1.0, "targets": 4.0}
     assert set(LossSums.zero("cpu").means(atkd).values()) == {0.0}
     assert (sums + LossSums.zero("cpu")).means(atkd) == sums.means(atkd) == LossSums(*sums.detach().tensors()).means(atkd)

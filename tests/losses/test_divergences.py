@@ -7,7 +7,7 @@ from torch import Tensor
 from losses.config import CoupledLoss, Tail
 from losses.distillation import distillation_loss
 from losses.divergence_config import SPLIT_DIVERGENCES
-from losses.registry import DIVERGENCES
+from losses.divergences import DIVERGENCES
 from losses.teachers import DenseTeacher
 from losses.token_weights import token_weights
 from losses.topk_teacher import TopkTeacher

@@ -11,9 +11,9 @@ import yaml
 from pydantic import TypeAdapter
 
 from losses.config import CoupledLoss, LossConfig
+from losses.divergences import DIVERGENCES
 from losses.loss_state import LossState
 from losses.prediction import Prediction
-from losses.registry import DIVERGENCES
 from losses.section import Section
 from losses.teachers import DenseTeacher, predictions
 from losses.terms import Terms

@@ -170,7 +170,7 @@ def test_what_cannot_be_ranked_or_weighed() -> None:
     with pytest.raises(ValueError, match=r"uncertainty has the shape \[2\] and easy \[3\]; both must be \[N\]"):
         token_weights(torch.zeros(2), atkd(), easy=torch.zeros(3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"weights.diversity has the shape \[1\] and weights.easy \[2\]"):
-        TokenWeights(torch.zeros(2), torch.zeros(2), torch.zeros(1), torch.zeros(2), torch.zeros(2, dtype=torch.bool))
+        TokenWeights(*[torch.zeros(2)] * 2, torch.zeros(1), *[torch.zeros(2)] * 3, torch.zeros(2, dtype=torch.bool))
 
 
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), max_size=40), st.floats(0, 1))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.config.models import TrainConfig
-from actors.dataloader.sampler import StepSampler, layout_of, steps_in
+from actors.dataloader.sampler import StepSampler, Visits, layout_of, steps_in
 
 
 def take(count: int, rows: int, batch_rows: int, seed: int, store_order_first: bool = True) -> list[np.ndarray]:
@@ -91,3 +91,23 @@ def test_steps_agree_with_the_batches() -> None:
         steps = steps_in(rows, batch_rows, epochs)
         assert steps == epochs * math.ceil(rows / batch_rows)
         assert StepSampler(rows, batch_rows, 0, store_order_first=True).epochs_after(steps) == epochs
+
+
+def visited_slowly(deals: int, window: int, times: int) -> list[int]:
+    """Whose rows each step learns from, window after window."""
+    found: list[int] = []
+    for first in range(1, deals + 1, window):
+        found += list(range(first, min(first + window, deals + 1))) * times
+    return found
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+@pytest.mark.parametrize(("deals", "window"), [(6, 1), (6, 2), (7, 3), (5, 8), (1, 1)])
+def test_the_deals_of_a_window_are_visited_again_and_again(deals: int, window: int, times: int) -> None:
+    visits, expected = Visits(deals, window, times), visited_slowly(deals, window, times)
+    assert visits.total_steps == len(expected)
+    assert [visits.deal(step) for step in range(1, len(expected) + 1)] == expected
+    assert [visits.first_step(deal) for deal in range(1, deals + 1)] == [expected.index(deal) + 1 for deal in range(1, deals + 1)]
+    assert [visits.newest(step) for step in range(1, len(expected) + 1)] == [
+        max(expected[:step]) for step in range(1, len(expected) + 1)
+    ]

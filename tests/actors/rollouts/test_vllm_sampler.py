@@ -121,6 +121,22 @@ def test_the_seed_makes_a_response_whatever_is_sampled_beside_it(free: Any) -> N
     assert sum(one == other for one, other in zip(together, others, strict=True)) < len(asked) / 2
 
 
+def test_a_response_is_gone_on_with_token_by_token_as_far_as_is_asked(free: Any, folder: Path) -> None:
+    asked = prompts(8)
+    begun = sampled(free, [replace(prompt, most=3) for prompt in asked])
+    assert texts(begun) == [text[:3] for text in texts(sampled(free, asked))], "the same draws, cut sooner"
+    unfinished = [(prompt, one) for prompt, one in zip(asked, begun, strict=True) if not one.ended]
+    on = [
+        replace(prompt, token_ids=np.concatenate([prompt.token_ids, one.token_ids]), written=3, most=2)
+        for prompt, one in unfinished
+    ]
+    found = sampled(free, on)
+    assert unfinished and all(1 <= len(response.token_ids) <= 2 for response in found)
+    for prompt, response in zip(on, found, strict=True):
+        np.testing.assert_allclose(response.logprobs, plain_logprobs(folder, prompt, response), atol=1e-4)
+    assert texts(sampled(free, [replace(prompt, written=0) for prompt in on])) != texts(found), "what goes on draws anew"
+
+
 def test_temperature_0_writes_what_transformers_writes(free: Any, folder: Path) -> None:
     asked = prompts(8)
     plainly = EngineConfig(kind="transformers", dtype="float32")

@@ -52,6 +52,17 @@ def test_the_steps_that_weights_write_are_those_that_name_them(refresh_steps: in
         assert list(steps_written_by(weights, refresh_steps, lag, total_steps)) == named
 
 
+@pytest.mark.parametrize("inner_epochs", [2, 4])
+@pytest.mark.parametrize(("refresh_steps", "lag", "total_steps"), SETTINGS)
+def test_weights_wait_for_all_visits_of_a_window(refresh_steps: int, lag: int, total_steps: int, inner_epochs: int) -> None:
+    steps = range(1, total_steps + 1)
+    found = [weights_step(step, refresh_steps, lag, inner_epochs) for step in steps]
+    assert found == [inner_epochs * taken for taken in walked(refresh_steps, lag, total_steps)]
+    for weights in range(inner_epochs * (total_steps + 2 * refresh_steps) + 1):
+        named = [step for step, taken in zip(steps, found, strict=True) if taken == weights]
+        assert list(steps_written_by(weights, refresh_steps, lag, total_steps, inner_epochs)) == named
+
+
 def test_a_proof_is_read_as_it_was_written(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     proof = Proof(generator.integers(0, 50_000, 17).astype(np.int32), -generator.exponential(3, 16).astype(np.float32))

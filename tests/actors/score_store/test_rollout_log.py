@@ -30,9 +30,12 @@ def rows_of(step: int, rows: int) -> tuple[list[Example], list[TeacherScores], l
     examples = fake_examples(rows, seed=step)
     generator = np.random.default_rng(step)
     sampled = [
-        Sampled(-generator.exponential(2, len(example.targets)).astype(np.float32), bool(row % 2), 10 * step)
+        Sampled(
+            -generator.exponential(2, len(example.targets)).astype(np.float32), bool(row % 2), 10 * step,
+            drawn_logprobs=-generator.exponential(2, len(example.targets)).astype(np.float32) if row % 2 else None,
+        )
         for row, example in enumerate(examples)
-    ]
+    ]  # fmt: skip
     return examples, [expected_scores(example, TOP_K) for example in examples], sampled
 
 
@@ -60,9 +63,11 @@ def test_what_was_written_is_read_by_step_and_row(log: RolloutLog, tmp_path: Pat
             np.testing.assert_allclose(again.topk_logprobs, score.topk_logprobs, atol=2.5e-4)
             np.testing.assert_array_equal(follower.scores(step, row, top_k=2).topk_ids, score.topk_ids[:, :2])
             np.testing.assert_array_equal(follower.uncertainty(step, row), uncertainty(score))
+            np.testing.assert_array_equal(follower.teacher_logprobs(step, row), score.target_logprob)
             assert follower.teacher_loss(step, row) == pytest.approx(-score.target_logprob.astype(float).mean(), rel=1e-6)
         for mine, theirs in zip(sampled, follower.sampled(step), strict=True):
             np.testing.assert_array_equal(mine.logprobs, theirs.logprobs)
+            np.testing.assert_array_equal(mine.drawn_logprobs, theirs.drawn_logprobs)
             assert (mine.ended, mine.weights_step) == (theirs.ended, theirs.weights_step)
             assert theirs.logprobs.dtype == np.float32
 

@@ -1,7 +1,6 @@
 """A share of the rows that grows with the loss on held-out rows, and rows that are learned again, in whole trainings."""
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from actors.score_store.rollout_log import RolloutLog
 from actors.student.hand_over import next_change
 from tests.actors.student import test_on_policy as on_policy
 from tests.actors.student.test_on_policy import BATCH, STEPS, Run
-from tests.worlds import scored_world
 
 one_load_at_a_time = on_policy._one_load_at_a_time
 ADAPTIVE = AdaptiveShareConfig(first=0.2, every_steps=2, tolerance=0.1, raise_by=0.5)
@@ -39,14 +37,7 @@ def test_the_share_grows_when_the_loss_has_risen(changes: list[Change], loss: fl
 
 def adaptive_run(folder: Path, tolerance: float) -> Run:
     adaptive = AdaptiveShareConfig(first=0.0, every_steps=2, tolerance=tolerance, raise_by=0.5)
-    (folder / "heldout").mkdir(parents=True)
-    heldout, store = scored_world(folder / "heldout", rows=5, top_k=8, seed=9)
-    shares = str(folder / "shares.json")
-    run = Run(folder, student_share=0.8, adaptive=adaptive, shares=shares, top_k=8, learning_rate=0.5)
-    assert run.task.rollouts is not None
-    told = replace(run.task.rollouts, heldout=str(heldout), heldout_store=str(store.path), heldout_batch_rows=3)
-    run.task = replace(run.task, rollouts=told)
-    return run
+    return Run(folder, student_share=0.8, adaptive=adaptive, top_k=8, learning_rate=0.5)
 
 
 def test_a_student_whose_loss_rises_writes_more_and_more(tmp_path: Path) -> None:

@@ -15,15 +15,17 @@ from transformers import AutoModelForCausalLM
 
 from actors.config.models import LoraAdapter, TrainConfig
 from actors.dataloader.collator import collate
-from actors.dataloader.row_sources import RowPolicy
+from actors.dataloader.rollout_rows import RolloutRows
+from actors.dataloader.row_sources import RowPolicy, RowSources, written_by_student
 from actors.dataloader.sampler import StepSampler
 from actors.dataloader.scored_rows import FileRows, StoredRows, all_rows
 from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
+from actors.records import Example, TeacherScores
 from actors.rollouts.weights import Proof
-from actors.score_store.rollout_log import RolloutLog
+from actors.score_store.rollout_log import RolloutLog, Sampled
 from actors.score_store.store import ScoreStore
 from actors.student.causal_lm import CausalStudent, make_student, prepare_model
 from actors.student.hand_over import WeightPublisher
@@ -33,7 +35,7 @@ from actors.student.ranks import Worker
 from actors.student.task import RolloutTask, TrainingTask
 from losses.config import LossConfig
 from losses.loss_state import LossState
-from tests.worlds import VOCAB, scored_world, tiny_llama
+from tests.worlds import VOCAB, random_examples, scored_world, scores_from_logits, tiny_llama
 
 LOSS: TypeAdapter[LossConfig] = TypeAdapter(LossConfig)
 CASES: dict[str, dict[str, Any]] = {
@@ -43,8 +45,11 @@ CASES: dict[str, dict[str, Any]] = {
         "kind": "coupled", "divergence": "jensen_shannon", "tokens": "student_entropy",
         "samples": {"kind": "teacher_loss", "threshold_start": 3.0, "threshold_end": 4.0},
     },
+    "a policy gradient beside the data's rows": {"kind": "policy_gradient", "corpus_weight": 0.5},
     "cross entropy beside it": {"kind": "decoupled", "tokens": "hellinger", "cross_entropy_weight": 0.5},
 }  # fmt: skip
+SHARE = 0.6
+"""Of the first step's rows, those of the log, where the loss learns from what was drawn."""
 HEAD_ADAPTER = LoraAdapter(rank=2, modules=("q_proj", "lm_head"))
 CUTS = [("replicate", 1, None), ("replicate", 2, HEAD_ADAPTER), ("fsdp", 2, None), ("fsdp", 1, HEAD_ADAPTER)]
 """Sharding, rows of a forward pass, adapters. Seven rows do not go round: one rank takes part with a weightless pass."""
@@ -68,7 +73,9 @@ def step_gradients(
     examples, store = ExampleFile(folder / "train.arrow"), ScoreStore(folder / "store")
     rows = StoredRows(examples, store, 8, StepSampler(len(examples), 7, seed=0, store_order_first=True))
     weights = StepWeights(loss, seed=0, dataset=all_rows(examples, store, 8))
-    with StepLoader(rows, train, worker.rank, worker.world_size, worker.device, VOCAB, last_step=2) as loader:
+    sources = RowSources(RowPolicy(SHARE), 0, lambda step: 7, total_steps=2)
+    source = RolloutRows(rows, RolloutLog(folder / "log"), sources) if loss.kind == "policy_gradient" else rows
+    with StepLoader(source, train, worker.rank, worker.world_size, worker.device, VOCAB, last_step=2) as loader:
         sums = accumulate_gradients(student, loader, weights, 1, LossState.first(loss), worker, train)
     loss_value = float(worker.sum_over_workers(sums).loss)
     found = {}
@@ -128,13 +135,27 @@ def hand_over(folder: Path, worker: Worker) -> None:
     WeightPublisher(task, worker, total_steps=9).after(make_student(source, None, loss, train, worker), 3)
 
 
+def written_rows() -> tuple[list[Example], list[TeacherScores], list[Sampled]]:
+    """What the student and, in part, the teacher wrote for the first step, as if it had been drawn."""
+    generator = np.random.default_rng(8)
+    examples = random_examples(int(written_by_student(0, 1, 7, SHARE).sum()), seed=5)
+    scores = [scores_from_logits(one, generator.normal(size=(len(one.token_ids), VOCAB)), 8) for one in examples]
+    sampled = [
+        Sampled(*generator.uniform(-5, -4, (1, len(one.targets))).astype(np.float32), True, 0,
+                generator.uniform(-5, -4, len(one.targets)).astype(np.float32))
+        for one in examples
+    ]  # fmt: skip
+    return examples, scores, sampled
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, scores, a model, and what two ranks made of them."""
     folder = tmp_path_factory.mktemp("ranks")
     scored_world(folder, rows=16)
     tiny_llama(folder / "model", seed=1, tied=False)
-    RolloutLog.open_or_create(folder / "log", {"top_k": 8, "vocab_size": VOCAB}, steps=9, batch_rows=4)
+    log = RolloutLog.open_or_create(folder / "log", {"top_k": 8, "vocab_size": VOCAB}, steps=9, batch_rows=7)
+    log.write(1, *written_rows())
     torch.multiprocessing.spawn(rank_main, (folder,), nprocs=2)
     return folder
 

@@ -47,6 +47,20 @@ def test_who_writes_responses_counts_too() -> None:
     assert demand(changed("responses={writer: teacher}", "teacher.engine.cpus=3", "scores.overlap=false")) == Demand(cpus=3)
 
 
+def test_who_draws_tokens_beside_the_training_needs_room_of_its_own() -> None:
+    engines = "rollouts={student_share: 1, teacher_share: 0.2, engine: {cpus: 2}, teacher_engine: {cpus: 3, replicas: 2}}"
+    beside = [engines, "student.model.hidden_size=64", "teacher.engine.cpus=1", "workers={count: 2, cpus: 1}"]
+    assert demand(changed(*beside)) == Demand(cpus=1 + 2 + 6 + 2)
+    require_places(changed(*beside), [Node("one", {"CPU": 11.0})])
+    with pytest.raises(ValueError, match=(
+        "^1 replica of 1 CPU, 1 sampler of 2 CPUs, 2 teacher samplers of 3 CPUs, 2 workers of 1 CPU do not fit at one time on "
+        r"1 node; rollouts\.teacher_engine\.replicas 1 or workers\.count 1 would do$"
+    )):  # fmt: skip
+        require_places(changed(*beside), [Node("one", {"CPU": 10.0})])
+    with pytest.raises(ValueError, match=r"rollouts\.teacher_engine\.cpus 3: the largest node has 2 CPUs; cpus 2 would do"):
+        require_places(changed(*beside), [Node("one", {"CPU": 2.0})])
+
+
 def test_of_replicas_whose_number_is_open_one_is_counted() -> None:
     assert demand(changed("teacher.engine={replicas: auto, cpus: 3}", "workers.cpus=2")) == Demand(cpus=5)
 

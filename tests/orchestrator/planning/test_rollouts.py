@@ -6,9 +6,10 @@ import pytest
 
 from actors.config.models import EngineConfig
 from orchestrator.config.run import RunConfig
+from orchestrator.models.models import Role
 from orchestrator.planning.cluster_fit import node_problems
 from orchestrator.planning.memory import replica_memory, sampler_memory
-from orchestrator.planning.plan import PlanOptions, make_plan
+from orchestrator.planning.plan import PlanOptions, make_plan, visited
 from orchestrator.planning.rollouts import RolloutPace, rollout_pace, sampling_rate
 from orchestrator.planning.shapes import ModelShape
 from orchestrator.planning.throughput import Rates
@@ -18,6 +19,8 @@ STUDENT = ModelShape(
     weights=500_000_000, trained=500_000_000, vocab_size=100_000, hidden_size=1000, intermediate_size=4000, layers=20,
     layer_weights=20_000_000, heads=10, kv_size=512, tied=True, trains_head=True,
 )  # fmt: skip
+TEACHER = replace(STUDENT, weights=16_000_000_000, layer_weights=800_000_000)
+SHAPES: dict[Role, ModelShape] = {"student": STUDENT, "teacher": TEACHER}
 RATES = Rates(scoring=4_000.0, training=2_000.0, source="said")
 
 
@@ -28,7 +31,7 @@ def config(rollouts: str, *overrides: str) -> RunConfig:
 
 def test_few_rows_wait_for_the_weights_to_be_read_and_many_for_the_operations() -> None:
     engine = EngineConfig(kind="vllm", gpu=True, dtype="bfloat16")
-    large = replace(STUDENT, weights=16_000_000_000, layer_weights=800_000_000)
+    large = TEACHER
     reading = 16e9 * 2 / (2.0e12 * 0.6)  # a GPU's memory, of which 60 % is used
     a_row = (2 * 20 * 800e6 + 20 * 4 * 1000 * 200 / 2 + 2 * 100e6) / (300e12 * 0.4)
     assert reading > 8 * a_row and reading < 200 * a_row
@@ -49,7 +52,7 @@ def test_a_small_model_waits_for_the_host() -> None:
 def test_the_parts_of_a_step_by_hand(share: float, lag: int) -> None:
     engine = "engine: {kind: vllm, gpu: true, dtype: bfloat16, replicas: 2}"
     found = rollout_pace(
-        config(f"student_share: {share}, lag: {lag}, max_new_tokens: 100, {engine}"), STUDENT, 60.0, RATES, 3, 300e12
+        config(f"student_share: {share}, lag: {lag}, max_new_tokens: 100, {engine}"), SHAPES, 60.0, RATES, 3, 300e12
     )
     written = 32 * share
     a_sampler = sampling_rate(STUDENT, EngineConfig(gpu=True, dtype="bfloat16"), written / 2, 100, 300e12)
@@ -58,6 +61,28 @@ def test_the_parts_of_a_step_by_hand(share: float, lag: int) -> None:
     assert found.training_seconds == pytest.approx((written * 160 + (32 - written) * 60) / (4 * 2_000))
     parts = [found.sampling_seconds, found.scoring_seconds, found.training_seconds]
     assert found.seconds == pytest.approx(max(parts) if lag else sum(parts))
+
+
+def test_steps_on_the_same_rows_share_what_it_took_to_write_them() -> None:
+    once, thrice = (
+        rollout_pace(config(f"student_share: 1, max_new_tokens: 100, inner_epochs: {times}"), SHAPES, 60.0, RATES, 3, 300e12)
+        for times in (1, 3)
+    )
+    assert thrice.sampling_seconds == pytest.approx(once.sampling_seconds / 3)
+    assert thrice.scoring_seconds == pytest.approx(once.scoring_seconds / 3)
+    assert thrice.training_seconds == once.training_seconds
+    assert visited(config("inner_epochs: 3", "train.epochs=2")).epochs == 6
+    assert visited(changed()) == changed().train
+
+
+def test_tokens_that_the_teacher_draws_take_its_time() -> None:
+    engines = "engine: {gpu: true, dtype: bfloat16}, teacher_engine: {gpu: true, dtype: bfloat16, replicas: 2}"
+    found = rollout_pace(
+        config(f"student_share: 1, teacher_share: 0.25, max_new_tokens: 100, {engines}"), SHAPES, 60.0, RATES, 3, 300e12
+    )
+    gpu = EngineConfig(gpu=True, dtype="bfloat16")
+    student, teacher = (sampling_rate(shape, gpu, rows, 100, 300e12) for shape, rows in ((STUDENT, 32), (TEACHER, 16)))
+    assert found.sampling_seconds == pytest.approx(3200 * (0.75 / student + 0.25 / (2 * teacher)))
 
 
 def test_as_many_as_keep_up_are_named() -> None:

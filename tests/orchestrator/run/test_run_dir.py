@@ -93,7 +93,8 @@ def test_what_is_searched_in_a_run_may_change(tmp_path: Path) -> None:
 def test_each_key_that_may_change_is_one_of_the_configuration(path: str) -> None:
     fit = {"train": {}}
     fitted = [f"{role}.finetune={json.dumps(fit)}" for role in ("teacher", "student")]
-    written = ["responses={writer: teacher, engine: {kind: vllm}}", "rollouts={engine: {kind: transformers}}"]
+    engines = "engine: {kind: transformers}, teacher_share: 0.2, teacher_engine: {kind: transformers}"
+    written = ["responses={writer: teacher, engine: {kind: vllm}}", f"rollouts={{{engines}}}"]
     settings = changed(*fitted, *written).model_dump(mode="json")
     for name in path.split("."):
         assert name in settings, path

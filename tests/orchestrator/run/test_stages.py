@@ -54,6 +54,14 @@ def test_who_writes_responses_is_loaded_where_it_is_served(
     assert (role, request.amounts["CPU"]) == expected and source.name == "someone/model"
 
 
+def test_a_teacher_that_draws_tokens_is_loaded_where_it_does(tmp_path: Path) -> None:
+    config = config_with(rollouts={"teacher_share": 0.2, "engine": {"cpus": 7}, "teacher_engine": {"cpus": 6}})
+    found = loads_of("train", config, Models(config, tmp_path))
+    assert [(role, request.noun, request.amounts["CPU"]) for role, _, request in found] == [
+        ("student", "worker", 2), ("student", "sampler", 7), ("teacher", "replica", 3), ("teacher", "teacher sampler", 6),
+    ]  # fmt: skip
+
+
 def test_a_model_that_is_fine_tuned_is_loaded_from_the_hub_by_its_fine_tuning_alone(tmp_path: Path) -> None:
     teacher = {"model": {"kind": "pretrained", "name": "someone/model"}, "finetune": {"workers": {"cpus": 4}, "train": {}}}
     config = config_with(teacher=teacher)
