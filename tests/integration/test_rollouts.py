@@ -63,7 +63,7 @@ def test_a_run_mixes_the_datas_rows_with_what_the_student_writes(tmp_path: Path)
     assert again.returncode == 0 and "train: done in" not in again.stdout
 
 
-@pytest.mark.parametrize("wire", ["candidates", "hidden"])
+@pytest.mark.parametrize("wire", ["candidates", pytest.param("hidden", marks=pytest.mark.drill)])
 def test_a_run_by_another_wire_has_what_it_asks_for_and_keeps_to_it(tmp_path: Path, wire: str) -> None:
     rollouts = "student_share: 1.0, lag: 1, engine: {kind: transformers, dtype: float32, cpus: 0.2}"
     overrides = ["teacher.engine.kind=vllm", "train.epochs=0.5", "loss={kind: coupled, divergence: reverse_kl}"]
@@ -79,6 +79,7 @@ def test_a_run_by_another_wire_has_what_it_asks_for_and_keeps_to_it(tmp_path: Pa
     assert losses and np.isfinite(losses).all()
     other = finish(tmp_path, wire, f"wire: top_k, {rollouts}", *overrides)
     assert other.returncode != 0 and "rollouts.wire" in other.stdout + other.stderr
+@pytest.mark.drill
 def test_two_workers_learn_from_what_both_models_write_as_one_does(tmp_path: Path) -> None:
     engine = "{kind: transformers, dtype: float32, cpus: 0.2}"
     rollouts = f"student_share: 0.7, teacher_share: 0.3, refresh_steps: 2, inner_epochs: 2, engine: {engine}"
@@ -149,3 +150,14 @@ def test_a_sampler_that_is_killed_is_started_again_and_nothing_is_lost_or_double
     assert [log.sampled(step)[0].weights_step for step in range(1, STEPS + 1)] == list(range(STEPS))
     lines = read_metrics(tmp_path / "sampler" / "metrics" / "rollouts.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.drill
+def test_the_papers_table_is_a_comparison_that_ends(tmp_path: Path) -> None:
+    settings = [one for one in TINY if not one.startswith("student.finetune")]
+    few = [*settings, "rollouts.max_new_tokens=8", "rollouts.engine={kind: transformers, dtype: float32, cpus: 0.2}",
+           "compare.seeds=1", "compare.learning_rates=[]", "compare.rungs=2", "student.finetune.train.epochs=0.2"]  # fmt: skip
+    command = [sys.executable, "-m", "orchestrator", "compare", "configs/paper_table2.yaml", f"output={tmp_path}", *few]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("completed") == 8 + 1, "eight arms, and the line about the best"
