@@ -189,9 +189,11 @@ def run_search(
         )
         at_once = min(most_at_once(workers, samplers), concurrent or spec.trials)
         logger.info(f"{spec.kind}: {spec.trials} trials of {spec.total_steps} steps, {at_once} at a time")
-        with logged_progress(spec.kind, lambda: _progress(folder / "ledger.jsonl", at_once), PROGRESS_SECONDS):
-            run_trials(queue_of(controller, trial_context.folder), trial_context, workers, samplers, at_once)
-    ray.kill(controller)
+        try:
+            with logged_progress(spec.kind, lambda: _progress(folder / "ledger.jsonl", at_once), PROGRESS_SECONDS):
+                run_trials(queue_of(controller, trial_context.folder), trial_context, workers, samplers, at_once)
+        finally:
+            ray.kill(controller)  # before the teacher goes: trials that miss it have not failed, they were interrupted
     return read_ledger(folder / "ledger.jsonl")
 
 

@@ -1,15 +1,22 @@
 """One trial: the training of its point, and that nothing of another trial reaches it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from actors.config.rollouts import ResponsesConfig
 from actors.config.workers import WorkersConfig
 from actors.examples import ExampleFile, write_examples
 from orchestrator.config.run import RunConfig
+from orchestrator.search import driver
+from orchestrator.search.bound_space import search_of
 from orchestrator.search.controller import Assignment, SearchController
 from orchestrator.search.driver import DIED, TrialQueue, progress_line
 from orchestrator.search.ledger import Ledger
@@ -100,3 +107,37 @@ def test_a_trial_holds_what_it_needs_and_leaves_the_cpus_to_the_workers_of_ray_t
     alone, beside = trial_resources(workers, in_process=True), trial_resources(workers, in_process=False)
     assert alone.bundles == [{"CPU": 1.5, "GPU": 1, "student_node": 1}]
     assert not beside.required_resources.get("CPU") and not beside.required_resources.get("GPU")
+
+
+@pytest.mark.ray
+def test_an_interrupted_search_ends_its_ledger_before_its_teacher(
+    local_ray: None, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial whose teacher is gone would else be told of as failed, and not run again when the search resumes."""
+    search, told, seen = search_of(config), [], []
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def teacher() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            try:
+                ray.get(told[0].search.remote(), timeout=20)
+            except RayActorError:
+                seen.append("the ledger's keeper is gone")
+
+    def queue_of(controller: Any, trials: Path) -> Any:
+        told.append(controller)
+
+    monkeypatch.setattr(driver, "run_trials", interrupted)
+    inputs = replace(ground_of(config), serve_teacher=teacher)
+    spec = spec_of(config, inputs)
+    driver.begin_ledger(tmp_path, spec)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run_search(
+            search, inputs, tmp_path, spec, RuleScheduler(StoppingRule("none", "min")), queue_of, in_process=True, concurrent=1
+        )
+    assert seen == ["the ledger's keeper is gone"]
