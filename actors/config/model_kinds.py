@@ -74,9 +74,9 @@ class CutModel(Section):
     """How many of the teacher's layers are kept, or which: ``10``, or ``[0, 1, 5, 9]``, counted from 0."""
 
     choose: Literal["evenly", "first_and_last", "least_influence"] | None = None
-    """Which layers a count keeps; null for ``evenly``, and where ``layers`` names them. ``evenly``: the first, the last, and those
-    between at equal distances. ``first_and_last``: the first half of the count from the front, one more if it is odd, the others
-    from the end. ``least_influence``: those are dropped that change the hidden states least (ShortGPT, arXiv 2403.03853)."""
+    """Which layers a count keeps; null for ``evenly``, and where ``layers`` names them. ``evenly``: the first, the last, and
+    those between at equal distances. ``first_and_last``: as many from the front as from the end, one more from the front where
+    the count is odd. ``least_influence``: those are dropped that change the hidden states least (ShortGPT, arXiv 2403.03853)."""
 
     influence_rows: int = Field(default=32, ge=1)
     """Training rows on which ``least_influence`` measures how much each layer changes."""
@@ -96,8 +96,8 @@ class CutModel(Section):
     def _choose_goes_with_a_count(self) -> "CutModel":
         if self.choose is not None and not isinstance(self.layers, int):
             raise ValueError(
-                f"choose is {self.choose!r}, but layers {list(self.layers)} names each layer that is kept: leave choose out, or say "
-                f"layers={len(self.layers)}"
+                f"choose is {self.choose!r}, but layers {list(self.layers)} names each layer that is kept: leave choose out, or "
+                f"say layers={len(self.layers)}"
             )
         return self
 
@@ -113,7 +113,10 @@ class CutModel(Section):
             ValueError: naming the key, its value and one that would do.
         """
         if layers == 1:
-            raise ValueError("student.model.kind is cut, and the teacher has one layer, without which nothing is left; scratch would do")
+            raise ValueError(
+                "student.model.kind is cut, and the teacher has one layer, without which nothing is left; "
+                "student.model.kind=scratch would do"
+            )
         if not isinstance(self.layers, int) and self.layers[-1] >= layers:
             within = [layer for layer in self.layers if layer < layers - 1] or [0]
             raise ValueError(

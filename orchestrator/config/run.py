@@ -59,7 +59,7 @@ class TeacherConfig(Section):
     @classmethod
     def _not_cut(cls, model: Any) -> Any:
         if isinstance(model, CutModel) or (isinstance(model, dict) and model.get("kind") == "cut"):
-            raise ValueError("kind is cut, and a teacher has no teacher that it could be cut from; kind pretrained or scratch would do")
+            raise ValueError("kind is cut, and a teacher has none that it could be cut from; kind pretrained or scratch would do")
         return model
 
 
@@ -181,8 +181,8 @@ class RunConfig(Section):
             student.require_fewer_than(teacher.layers)
         if self.compare.teachers:
             raise ValueError(
-                "compare.teachers teaches one student by several teachers, and student.model.kind is cut: each would teach another "
-                "student; student.model.kind=pretrained or scratch would do"
+                "compare.teachers teaches one student by several teachers, and student.model.kind is cut: each would teach "
+                "another student; student.model.kind=pretrained or scratch would do"
             )
 
     def _shaped_by(self, role: Literal["teacher", "student"]) -> tuple[str, PretrainedModel | ScratchModel]:

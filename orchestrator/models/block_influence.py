@@ -37,8 +37,8 @@ def block_influences(model: PreTrainedModel, rows: Iterable[Tensor]) -> list[flo
 
 
 def _add_cosines(
-    cosines: Tensor, position: int, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor | tuple[Tensor, ...]
-) -> None:
+    cosines: Tensor, position: int, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+) -> None:  # fmt: skip
     before = inputs[0] if inputs else named["hidden_states"]
     after = output if isinstance(output, Tensor) else output[0]
     cosines[position] += torch.cosine_similarity(before.double(), after.double(), dim=-1).sum()

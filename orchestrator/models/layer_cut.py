@@ -1,7 +1,7 @@
 """Students of some of the teacher's layers: which are kept, and what is left of configuration and model without the others.
 
-As in DistilBERT (arXiv 1910.01108), Minitron (arXiv 2407.14679) and ShortGPT (arXiv 2403.03853). Layers are counted from 0. What can
-be cut is not a list of names: blocks must be one list, and the kept ones the same when the smaller configuration builds them.
+As in DistilBERT (arXiv 1910.01108), Minitron (arXiv 2407.14679) and ShortGPT (arXiv 2403.03853). Layers are counted from 0. What
+can be cut is not a list of names: blocks must be one list, and the kept ones the same when the smaller configuration builds them.
 """
 
 import copy

@@ -198,7 +198,7 @@ def _unused_tokens(role: Role, settings: PreTrainedConfig, models: Models, rows:
 
 
 def _require_attention(config: RunConfig, models: Models, role: Role, settings: PreTrainedConfig) -> None:
-    source = models.named(role)
+    source, named_by = models.named(role), "teacher" if models.side(role).model.kind == "cut" else role
     computed_in: dict[str, str] = {"evaluate.precision": config.evaluate.precision}
     if role == "student":
         computed_in["train.precision"] = config.train.precision
@@ -208,6 +208,6 @@ def _require_attention(config: RunConfig, models: Models, role: Role, settings: 
         computed_in[f"{role}.finetune.train.precision"] = fit.train.precision
     trainings = ([config.workers] if role == "student" else []) + ([fit.workers] if fit is not None else [])
     require_attention(
-        settings, source.attention, f"{'teacher' if models.side(role).model.kind == 'cut' else role}.model.attention", computed_in, source.trust_remote_code,
+        settings, source.attention, f"{named_by}.model.attention", computed_in, source.trust_remote_code,
         learns_on_cpu=any(workers.gpus == 0 for workers in trainings),
     )  # fmt: skip

@@ -38,7 +38,7 @@ class Models:
         return self.config.teacher if role == "teacher" else self.config.student
 
     def named(self, role: Role) -> ModelSource:
-        """Return the model that the configuration names; of an adapter, the model it was made for; else the folder it is made in."""
+        """Return the model that the configuration names; of an adapter, its base; of one that this run makes, its folder."""
         model = self.side(role).model
         if model.kind == "cut":
             return replace(self.named("teacher"), name=str(self._folder / f"{role}_cut"), revision=None)

@@ -184,7 +184,8 @@ def _model(config: RunConfig, role: Role, work: Workload, folder: Path) -> Model
         return source
     tokenizer = plain_tokenizer()
     if shape.kind == "cut":
-        model = AutoModelForCausalLM.from_config(meta_model(config, role, work).config, trust_remote_code=source.trust_remote_code)
+        settings = meta_model(config, role, work).config
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=source.trust_remote_code)
     else:
         model = scratch_model(shape, tokenizer, scratch_vocab_size(config, work), config.longest_text, seed=0)
     Path(source.name).parent.mkdir(parents=True, exist_ok=True)
