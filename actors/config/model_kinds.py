@@ -69,6 +69,7 @@ class CutModel(Section):
     (arXiv 2407.14679). Embeddings, final norm, output head and tokenizer are the teacher's."""
 
     kind: Literal["cut"]
+    """``cut``, for students alone."""
 
     layers: int | tuple[int, ...]
     """How many of the teacher's layers are kept, or which: ``10``, or ``[0, 1, 5, 9]``, counted from 0."""
