@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from actors.attention import attention_for
-from actors.config.models import ScratchModel
+from actors.config.model_kinds import ScratchModel
 from actors.files import whole_folder
 from actors.lora import adapted_weight
 from actors.model_source import ModelSource

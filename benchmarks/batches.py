@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.config.models import ScratchModel, TrainConfig
+from actors.config.model_kinds import ScratchModel
+from actors.config.models import TrainConfig
 from actors.dataloader.sampler import StepSampler, layout_of
 from actors.dataloader.scored_rows import StoredRows, all_rows
 from actors.dataloader.step_loader import StepLoader
@@ -38,7 +39,7 @@ from losses.loss_state import LossState
 from orchestrator.config.data import DataConfig, FilesSource, InstructionFormat
 from orchestrator.data.dataset import prepare_data
 from orchestrator.data.tokenizers import train_tokenizer
-from orchestrator.planning.shapes import plain_tokenizer
+from orchestrator.planning.meta_models import plain_tokenizer
 
 LONGEST, SHORTEST = 512, 8
 MEDIAN, SPREAD = 60.0, 0.8

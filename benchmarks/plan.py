@@ -44,7 +44,8 @@ from benchmarks.bars import Bar, peak_bytes, print_table, report
 from benchmarks.plan_cases import STUDENTS, TEACHERS, TOP_K, Student, Teacher, made_up, model, workload_of, write_world
 from losses.loss_state import LossState
 from orchestrator.planning.memory import chunk_bytes, replica_memory, saved_bytes, store_bytes, training_memory
-from orchestrator.planning.shapes import adapted, passes_of, plain_tokenizer, shape_of
+from orchestrator.planning.meta_models import adapted, plain_tokenizer
+from orchestrator.planning.shapes import passes_of, shape_of
 
 STEPS = 3
 MIB = 2**20

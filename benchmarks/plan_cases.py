@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.config.models import EngineConfig, LoraAdapter, ScratchModel, TrainConfig
+from actors.config.model_kinds import ScratchModel
+from actors.config.models import EngineConfig, LoraAdapter, TrainConfig
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store.store import ScoreStore

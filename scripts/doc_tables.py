@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
+from actors.config.model_kinds import CutModel
 from actors.config.rollouts import AdaptiveShareConfig, ReplayConfig, ResponsesConfig, RolloutsConfig
 from losses.section import MayChange, NotSearchable, Searchable, Section, marked
 from orchestrator.config.run import RunConfig
@@ -70,6 +71,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "searchable": ("docs/search.md", searchable),
     "not_searchable": ("docs/search.md", not_searchable),
     "gpu_steps": ("docs/gpu.md", gpu_steps),
+    "cut": ("docs/data.md", partial(keys_of, CutModel)),
     "responses": ("docs/on_policy.md", partial(keys_of, ResponsesConfig)),
     "rollouts": ("docs/on_policy.md", partial(keys_of, RolloutsConfig)),
     "adaptive_share": ("docs/on_policy.md", partial(keys_of, AdaptiveShareConfig)),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.config.models import ScratchModel, TrainConfig
+from actors.config.model_kinds import ScratchModel
+from actors.config.models import TrainConfig
 from actors.examples import ExampleFile, write_examples
 from actors.models import save_model, scratch_model
 from benchmarks import batches, losses, parity, truncation, wires

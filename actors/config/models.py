@@ -1,4 +1,4 @@
-"""Configuration schema of models, the teacher's engine, the score store and the student loop."""
+"""Configuration schema of adapters, the teacher's engine, the score store and the student loop."""
 
 import re
 from typing import Annotated, Literal
@@ -10,64 +10,6 @@ from losses.config import AtkdLoss, LossConfig
 from losses.section import MayChange, Searchable, Section
 
 DType = Literal["float32", "bfloat16", "float16"]
-Attention = Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
-
-
-class PretrainedModel(Section):
-    """A causal language model from the Hugging Face hub or a local folder."""
-
-    kind: Literal["pretrained"]
-
-    name: str = Field(min_length=1)
-    """Hub name (``Qwen/Qwen2.5-0.5B``) or path of a folder."""
-
-    revision: str | None = None
-    """Commit, tag or branch on the hub."""
-
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you say so."""
-
-    attention: Attention = "auto"
-    """How transformers computes attention, in training, evaluation, the float32 reference and the engine ``transformers``; vLLM
-    chooses for itself. ``auto`` is the library's own choice where that computes the model as it is defined, else ``eager``."""
-
-
-class ScratchModel(Section):
-    """A Llama-type decoder with random weights; its vocabulary is the run's tokenizer's."""
-
-    kind: Literal["scratch"]
-
-    hidden_size: int = Field(ge=8)
-    """Width of the residual stream, a multiple of ``heads``."""
-
-    layers: int = Field(ge=1)
-    """Number of decoder blocks."""
-
-    heads: int = Field(ge=1)
-    """Number of attention heads."""
-
-    kv_heads: int | None = Field(default=None, ge=1)
-    """Number of key and value heads; defaults to ``heads``."""
-
-    intermediate_size: int | None = Field(default=None, ge=8)
-    """Width of the feed-forward layer; defaults to 3 times ``hidden_size``."""
-
-    tie_embeddings: bool = True
-    """Whether input and output embeddings are one matrix."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "ScratchModel":
-        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}; "
-                f"hidden_size {2 * self.heads * max(1, round(self.hidden_size / (2 * self.heads)))} would do"
-            )
-        if self.kv_heads and self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}; kv_heads 1 would do")
-        return self
-
-
-ModelConfig = Annotated[PretrainedModel | ScratchModel, Field(discriminator="kind")]
 
 
 class LoraAdapter(Section):

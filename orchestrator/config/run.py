@@ -2,15 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from actors.config.model_kinds import CutModel, PretrainedModel, ScratchModel, StudentModel, TeacherModel
 from actors.config.models import (
     EngineConfig,
     EvaluateConfig,
     LoraAdapter,
-    ModelConfig,
     ScoresConfig,
     TrainConfig,
     needs_complete_store,
@@ -48,7 +48,7 @@ class FinetuneConfig(Section):
 class TeacherConfig(Section):
     """The large model."""
 
-    model: ModelConfig
+    model: TeacherModel
     """Which model, or what shape of one."""
 
     finetune: FinetuneConfig | None = None
@@ -57,12 +57,19 @@ class TeacherConfig(Section):
     engine: EngineConfig = EngineConfig()
     """How it is served for scoring."""
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _not_cut(cls, model: Any) -> Any:
+        if isinstance(model, CutModel) or (isinstance(model, dict) and model.get("kind") == "cut"):
+            raise ValueError("kind is cut, and a teacher has none that it could be cut from; kind pretrained or scratch would do")
+        return model
+
 
 class StudentConfig(Section):
     """The small model."""
 
-    model: ModelConfig
-    """Which model, or what shape of one."""
+    model: StudentModel
+    """Which model, what shape of one, or which layers of the teacher."""
 
     finetune: FinetuneConfig | None = None
     """Train it on the data first; for students made from scratch, which otherwise know no language."""
@@ -136,17 +143,18 @@ class RunConfig(Section):
             raise ValueError(
                 "compare.teachers compares teachers on the same rows, but responses has them written: responses=null would do"
             )
-        if kinds == ("scratch", "scratch") and self.tokenizer is None:
-            raise ValueError("both models are scratch and tokenizer is null: add a tokenizer section, such as {vocab_size: 2048}")
+        if "pretrained" not in kinds and self.tokenizer is None:
+            made = "both models are scratch" if kinds[1] == "scratch" else "the teacher is scratch, the student cut from it,"
+            raise ValueError(f"{made} and tokenizer is null: add a tokenizer section, such as {{vocab_size: 2048}}")
+        self._can_be_cut()
         served = [(self.teacher.engine, "teacher.model", self.teacher.model)]
         if self.responses is not None and self.writer_engine is not None:
-            side = self.teacher if self.responses.writer == "teacher" else self.student
-            served.append((self.writer_engine, f"{self.responses.writer}.model", side.model))
+            served.append((self.writer_engine, *self._shaped_by(self.responses.writer)))
         if self.rollouts is not None:
             self._rollouts_agree(self.rollouts)
-            served.append((self.sampler_engine, "student.model", self.student.model))
+            served.append((self.sampler_engine, *self._shaped_by("student")))
         if self.teacher_sampler_engine is not None:
-            served.append((self.teacher_sampler_engine, "teacher.model", self.teacher.model))
+            served.append((self.teacher_sampler_engine, *self._shaped_by("teacher")))
         for engine, section, shape in served:
             if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
                 require_cpu_head_size(shape.hidden_size, shape.heads, section)
@@ -167,6 +175,25 @@ class RunConfig(Section):
                 f"number of workers, which workers.max {self.workers.max} lets change; loss.scope batch would do"
             )
         return self
+
+    def _can_be_cut(self) -> None:
+        """Raise if the student cannot be cut from the teacher, as far as that is known without the teacher's files."""
+        student, teacher = self.student.model, self.teacher.model
+        if not isinstance(student, CutModel):
+            return
+        if isinstance(teacher, ScratchModel):
+            student.require_fewer_than(teacher.layers)
+        if self.compare.teachers:
+            raise ValueError(
+                "compare.teachers teaches one student by several teachers, and student.model.kind is cut: each would teach "
+                "another student; student.model.kind=pretrained or scratch would do"
+            )
+
+    def _shaped_by(self, role: Literal["teacher", "student"]) -> tuple[str, PretrainedModel | ScratchModel]:
+        """Return the model that gives a role's model its width and heads, after the section that speaks of it."""
+        if role == "student" and not isinstance(self.student.model, CutModel):
+            return "student.model", self.student.model
+        return "teacher.model", self.teacher.model
 
     def _rollouts_agree(self, rollouts: RolloutsConfig) -> None:
         if not needs_teacher(self.loss):

@@ -11,7 +11,7 @@ from actors.engines.tensor_parallel import require_whole_heads
 from actors.examples import ExampleFile
 from actors.lora import add_adapters, shared_with_adapters
 from orchestrator.config.run import RunConfig
-from orchestrator.models.models import ROLES, Models, Role, attention_heads, config_of
+from orchestrator.models.models import ROLES, Models, Role, attention_heads
 
 WINDOW_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions", "max_sequence_length",
@@ -58,9 +58,9 @@ def require_models_fit(config: RunConfig, models: Models, rows: RowLimits) -> li
         require_whole_heads(parallel, *attention_heads(models, writer), section="responses.engine", role=writer)
     faults, remarks, rooms, fewer = [], [], [], []
     for role in ROLES:
-        if models.side(role).model.kind == "scratch":
-            continue  # its positions and its vocabulary are made for the rows
-        settings = config_of(models.named(role), f"{role}.model.name")
+        if models.made_for_the_rows(role):
+            continue
+        settings = models.settings(role)
         for room, fault in row_faults(config, role, settings, rows):
             faults.append(fault)
             rooms.append(room)
@@ -136,8 +136,10 @@ def answer_faults(config: RunConfig, role: Role, settings: PreTrainedConfig, row
 
 
 def name_of(config: RunConfig, role: Role) -> str:
-    """Return the name that the configuration gives a role's pretrained model."""
+    """Return the name that the configuration gives a role's pretrained model; what is cut from the teacher has the teacher's."""
     model = (config.teacher if role == "teacher" else config.student).model
+    if model.kind == "cut":
+        return f"cut from {name_of(config, 'teacher')}"
     return model.name if model.kind == "pretrained" else "made from scratch"
 
 
@@ -161,10 +163,10 @@ def adapter_remarks(config: RunConfig, models: Models) -> list[str]:
     if config.student.lora is None:
         return []
     source = models.named("student")
-    if config.student.model.kind == "scratch" and not Path(source.name).is_dir():
+    if models.made_for_the_rows("student") and not Path(source.name).is_dir():
         return []  # a plan makes no models
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(source), trust_remote_code=source.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(models.settings("student"), trust_remote_code=source.trust_remote_code)
         adapted = add_adapters(model, config.student.lora)
     shared = shared_with_adapters(adapted)
     if not shared:
@@ -196,7 +198,7 @@ def _unused_tokens(role: Role, settings: PreTrainedConfig, models: Models, rows:
 
 
 def _require_attention(config: RunConfig, models: Models, role: Role, settings: PreTrainedConfig) -> None:
-    source = models.named(role)
+    source, named_by = models.named(role), "teacher" if models.side(role).model.kind == "cut" else role
     computed_in: dict[str, str] = {"evaluate.precision": config.evaluate.precision}
     if role == "student":
         computed_in["train.precision"] = config.train.precision
@@ -206,6 +208,6 @@ def _require_attention(config: RunConfig, models: Models, role: Role, settings: 
         computed_in[f"{role}.finetune.train.precision"] = fit.train.precision
     trainings = ([config.workers] if role == "student" else []) + ([fit.workers] if fit is not None else [])
     require_attention(
-        settings, source.attention, f"{role}.model.attention", computed_in, source.trust_remote_code,
+        settings, source.attention, f"{named_by}.model.attention", computed_in, source.trust_remote_code,
         learns_on_cpu=any(workers.gpus == 0 for workers in trainings),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from actors.models import load_model, save_model, scratch_model
 from orchestrator.config.run import RunConfig, StudentConfig, TeacherConfig
 from orchestrator.data.chat_templates import with_default_args
 from orchestrator.data.tokenizers import ids_of, load_tokenizer, require_same_tokens, train_tokenizer
+from orchestrator.models.layer_cut import cut_settings, layers_of, named_layers
 from orchestrator.models.model_files import base_of_adapter, stored_dtype
 
 Role = Literal["teacher", "student"]
@@ -37,8 +38,10 @@ class Models:
         return self.config.teacher if role == "teacher" else self.config.student
 
     def named(self, role: Role) -> ModelSource:
-        """Return the model that the configuration names; of an adapter, the model it was made for."""
+        """Return the model that the configuration names; of an adapter, its base; of one that this run makes, its folder."""
         model = self.side(role).model
+        if model.kind == "cut":
+            return replace(self.named("teacher"), name=str(self._folder / f"{role}_cut"), revision=None)
         if model.kind == "scratch":
             return ModelSource(str(self._folder / f"{role}_scratch"))
         local = Path(model.name).expanduser()
@@ -52,6 +55,23 @@ class Models:
         folder = self._adapter(role)
         named = self.named(role)
         return named if folder is None else replace(named, name=str(self._folder / f"{role}_merged"), revision=None)
+
+    def settings(self, role: Role) -> PreTrainedConfig:
+        """Return a model's config.json; of a student that is not cut yet, the teacher's with fewer layers.
+
+        Raises:
+            ValueError: if there is none that can be read, or the student cannot be cut from the teacher so.
+        """
+        model, named = self.side(role).model, self.named(role)
+        if model.kind != "cut" or Path(named.name).is_dir():
+            return config_of(named, f"{role}.model.name")
+        teacher = self.settings("teacher")
+        return cut_settings(teacher, named_layers(model, layers_of(teacher)))
+
+    def made_for_the_rows(self, role: Role) -> bool:
+        """Whether a model's positions and vocabulary are made for the rows of this run: from scratch, or cut from one that is."""
+        kind = self.side(role).model.kind
+        return kind == "scratch" or (kind == "cut" and self.config.teacher.model.kind == "scratch")
 
     def merge_adapter(self, role: Role) -> str | None:
         """Merge a role's model, if it is an adapter, with its base, unless that is done; return what was done in words.
@@ -77,7 +97,7 @@ class Models:
     def _adapter(self, role: Role) -> Path | None:
         """Return the folder of a role's adapter; None where its model is a whole one."""
         model = self.side(role).model
-        if model.kind == "scratch":
+        if model.kind != "pretrained":
             return None
         folder = Path(model.name).expanduser()
         return folder.resolve() if base_of_adapter(folder, f"{role}.model.name") is not None else None
@@ -170,7 +190,7 @@ class Models:
 
 def ids_below(models: Models) -> int:
     """Return the id from which on no token is named in scores: the run's tokenizer or the student has none there."""
-    return min(ids_of(models.tokenizer()), vocab_size_of(models.begun("student")))
+    return min(ids_of(models.tokenizer()), int(models.settings("student").get_text_config().vocab_size))
 
 
 def named_below(bound: int, vocab_size: int) -> int | None:
@@ -204,6 +224,8 @@ def config_of(source: ModelSource, key: str = "the model") -> PreTrainedConfig:
 def attention_heads(models: Models, role: Role = "teacher") -> tuple[int, int]:
     """Return how many attention heads a model has, and how many of keys and values."""
     model = models.side(role).model
+    if model.kind == "cut":
+        return attention_heads(models, "teacher")
     if model.kind == "scratch":
         return model.heads, model.kv_heads or model.heads
     settings = config_of(models.named(role), f"{role}.model.name").get_text_config()

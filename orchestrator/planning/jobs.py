@@ -19,7 +19,8 @@ from orchestrator.planning.memory import (
     store_bytes,
     training_memory,
 )
-from orchestrator.planning.shapes import ModelShape, Passes, Workload, adapted, meta_model, passes_of, shape_of
+from orchestrator.planning.meta_models import adapted, meta_model
+from orchestrator.planning.shapes import ModelShape, Passes, Workload, passes_of, shape_of
 
 Training = Literal["finetune_teacher", "finetune_student", "train"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import ray
 import torch
+from transformers import AutoModelForCausalLM
 
 from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.sampler import StepSampler
@@ -38,7 +39,8 @@ from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models, Role
 from orchestrator.planning.jobs import Estimator
-from orchestrator.planning.shapes import Workload, plain_tokenizer, scratch_vocab_size
+from orchestrator.planning.meta_models import meta_model, plain_tokenizer, scratch_vocab_size
+from orchestrator.planning.shapes import Workload
 from orchestrator.planning.throughput import Rates
 
 logger = logging.getLogger("atkd")
@@ -178,9 +180,14 @@ def _model(config: RunConfig, role: Role, work: Workload, folder: Path) -> Model
     models = Models(config, folder)
     models.merge_adapter(role)
     source, shape = models.begun(role), models.side(role).model
-    if shape.kind == "scratch":
-        Path(source.name).parent.mkdir(parents=True, exist_ok=True)
-        tokenizer = plain_tokenizer()
+    if shape.kind == "pretrained":
+        return source
+    tokenizer = plain_tokenizer()
+    if shape.kind == "cut":
+        settings = meta_model(config, role, work).config
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=source.trust_remote_code)
+    else:
         model = scratch_model(shape, tokenizer, scratch_vocab_size(config, work), config.longest_text, seed=0)
-        save_model(model, tokenizer, Path(source.name))
+    Path(source.name).parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, tokenizer, Path(source.name))
     return source

@@ -9,23 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
-from tokenizers import Tokenizer
-from tokenizers import models as tokenizer_models
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.attention import attention_for
-from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
+from actors.config.models import TrainConfig
 from actors.dataloader.sampler import StepSampler, layout_of, steps_in
 from actors.examples import ExampleFile
-from actors.lora import add_adapters
-from actors.models import plain_model, scratch_model
+from actors.models import plain_model
 from actors.student.causal_lm import decoder_layers
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.models.model_checks import RowLimits, require_models_fit, row_limits
-from orchestrator.models.models import Models, Role, config_of
+from orchestrator.models.models import Models
 from orchestrator.run.responses import require_room_for_answers, training_rows
 
 
@@ -255,42 +250,6 @@ def passes_of(work: Workload, train: TrainConfig, workers: int, seed: int) -> Pa
     )
 
 
-def meta_model(config: RunConfig, role: Role, work: Workload) -> PreTrainedModel:
-    """Return the model of a role on torch's meta device: every shape, no number.
-
-    Raises:
-        ValueError: if the configuration of a pretrained model is neither here nor can be fetched.
-    """
-    model = config.teacher.model if role == "teacher" else config.student.model
-    with torch.device("meta"):
-        if model.kind == "scratch":
-            return _scratch(model, config, work)
-        source = Models(config, config.run_dir).named(role)
-        settings = config_of(source, f"{role}.model.name")
-        eager = "eager" if attention_for(settings, source.attention) == "eager" else None  # the others are fused, as the default
-        return AutoModelForCausalLM.from_config(
-            settings, trust_remote_code=source.trust_remote_code, attn_implementation=eager
-        )
-
-
-def _scratch(model: ScratchModel, config: RunConfig, work: Workload) -> PreTrainedModel:
-    return scratch_model(model, plain_tokenizer(), scratch_vocab_size(config, work), config.longest_text, seed=0)
-
-
-def scratch_vocab_size(config: RunConfig, work: Workload) -> int:
-    """Return V of the models that are made from scratch."""
-    if config.tokenizer is not None:
-        return work.vocab_size or config.tokenizer.vocab_size
-    settings = config_of(Models(config, config.run_dir).named("teacher"), "teacher.model.name")
-    return max(work.vocab_size or 0, int(settings.get_text_config().vocab_size))
-
-
-def plain_tokenizer() -> PreTrainedTokenizerBase:
-    """Return a tokenizer of two tokens, for models of which only shapes and speed matter."""
-    words = tokenizer_models.WordLevel({"a": 0, "b": 1}, unk_token="b")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="a", pad_token="a", unk_token="b")
-
-
 def shape_of(model: PreTrainedModel) -> ModelShape:
     """Read the shape off a model, wherever it is."""
     plain = plain_model(model)
@@ -310,11 +269,3 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         tied=head.weight is plain.get_input_embeddings().weight,
         trains_head=head.weight.requires_grad,
     )
-
-
-def adapted(model: PreTrainedModel, lora: LoraAdapter | None) -> PreTrainedModel:
-    """Return a model on the meta device with its adapters, if it is to have any, ready to learn."""
-    if lora is not None:
-        with torch.device("meta"):
-            model = add_adapters(model, lora)
-    return model.train()

@@ -130,11 +130,19 @@ def subtitle(config: Mapping[str, Any]) -> str:
     names = []
     for role in ("teacher", "student"):
         model = config[role]["model"]
-        shape = f"{model.get('layers')} layers of width {model.get('hidden_size')}"
-        names.append(model["name"] if model["kind"] == "pretrained" else shape)
+        names.append(_model_in_words(model))
     divergence = config["loss"].get("divergence", {}).get("kind", "forward_kl")
     loss = config["loss"]["kind"] + ("" if divergence == "forward_kl" else f", {divergence}")
     return f"{loss} · teacher {names[0]} · student {names[1]}"
+
+
+def _model_in_words(model: Mapping[str, Any]) -> str:
+    if model["kind"] == "pretrained":
+        return str(model["name"])
+    layers = model["layers"]
+    if model["kind"] == "cut":
+        return f"{layers if isinstance(layers, int) else len(layers)} of its layers"
+    return f"{layers} layers of width {model['hidden_size']}"
 
 
 def answer_groups(run_path: Path) -> list[AnswerGroup]:

@@ -11,9 +11,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.config.models import ModelConfig
+from actors.config.model_kinds import PretrainedModel, ScratchModel
 from actors.evaluation.answer_ends import read_answer_ends
 from actors.files import write_atomically
+from actors.format import plural
 from actors.score_store.identity import Identity, identity_hash
 from actors.score_store.store import ScoreStore
 from actors.student.finished_model import ExportProof, read_proof
@@ -100,7 +101,7 @@ def model_card(
             "---",
             f"# {config.name}",
             "",
-            f"A causal language model{_begun_from(config.student.model)}, trained by run `{config.name}` with the loss "
+            f"A causal language model{_begun_from(config)}, trained by run `{config.name}` with the loss "
             f"`{config.loss.kind}`" + (f" from the teacher {_described(config.teacher.model)}." if score_identity else "."),
             "It was made with [adaptive teaching](https://arxiv.org/abs/2402.11890) software, which also wrote this card.",
             "",
@@ -133,7 +134,7 @@ def front_matter(config: RunConfig) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "tags": ["knowledge-distillation", config.loss.kind],
     }
-    model = config.student.model
+    model = config.teacher.model if config.student.model.kind == "cut" else config.student.model
     if model.kind == "pretrained" and not _is_place(model.name) and not Path(model.name).is_dir():
         matter["base_model"] = model.name
     return matter
@@ -192,11 +193,14 @@ def _is_place(name: str) -> bool:
     return name.startswith(("/", "~", "./", "../"))
 
 
-def _begun_from(model: ModelConfig) -> str:
+def _begun_from(config: RunConfig) -> str:
+    model = config.student.model
+    if model.kind == "cut":
+        return f" that began as {plural(model.count, 'layer')} of the teacher {_described(config.teacher.model)}"
     return f" that began as {_described(model)}" if model.kind == "pretrained" else " that began with random weights"
 
 
-def _described(model: ModelConfig) -> str:
+def _described(model: PretrainedModel | ScratchModel) -> str:
     if model.kind == "scratch":
         return f"`{model.layers} layers of width {model.hidden_size}, made for this run`"
     return f"`{without_places(model.name)}`" + (f" at `{model.revision}`" if model.revision else "")

@@ -9,6 +9,7 @@ from orchestrator.cluster.environment import note_cluster, note_process
 from orchestrator.cluster.ray_session import ray_for, require_machine
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import ROLES, Models
+from orchestrator.run.cut_student import cut_student
 from orchestrator.run.evaluation import evaluate
 from orchestrator.run.export import export
 from orchestrator.run.responses import respond
@@ -43,6 +44,8 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
     with nullcontext() if run_dir.result("evaluate") else ray_for(config):
         note_cluster(run_dir)
         for role in ROLES:
+            if models.side(role).model.kind == "cut":
+                run_dir.stage("cut", partial(cut_student, run_dir, models))
             if models.side(role).finetune is not None:
                 fetch_models(config, run_dir, models, [f"finetune_{role}"])
                 run_dir.stage(f"finetune_{role}", partial(finetune, role, config, run_dir, models))

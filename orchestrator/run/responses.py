@@ -12,7 +12,7 @@ from actors.rollouts.build import build_sampler
 from actors.rollouts.writing import WritingWork, Written, write_responses, written_rows
 from orchestrator.config.run import RunConfig
 from orchestrator.models.model_checks import window_of
-from orchestrator.models.models import ROLES, Models, Role, config_of, ids_below, named_below, vocab_size_of
+from orchestrator.models.models import ROLES, Models, Role, ids_below, named_below, vocab_size_of
 from orchestrator.run.run_dir import Facts, RunDir
 from orchestrator.run.score_identity import pin_revision
 
@@ -78,9 +78,9 @@ def require_room_for_answers(config: RunConfig, models: Models, longest_prompt: 
             served["teacher"].add(config.teacher_sampler_engine.kind)
         answers.append(("rollouts.max_new_tokens", config.rollouts.max_new_tokens))
     for role in ROLES:
-        if models.side(role).model.kind == "scratch":
-            continue  # its positions are made for the texts
-        window = window_of(config_of(models.named(role), f"{role}.model.name"), served_by_vllm="vllm" in served[role])
+        if models.made_for_the_rows(role):
+            continue
+        window = window_of(models.settings(role), served_by_vllm="vllm" in served[role])
         if window is None:
             continue
         room = window - longest_prompt - 1  # vLLM keeps one for a token that it generates when it scores

@@ -34,6 +34,7 @@ from orchestrator.data.dataset import prepare_data
 from orchestrator.data.sources import source_hash
 from orchestrator.models.model_checks import require_models_fit, row_limits
 from orchestrator.models.models import ROLES, Models, Role
+from orchestrator.run.cut_student import require_can_be_cut
 from orchestrator.run.responses import longest_prompt, require_room_for_answers, training_rows
 from orchestrator.run.rollouts import rollout_task
 from orchestrator.run.run_dir import Facts, RunDir, result_path
@@ -49,6 +50,7 @@ def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
     """Turn rows into token ids and masks, settle where answers end, and draw the weights of models made from scratch."""
     for role in ROLES:
         models.named(role).require_safetensors()
+    require_can_be_cut(models)
     data = run_dir.path / "data"
     counts = prepare_data(config.data, models.tokenizer_for, data)
     tokenizer = models.tokenizer()

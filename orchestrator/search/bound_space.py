@@ -176,7 +176,7 @@ def require_searchable(config: RunConfig, path: str, origin: str = "tune.space")
 
 def _models_are_taken_as_they_are(config: RunConfig) -> bool:
     sides = (config.teacher, config.student)
-    return config.responses is None and all(side.model.kind == "pretrained" and side.finetune is None for side in sides)
+    return config.responses is None and all(side.model.kind != "scratch" and side.finetune is None for side in sides)
 
 
 def _require_stored(config: RunConfig, dimension: Dimension) -> None:

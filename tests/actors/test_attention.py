@@ -15,7 +15,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_used, exact, require_attention
-from actors.config.models import EngineConfig, PretrainedModel
+from actors.config.model_kinds import PretrainedModel
+from actors.config.models import EngineConfig
 from actors.dataloader.collator import MicroBatch, collate
 from actors.dataloader.scored_rows import all_rows
 from actors.engines.base import TeacherSpec, engine_environment

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.config.models import ScratchModel
+from actors.config.model_kinds import ScratchModel
 from actors.models import save_model, scratch_model
 from orchestrator.config.data import BuiltinSource
 from orchestrator.data.sources import read_rows

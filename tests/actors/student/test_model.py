@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from actors.config.models import LoraAdapter, ScratchModel, TrainConfig
+from actors.config.model_kinds import ScratchModel
+from actors.config.models import LoraAdapter, TrainConfig
 from actors.dataloader.collator import MicroBatch, collate
 from actors.dataloader.scored_rows import FileRows
 from actors.dataloader.step_weights import StepWeights

@@ -14,7 +14,8 @@ from actors.model_source import ModelSource
 from actors.models import load_model
 from orchestrator.models.models import Models
 from orchestrator.planning.jobs import Estimator, trainings
-from orchestrator.planning.shapes import Passes, Workload, adapted, meta_model, passes_of, read_workload, shape_of, workload_of
+from orchestrator.planning.meta_models import adapted, meta_model
+from orchestrator.planning.shapes import Passes, Workload, passes_of, read_workload, shape_of, workload_of
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.stages import prepare
 from tests.orchestrator.config.test_run import changed
