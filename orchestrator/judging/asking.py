@@ -118,6 +118,6 @@ def require_few(failures: Failures, questions: int, settings: JudgeConfig) -> No
         raise JudgeFailed(
             f"judge: {failures.total} of {questions} questions are without a verdict, more than evaluate.judge.most_failures "
             f"{settings.most_failures:g} allows:\n  {kinds}\nAnother evaluate.judge.model, a larger max_tokens, timeout_seconds "
-            "or retries, fewer concurrent questions, or a larger most_failures would do. Verdicts are kept; the same command asks the "
-            "rest."
+            "or retries, fewer concurrent questions, or a larger most_failures would do. Verdicts are kept; the same command "
+            "asks the rest."
         )

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from actors.config.judge import JudgeConfig
 from actors.evaluation.answers import GeneratedAnswer
@@ -89,7 +90,7 @@ class Judging:
     def lines(self) -> list[str]:
         """Return in sentences who judged, what failed and what it cost."""
         lines = [
-            f"{self.model} at {self.address} judged by {self.protocol}: {plural(self.verdicts, 'verdict')}, "
+            f"{self.model} at {urlsplit(self.address).netloc} judged by {self.protocol}: {plural(self.verdicts, 'verdict')}, "
             f"{self.asked} asked for the last time, in {duration(self.seconds)}"
         ]
         cost = "" if self.cost is None else f", cost {self.cost:.4f}"
@@ -235,9 +236,8 @@ def _asked(settings: JudgeConfig, questions: Sequence[Question], book: VerdictBo
 @contextmanager
 def _client(settings: JudgeConfig) -> "Iterator[JudgeClient]":
     """Yield a client whose server has answered once."""
-    from orchestrator.judging.client import (
-        JudgeClient,  # importing OpenAI's package takes a second, which most runs need not spend
-    )
+    # Importing OpenAI's package takes a second, which a run without a judge need not spend.
+    from orchestrator.judging.client import JudgeClient
 
     with closing(JudgeClient(settings)) as client:
         client.require_answers()
