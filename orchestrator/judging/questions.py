@@ -45,7 +45,7 @@ class QuestionMaker:
         self._template = template
 
     def ratings(self, answers: Mapping[str, Sequence[GeneratedAnswer]]) -> list[Question]:
-        """Return one question an answer: it and its reference, to be rated together (arXiv 2402.11890, section 4; 2306.05685).
+        """Return one question an answer: it and its reference, to be rated together (arXiv 2402.11890, 2306.05685).
 
         Which of the two stands first is drawn once for each prompt, the same for all models.
         """

@@ -90,8 +90,8 @@ class Judging:
     def lines(self) -> list[str]:
         """Return in sentences who judged, what failed and what it cost."""
         lines = [
-            f"{self.model} at {urlsplit(self.address).netloc} judged by {self.protocol}: {plural(self.verdicts, 'verdict')}, "
-            f"{self.asked} asked for the last time, in {duration(self.seconds)}"
+            f"{self.model} at {urlsplit(self.address).netloc} judged by {self.protocol}: {plural(self.verdicts, 'verdict')}; "
+            f"{plural(self.asked, 'question')} asked the last time, in {duration(self.seconds)}"
         ]
         cost = "" if self.cost is None else f", cost {self.cost:.4f}"
         lines.append(f"{self.tokens_in:,} tokens read and {self.tokens_out:,} written{cost}")

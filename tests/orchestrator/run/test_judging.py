@@ -95,7 +95,7 @@ def test_ratings_join_table_report_and_results_and_nothing_is_asked_twice(tmp_pa
     assert found.cost == pytest.approx((1800 * 3 + 180 * 15) / 1e6)
     stage = json.loads((run_dir.path / "stages" / "judge.json").read_text())
     assert (stage["verdicts"], stage["asked"], stage["failures"]) == (18, 18, {})
-    assert any(re.fullmatch(r"judge: wise at 127.0.0.1:\d+ judged by rating: 18 verdicts, 18 asked .*", line) for line in said)
+    assert any(re.fullmatch(r"judge: wise at [\d.:]+ judged by rating: 18 verdicts; 18 questions asked .*", line) for line in said)
 
     content = write_report(run_dir.path).read_text()
     require_closed(content)
@@ -154,7 +154,7 @@ def test_the_command_judges_a_run_that_had_no_judge_and_asks_what_failed(
         assert (run_dir.path / "report.html").exists()
     server.url = "gone"
     assert main(command) == 0, "all is known, so nobody is asked"
-    assert "0 asked for the last time" in capsys.readouterr().out
+    assert "0 questions asked the last time" in capsys.readouterr().out
 
 
 def test_too_many_failures_fail_the_stage_and_nothing_is_recorded(tmp_path: Path) -> None:
