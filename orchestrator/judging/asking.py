@@ -89,9 +89,10 @@ def ask_missing(questions: Sequence[Question], book: VerdictBook, judge: Judge, 
         line = f"judge: {done} of {len(missing)} questions{failed}, {duration(time.monotonic() - started)}"
         return ProgressSnapshot(done, line, done, max(len(missing), 1))
 
-    with logged_progress("judge", look, PROGRESS_SECONDS), ThreadPoolExecutor(settings.concurrent) as pool:
-        running: dict[Future[Reply], Question] = {pool.submit(judge.ask, one.text): one for one in missing.values()}
-        try:
+    pool = ThreadPoolExecutor(settings.concurrent)
+    running: dict[Future[Reply], Question] = {pool.submit(judge.ask, one.text): one for one in missing.values()}
+    try:
+        with logged_progress("judge", look, PROGRESS_SECONDS):
             for future in as_completed(running):
                 question, reply = running[future], future.result()
                 verdict = read_reply(reply, settings.protocol)
@@ -101,9 +102,8 @@ def ask_missing(questions: Sequence[Question], book: VerdictBook, judge: Judge, 
                     failures.add(verdict, question, reply)
                     require_few(failures, total, settings)
                 done += 1
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # whoever interrupts is not made to wait for replies that are under way
     return Asked(len(missing), failures, time.monotonic() - started)
 
 

@@ -18,7 +18,6 @@ from actors.evaluation.answers import GeneratedAnswer
 from actors.files import write_atomically
 from actors.format import duration, plural
 from orchestrator.config.run import RunConfig
-from orchestrator.error_log import is_run
 from orchestrator.judging.asking import Asked, Failures, ask_missing
 from orchestrator.judging.figures import PairFigure, RatingFigure, pair_figure, rating_figure
 from orchestrator.judging.prompts import load_template
@@ -153,7 +152,7 @@ def judge_again(config: RunConfig) -> None:
         JudgeFailed: if too many questions stay without a verdict.
     """
     _settings_of(config)
-    if not is_run(config.run_dir):
+    if not config.run_dir.is_dir():
         raise ValueError(f"there is no run in {config.run_dir}; the command run makes it, and judges its answers")
     with RunDir.open(config) as run_dir:
         if run_dir.result("evaluate") is None:

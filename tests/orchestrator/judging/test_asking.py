@@ -2,6 +2,7 @@
 
 import re
 import socket
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from orchestrator.judging.asking import Asked, JudgeFailed, ask_missing
 from orchestrator.judging.client import JudgeClient
 from orchestrator.judging.prompts import QuestionTemplate
 from orchestrator.judging.questions import Question, QuestionMaker
+from orchestrator.judging.replies import Reply
 from orchestrator.judging.server import address_of
 from orchestrator.judging.verdicts import VerdictBook
 from tests.judge_server import JudgeServer, Said, serving
@@ -114,6 +116,26 @@ def test_who_was_killed_while_asking_goes_on_with_the_rest(tmp_path: Path) -> No
         server.questions.clear()
         assert ask(settings, 8, tmp_path).asked == 5 == len(server.questions)
         assert len(book.read_text().splitlines()) == 8
+
+
+def test_an_interruption_keeps_what_was_said_and_asks_no_more(tmp_path: Path) -> None:
+    class Interrupted:
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+
+        def ask(self, text: str) -> Reply:
+            self.asked.append(row_of(text))
+            time.sleep(0.005)
+            if row_of(text) == 3:
+                raise KeyboardInterrupt
+            return Reply(FINE)
+
+    settings, judge, book = settings_for("http://h/v1", concurrent=1), Interrupted(), VerdictBook(tmp_path / "book.jsonl")
+    questions = questions_for(settings, 500)
+    with pytest.raises(KeyboardInterrupt):
+        ask_missing(questions, book, judge, settings)
+    known = {one.row for one in questions if VerdictBook(tmp_path / "book.jsonl").get(one)}
+    assert len(judge.asked) < 500 and known <= set(judge.asked) - {3}
 
 
 def test_a_server_that_is_not_there_is_named_with_what_would_do() -> None:

@@ -95,7 +95,7 @@ def test_ratings_join_table_report_and_results_and_nothing_is_asked_twice(tmp_pa
     assert found.cost == pytest.approx((1800 * 3 + 180 * 15) / 1e6)
     stage = json.loads((run_dir.path / "stages" / "judge.json").read_text())
     assert (stage["verdicts"], stage["asked"], stage["failures"]) == (18, 18, {})
-    assert any(re.fullmatch(r"judge: wise at [\d.:]+ judged by rating: 18 verdicts; 18 questions asked .*", line) for line in said)
+    assert any(re.fullmatch(r"judge: wise at [\d.:]+ judged by rating: 18 verdicts; 18 questions .*", line) for line in said)
 
     content = write_report(run_dir.path).read_text()
     require_closed(content)
@@ -204,6 +204,17 @@ def test_a_run_looks_at_its_judge_before_its_time_is_spent(tmp_path: Path) -> No
             run_dir.finish("judge", {"seconds": 1.0})
             require_judge(config, run_dir)
     assert len(server.requests) == 2
+
+
+def test_a_judge_that_is_not_there_ends_a_run_before_its_rows_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(rating) as server:
+        pass
+    settings = f"{{model: m, base_url: {server.url}, api_key_variable: null, retries: 0}}"
+    assert main(["run", "configs/tiny_cpu.yaml", f"output={tmp_path}", f"evaluate.judge={settings}"]) == 2
+    assert f"nothing answers at {server.url} (no connection" in capsys.readouterr().err
+    assert not (tmp_path / "tiny_cpu" / "data").exists()
 
 
 def test_what_cannot_be_judged_is_said(tmp_path: Path) -> None:
