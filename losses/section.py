@@ -22,7 +22,7 @@ class Section(BaseModel):
 @dataclass(frozen=True, slots=True)
 class MayChange:
     """Marks a field that may change when a run is resumed: it says who does the work and in what pieces, which trials are made of
-    the run, or who watches it, and not what comes out but for rounding and the draws of dropout."""
+    the run, or who watches or judges it, and not what comes out but for rounding and the draws of dropout."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from orchestrator.reports.run_report import write_report
 from orchestrator.reports.search_report import write_search_report
 from orchestrator.reports.teachers_report import write_teachers_report
 from orchestrator.run import pipeline
+from orchestrator.run.judging import judge_again
 from orchestrator.run.results_table import print_table, read_table
 from orchestrator.search.compare import compare
 from orchestrator.search.compare_teachers import compare_teachers
@@ -86,6 +87,20 @@ def verify(config: RunConfig) -> int:
         store.verify()
         there = store.shard_count - len(store.missing_shards())
         print(f"{split}: {there} of {store.shard_count} shards are there, each row as it was written, in {path}", flush=True)
+    return 0
+
+
+def judge(config: RunConfig) -> int:
+    """Have the answers of a run that was evaluated judged, asking what is not known yet; write its page and print its table.
+
+    Raises:
+        ValueError: if there is no judge, nothing to judge, or the judge cannot be asked.
+        JudgeFailed: if too many questions stay without a verdict.
+    """
+    judge_again(config)
+    report = write_report(config.run_dir)
+    print_table(read_table(config.run_dir))
+    logger.info(f"report: {report}")
     return 0
 
 

@@ -19,10 +19,11 @@ from orchestrator.cluster.ray_session import RayFailed
 from orchestrator.cluster.redaction import without_private_values
 from orchestrator.config.run import RunConfig
 from orchestrator.error_log import is_run, write_traceback, write_traceback_elsewhere
+from orchestrator.judging.asking import JudgeFailed
 from orchestrator.run.run_dir import RunDirError
 from orchestrator.run.training import TrainingFailed
 
-PLANNED = (TeacherFailed, WritingFailed, TrainingFailed, RayFailed)
+PLANNED = (TeacherFailed, WritingFailed, TrainingFailed, RayFailed, JudgeFailed)
 """Failures whose message says all that a user needs."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

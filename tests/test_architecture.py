@@ -18,13 +18,15 @@ FILES_OF = {
     "peft": {"actors/lora.py"},
     "wandb": {"actors/monitors/wandb.py"},
     "mlflow": {"actors/monitors/mlflow.py"},
+    "openai": {"orchestrator/judging/client.py"},
 }
 INSTANT_MODULES = (
     "losses.config", "actors.config.models", "orchestrator.config.run", "orchestrator.config.load", "orchestrator.cli",
 )  # fmt: skip
 PACKAGES = (
     "orchestrator", "orchestrator.reports", "orchestrator.doctor", "orchestrator.planning", "orchestrator.search",
-    "orchestrator.run", "orchestrator.models", "orchestrator.data", "orchestrator.cluster", "orchestrator.config",
+    "orchestrator.run", "orchestrator.judging", "orchestrator.models", "orchestrator.data", "orchestrator.cluster",
+    "orchestrator.config",
     "actors.student", "actors.rollouts", "actors.teacher", "actors.evaluation", "actors.monitors", "actors.engines",
     "actors.dataloader", "actors.score_store", "actors", "actors.config", "losses", "tune_spaces",
 )  # fmt: skip

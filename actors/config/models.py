@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from actors.config.judge import JudgeConfig, require_answers_to_judge
 from actors.config.workers import CustomResources, NodeLabels, Replicas
 from losses.config import AtkdLoss, LossConfig
 from losses.section import MayChange, Searchable, Section
@@ -216,6 +217,15 @@ class EvaluateConfig(Section):
 
     gpus: Annotated[int, MayChange()] = Field(default=0, ge=0, le=1)
     """GPUs of the evaluator."""
+
+    judge: Annotated[JudgeConfig | None, MayChange()] = None
+    """Have a language model judge the generated answers; null for none."""
+
+    @model_validator(mode="after")
+    def _something_to_judge(self) -> "EvaluateConfig":
+        if self.judge is not None:
+            require_answers_to_judge(self.judge, self.generate_rows)
+        return self
 
     @field_validator("answer_pattern")
     @classmethod

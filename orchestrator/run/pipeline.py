@@ -12,6 +12,7 @@ from orchestrator.models.models import ROLES, Models
 from orchestrator.run.cut_student import cut_student
 from orchestrator.run.evaluation import evaluate
 from orchestrator.run.export import export
+from orchestrator.run.judging import judge, require_judge
 from orchestrator.run.responses import respond
 from orchestrator.run.rollouts import RolloutStage, rollout_task, served_teacher
 from orchestrator.run.run_dir import RunDir
@@ -27,6 +28,8 @@ def run(config: RunConfig, until: str = "export") -> Path:
     with RunDir.open(config) as run_dir:
         if until != "prepare" and run_dir.result("evaluate") is None:
             require_machine(config)  # before the rows are read, which may take long
+        if until in ("evaluate", "export"):
+            require_judge(config, run_dir)
         overlap = config.scores.overlap and config.rollouts is None and until != "score"
         for finished in run_stages(config, run_dir, overlap):
             if finished == until:
@@ -69,7 +72,9 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
 
         fetch_models(config, run_dir, models, ["evaluate"])
         run_dir.stage("evaluate", partial(evaluate, config, run_dir, models, scoring.heldout_store))
-        yield "evaluate"
+    if config.evaluate.judge is not None:
+        judge(config, run_dir)  # the cluster's devices are given back by now: a judge needs none
+    yield "evaluate"
 
     run_dir.stage("export", partial(export, config, run_dir, models, scoring.training_store))
     yield "export"

@@ -65,6 +65,9 @@ class ComparisonTable:
     tasks: tuple[TableRow, ...]
     """Exact match by kind of task; empty where the data names none or nothing was generated."""
 
+    judge: tuple[TableRow, ...] = ()
+    """What a judge says of the answers; empty where none was asked."""
+
 
 def written(value: float | None, show: Show) -> str:
     """Return a value as it stands in tables."""
@@ -88,30 +91,31 @@ def write_table(folder: Path, table: ComparisonTable) -> None:
 def read_table(folder: Path) -> ComparisonTable:
     """Return the table that ``write_table`` left in a folder."""
     content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-    return ComparisonTable(_rows(content["rows"]), _rows(content["tasks"]))
+    return ComparisonTable(_rows(content["rows"]), _rows(content["tasks"]), _rows(content.get("judge", ())))
 
 
 def markdown(table: ComparisonTable) -> str:
-    """Return the table, and that of the tasks if there is one, as Markdown."""
-    parts = [_markdown_of("", table.rows)]
-    if table.tasks:
-        parts.append(_markdown_of("exact match by task", table.tasks))
-    return "\n".join(parts)
+    """Return the table, and those of the tasks and the judge if there are any, as Markdown."""
+    return "\n".join(_markdown_of(heading, rows) for heading, rows in _parts(table))
 
 
 def print_table(table: ComparisonTable, console: Console | None = None) -> None:
     """Print the table for people: with rules and colours on a terminal, plain where the output goes elsewhere."""
     console = console or Console()
     console = console if console.is_terminal else Console(file=console.file, width=120)
-    for heading, rows in (("", table.rows), ("exact match by task", table.tasks)):
-        if rows:
-            shown = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
-            shown.add_column(heading)
-            for column in COLUMNS:
-                shown.add_column(column, justify="right", no_wrap=True)
-            for row in rows:
-                shown.add_row(row.label, *row.cells)
-            console.print(shown)
+    for heading, rows in _parts(table):
+        shown = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+        shown.add_column(heading)
+        for column in COLUMNS:
+            shown.add_column(column, justify="right", no_wrap=True)
+        for row in rows:
+            shown.add_row(row.label, *row.cells)
+        console.print(shown)
+
+
+def _parts(table: ComparisonTable) -> list[tuple[str, tuple[TableRow, ...]]]:
+    further = [("exact match by task", table.tasks), ("judge", table.judge)]
+    return [("", table.rows), *((heading, rows) for heading, rows in further if rows)]
 
 
 def _markdown_of(heading: str, rows: Sequence[TableRow]) -> str:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.monitors.metrics_log import read_metrics
 from actors.score_store.identity import identity_hash
 from actors.score_store.store import ScoreStore
+from tests.judge_server import Said, serving
 from tests.recovery import Record, record_recovery
 
 TINY = [
@@ -114,6 +115,21 @@ def test_the_same_command_again_does_nothing_twice(undisturbed: subprocess.Compl
     for stage in ("prepare", "finetune_teacher", "train", "evaluate", "export"):
         assert f"{stage}: done before" in again.stdout
     assert "held-out loss" in again.stdout
+
+
+def test_a_finished_run_gets_a_judge_and_nothing_else_is_done(
+    undisturbed: subprocess.CompletedProcess[str], output: Path
+) -> None:
+    table = (output / "undisturbed" / "table.json").read_text()
+    with serving(lambda text, before: Said("Rating A: 6\nRating B: 6")) as server:
+        settings = f"{{model: m, base_url: {server.url}, api_key_variable: null, rows: 5}}"
+        again = finish(output, "name=undisturbed", f"evaluate.judge={settings}")
+    assert again.returncode == 0, again.stderr
+    assert "evaluate: done before" in again.stdout and "judge: done in" in again.stdout and "export: done before" in again.stdout
+    assert 0 < len(server.questions) <= 3 * 5, "equal answers of two models are one question"
+    judged = json.loads((output / "undisturbed" / "table.json").read_text())
+    assert judged | {"judge": []} == json.loads(table)
+    assert judged["judge"][0]["values"] == [1.0, 1.0, 1.0]
 
 
 @pytest.fixture(scope="module")
