@@ -120,10 +120,10 @@ class CompareConfig(Section):
 
     @model_validator(mode="after")
     def _baseline_is_an_arm(self) -> "CompareConfig":
+        if len(self.arms) < 2:
+            raise ValueError(f"arms holds {f'{self.arms[0]} alone' if self.arms else 'nothing'}; a comparison needs two")
         if self.baseline not in self.arms:
             raise ValueError(f"baseline {self.baseline} is none of the arms {', '.join(self.arms)}; {self.arms[0]} would do")
-        if len(self.arms) < 2:
-            raise ValueError(f"arms holds {', '.join(self.arms)} alone; a comparison needs two")
         return self
 
     @model_validator(mode="after")

@@ -101,6 +101,7 @@ def test_an_arm_of_ones_own_that_cannot_be_is_refused(arm: dict[str, Any], messa
         ({"arms": ["atkd", "zzz"]}, "no arm is called 'zzz'; there are cross_entropy"),
         ({"arms": ["atkd", "forward_kl", "atkd"]}, "arm atkd stands twice; once would do"),
         ({"arms": ["forward_kl"]}, "arms holds forward_kl alone; a comparison needs two"),
+        ({"arms": []}, "arms holds nothing; a comparison needs two"),
         ({"arms": ["atkd", "decoupled"]}, "baseline forward_kl is none of the arms atkd, decoupled; atkd would do"),
         ({"learning_rates": [1e-3, 2.0]}, "2 is no learning rate; one such as 2e-5 would do"),
         ({"learning_rates": [1e-3, 1e-4, 1e-3]}, "learning rate 0.001 stands twice; once would do"),
