@@ -18,6 +18,7 @@ from tests.recovery import Record, record_recovery
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.drill
 @pytest.mark.ray
 @pytest.mark.slow
 def test_scoring_goes_on_elsewhere_when_a_node_is_lost(tmp_path: Path, record_property: Record) -> None:

@@ -25,7 +25,7 @@ RUN = [
 ]  # fmt: skip
 
 pytestmark = [
-    pytest.mark.slow, pytest.mark.ray,
+    pytest.mark.slow, pytest.mark.ray, pytest.mark.drill,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
 ]  # fmt: skip
 

@@ -76,6 +76,7 @@ def test_weights_come_once_for_two_replicas_and_two_workers_before_any_of_them_s
     assert all(event["bytes"] >= (hub.models[event["model"]] / "model.safetensors").stat().st_size for event in fetches)
 
 
+@pytest.mark.drill
 def test_a_cache_that_holds_the_models_is_not_filled_again(
     hub: FakeHub, cache: Path, finished: tuple[Path, str]
 ) -> None:

@@ -63,7 +63,8 @@ def test_a_run_mixes_the_datas_rows_with_what_the_student_writes(tmp_path: Path)
     assert again.returncode == 0 and "train: done in" not in again.stdout
 
 
-@pytest.mark.parametrize("wire", ["candidates", pytest.param("hidden", marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("wire", ["candidates", "hidden"])
 def test_a_run_by_another_wire_has_what_it_asks_for_and_keeps_to_it(tmp_path: Path, wire: str) -> None:
     rollouts = "student_share: 1.0, lag: 1, engine: {kind: transformers, dtype: float32, cpus: 0.2}"
     overrides = ["teacher.engine.kind=vllm", "train.epochs=0.5", "loss={kind: coupled, divergence: reverse_kl}"]

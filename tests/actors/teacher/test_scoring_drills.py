@@ -21,7 +21,7 @@ from tests.recovery import Record
 ROOT = Path(__file__).parents[3]
 ROWS, ROWS_PER_SHARD, REPLICAS = 64, 4, 2
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.drill]
 
 
 def driver(folder: Path) -> subprocess.Popen[str]:
@@ -65,4 +65,4 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_stopped(tmp_pat
     times_scored = Counter((tmp_path / "scored").read_text().split())
     redone = sum(times - 1 for times in times_scored.values())
     assert redone <= 2 * REPLICAS * WINDOW * ROWS_PER_SHARD  # for each of two ends, what the replicas held
-    assert not list(store.path.glob("*.tmp"))
+    assert len(list(store.path.glob("*.tmp"))) <= 2 * REPLICAS, "what each end may have cut short; it goes after an hour"

@@ -133,6 +133,7 @@ def test_the_folder_for_sockets_goes_when_ray_does(monkeypatch: pytest.MonkeyPat
     assert not Path(folder).exists() and "VLLM_RPC_BASE_PATH" not in os.environ
 
 
+@pytest.mark.drill
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_without_a_home_and_with_a_long_temporary_folder(tmp_path: Path) -> None:

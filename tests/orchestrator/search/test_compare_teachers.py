@@ -71,6 +71,7 @@ def config_of(folder: Path, teachers: dict[str, Any] | None = None, **sections: 
     })  # fmt: skip
 
 
+@pytest.mark.drill
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_comparison_under_two_teachers_from_rows_to_the_page(local_ray: None, tmp_path: Path) -> None:
