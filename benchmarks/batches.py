@@ -36,7 +36,8 @@ from actors.student.ranks import Worker
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, print_table, report
 from benchmarks.plan_cases import ATKD, TOP_K, made_up, model
 from losses.loss_state import LossState
-from orchestrator.config.data import DataConfig, FilesSource, InstructionFormat
+from orchestrator.config.data import DataConfig, FilesSource
+from orchestrator.config.formats import InstructionFormat
 from orchestrator.data.dataset import prepare_data
 from orchestrator.data.tokenizers import train_tokenizer
 from orchestrator.planning.meta_models import plain_tokenizer

@@ -32,7 +32,8 @@ from actors.records import Example, TeacherScores
 from actors.teacher.parity import LEAST_LIKELY, RIGHT, ComparedRow, compare
 from actors.teacher.reference_pass import Reference, beginning, compare_row, forward_pass
 from benchmarks.bars import Bar, print_table, report
-from orchestrator.config.data import BuiltinSource, DataConfig, FilesSource, InstructionFormat
+from orchestrator.config.data import BuiltinSource, DataConfig, FilesSource
+from orchestrator.config.formats import InstructionFormat
 from orchestrator.data.dataset import prepare_data
 from orchestrator.run.score_parity import TOLERANCES, check_raw, check_served
 

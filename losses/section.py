@@ -52,9 +52,9 @@ def marked(model: type[BaseModel], kind: type[Mark], prefix: str = "") -> Iterat
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """Return the classes of sections that a field may hold."""
+    """Return the classes of sections that a field may hold, or the items of its list."""
     if get_origin(annotation) is Annotated:
         return sections_of(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
+    if get_origin(annotation) in (Union, UnionType, tuple):
         return [found for part in get_args(annotation) for found in sections_of(part)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -17,6 +17,7 @@ from actors.config.judge import JudgeConfig
 from actors.config.model_kinds import CutModel
 from actors.config.rollouts import AdaptiveShareConfig, ReplayConfig, ResponsesConfig, RolloutsConfig
 from losses.section import MayChange, NotSearchable, Searchable, Section, marked
+from orchestrator.config.data import SourceShare
 from orchestrator.config.run import RunConfig
 from scripts.gpu_steps import steps
 
@@ -72,6 +73,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "searchable": ("docs/search.md", searchable),
     "not_searchable": ("docs/search.md", not_searchable),
     "gpu_steps": ("docs/gpu.md", gpu_steps),
+    "sources": ("docs/data.md", partial(keys_of, SourceShare)),
     "cut": ("docs/data.md", partial(keys_of, CutModel)),
     "responses": ("docs/on_policy.md", partial(keys_of, ResponsesConfig)),
     "rollouts": ("docs/on_policy.md", partial(keys_of, RolloutsConfig)),

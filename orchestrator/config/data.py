@@ -1,11 +1,11 @@
 """Configuration schema of the data: where rows come from, how they become text, which of them are used. Imports no torch."""
 
-import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from losses.section import LARGEST_SEED, Section
+from orchestrator.config.formats import ConversationFormat, FormatConfig, InstructionFormat
 
 TASK_KINDS = (
     "add", "subtract", "largest", "smallest", "sort", "reverse", "count", "first", "last", "uppercase", "weekday", "opposite",
@@ -13,7 +13,6 @@ TASK_KINDS = (
 
 
 DRAWN_HELDOUT_ROWS = 200
-RESERVED_TEMPLATE_ARGS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 
 
 class BuiltinSource(Section):
@@ -68,73 +67,31 @@ class HubSource(Section):
 SourceConfig = Annotated[BuiltinSource | FilesSource | HubSource, Field(discriminator="kind")]
 
 
-class InstructionFormat(Section):
-    """A prompt made from the row's fields, and a response."""
+class SourceShare(Section):
+    """One of several sources of training rows."""
 
-    kind: Literal["instruction"]
+    source: SourceConfig
+    """Where its rows come from."""
 
-    prompt: str = "{{ instruction }}{% if input %}\n{{ input }}{% endif %}\n"
-    """Jinja template over the row's fields; a field it names must be in every row."""
+    format: FormatConfig | None = None
+    """How its rows become a prompt and a response; null for ``data.format``."""
 
-    response: str = "response"
-    """Name of the field with the response."""
+    weight: float | None = Field(default=None, gt=0)
+    """Its share of the rows, in relation to the others' weights: of each source as many rows are drawn, by ``data.seed``, as
+    the shares allow without taking a row twice. Null, for all sources or none: all of its rows."""
 
-
-class ConversationFormat(Section):
-    """What the formats of conversations have in common; the assistant's messages are the targets."""
-
-    template: str | None = None
-    """Jinja chat template; defaults to the tokenizer's own."""
-
-    template_args: dict[str, Any] = {}
-    """Arguments of the chat template, such as ``{enable_thinking: false}``. The exported chat template has them as defaults."""
-
-    date: datetime.date = datetime.date(2025, 1, 1)
-    """Today, for templates that ask for it (``strftime_now``): the same rows must be the same tokens tomorrow."""
-
-    turns: Literal["all", "last"] = "all"
-    """Which of the assistant's messages are targets; ``last`` works with templates that rewrite earlier turns."""
-
-    @field_validator("template_args")
-    @classmethod
-    def _no_argument_of_ours(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        for name in arguments:
-            if name in RESERVED_TEMPLATE_ARGS:
-                raise ValueError(f"template_args has {name!r}, which is set for each row; leave it out")
-            if not name.isidentifier():
-                raise ValueError(f"template_args has {name!r}, which is no name in a Jinja template; one like enable_thinking is")
-        return arguments
-
-
-class ChatFormat(ConversationFormat):
-    """A list of messages with ``role`` (system, user, assistant, tool) and ``content``; calls of tools are the assistant's."""
-
-    kind: Literal["chat"]
-
-    messages: str = "messages"
-    """Name of the field with the messages."""
-
-    tools: str = "tools"
-    """Name of the field with the tools that a row offers, JSON schemas; rows without it offer none."""
-
-
-class ShareGptFormat(ConversationFormat):
-    """A list of turns with ``from`` (human, gpt, system) and ``value``."""
-
-    kind: Literal["sharegpt"]
-
-    messages: str = "conversations"
-    """Name of the field with the turns."""
-
-
-FormatConfig = Annotated[InstructionFormat | ChatFormat | ShareGptFormat, Field(discriminator="kind")]
+    max_rows: int | None = Field(default=None, ge=1)
+    """Use only so many of its rows, drawn by ``data.seed``; null for all."""
 
 
 class HeldoutConfig(Section):
     """Held-out rows from a source of their own."""
 
     source: Annotated[FilesSource | HubSource, Field(discriminator="kind")]
-    """Where they come from; their format is that of the training rows."""
+    """Where they come from."""
+
+    format: FormatConfig | None = None
+    """How they become a prompt and a response; null for ``data.format``."""
 
     max_rows: int | None = Field(default=None, ge=1)
     """Use only so many, drawn by ``data.seed``; null for all."""
@@ -143,8 +100,11 @@ class HeldoutConfig(Section):
 class DataConfig(Section):
     """From rows to token ids and loss masks."""
 
-    source: SourceConfig = BuiltinSource(kind="builtin")
-    """Where rows come from."""
+    source: SourceConfig | None = None
+    """Where rows come from; defaults to ``{kind: builtin}`` where ``sources`` is null."""
+
+    sources: tuple[SourceShare, ...] | None = Field(default=None, min_length=1)
+    """Several sources, mixed; instead of ``source``."""
 
     format: FormatConfig = InstructionFormat(kind="instruction")
     """How a row becomes a prompt and a response."""
@@ -156,7 +116,7 @@ class DataConfig(Section):
     """What happens to longer rows; how many there were is shown either way."""
 
     heldout_rows: int | None = Field(default=None, ge=1)
-    """Rows of the source kept aside for evaluation, drawn by ``seed``; defaults to 200 where ``heldout`` is null."""
+    """Rows kept aside for evaluation, drawn by ``seed``; defaults to 200 where ``heldout`` is null."""
 
     heldout: HeldoutConfig | None = None
     """Rows for evaluation from a source of their own, instead of rows drawn from the training source."""
@@ -176,6 +136,41 @@ class DataConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _source_or_sources(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("sources") is None:
+            return values if values.get("source") is not None else {**values, "source": {"kind": "builtin"}}
+        if values.get("source") is not None:
+            raise ValueError("source and sources both say where rows come from; leave one of them out, or set data.source=null")
+        return values
+
+    @model_validator(mode="after")
+    def _weights_of_all_or_none(self) -> "DataConfig":
+        weights = [share.weight for share in self.sources or ()]
+        if None in weights and set(weights) != {None}:
+            raise ValueError(
+                f"sources.{weights.index(None)}.weight is null while others have one; give each source a weight, such as 1.0, or "
+                "none of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_chat_template(self) -> "DataConfig":
+        """The student has one chat template; what its rows were rendered with must be that."""
+        chats = {key: format for key, format in self.formats.items() if isinstance(format, ConversationFormat)}
+        for key, format in chats.items():
+            first_key, first = next(iter(chats.items()))
+            for name in ("template", "template_args", "date"):
+                if getattr(format, name) != getattr(first, name):
+                    raise ValueError(
+                        f"{key} and {first_key} have different formats: {name} is {getattr(format, name)!r} in one and "
+                        f"{getattr(first, name)!r} in the other, and a student has one chat template; the same in both would do"
+                    )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
     def _one_way_to_hold_out(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
@@ -188,6 +183,25 @@ class DataConfig(Section):
                 "leave one of them out, or set data.heldout_rows=null (data.heldout.max_rows limits the latter)"
             )
         return values
+
+    @property
+    def training_sources(self) -> dict[str, SourceShare]:
+        """The sources of training rows, by their keys."""
+        if self.sources is not None:
+            return {f"data.sources.{index}": share for index, share in enumerate(self.sources)}
+        assert self.source is not None, "one of the two is there"
+        return {"data.source": SourceShare(source=self.source)}
+
+    @property
+    def formats(self) -> dict[str, FormatConfig]:
+        """How the rows of each source become text, by the keys of the sources."""
+        formats = {key: share.format or self.format for key, share in self.training_sources.items()}
+        return formats if self.heldout is None else formats | {"data.heldout": self.heldout.format or self.format}
+
+    @property
+    def chat(self) -> ConversationFormat | None:
+        """A format of conversations with the chat template of all that are conversations; None if no rows are."""
+        return next((format for format in self.formats.values() if isinstance(format, ConversationFormat)), None)
 
     @property
     def planned_heldout_rows(self) -> int:

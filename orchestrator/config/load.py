@@ -64,7 +64,10 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set ``a.b.c=value`` in the tree; the value is read as YAML, so numbers, lists and null work."""
+    """Set ``a.b.c=value`` in the tree; the value is read as YAML, so numbers, lists and null work.
+
+    A number in the place of a section is the place of a list's item, counted from 0: ``data.sources.0.weight=2``.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key or "" in key.split("."):
         raise ConfigError(f"override {override!r} is not of the form section.key=value, such as loss.easy_ratio=0.3")
@@ -73,11 +76,24 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {override!r}: the value {text!r} is not YAML; quote it if it is a text") from None
     *sections, name = key.split(".")
+    within: Any = tree
     for section in sections:
-        if not isinstance(tree.get(section), dict):
-            tree[section] = {}
-        tree = tree[section]
-    tree[name] = value
+        step = _step(within, section, override)
+        if isinstance(within, dict):
+            within.setdefault(step, {})
+        if not isinstance(within[step], dict | list):
+            within[step] = {}
+        within = within[step]
+    within[_step(within, name, override)] = value
+
+
+def _step(within: dict[str, Any] | list[Any], step: str, override: str) -> Any:
+    """Return the key of a section, or the index of a list's item, that a step of an override names."""
+    if not isinstance(within, list):
+        return step
+    if step.isdecimal() and int(step) < len(within):
+        return int(step)
+    raise ConfigError(f"override {override!r}: {step!r} is none of a list's {len(within)} items, which are counted from 0")
 
 
 def validate(tree: Mapping[str, Any]) -> RunConfig:
@@ -146,11 +162,13 @@ def _quoted_names(text: str) -> list[str]:
     return re.findall(r"'([^']*)'", text)
 
 
-def _require_homes(section: Mapping[str, Any], prefix: str = "") -> None:
+def _require_homes(section: Mapping[Any, Any], prefix: str = "") -> None:
     """Raise if a path begins with ~ and the user has no home folder."""
     for name, value in section.items():
         if isinstance(value, Mapping):
             _require_homes(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            _require_homes(dict(enumerate(value)), f"{prefix}{name}.")
         elif name in PATHS and isinstance(value, str) and value.startswith("~"):
             try:
                 Path(value).expanduser()
@@ -199,6 +217,8 @@ def _sections_at(location: Sequence[int | str]) -> list[type[BaseModel]]:
     """The classes that may stand at a location; a step that names no field is the tag of a union and picks its variant."""
     sections: list[type[BaseModel]] = [RunConfig]
     for step in location:
+        if isinstance(step, int):
+            continue  # an item of a list, whose class stands for each
         fields = [section.model_fields[str(step)] for section in sections if step in section.model_fields]
         if fields:
             sections = [found for field in fields for found in sections_of(field.annotation)]

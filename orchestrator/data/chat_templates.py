@@ -9,8 +9,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator.config.data import ChatFormat, ShareGptFormat
-from orchestrator.data.conversations import Conversation, Message, shown
+from orchestrator.config.formats import ConversationFormat
+from orchestrator.data.conversations import Conversation, Message
+from orchestrator.data.row_values import shown
 
 WAY_OUT = "data.format.template=... with a template that only appends would do"
 LAST_ONLY = "data.format.turns=last would learn the last turn alone"
@@ -45,7 +46,7 @@ class RenderedConversation:
 class ChatTemplate:
     """Renders conversations with one chat template and one set of arguments, by a clock that stands still."""
 
-    def __init__(self, format: ChatFormat | ShareGptFormat, tokenizer: PreTrainedTokenizerBase, special: list[str]) -> None:
+    def __init__(self, format: ConversationFormat, tokenizer: PreTrainedTokenizerBase, special: list[str]) -> None:
         """Args: the format, the tokenizer whose special tokens may end a turn, and those tokens as text.
 
         Raises:

@@ -1,10 +1,12 @@
 """From a row to the messages of a conversation, checked: roles, contents, calls of tools. Nothing is rendered here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.config.data import ChatFormat, ShareGptFormat
+from orchestrator.config.formats import AlpacaFormat, ChatFormat, ConversationFormat, PromptCompletionFormat, ShareGptFormat
+from orchestrator.data.field_templates import FieldTemplate, field_template
+from orchestrator.data.row_values import NoAnswer, fields_of, require_text, require_unicode, shown
 
 Message = dict[str, Any]
 """A message as chat templates read it: role, content, and perhaps tool_calls, tool_call_id, name, reasoning_content."""
@@ -13,10 +15,6 @@ ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 PASSED_ON = ("tool_call_id", "name", "reasoning_content")
 """Texts of a message, besides its content, that a chat template may read."""
-
-
-class NoAnswer(ValueError):
-    """A row has no answer to learn; ``data.without_answer`` says what happens to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,74 +27,104 @@ class Conversation:
     tools: list[dict[str, Any]] | None
     """The tools that the row offers, JSON schemas."""
 
+    prompt_messages: int = 0
+    """How many of the first messages are a prompt whatever their role."""
+
     @property
     def assistant_turns(self) -> list[int]:
-        """Indices of the assistant's messages, ascending."""
-        return [turn for turn, message in enumerate(self.messages) if message["role"] == "assistant"]
+        """Indices of the assistant's messages behind the prompt, ascending."""
+        return _assistant_turns(self.messages, self.prompt_messages)
 
 
-def conversation_of(row: Mapping[str, Any], format: ChatFormat | ShareGptFormat) -> Conversation:
+def conversation_of(row: Mapping[str, Any], format: ConversationFormat) -> Conversation:
     """Return the conversation of a row.
 
     Raises:
         NoAnswer: if no message is the assistant's, or one that is to be learned is null or empty.
         ValueError: naming the message and the field, if a message is malformed.
     """
-    if format.messages not in row:
-        other = "; data.format.kind=sharegpt reads conversations of from and value" if "conversations" in row else ""
-        raise ValueError(f"has no field {format.messages!r}, which data.format.messages names; {fields_of(row)}{other}")
-    messages = row[format.messages]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"field {format.messages!r} must be a list of messages, not {shown(messages)}")
-    check = _sharegpt_message if isinstance(format, ShareGptFormat) else _chat_message
-    checked = [check(message, f"message {turn}") for turn, message in enumerate(messages)]
-    turns = [turn for turn, message in enumerate(checked) if message["role"] == "assistant"]
+    messages, prompt_messages = _messages_of(row, format)
+    turns = _assistant_turns(messages, prompt_messages)
     if not turns:
         raise NoAnswer("no message has the role 'assistant', so there is nothing to learn")
-    if turns[0] == 0:
+    if messages[0]["role"] == "assistant":
         raise ValueError("message 0 is the assistant's, with nothing to answer; begin with a system or user message")
     for turn in turns if format.turns == "all" else turns[-1:]:
-        if not checked[turn].get("tool_calls"):
-            require_text(checked[turn]["content"], f"message {turn}: the assistant's content")
-    tools = _tools_of(row, format.tools) if isinstance(format, ChatFormat) else None
-    return Conversation([_with_text(message) for message in checked[: turns[-1] + 1]], tools)
+        if not messages[turn].get("tool_calls"):
+            require_text(messages[turn]["content"], f"message {turn}: the assistant's content")
+    tools = _tools_of(row, format.tools) if isinstance(format, ChatFormat | PromptCompletionFormat) else None
+    return Conversation([_with_text(message) for message in messages[: turns[-1] + 1]], tools, prompt_messages)
 
 
-def require_text(value: Any, what: str) -> str:
-    """Return ``value`` if it is text with something in it.
-
-    Raises:
-        NoAnswer: if it is null or empty.
-        ValueError: if it is of another kind.
-    """
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{what} must be text, not {shown(value)}")
-    if value is None or not value.strip():
-        raise NoAnswer(
-            f"{what} is {'null' if value is None else 'empty'}: there is nothing to learn; "
-            "data.without_answer=drop would leave such rows out"
-        )
-    return value
+def fields_read(format: ConversationFormat) -> frozenset[str]:
+    """Return the fields of a row that hold what people said."""
+    match format:
+        case AlpacaFormat():
+            templates = [template for template in (_system_of(format), _user_of(format)) if template is not None]
+            return frozenset({format.output}).union(*(template.fields for template in templates))
+        case PromptCompletionFormat():
+            return frozenset({format.prompt, format.completion})
+        case ChatFormat() | ShareGptFormat():
+            return frozenset({format.messages})
+        case _:
+            raise AssertionError(f"no such format: {format}")
 
 
-def require_unicode(text: str) -> str:
-    """Raise if a text holds half a surrogate pair, which JSON can express and no tokenizer can encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the character {text[error.start]!r} is half of a surrogate pair, no text") from error
-    return text
+def _messages_of(row: Mapping[str, Any], format: ConversationFormat) -> tuple[list[Message], int]:
+    """Return a row's messages, checked one by one, and how many of them are a prompt whatever their role."""
+    match format:
+        case AlpacaFormat():
+            return _alpaca_messages(row, format), 0
+        case PromptCompletionFormat():
+            prompt = _side(row, format.prompt, "data.format.prompt", "user", 0)
+            return prompt + _side(row, format.completion, "data.format.completion", "assistant", len(prompt)), len(prompt)
+        case ChatFormat() | ShareGptFormat():
+            other = "; data.format.kind=sharegpt reads conversations of from and value" if "conversations" in row else ""
+            messages = _value_of(row, format.messages, "data.format.messages", other)
+            if not isinstance(messages, list) or not messages:
+                raise ValueError(f"field {format.messages!r} must be a list of messages, not {shown(messages)}")
+            check = _sharegpt_message if isinstance(format, ShareGptFormat) else _chat_message
+            return [check(message, f"message {turn}") for turn, message in enumerate(messages)], 0
+        case _:
+            raise AssertionError(f"no such format: {format}")
 
 
-def fields_of(row: Mapping[str, Any]) -> str:
-    """Return a row's field names in words."""
-    return f"its fields are {', '.join(map(repr, row)) or 'none at all'}"
+def _alpaca_messages(row: Mapping[str, Any], format: AlpacaFormat) -> list[Message]:
+    answer = _value_of(row, format.output, "data.format.output")
+    messages: list[Message] = []
+    if (template := _system_of(format)) is not None and (system := template.fill(row)).strip():
+        messages.append({"role": "system", "content": require_unicode(system)})
+    messages.append({"role": "user", "content": require_unicode(_user_of(format).fill(row))})
+    where = f"message {len(messages)} (field {format.output!r})"
+    return [*messages, {"role": "assistant", "content": _content(answer, where, may_be_null=True)}]
 
 
-def shown(value: Any) -> str:
-    """Return a value as an error message shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _system_of(format: AlpacaFormat) -> FieldTemplate | None:
+    return None if format.system is None else field_template(format.system, "data.format.system")
+
+
+def _user_of(format: AlpacaFormat) -> FieldTemplate:
+    return field_template(format.user, "data.format.user")
+
+
+def _side(row: Mapping[str, Any], field: str, key: str, role: str, first: int) -> list[Message]:
+    """Return the messages of a prompt or of a completion; a text is one message of ``role``."""
+    value = _value_of(row, field, key)
+    if isinstance(value, list) and value:
+        return [_chat_message(message, f"message {first + turn}") for turn, message in enumerate(value)]
+    if not isinstance(value, str) and (value is not None or role == "user"):
+        raise ValueError(f"field {field!r}, which {key} names, must be a text or a list of messages, not {shown(value)}")
+    return [{"role": role, "content": _content(value, f"message {first} (field {field!r})", may_be_null=True)}]
+
+
+def _value_of(row: Mapping[str, Any], field: str, key: str, hint: str = "") -> Any:
+    if field not in row:
+        raise ValueError(f"has no field {field!r}, which {key} names; {fields_of(row)}{hint}")
+    return row[field]
+
+
+def _assistant_turns(messages: Sequence[Message], first: int) -> list[int]:
+    return [turn for turn, message in enumerate(messages) if turn >= first and message["role"] == "assistant"]
 
 
 def _chat_message(message: Any, where: str) -> Message:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config.data import DataConfig
+from orchestrator.data.mixture import NumberedRow
 from orchestrator.data.templates import RenderedRows
 from orchestrator.data.tokenization import TokenizedRows
 
@@ -79,6 +80,12 @@ class DataCounts:
     template_date: str | None
     """The day that the chat template was told it is; None if it has not asked."""
 
+    rows_of_sources: dict[str, int]
+    """Rows chosen from each source of training rows, before any are held out, by the source's key."""
+
+    shown_rows: list[str]
+    """Some training rows as text with their targets marked, the first of each source among them."""
+
     def lines(self, data: DataConfig) -> list[str]:
         """Return sentences for the terminal; what is zero and would be bad news otherwise is left out."""
         remarks = {
@@ -96,6 +103,8 @@ class DataCounts:
             f"targets), {self.heldout_rows} held out ({self.heldout_targets} targets), longest {self.longest} tokens"
             + "".join(f"; {count} {remark}" for remark, count in remarks.items() if count)
         ]
+        if len(self.rows_of_sources) > 1:
+            lines.append("rows of " + ", ".join(f"{key}: {rows}" for key, rows in self.rows_of_sources.items()))
         if self.special_tokens:
             names = ", ".join(f"{token} {count}" for token, count in sorted(self.special_tokens.items()))
             lines.append(
@@ -109,11 +118,24 @@ class DataCounts:
                 f"{unended} answers end in no special token, so a model does not learn from them where to stop; a template that "
                 "ends each turn with one would do (data.format.template)"
             )
-        return lines
+        return [*lines, *self.shown_rows]
 
 
-def count_data(train: TokenizedRows, heldout: TokenizedRows, rendered: Sequence[RenderedRows], data: DataConfig) -> DataCounts:
-    """Return the counts of both splits; ``rendered`` are the rows of both as text."""
+def count_data(
+    train: TokenizedRows, heldout: TokenizedRows, rendered: Sequence[RenderedRows], data: DataConfig,
+    rows: Sequence[NumberedRow], shown_rows: list[str],
+) -> DataCounts:  # fmt: skip
+    """Return the counts of both splits.
+
+    Args:
+        train: what became of the training rows.
+        heldout: what became of the held-out rows.
+        rendered: the rows of both as text.
+        data: how they were read.
+        rows: those of both, before they were rendered.
+        shown_rows: some of the training rows, for the reader.
+    """
+    sources = Counter(row.source for row in rows)
     trained = {example.key for example in train.examples}
     splits = (train, heldout)
     texts = [row for split in rendered for row in split.rows]
@@ -121,7 +143,7 @@ def count_data(train: TokenizedRows, heldout: TokenizedRows, rendered: Sequence[
     special: Counter[str] = Counter()
     for row in texts:
         special.update(dict(row.special_tokens))
-    asked_for_date = data.format.kind != "instruction" and any(split.template_asked_for_date for split in rendered)
+    asked_for_date = any(split.template_asked_for_date for split in rendered)
     return DataCounts(
         rows_read=sum(len(rows.examples) + rows.dropped_long + rows.without_target for rows in splits) + without_answer,
         rows_dropped_long=sum(rows.dropped_long for rows in splits),
@@ -142,5 +164,7 @@ def count_data(train: TokenizedRows, heldout: TokenizedRows, rendered: Sequence[
         special_tokens=dict(special),
         rows_with_special_tokens=sum(bool(row.special_tokens) for row in texts),
         turn_ends=dict(Counter(end for rows in splits for row in rows.kept for end in row.turn_ends)),
-        template_date=str(data.format.date) if data.format.kind != "instruction" and asked_for_date else None,
+        template_date=str(data.chat.date) if data.chat is not None and asked_for_date else None,
+        rows_of_sources={key: sources[key] for key in data.training_sources},
+        shown_rows=shown_rows,
     )

@@ -6,8 +6,7 @@
 """
 
 import json
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from actors.files import write_atomically
 from actors.records import examples_hash
 from orchestrator.config.data import DataConfig
 from orchestrator.data.counts import DataCounts, count_data
-from orchestrator.data.sources import Row, read_rows
-from orchestrator.data.templates import NumberedRow, render_rows, texts_to_learn
+from orchestrator.data.mixture import read_splits
+from orchestrator.data.shown_rows import rows_to_show
+from orchestrator.data.templates import render_rows, texts_to_learn
 from orchestrator.data.tokenization import TokenizedRows, tokenize
 from orchestrator.data.tokenizers import tokenizer_hash
 
@@ -44,48 +44,10 @@ def prepare_data(data: DataConfig, tokenizer_for: TokenizerFor, folder: Path) ->
                 f"have no target within it, {texts.without_answer} have no answer"
                 + (f"; data.max_tokens={rows.longest_read} would keep all that have one" if rows.longest_read else "")
             )
-    counts = count_data(train, heldout, rendered, data)
+    shown = rows_to_show(train_rows, train, tokenizer)
+    counts = count_data(train, heldout, rendered, data, [*train_rows, *heldout_rows], shown)
     write_prepared(folder, train, heldout, counts, tokenizer_hash(tokenizer))
     return counts
-
-
-def read_splits(data: DataConfig) -> tuple[list[NumberedRow], list[NumberedRow]]:
-    """Return the rows to train on and the held-out rows, which are drawn from the same source or have one of their own.
-
-    Raises:
-        ValueError: naming the file and the line, or the key, if there is nothing to read.
-    """
-    rows = read_rows(data.source, data.seed)
-    if data.heldout is None:
-        return choose_rows(rows, data)
-    train = _shuffled(rows, f"{data.seed} split")[: data.max_rows]
-    heldout = _shuffled(read_rows(data.heldout.source, data.seed), f"{data.seed} heldout")[: data.heldout.max_rows]
-    return train, heldout
-
-
-def _shuffled(rows: Sequence[Row], seed: str) -> list[NumberedRow]:
-    numbered: list[NumberedRow] = list(enumerate(rows))
-    random.Random(seed).shuffle(numbered)
-    return numbered
-
-
-def choose_rows(rows: Sequence[Row], data: DataConfig) -> tuple[list[NumberedRow], list[NumberedRow]]:
-    """Draw the rows to train on and those to hold out, each with its index in ``rows``; shuffle the former.
-
-    One shuffle by ``data.seed`` decides all: held-out rows first, then training rows, up to ``max_rows``. So a smaller
-    ``max_rows`` keeps the same held-out rows.
-
-    Raises:
-        ValueError: if holding out ``heldout_rows`` leaves nothing to train on.
-    """
-    assert data.heldout_rows is not None, "data.heldout names a source of its own"
-    order = _shuffled(rows, f"{data.seed} split")[: data.max_rows]
-    if data.heldout_rows >= len(order):
-        raise ValueError(
-            f"data.heldout_rows {data.heldout_rows} leaves none of {len(order)} rows to train on; "
-            + (f"data.heldout_rows={max(1, len(order) // 10)} would do" if len(order) > 1 else "at least two rows are needed")
-        )
-    return order[data.heldout_rows :], order[: data.heldout_rows]
 
 
 def write_prepared(folder: Path, train: TokenizedRows, heldout: TokenizedRows, counts: DataCounts, tokenizer: str) -> None:

@@ -25,12 +25,13 @@ LONGEST_CELL = 1 << 24
 """Characters of a cell of a CSV file; where one is longer, a quote is missing rather than the text that long."""
 
 
-def read_rows(source: SourceConfig, seed: int) -> list[Row]:
+def read_rows(source: SourceConfig, seed: int, key: str = "data.source") -> list[Row]:
     """Return all rows of a source, in its own order.
 
     Args:
         source: the built-in generator, files, or a dataset of the hub.
         seed: draws the rows of the built-in generator; the other sources do not use it.
+        key: of the source, for errors.
 
     Raises:
         ValueError: naming the file and the line, if something is missing, empty or no row.
@@ -38,21 +39,21 @@ def read_rows(source: SourceConfig, seed: int) -> list[Row]:
     if isinstance(source, BuiltinSource):
         return make_rows(source.rows, source.tasks, seed)
     if isinstance(source, FilesSource):
-        return [row for path in files_of(source) for row in read_file(path)]
-    return read_hub(source)
+        return [row for path in files_of(source, key) for row in read_file(path)]
+    return read_hub(source, key)
 
 
-def files_of(source: FilesSource) -> list[Path]:
+def files_of(source: FilesSource, key: str = "data.source") -> list[Path]:
     """Return the file that is named, or the files of a known kind in the folder that is named, in name order."""
     path = Path(source.path).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if kind_of_file(file) in READERS and file.is_file())
         if not files:
-            raise ValueError(f"the folder {path} (data.source.path) holds no {_known_kinds()} file")
+            raise ValueError(f"the folder {path} ({key}.path) holds no {_known_kinds()} file")
         return files
     if not path.exists():
         raise ValueError(
-            f"there is no file {path.absolute()}; data.source.path=... names a {_known_kinds()} file, or a folder of such files"
+            f"there is no file {path.absolute()}; {key}.path=... names a {_known_kinds()} file, or a folder of such files"
         )
     return [path]
 
@@ -148,7 +149,7 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
 """The kinds of files that hold rows, by their suffix."""
 
 
-def read_hub(source: HubSource) -> list[Row]:
+def read_hub(source: HubSource, key: str = "data.source") -> list[Row]:
     """Return the rows of a dataset that ``datasets`` finds on the hub or in a folder."""
     import datasets  # slow to import, and only this source needs it
 
@@ -157,7 +158,7 @@ def read_hub(source: HubSource) -> list[Row]:
     except Exception as error:  # datasets raises what the libraries of each format and the network raise
         reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
         raise ValueError(
-            f"data.source.name={source.name!r} (subset {source.subset!r}, split {source.split!r}, revision {source.revision!r}) "
+            f"{key}.name={source.name!r} (subset {source.subset!r}, split {source.split!r}, revision {source.revision!r}) "
             f"cannot be loaded: {reason}"
         ) from error
     rows: list[Row] = dataset.to_list()

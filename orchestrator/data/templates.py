@@ -1,27 +1,21 @@
 """From rows to text: the whole text of a row, and which of its characters are targets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from jinja2 import StrictUndefined, TemplateError, TemplateRuntimeError, TemplateSyntaxError, meta
-from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator.config.data import DataConfig, InstructionFormat
+from orchestrator.config.data import DataConfig
+from orchestrator.config.formats import FormatConfig, InstructionFormat
 from orchestrator.data.chat_templates import ChatTemplate
-from orchestrator.data.conversations import (
-    NoAnswer,
-    conversation_of,
-    fields_of,
-    require_text,
-    require_unicode,
-)
+from orchestrator.data.conversations import conversation_of, fields_read
+from orchestrator.data.field_templates import field_template
+from orchestrator.data.mixture import NumberedRow
+from orchestrator.data.row_values import NoAnswer, fields_of, require_text, require_unicode
 from orchestrator.data.special_tokens import RowText, SpecialTokens
 
-NumberedRow = tuple[int, Mapping[str, Any]]
-"""A row's index in its source, and its fields."""
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class RenderedRow:
     """One row as text."""
 
     row: int
-    """Index of the row in its source."""
+    """Index of the row, counted through all sources of its split."""
 
     text: str
     """All that the models see: prompt and response, or the whole conversation."""
@@ -58,6 +52,9 @@ class RenderedRow:
     ordinary_spans: tuple[tuple[int, int], ...] = ()
     """Stretches of ``text`` in which special tokens are ordinary characters, ascending."""
 
+    is_conversation: bool = False
+    """Whether a chat template wrote it, all special tokens included."""
+
 
 @dataclass(frozen=True)
 class RenderedRows:
@@ -73,9 +70,7 @@ class RenderedRows:
     """Whether the chat template has written ``data.format.date``."""
 
 
-def render_rows(
-    rows: Sequence[NumberedRow], data: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
-) -> RenderedRows:
+def render_rows(rows: Sequence[NumberedRow], data: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> RenderedRows:
     """Render rows as ``data.format`` says.
 
     Args:
@@ -88,25 +83,11 @@ def render_rows(
             refused, or the template cannot serve.
     """
     special = SpecialTokens(tokenizer, data.special_tokens)
-    chat: ChatTemplate | None = None
-    if isinstance(data.format, InstructionFormat):
-        render_row = partial(_render_instruction, InstructionTemplate(data.format), special)
-    else:
-        if tokenizer is None:
-            raise ValueError(f"data.format {data.format.kind} needs a tokenizer to render messages")
-        chat = ChatTemplate(data.format, tokenizer, special.strings)
-        render_row = partial(_render_conversation, chat, special)
-    rendered, without_answer = [], 0
-    for number, row in rows:
-        try:
-            rendered.append(render_row(number, row))
-        except NoAnswer as error:
-            if data.without_answer == "refuse":
-                raise ValueError(f"row {number}: {error}") from error
-            without_answer += 1
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
-    return RenderedRows(rendered, without_answer, chat is not None and chat.asked_for_date)
+    formats = data.formats
+    renderers = {source: _renderer(formats[source], tokenizer, special) for source in {row.source for row in rows}}
+    rendered = list(_answered(rows, data, lambda row: renderers[row.source].render(row)))
+    asked_for_date = any(renderer.asked_for_date for renderer in renderers.values())
+    return RenderedRows(rendered, len(rows) - len(rendered), asked_for_date)
 
 
 def texts_to_learn(rows: Sequence[NumberedRow], data: DataConfig) -> list[str]:
@@ -115,79 +96,89 @@ def texts_to_learn(rows: Sequence[NumberedRow], data: DataConfig) -> list[str]:
     Raises:
         ValueError: as ``render_rows`` does.
     """
-    if isinstance(data.format, InstructionFormat):
-        return [rendered.text for rendered in render_rows(rows, data).rows]
-    texts = []
-    for number, row in rows:
+    formats, special = data.formats, SpecialTokens(None, data.special_tokens)
+
+    def texts_of(row: NumberedRow) -> list[str]:
+        if isinstance(format := formats[row.source], InstructionFormat):
+            return [InstructionRenderer(format, special).render(row).text]
+        return [message["content"] for message in conversation_of(row.fields, format).messages]
+
+    return [text for texts in _answered(rows, data, texts_of) for text in texts]
+
+
+def _answered(rows: Sequence[NumberedRow], data: DataConfig, read: Callable[[NumberedRow], Read]) -> Iterator[Read]:
+    """Yield what is read of each row; rows without an answer are refused or left out, as the configuration says."""
+    for row in rows:
         try:
-            texts += [message["content"] for message in conversation_of(row, data.format).messages]
+            yield read(row)
         except ValueError as error:
-            if not (isinstance(error, NoAnswer) and data.without_answer == "drop"):
-                raise ValueError(f"row {number}: {error}") from error
-    return texts
+            if isinstance(error, NoAnswer) and data.without_answer == "drop":
+                continue
+            message = str(error)
+            if data.formats[row.source] is not data.format:  # the source has one of its own
+                message = message.replace("data.format", f"{row.source}.format")
+            raise ValueError(f"{row.place}: {message}") from error
 
 
-class InstructionTemplate:
-    """The prompt template of instruction rows. A field that is null may be tested, ``{% if input %}``, but not printed."""
+class InstructionRenderer:
+    """Renders rows with a prompt template."""
 
-    def __init__(self, format: InstructionFormat) -> None:
-        """Raises: ValueError if it is no Jinja template."""
-        environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_refuse_null)
-        try:
-            self._template = environment.from_string(format.prompt)
-            self.fields = meta.find_undeclared_variables(environment.parse(format.prompt)) | {format.response}
-            """The fields of a row that it reads, the response among them."""
-        except TemplateSyntaxError as error:
-            raise ValueError(f"data.format.prompt is no Jinja template: line {error.lineno}: {error.message}") from error
-        self.response = format.response
-        """Name of the field with the response."""
+    asked_for_date = False
 
-    def prompt_of(self, row: Mapping[str, Any]) -> str:
-        """Return the prompt of a row.
+    def __init__(self, format: InstructionFormat, special: SpecialTokens) -> None:
+        """Raises: ValueError if the prompt is no Jinja template."""
+        self._response, self._special = format.response, special
+        self._prompt = field_template(format.prompt, "data.format.prompt")
 
-        Raises:
-            ValueError: if the template cannot be filled in.
-        """
-        try:
-            return self._template.render(row)
-        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
-            raise ValueError(f"data.format.prompt cannot be filled in: {error}; {fields_of(row)}") from error
+    def render(self, row: NumberedRow) -> RenderedRow:
+        """Return a row as text, or raise ValueError saying what it lacks."""
+        texts, fields, name = RowText(self._special), self._prompt.fields | {self._response}, self._response
+        treated = {name: texts.treat(value) if name in fields else value for name, value in row.fields.items()}
+        prompt = self._prompt.fill(treated)
+        if name not in treated:
+            raise ValueError(f"has no field {name!r}, which data.format.response names; {fields_of(row.fields)}")
+        response = require_text(treated[name], f"the response (field {name!r})")
+        text, ordinary = texts.reveal(require_unicode(prompt + response))
+        return RenderedRow(
+            row.number, text, ((len(prompt), len(text)),), text[: len(prompt)], text[len(prompt) :], _task_of(row.fields),
+            special_tokens=tuple(texts.found.items()), ordinary_spans=ordinary,
+        )  # fmt: skip
 
 
-def _refuse_null(value: Any) -> Any:
-    if value is None:
-        raise TemplateRuntimeError("it prints a field that is null")
-    return value
+class ConversationRenderer:
+    """Renders rows with a chat template."""
+
+    def __init__(self, chat: ChatTemplate, special: SpecialTokens) -> None:
+        self._chat, self._special, self._fields = chat, special, fields_read(chat.format)
+
+    @property
+    def asked_for_date(self) -> bool:
+        """Whether the template has asked what day it is."""
+        return self._chat.asked_for_date
+
+    def render(self, row: NumberedRow) -> RenderedRow:
+        """Return a row as text, or raise ValueError saying what it lacks."""
+        texts = RowText(self._special)
+        treated = {name: texts.treat(value) if name in self._fields else value for name, value in row.fields.items()}
+        conversation = conversation_of(treated, self._chat.format)
+        rendered = self._chat.render(conversation)
+        text, ordinary = texts.reveal(rendered.text)
+        response, _ = texts.reveal(conversation.messages[-1]["content"])
+        return RenderedRow(
+            row.number, text, tuple(turn.span for turn in rendered.turns), text[: rendered.turns[-1].span[0]],
+            response or text[slice(*rendered.turns[-1].span)], _task_of(row.fields), tuple(turn.end for turn in rendered.turns),
+            sum(turn.respaced for turn in rendered.turns), tuple(texts.found.items()), ordinary, is_conversation=True,
+        )  # fmt: skip
 
 
-def _render_instruction(
-    template: InstructionTemplate, special: SpecialTokens, number: int, row: Mapping[str, Any]
-) -> RenderedRow:
-    texts = RowText(special)
-    treated = {name: texts.treat(value) if name in template.fields else value for name, value in row.items()}
-    prompt = template.prompt_of(treated)
-    if template.response not in row:
-        raise ValueError(f"has no field {template.response!r}, which data.format.response names; {fields_of(row)}")
-    response = require_text(treated[template.response], f"the response (field {template.response!r})")
-    text, ordinary = texts.reveal(require_unicode(prompt + response))
-    return RenderedRow(
-        number, text, ((len(prompt), len(text)),), text[: len(prompt)], text[len(prompt) :], _task_of(row),
-        special_tokens=tuple(texts.found.items()), ordinary_spans=ordinary,
-    )  # fmt: skip
-
-
-def _render_conversation(chat: ChatTemplate, special: SpecialTokens, number: int, row: Mapping[str, Any]) -> RenderedRow:
-    texts = RowText(special)
-    treated = {name: texts.treat(value) if name == chat.format.messages else value for name, value in row.items()}
-    conversation = conversation_of(treated, chat.format)
-    rendered = chat.render(conversation)
-    text, ordinary = texts.reveal(rendered.text)
-    response, _ = texts.reveal(conversation.messages[-1]["content"])
-    return RenderedRow(
-        number, text, tuple(turn.span for turn in rendered.turns), text[: rendered.turns[-1].span[0]],
-        response or text[slice(*rendered.turns[-1].span)], _task_of(row), tuple(turn.end for turn in rendered.turns),
-        sum(turn.respaced for turn in rendered.turns), tuple(texts.found.items()), ordinary,
-    )  # fmt: skip
+def _renderer(
+    format: FormatConfig, tokenizer: PreTrainedTokenizerBase | None, special: SpecialTokens
+) -> InstructionRenderer | ConversationRenderer:
+    if isinstance(format, InstructionFormat):
+        return InstructionRenderer(format, special)
+    if tokenizer is None:
+        raise ValueError(f"data.format {format.kind} needs a tokenizer to render messages")
+    return ConversationRenderer(ChatTemplate(format, tokenizer, special.strings), special)
 
 
 def _task_of(row: Mapping[str, Any]) -> str | None:

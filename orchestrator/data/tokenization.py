@@ -59,14 +59,13 @@ def tokenize(rendered: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase
     Raises:
         ValueError: if instruction rows are to end with a token the tokenizer does not have.
     """
-    instruction = data.format.kind == "instruction"
-    if instruction and tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and not all(row.is_conversation for row in rendered):
         raise ValueError("the tokenizer has no end-of-sequence token (eos_token); data.format.kind=chat would do without")
     examples, kept = [], []
     dropped_long = truncated = without_target = merged_at_border = longest = longest_read = largest_id = 0
-    for row, (token_ids, extents) in zip(rendered, _encode(rendered, tokenizer, add_special_tokens=instruction), strict=True):
+    for row, (token_ids, extents) in zip(rendered, _encode(rendered, tokenizer), strict=True):
         loss_mask, straddles = mark_targets(extents, row.target_spans)
-        if instruction:
+        if not row.is_conversation:
             token_ids, loss_mask = _end_sequence(token_ids, loss_mask, tokenizer.eos_token_id)
         loss_mask[:1] = False
         longest_read = max(longest_read, len(token_ids))
@@ -104,24 +103,33 @@ def mark_targets(extents: np.ndarray, spans: Sequence[tuple[int, int]]) -> tuple
     return loss_mask, straddles
 
 
-def _encode(
-    rendered: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _encode(rendered: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield token ids, int32 [T], and extents, int64 [T, 2], of each row."""
     for start in range(0, len(rendered), TEXTS_A_BATCH):
-        encoded = tokenizer(
-            [row.text for row in rendered[start : start + TEXTS_A_BATCH]],
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        fields = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
-        for row, token_ids, offsets, added in zip(rendered[start : start + TEXTS_A_BATCH], *fields, strict=True):
-            if row.ordinary_spans:
-                token_ids, offsets, added = _split_special(row, token_ids, offsets, added, tokenizer)
-            yield np.array(token_ids, dtype=np.int32), token_extents(offsets, added)
+        batch = rendered[start : start + TEXTS_A_BATCH]
+        encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for is_conversation in {row.is_conversation for row in batch}:
+            alike = [index for index, row in enumerate(batch) if row.is_conversation == is_conversation]
+            encoded |= zip(alike, _encode_alike([batch[index] for index in alike], tokenizer, not is_conversation), strict=True)
+        yield from (encoded[index] for index in range(len(batch)))
+
+
+def _encode_alike(
+    batch: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    encoded = tokenizer(
+        [row.text for row in batch],
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    fields = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
+    for row, token_ids, offsets, added in zip(batch, *fields, strict=True):
+        if row.ordinary_spans:
+            token_ids, offsets, added = _split_special(row, token_ids, offsets, added, tokenizer)
+        yield np.array(token_ids, dtype=np.int32), token_extents(offsets, added)
 
 
 def _split_special(

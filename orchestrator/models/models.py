@@ -128,11 +128,10 @@ class Models:
             ValueError: if a pretrained student's tokens are others than the teacher's.
         """
         tokenizer = self._choose_tokenizer(training_texts)
-        data_format = self.config.data.format
-        if data_format.kind != "instruction":  # the exported student speaks as it was taught
-            template = data_format.template or tokenizer.chat_template
+        if (chat := self.config.data.chat) is not None:  # the exported student speaks as it was taught
+            template = chat.template or tokenizer.chat_template
             if isinstance(template, str):  # a tokenizer may have several by name, and none is refused when rows are rendered
-                tokenizer.chat_template = with_default_args(template, data_format.template_args)
+                tokenizer.chat_template = with_default_args(template, chat.template_args)
         tokenizer.save_pretrained(self.tokenizer_folder)
         return tokenizer
 

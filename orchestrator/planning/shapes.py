@@ -19,6 +19,7 @@ from actors.models import plain_model
 from actors.student.causal_lm import decoder_layers
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
+from orchestrator.data.mixture import source_key
 from orchestrator.models.model_checks import RowLimits, require_models_fit, row_limits
 from orchestrator.models.models import Models
 from orchestrator.run.responses import require_room_for_answers, training_rows
@@ -124,11 +125,12 @@ def read_workload(config: RunConfig) -> Workload:
     """
     if _was_prepared(config):
         return _counted(config, config.run_dir, "the rows that this run has prepared")
-    if config.data.source.kind == "hub":
-        raise ValueError(
-            f"data.source.name {config.data.source.name!r} is on the hub and this run has not prepared it, so its rows are not "
-            "known; say --rows, --row-tokens and --row-targets, or run the command prepare first"
-        )
+    for key, share in config.data.training_sources.items():
+        if share.source.kind == "hub":
+            raise ValueError(
+                f"{source_key(key)}.name {share.source.name!r} is on the hub and this run has not prepared it, so its rows are "
+                "not known; say --rows, --row-tokens and --row-targets, or run the command prepare first"
+            )
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         models = Models(config, Path(folder))
         prepare_data(config.data, models.tokenizer_for, Path(folder) / "data")

@@ -31,6 +31,7 @@ from orchestrator.cluster.progress import logged_progress
 from orchestrator.config.data import SourceConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
+from orchestrator.data.mixture import source_key
 from orchestrator.data.sources import source_hash
 from orchestrator.models.model_checks import require_models_fit, row_limits
 from orchestrator.models.models import ROLES, Models, Role
@@ -63,8 +64,7 @@ def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
     for remark in remarks:
         logger.info(f"prepare: {remark}")
     return {
-        "counts": asdict(counts), "source_sha256": source_hash(config.data.source),
-        "heldout_sha256": source_hash(config.data.heldout.source) if config.data.heldout else None,
+        "counts": asdict(counts), "source_sha256": {key: source_hash(source) for key, source in _sources(config).items()},
         "answer_ends": list(ends.ids), "remarks": remarks,
     }  # fmt: skip
 
@@ -86,17 +86,20 @@ def require_same_source(config: RunConfig, prepared: Facts) -> None:
     Raises:
         ValueError: naming the files and what to do.
     """
-    sources: dict[str, SourceConfig] = {"data.source": config.data.source}
-    if config.data.heldout is not None:
-        sources["data.heldout.source"] = config.data.heldout.source
-    for key, source in sources.items():
+    for key, source in _sources(config).items():
         now = source_hash(source)
-        if now is not None and now != prepared["source_sha256" if key == "data.source" else "heldout_sha256"]:
+        if now is not None and now != prepared["source_sha256"].get(key):
             assert source.kind == "files"
             raise ValueError(
                 f"{key}.path {source.path} was changed since this run read it; give the run another name (name=...), or delete "
                 "its folder to begin again"
             )
+
+
+def _sources(config: RunConfig) -> dict[str, SourceConfig]:
+    """Return where rows come from, by the keys that say so."""
+    sources = {source_key(key): share.source for key, share in config.data.training_sources.items()}
+    return sources if config.data.heldout is None else sources | {"data.heldout.source": config.data.heldout.source}
 
 
 def fetch_models(config: RunConfig, run_dir: RunDir, models: Models, stages: Sequence[str]) -> None:

@@ -9,8 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.config.data import ChatFormat, DataConfig
+from orchestrator.config.data import DataConfig
+from orchestrator.config.formats import ChatFormat
 from orchestrator.data.chat_templates import with_default_args
+from orchestrator.data.mixture import NumberedRow
 from orchestrator.data.templates import RenderedRow, RenderedRows, render_rows
 
 CHATML = (
@@ -61,7 +63,7 @@ def tokenizer(eos: str) -> PreTrainedTokenizerFast:
 
 
 def render_all(messages: Any, template: str, eos: str = "<|endoftext|>", **format: Any) -> RenderedRows:
-    row = (7, {"messages": messages, "tools": format.pop("tools", None)})
+    row = NumberedRow(7, {"messages": messages, "tools": format.pop("tools", None)})
     data = DataConfig(format=ChatFormat(kind="chat", template=template, **format))
     return render_rows([row], data, tokenizer(eos))
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config.data import ChatFormat, ShareGptFormat
-from orchestrator.data.conversations import NoAnswer, conversation_of
+from orchestrator.config.formats import ChatFormat, ShareGptFormat
+from orchestrator.data.conversations import conversation_of
+from orchestrator.data.row_values import NoAnswer
 
 CHAT, SHAREGPT = ChatFormat(kind="chat"), ShareGptFormat(kind="sharegpt")
 ASKED, ANSWERED = {"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "3"}

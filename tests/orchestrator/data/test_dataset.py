@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from actors.records import example_key
-from orchestrator.config.data import TASK_KINDS, ChatFormat, DataConfig, InstructionFormat
-from orchestrator.data.dataset import choose_rows
+from orchestrator.config.data import TASK_KINDS, DataConfig
+from orchestrator.config.formats import ChatFormat, InstructionFormat
+from orchestrator.data.mixture import NumberedRow, numbered
 from orchestrator.data.synthetic import make_rows
 from orchestrator.data.templates import render_rows, texts_to_learn
 from orchestrator.data.tokenization import TokenizedRows, token_extents, tokenize
@@ -24,7 +25,7 @@ PLAIN = InstructionFormat(kind="instruction", prompt="{{ prompt }}")
 
 @cache
 def trained() -> PreTrainedTokenizerFast:
-    rows = list(enumerate(make_rows(100, TASK_KINDS, 0)))
+    rows = numbered(make_rows(100, TASK_KINDS, 0))
     return train_tokenizer(texts_to_learn(rows, DataConfig()), 400)
 
 
@@ -47,7 +48,7 @@ def tokenize_one(
 ) -> tuple[list[str], list[str], TokenizedRows]:
     """All tokens of one instruction row, those that are targets, and the counts."""
     data = DataConfig(format=PLAIN, **settings)
-    rendered = render_rows([(5, {"prompt": prompt, "response": response})], data).rows
+    rendered = render_rows([NumberedRow(5, {"prompt": prompt, "response": response})], data).rows
     rows = tokenize(rendered, tokenizer, data)
     if not rows.examples:
         return [], [], rows
@@ -131,7 +132,7 @@ def test_a_tokenizer_without_an_end_is_refused_for_instructions() -> None:
 def test_targets_spell_the_response_and_the_end(prompt: str, response: str) -> None:
     tokenizer = trained()
     prompt = f"<|user|>{prompt}"  # so that the first token, which is never a target, holds nothing of the response
-    rendered = render_rows([(0, {"prompt": prompt, "response": response})], DataConfig(format=PLAIN)).rows
+    rendered = render_rows([NumberedRow(0, {"prompt": prompt, "response": response})], DataConfig(format=PLAIN)).rows
     rows = tokenize(rendered, tokenizer, DataConfig(format=PLAIN))
     (example,) = rows.examples
     assert tokenizer.decode(example.token_ids) == f"{prompt}{response}<|end|>"
@@ -143,7 +144,7 @@ def test_targets_spell_the_response_and_the_end(prompt: str, response: str) -> N
 
 
 def test_text_of_every_script_is_masked_by_character() -> None:
-    rendered = render_rows([(0, {"prompt": "東京\n", "response": "👩‍👩‍👧 é\u0301"})], DataConfig(format=PLAIN)).rows
+    rendered = render_rows([NumberedRow(0, {"prompt": "東京\n", "response": "👩‍👩‍👧 é\u0301"})], DataConfig(format=PLAIN)).rows
     (example,) = tokenize(rendered, trained(), DataConfig(format=PLAIN)).examples
     assert trained().decode(example.targets) == "👩‍👩‍👧 é\u0301<|end|>"
 
@@ -156,7 +157,7 @@ def test_a_conversation_has_the_assistants_turns_as_targets() -> None:
         {"role": "assistant", "content": "It is 4, naïvely."},
     ]
     data = DataConfig(format=ChatFormat(kind="chat"))
-    rendered = render_rows([(0, {"messages": talk})], data, trained()).rows
+    rendered = render_rows([NumberedRow(0, {"messages": talk})], data, trained()).rows
     (example,) = tokenize(rendered, trained(), data).examples
     assert trained().decode(example.targets) == "3<|end|>It is 4, naïvely.<|end|>"
     assert trained().decode(example.token_ids) == rendered[0].text
@@ -168,7 +169,7 @@ def test_a_conversation_gets_no_special_tokens_beyond_its_template() -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     data = DataConfig(format=ChatFormat(kind="chat", template=template))
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (example,) = tokenize(render_rows([(0, {"messages": talk})], data, tokenizer).rows, tokenizer, data).examples
+    (example,) = tokenize(render_rows([NumberedRow(0, {"messages": talk})], data, tokenizer).rows, tokenizer, data).examples
     assert tokenizer.convert_ids_to_tokens(example.token_ids.tolist()) == ["a", "b"]
 
 
@@ -191,45 +192,3 @@ def test_rows_too_long_are_dropped_or_cut_and_counted() -> None:
 def test_a_row_cut_before_its_first_target_is_dropped_and_counted() -> None:
     tokens, _, rows = tokenize_one("aaaa", "b", pieces("a", "b"), max_tokens=4, too_long="truncate")
     assert (tokens, rows.kept, rows.truncated, rows.without_target) == ([], [], 0, 1)
-
-
-def numbered(count: int) -> list[dict[str, Any]]:
-    return [{"prompt": f"{number}?", "response": f"{number}!"} for number in range(count)]
-
-
-def test_the_split_is_disjoint_complete_shuffled_and_keeps_indices() -> None:
-    rows = numbered(50)
-    train, heldout = choose_rows(rows, DataConfig(heldout_rows=10, seed=1))
-    indices = [number for number, _ in train + heldout]
-    assert sorted(indices) == list(range(50)) and len(heldout) == 10
-    assert indices[:40] != sorted(indices[:40])
-    assert all(rows[number] is row for number, row in train + heldout)
-
-
-def test_the_split_depends_on_the_seed_alone() -> None:
-    rows = numbered(50)
-    assert choose_rows(rows, DataConfig(heldout_rows=10, seed=1)) == choose_rows(rows, DataConfig(heldout_rows=10, seed=1))
-    assert choose_rows(rows, DataConfig(heldout_rows=10, seed=1)) != choose_rows(rows, DataConfig(heldout_rows=10, seed=2))
-
-
-def test_fewer_rows_keep_the_same_held_out_rows() -> None:
-    rows = numbered(50)
-    train, heldout = choose_rows(rows, DataConfig(heldout_rows=10))
-    fewer_train, fewer_heldout = choose_rows(rows, DataConfig(heldout_rows=10, max_rows=20))
-    assert fewer_heldout == heldout
-    assert fewer_train == train[:10]
-    assert choose_rows(rows, DataConfig(heldout_rows=10, max_rows=99)) == (train, heldout)
-
-
-@pytest.mark.parametrize("heldout_rows", [50, 200])
-def test_too_many_held_out_rows_name_the_key_and_a_number_that_would_do(heldout_rows: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"data\.heldout_rows {heldout_rows} leaves none of 50 rows .*; data\.heldout_rows=5 would do"
-    ):
-        choose_rows(numbered(50), DataConfig(heldout_rows=heldout_rows))
-    choose_rows(numbered(50), DataConfig(heldout_rows=5))
-
-
-def test_one_row_is_too_few() -> None:
-    with pytest.raises(ValueError, match=r"leaves none of 1 rows to train on; at least two rows are needed"):
-        choose_rows(numbered(1), DataConfig(heldout_rows=1))

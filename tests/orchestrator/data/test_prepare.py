@@ -10,16 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.examples import ExampleFile
 from actors.records import examples_hash
-from orchestrator.config.data import (
-    TASK_KINDS,
-    BuiltinSource,
-    ChatFormat,
-    DataConfig,
-    FilesSource,
-    HeldoutConfig,
-    InstructionFormat,
-)
+from orchestrator.config.data import TASK_KINDS, BuiltinSource, DataConfig, FilesSource, HeldoutConfig
+from orchestrator.config.formats import ChatFormat, InstructionFormat
 from orchestrator.data.dataset import prepare_data
+from orchestrator.data.mixture import numbered
 from orchestrator.data.synthetic import make_rows
 from orchestrator.data.templates import texts_to_learn
 from orchestrator.data.tokenizers import tokenizer_hash, train_tokenizer
@@ -29,11 +23,10 @@ PLAIN = InstructionFormat(kind="instruction", prompt="{{ prompt }}")
 
 @cache
 def trained() -> PreTrainedTokenizerFast:
-    rows = list(enumerate(make_rows(100, TASK_KINDS, 0)))
-    return train_tokenizer(texts_to_learn(rows, DataConfig()), 400)
+    return train_tokenizer(texts_to_learn(numbered(make_rows(100, TASK_KINDS, 0)), DataConfig()), 400)
 
 
-def numbered(count: int) -> list[dict[str, Any]]:
+def questions(count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"{number}?", "response": f"{number}!"} for number in range(count)]
 
 
@@ -99,12 +92,12 @@ def test_counts_of_every_kind_are_shown(tmp_path: Path) -> None:
     assert counts.rows_read == 30 == counts.train_rows + counts.heldout_rows + counts.rows_without_target
     assert counts.rows_truncated > 0 and counts.rows_without_target > 0
     assert counts.longest == 60 < counts.longest_read
-    (line,) = counts.lines(cut)
+    line, *_ = counts.lines(cut)
     assert f"longest 60 tokens; {counts.rows_truncated} cut as too long (the longest has {counts.longest_read} tokens)" in line
     assert f"{counts.rows_without_target} dropped without a target" in line and "dropped as too long" not in line
     counts = prepare(tmp_path, rows, heldout_rows=5, max_tokens=60)
     assert counts.rows_read == 30 == counts.train_rows + counts.heldout_rows + counts.rows_dropped_long
-    (line,) = counts.lines(DataConfig(max_tokens=60))
+    line, *_ = counts.lines(DataConfig(max_tokens=60))
     assert f"30 rows read: {counts.train_rows} to train on" in line and f"longest {counts.longest} tokens" in line
     assert counts.longest <= 60 < counts.longest_read
     assert (
@@ -117,24 +110,24 @@ def test_held_out_rows_that_are_trained_on_too_are_counted(tmp_path: Path) -> No
     counts = prepare(tmp_path, [{"prompt": "Say it: ", "response": "yes"}] * 20, heldout_rows=4)
     assert (counts.train_rows, counts.heldout_rows, counts.heldout_rows_in_train) == (16, 4, 4)
     assert "4 held out but also among the training rows" in counts.lines(DataConfig())[0]
-    assert prepare(tmp_path, numbered(20), heldout_rows=4).heldout_rows_in_train == 0
+    assert prepare(tmp_path, questions(20), heldout_rows=4).heldout_rows_in_train == 0
 
 
 def test_no_row_short_enough_names_the_length_that_would_do(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no training row is left: 16 exceed data\.max_tokens 4, .*; data\.max_tokens=\d+ would"
     ) as caught:
-        prepare(tmp_path, numbered(20), heldout_rows=4, max_tokens=4)
+        prepare(tmp_path, questions(20), heldout_rows=4, max_tokens=4)
     enough = int(str(caught.value).split("data.max_tokens=")[1].split()[0])
-    assert prepare(tmp_path, numbered(20), heldout_rows=4, max_tokens=enough).train_rows == 16
+    assert prepare(tmp_path, questions(20), heldout_rows=4, max_tokens=enough).train_rows == 16
 
 
 def test_an_error_leaves_no_summary_of_other_data(tmp_path: Path) -> None:
-    prepare(tmp_path, numbered(20), heldout_rows=4)
+    prepare(tmp_path, questions(20), heldout_rows=4)
     (tmp_path / "data" / "train.arrow").unlink()
     (tmp_path / "data" / "train.arrow").mkdir()  # a place where no file can be written
     with pytest.raises(OSError):
-        prepare(tmp_path, numbered(20), heldout_rows=4)
+        prepare(tmp_path, questions(20), heldout_rows=4)
     assert not (tmp_path / "data" / "summary.json").exists()
 
 
@@ -144,7 +137,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> FilesSource:
 
 
 def test_held_out_rows_from_a_source_of_their_own(tmp_path: Path) -> None:
-    ours, theirs = write_rows(tmp_path / "train.jsonl", numbered(20)), write_rows(tmp_path / "valid.jsonl", numbered(60)[15:])
+    ours, theirs = write_rows(tmp_path / "train.jsonl", questions(20)), write_rows(tmp_path / "valid.jsonl", questions(60)[15:])
     data = DataConfig(source=ours, format=PLAIN, heldout=HeldoutConfig(source=theirs))
     counts = prepare_data(data, lambda texts: trained(), tmp_path / "data")
     assert (counts.rows_read, counts.train_rows, counts.heldout_rows, counts.heldout_rows_in_train) == (65, 20, 45, 5)
@@ -167,7 +160,7 @@ def test_two_ways_to_hold_out_rows_exclude_each_other(tmp_path: Path) -> None:
 
 
 def test_rows_without_an_answer_are_refused_or_dropped_and_counted(tmp_path: Path) -> None:
-    rows = [*numbered(20), {"prompt": "a", "response": None}, {"prompt": "b", "response": " "}]
+    rows = [*questions(20), {"prompt": "a", "response": None}, {"prompt": "b", "response": " "}]
     with pytest.raises(ValueError, match=r"row 2[01]: the response \(field 'response'\) is .*data\.without_answer=drop would"):
         prepare(tmp_path, rows, heldout_rows=4)
     counts = prepare(tmp_path, rows, heldout_rows=4, without_answer="drop")
@@ -187,9 +180,10 @@ def test_what_templates_do_is_told(tmp_path: Path) -> None:
     format = ChatFormat(kind="chat", template="{{ strftime_now('%Y') }}" + turns)
     data = DataConfig(source=source, format=format, heldout_rows=2)
     counts = prepare_data(data, lambda texts: trained(), tmp_path / "data")
-    counted, dated, unended = counts.lines(data)
+    counted, dated, unended, *shown = counts.lines(data)
     assert "; 12 whose answer the chat template writes with other white space" in counted
     assert dated == "the chat template writes today's date, which is 2025-01-01 in this run (data.format.date)"
     assert unended.startswith("12 answers end in no special token, so a model does not learn from them where to stop")
+    assert shown == counts.shown_rows and len(shown) == 3
     later = data.model_copy(update={"format": format.model_copy(update={"date": "2026-01-01"})})
     assert later.format != data.format

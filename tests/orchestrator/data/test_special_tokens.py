@@ -11,8 +11,10 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from actors.records import Example
-from orchestrator.config.data import ChatFormat, DataConfig, FilesSource, InstructionFormat
+from orchestrator.config.data import DataConfig, FilesSource
+from orchestrator.config.formats import ChatFormat, InstructionFormat
 from orchestrator.data.dataset import prepare_data
+from orchestrator.data.mixture import NumberedRow
 from orchestrator.data.special_tokens import special_strings
 from orchestrator.data.templates import RenderedRow, render_rows
 from orchestrator.data.tokenization import tokenize
@@ -30,7 +32,7 @@ def known() -> PreTrainedTokenizerFast:
 
 def render(row: Any, tokenizer: PreTrainedTokenizerBase | None = None, **settings: Any) -> RenderedRow:
     data = DataConfig(**{"format": ChatFormat(kind="chat", template=CHATML), **settings})
-    (rendered,) = render_rows([(7, row)], data, tokenizer or known()).rows
+    (rendered,) = render_rows([NumberedRow(7, row)], data, tokenizer or known()).rows
     return rendered
 
 
@@ -132,7 +134,7 @@ def test_whatever_people_write_the_turns_are_the_templates(pieces: list[str], ph
     template = PHI if phi else CHATML
     data = DataConfig(format=ChatFormat(kind="chat", template=template))
     talk = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-    (row,) = render_rows([(0, {"messages": talk})], data, known()).rows
+    (row,) = render_rows([NumberedRow(0, {"messages": talk})], data, known()).rows
     example = example_of(row)
     own = ["<|user|>", "<|end|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
     assert special_ids(example, known()) == (own if phi else ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"])
@@ -152,5 +154,5 @@ def test_prepared_rows_are_counted_and_shown(tmp_path: Path) -> None:
     data = DataConfig(source=source, format=ChatFormat(kind="chat", template=CHATML), heldout_rows=2)
     counts = prepare_data(data, lambda texts: known(), tmp_path / "data")
     assert counts.rows_with_special_tokens == 6
-    _, told = counts.lines(data)
+    _, told, *_ = counts.lines(data)
     assert told.startswith("6 rows hold special tokens in people's text (<|endoftext|> 6, <|im_end|> 6, <|im_start|> 6):")

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.config.data import TASK_KINDS, ChatFormat, DataConfig, FormatConfig, InstructionFormat
+from orchestrator.config.data import TASK_KINDS, DataConfig
+from orchestrator.config.formats import ChatFormat, FormatConfig, InstructionFormat
+from orchestrator.data.mixture import NumberedRow, numbered
 from orchestrator.data.synthetic import make_rows
 from orchestrator.data.templates import RenderedRow, render_rows, texts_to_learn
 from orchestrator.data.tokenizers import train_tokenizer
@@ -29,7 +31,7 @@ TURNS = [
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(texts_to_learn(list(enumerate(make_rows(60, TASK_KINDS, 0))), DataConfig()), 300)
+    return train_tokenizer(texts_to_learn(numbered(make_rows(60, TASK_KINDS, 0)), DataConfig()), 300)
 
 
 def without_template() -> PreTrainedTokenizerFast:
@@ -39,7 +41,7 @@ def without_template() -> PreTrainedTokenizerFast:
 
 
 def render(row: Mapping[str, Any], format: FormatConfig = INSTRUCTION, **settings: Any) -> RenderedRow:
-    (rendered,) = render_rows([(7, row)], DataConfig(format=format, **settings), tokenizer()).rows
+    (rendered,) = render_rows([NumberedRow(7, row)], DataConfig(format=format, **settings), tokenizer()).rows
     return rendered
 
 
@@ -182,15 +184,15 @@ def test_a_tokenizer_without_a_chat_template() -> None:
     with pytest.raises(
         ValueError, match=r"no chat template and data\.format\.template is null: data\.format\.template=\.\.\. names one"
     ):
-        render_rows([(0, {"messages": TURNS})], DataConfig(format=CHAT), without_template())
+        render_rows([NumberedRow(0, {"messages": TURNS})], DataConfig(format=CHAT), without_template())
     data = DataConfig(format=ChatFormat(kind="chat", template=CHATML))
-    (rendered,) = render_rows([(0, {"messages": TURNS})], data, without_template()).rows
+    (rendered,) = render_rows([NumberedRow(0, {"messages": TURNS})], data, without_template()).rows
     assert len(rendered.target_spans) == 2
 
 
 def test_chat_without_a_tokenizer() -> None:
     with pytest.raises(ValueError, match=r"data\.format chat needs a tokenizer"):
-        render_rows([(0, {"messages": TURNS})], DataConfig(format=CHAT))
+        render_rows([NumberedRow(0, {"messages": TURNS})], DataConfig(format=CHAT))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ def test_malformed_messages_name_row_and_fault(messages: Any, message: str) -> N
     with pytest.raises(ValueError, match=rf"^row 7: {message}"):
         render({"messages": messages}, CHAT)
     with pytest.raises(ValueError, match=rf"^row 7: {message}"):
-        texts_to_learn([(7, {"messages": messages})], DataConfig(format=CHAT))
+        texts_to_learn([NumberedRow(7, {"messages": messages})], DataConfig(format=CHAT))
 
 
 def test_missing_messages_name_the_key() -> None:
@@ -226,5 +228,6 @@ def test_missing_messages_name_the_key() -> None:
 
 def test_texts_to_learn_hold_what_models_will_see() -> None:
     row = {"instruction": "Go.", "input": "", "response": "x"}
-    assert texts_to_learn([(0, row)], DataConfig()) == [render(row).text]
-    assert texts_to_learn([(0, {"messages": TURNS})], DataConfig(format=CHAT)) == ["Be brief.", "One?", "1", "Two?", "It is 2"]
+    assert texts_to_learn([NumberedRow(0, row)], DataConfig()) == [render(row).text]
+    chat = NumberedRow(0, {"messages": TURNS})
+    assert texts_to_learn([chat], DataConfig(format=CHAT)) == ["Be brief.", "One?", "1", "Two?", "It is 2"]
