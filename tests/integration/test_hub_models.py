@@ -60,6 +60,7 @@ def finished(hub: FakeHub, cache: Path, tmp_path_factory: pytest.TempPathFactory
     return output, done.stdout
 
 
+@pytest.mark.drill
 def test_weights_come_once_for_two_replicas_and_two_workers_before_any_of_them_starts(
     hub: FakeHub, finished: tuple[Path, str]
 ) -> None:

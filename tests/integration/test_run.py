@@ -154,6 +154,7 @@ def test_ctrl_c_ends_a_run_with_a_word(before_training: Path, output: Path) -> N
     assert f"the traceback is in {log}" in errors and "KeyboardInterrupt" in log.read_text()
 
 
+@pytest.mark.drill
 def test_a_run_killed_in_training_ends_with_the_weights_of_the_one_that_was_not(
     before_training: Path, output: Path, record_property: Record
 ) -> None:
@@ -213,6 +214,7 @@ def test_another_configuration_is_refused_in_the_same_folder(undisturbed: subpro
     assert "was made by another configuration" in other.stderr and "loss.easy_ratio: 0.3 here, 0.5 there" in other.stderr
 
 
+@pytest.mark.drill
 def test_a_flipped_byte_in_the_store_stops_a_run_before_it_trains(
     undisturbed: subprocess.CompletedProcess[str], output: Path
 ) -> None:

@@ -24,7 +24,7 @@ RUN = [
     "train.batch_rows=16", "evaluate.generate_rows=0", "evaluate.cpus=1",
 ]  # fmt: skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.drill]
 
 
 def orchestrator(command: str, output: Path, *overrides: str) -> str:
@@ -106,7 +106,6 @@ def test_the_same_command_again_writes_nothing(by_teacher: str, output: Path) ->
     assert [path.stat().st_mtime_ns for path in files] == before
 
 
-@pytest.mark.drill
 def test_the_student_as_it_begins_can_write_instead(output: Path) -> None:
     said = orchestrator("train", output, *BY_STUDENT)
     run = output / "student"

@@ -184,7 +184,7 @@ def test_a_shard_that_is_there_is_whole(work: WritingWork) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("replicas", [1, 2, "auto"])
+@pytest.mark.parametrize("replicas", [1, 2, pytest.param("auto", marks=pytest.mark.drill)])
 def test_all_is_written_once_and_a_second_call_writes_nothing(
     local_ray: None, work: WritingWork, tmp_path: Path, replicas: int | str
 ) -> None:

@@ -187,7 +187,8 @@ def test_the_room_is_the_teachers_until_its_last_rows_are_scored(tmp_path: Path)
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", [pytest.param("replicate", marks=pytest.mark.drill), "fsdp"])
+@pytest.mark.drill
+@pytest.mark.parametrize("sharding", ["replicate", "fsdp"])
 def test_workers_become_more_when_the_teacher_is_done_and_the_student_is_the_same(
     undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, sharding: str
 ) -> None:

@@ -71,6 +71,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.drill
 def test_twenty_trials_on_two_slots_all_end_and_nothing_is_left(local_ray: None, world: Path, tmp_path: Path) -> None:
     """Among them one that diverges, and one whose process is killed at its work."""
     assert settled(nothing_is_held)
