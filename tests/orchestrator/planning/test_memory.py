@@ -29,7 +29,7 @@ SETTINGS = LlamaConfig(
     vocab_size=300, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     tie_word_embeddings=True,
 )  # fmt: skip
-PASS = Passes(rows=4, tokens=20, targets=30, accumulates=True, padding=1.0)
+PASS = Passes(rows=4, tokens=20, targets=30, accumulates=True, padding=1.0, context=20.0)
 
 
 def bytes_of(tensors: list[torch.Tensor]) -> int:
