@@ -1,6 +1,7 @@
 """A causal language model as student. N targets, H hidden size, V vocabulary."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from actors.attention import is_flash
 from actors.config.models import LoraAdapter, TrainConfig
+from actors.config.passes import pass_size
 from actors.dataloader.collator import MicroBatch, every_token
 from actors.lora import add_adapters
 from actors.model_source import ModelSource
@@ -88,19 +90,24 @@ def require_apart(student: nn.Module, source: ModelSource, train: TrainConfig, w
     Raises:
         ValueError: naming the key and a value that would do.
     """
-    model, tokens = plain_model(undistributed(student).model), train.micro_batch_tokens
-    name, chunk = type(model).__name__, getattr(model.config.get_text_config(), "attention_chunk_size", None)
-    if chunk and tokens is not None and tokens > chunk:
+    model, tokens = plain_model(undistributed(student).model), pass_size(train)[1]
+    name, settings = type(model).__name__, model.config.get_text_config()
+    chunk, known = (getattr(settings, key, None) for key in ("attention_chunk_size", "max_position_embeddings"))
+    if chunk and tokens > chunk:
         raise ValueError(
             f"train.packing true with train.micro_batch_tokens {tokens}: {name} attends within chunks of {chunk} tokens of a "
             f"pass, which would cut rows in two; train.micro_batch_tokens {chunk} would do, or train.packing false"
         )
     in_16_bits = is_flash(source.attention) or (train.sharding, train.precision) == ("fsdp", "bfloat16")
+    tried = min(tokens, known + 1) if known else 0  # some models have a mask as long as the longest row they know
     try:
         with torch.autocast(worker.device.type, torch.bfloat16, enabled=in_16_bits):
-            error = packing_error(undistributed(student), worker.device)
-    except TypeError as no_positions:
-        raise ValueError(f"train.packing true: {name} takes no position_ids; train.packing false would do") from no_positions
+            error = packing_error(undistributed(student), tried, worker.device)
+    except (RuntimeError, TypeError) as failure:
+        if type(failure) not in (RuntimeError, TypeError):
+            raise  # too little memory, workers that do not hear each other
+        reason = str(failure).splitlines()[0]
+        raise ValueError(f"train.packing true: {name} takes no packed rows ({reason}); train.packing false would do") from failure
     if not error <= (APART_IN_16_BITS if in_16_bits else APART):
         raise ValueError(
             f"train.packing true: {name} does not keep rows apart that are packed into one, its predictions lie up to "
@@ -109,20 +116,24 @@ def require_apart(student: nn.Module, source: ModelSource, train: TrainConfig, w
 
 
 @torch.no_grad()
-def packing_error(student: StudentWithLoss, device: torch.device) -> float:
+def packing_error(student: StudentWithLoss, tokens: int, device: torch.device) -> float:
     """Return how far predictions for two random rows in one lie from those for each alone, at most, as a share of their spread.
 
-    What compiled blocks would do is done uncompiled: they are compiled for the passes of a step.
+    A third row fills a pass of so many tokens. What compiled blocks would do is done uncompiled: they are compiled for the
+    passes of a step.
     """
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(student.vocab_size, (1, length), generator=generator) for length in TRIED_LENGTHS]
-    position_ids = torch.cat([torch.arange(length) for length in TRIED_LENGTHS])[None]
-    passes = [*(every_token(row) for row in rows), every_token(torch.cat(rows, dim=1), position_ids)]
+    compared = sum(TRIED_LENGTHS)
+    lengths = [*TRIED_LENGTHS, max(0, tokens - compared)]
+    rows = torch.randint(student.vocab_size, (1, sum(lengths)), generator=torch.Generator().manual_seed(0)).split(lengths, dim=1)
+    packed = every_token(torch.cat(rows, dim=1), torch.cat([torch.arange(length) for length in lengths])[None])
+    passes = [*map(every_token, rows[:-1]), replace(packed, predicting=packed.predicting[:compared])]
     was_training = student.training
     student.eval()
-    with torch.compiler.set_stance("force_eager"):
-        *alone, together = (student(one.to(device), None)[0].float() for one in passes)
-    student.train(was_training)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            *alone, together = (student(one.to(device), None)[0].float() for one in passes)
+    finally:
+        student.train(was_training)
     expected = torch.cat(alone)  # [T, V]
     spread = expected - expected.mean(dim=1, keepdim=True)
     return float(((together - expected).norm(dim=1) / spread.norm(dim=1)).amax())
