@@ -255,6 +255,7 @@ def test_a_student_is_tried_when_it_is_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.drill
 def test_a_compiled_student_learns_the_same_from_packs(world: Path, tmp_path: Path) -> None:
     source, loss = ModelSource(str(tiny_llama(tmp_path / "model", seed=0, layers=2))), LOSS.validate_python(LOSSES["atkd"])
     plain, compiled = (
