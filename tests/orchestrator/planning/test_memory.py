@@ -97,6 +97,7 @@ def test_activations_are_those_that_a_real_model_keeps(bfloat16: bool) -> None:
     "student",
     [
         Student("plain", SMALL, 800, (14, 44), cut(16, 8)),
+        Student("packed", SMALL, 800, (14, 44), cut(16, 8, micro_batch_tokens=250, packing=True)),
         Student("wide head", model(32, 1, 2), 8000, (8, 24), cut(8, 8)),
         Student("low", SMALL, 800, (20, 40), cut(8, 8, precision="bfloat16")),
         Student("adapters", SMALL, 800, (60, 90), cut(8, 4, gradient_checkpointing=True), lora=LoraAdapter()),
