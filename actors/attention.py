@@ -33,7 +33,7 @@ def soft_cap(config: PreTrainedConfig) -> float | None:
 
 def exact(source: ModelSource) -> ModelSource:
     """Return the model as it is computed in float32, for which flash attention has no kernels."""
-    return replace(source, attention="auto") if _is_flash(source.attention) else source
+    return replace(source, attention="auto") if is_flash(source.attention) else source
 
 
 def require_attention(
@@ -62,14 +62,14 @@ def require_attention(
     if attention == "flex_attention" and learns_on_cpu:
         raise ValueError(f"{key} flex_attention has no backward pass on CPUs; {key} auto would do, or workers.gpus 1")
     for precision_key, precision in computed_in.items():
-        if _is_flash(attention) and precision == "float32":
+        if is_flash(attention) and precision == "float32":
             raise ValueError(
                 f"{key} {attention} computes in 16 bits alone, and {precision_key} is float32; {precision_key} bfloat16 would "
                 f"do, or {key} auto"
             )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
-    if _is_flash(attention) and any(name.endswith("sinks") for name, _ in model.named_parameters()):
+    if is_flash(attention) and any(name.endswith("sinks") for name, _ in model.named_parameters()):
         raise ValueError(f"{key} {attention} leaves out the model's attention sinks; {key} eager would do")
     try:
         model.get_correct_attn_implementation(attention, is_init_check=True)
@@ -123,5 +123,6 @@ def _logprobs(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=token_ids[None], use_cache=False).logits[0].float().log_softmax(dim=1)
 
 
-def _is_flash(attention: str) -> bool:
+def is_flash(attention: str) -> bool:
+    """Return whether an implementation is flash attention, which computes in 16 bits alone."""
     return attention.startswith("flash")

@@ -1,11 +1,11 @@
-"""Padding and speed of the student's loop, its steps cut into passes of so many rows or of so many tokens.
+"""Padding and speed of the student's loop, its steps cut into passes of so many rows, of so many tokens, or packed.
 
-    python -m benchmarks.batches [--rows FILE --prompt '{{ question }}' --response answer] [--rounds 3]
+    python -m benchmarks.batches [--rows FILE --prompt '{{ question }}' --response answer] [--tokens N ...] [--rounds 3]
 
 A Llama-type student with made-up scores of its rows, through the loop's own passes, losses and optimizer: two small ones on a
 CPU, one of the size of Qwen2.5-0.5B in bfloat16 on a GPU. Rows are as long as those of a file; without one their lengths are
 drawn, log-normal with a median of 60 tokens and a spread of 0.8, from 8 to 512, and half of each row is targets. Passes of so
-many tokens are as large as the largest of so many rows can be, in memory too.
+many tokens, packed ones too, are as large as the largest of so many rows can be, in memory too, or have at most ``--tokens``.
 """
 
 import argparse
@@ -89,13 +89,16 @@ def read_shapes(path: str, prompt: str, response: str, count: int, folder: Path)
     return examples.lengths.tolist(), [int(examples[row].target_positions[0]) for row in range(len(examples))]
 
 
-def cuts_of(batch_rows: int, longest: int, gpu: bool) -> dict[str, TrainConfig]:
-    """Return the two ways to cut a step whose largest passes are equally large."""
-    tokens = MICRO_BATCH_ROWS * longest
+def cuts_of(batch_rows: int, budgets: Sequence[int], gpu: bool) -> dict[str, TrainConfig]:
+    """Return the ways to cut a step: passes of so many rows, and for each budget passes of so many tokens, padded and packed."""
     by_rows = TrainConfig(
         batch_rows=batch_rows, micro_batch_rows=MICRO_BATCH_ROWS, precision="bfloat16" if gpu else "float32"
     )
-    return {f"{MICRO_BATCH_ROWS} rows": by_rows, f"{tokens} tokens": by_rows.model_copy(update={"micro_batch_tokens": tokens})}
+    cuts = {f"{MICRO_BATCH_ROWS} rows": by_rows}
+    for tokens in budgets:
+        by_tokens = by_rows.model_copy(update={"micro_batch_tokens": tokens})
+        cuts |= {f"{tokens} tokens": by_tokens, f"{tokens} packed": by_tokens.model_copy(update={"packing": True})}
+    return cuts
 
 
 def padding_and_passes(examples: ExampleFile, train: TrainConfig, steps: int) -> tuple[float, float]:
@@ -104,8 +107,9 @@ def padding_and_passes(examples: ExampleFile, train: TrainConfig, steps: int) ->
     for step in range(1, steps + 1):
         lengths = examples.lengths[sampler.positions(step)]
         for rows in layout_of(lengths, 1, train)[0]:
-            real, passes = real + int(lengths[rows].sum()), passes + 1
-            padded += len(rows) * int(lengths[rows].max())
+            together = int(lengths[rows].sum())
+            real, passes = real + together, passes + 1
+            padded += together if train.packing else len(rows) * int(lengths[rows].max())
     return 1 - real / padded, passes / steps
 
 
@@ -135,29 +139,31 @@ class Training:
 
 
 def measure(
-    examples: ExampleFile, store: ScoreStore, students: Sequence[Student], rounds: int
-) -> tuple[list[list[str]], list[Bar]]:
+    examples: ExampleFile, store: ScoreStore, students: Sequence[Student], rounds: int, budgets: Sequence[int],
+    batch_rows_of: Sequence[int],
+) -> tuple[list[list[str]], list[Bar]]:  # fmt: skip
     """Return a line for each cut of each student, and the bars."""
     lines, bars = [], []
     longest, tokens = int(examples.lengths.max()), int(examples.lengths.sum())
     targets = sum(len(examples[row].targets) for row in range(len(examples)))
-    for batch_rows in BATCH_ROWS:
+    for batch_rows in batch_rows_of:
         steps = max(1, len(examples) // batch_rows)
         for student in students:
-            cuts = cuts_of(batch_rows, longest, torch.cuda.is_available())
+            cuts = cuts_of(batch_rows, budgets or [MICRO_BATCH_ROWS * longest], torch.cuda.is_available())
             trainings = {name: Training(examples, store, student, train, steps) for name, train in cuts.items()}
             seconds = alternating_seconds({name: training.run for name, training in trainings.items()}, rounds)
-            by_rows, by_tokens = seconds.values()
-            gain = median_ratio(by_rows, by_tokens)
+            by_rows = next(iter(seconds.values()))
             for name, train in cuts.items():
                 padding, passes = padding_and_passes(examples, train, steps)
                 rate = tokens * (steps * batch_rows / len(examples)) / statistics.median(seconds[name])
                 found = trainings[name].monitor.numbers(examples.lengths, targets, {"tokens_per_second": rate, "workers": 1})
                 mfu = f"{found['mfu']:.1%}" if "mfu" in found else "-"
-                ratio = "1.00" if seconds[name] is by_rows else f"{gain:.2f}"
-                lines.append([student.name, str(batch_rows), name, f"{passes:.1f}", f"{padding:.1%}", f"{rate:,.0f}", ratio, mfu])
-            name = f"tokens/s by tokens over by rows, {student.name}, {batch_rows} rows a step"
-            bars.append(Bar(name, gain, WANTED, at_least=True))
+                gain = median_ratio(by_rows, seconds[name])
+                cells = f"{passes:.1f}", f"{padding:.1%}", f"{rate:,.0f}", f"{gain:.2f}"
+                lines.append([student.name, str(batch_rows), name, *cells, mfu])
+                if train.micro_batch_tokens is not None:
+                    what = f"tokens/s of {name} over by rows, {student.name}, {batch_rows} rows a step"
+                    bars.append(Bar(what, gain, WANTED, at_least=True))
     return lines, bars
 
 
@@ -168,6 +174,8 @@ def main() -> int:
     parser.add_argument("--prompt", default="{{ prompt }}\n", help="Jinja template over a row's fields")
     parser.add_argument("--response", default="completion", help="name of the field with the response")
     parser.add_argument("--count", type=int, default=256, help="rows to take steps on")
+    parser.add_argument("--tokens", type=int, nargs="+", default=(), help="of a pass; as many as the largest of so many rows")
+    parser.add_argument("--batch-rows", type=int, nargs="+", default=BATCH_ROWS, help="rows of a step")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +194,8 @@ def main() -> int:
         generator = np.random.default_rng(0)
         store.write_shard(0, examples, [made_up(example, generator) for example in examples])
         students = ON_GPU if torch.cuda.is_available() else ON_CPU
-        lines, bars = measure(ExampleFile(Path(folder) / "rows.arrow"), store, students, arguments.rounds)
+        written = ExampleFile(Path(folder) / "rows.arrow")
+        lines, bars = measure(written, store, students, arguments.rounds, arguments.tokens, arguments.batch_rows)
     quartiles = " ".join(f"{value:.0f}" for value in np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]))
     print(f"\n{len(lengths)} rows; tokens of a row, least, quartiles, most: {quartiles}\n")
     print_table(["student", "rows a step", "a pass", "passes a step", "padding", "tokens/s", "ratio", "MFU"], lines)

@@ -72,8 +72,9 @@ def steps(gpus: int, output: str, model: str, teacher: str) -> tuple[Step, ...]:
             ("python", "-m", "benchmarks.student_step", "--rounds", "5"), 120, tables,
         ),
         Step(
-            "passes of rows and of tokens", "`train.micro_batch_rows` beside `train.micro_batch_tokens`, a student of 0.5B",
-            ("python", "-m", "benchmarks.batches"), 240, tables,
+            "passes of rows and of tokens",
+            "`train.micro_batch_rows` beside `train.micro_batch_tokens` and `train.packing`, a student of 0.5B",
+            ("python", "-m", "benchmarks.batches"), 360, tables,
         ),
         Step(
             "scores of a small model", "spread of bfloat16 scores: mean, 99 % quantile, largest",

@@ -104,13 +104,14 @@ def test_padding_and_speed_of_passes_are_measured(
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tiny = batches.Student("tiny", ScratchModel(kind="scratch", hidden_size=16, layers=1, heads=2), vocab_size=300)
     monkeypatch.setattr(batches, "ON_CPU", (tiny,))
-    monkeypatch.setattr(batches, "BATCH_ROWS", (16,))
-    arguments = ["--prompt", "{{ instruction }} ", "--response", "response", "--count", "32", "--rounds", "1"]
+    cuts = ["--batch-rows", "16", "--tokens", "60"]
+    arguments = [*cuts, "--prompt", "{{ instruction }} ", "--response", "response", "--count", "32", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["batches", "--rows", str(rows), *arguments])
     batches.main()
     said = capsys.readouterr().out
     assert "32 rows; tokens of a row" in said and "| tiny    | 16          | 8 rows" in said
-    assert "bar tokens/s by tokens over by rows, tiny, 16 rows a step measured" in said
+    for way in ("tokens", "packed"):
+        assert f"bar tokens/s of 60 {way} over by rows, tiny, 16 rows a step measured" in said
 
 
 def test_the_padding_is_what_stands_beside_the_rows_of_a_pass(tmp_path: Path) -> None:
@@ -120,6 +121,8 @@ def test_the_padding_is_what_stands_beside_the_rows_of_a_pass(tmp_path: Path) ->
     assert batches.padding_and_passes(examples, by_rows, steps=1) == (1 - 26 / (2 * 10 + 2 * 4), 2.0)
     by_tokens = by_rows.model_copy(update={"micro_batch_tokens": 40})
     assert batches.padding_and_passes(examples, by_tokens, steps=1) == (1 - 26 / 40, 1.0)
+    packed = by_rows.model_copy(update={"micro_batch_tokens": 14, "packing": True})
+    assert batches.padding_and_passes(examples, packed, steps=1) == (0, 2.0)  # 10 4 and 8 4
     drawn = batches.drawn_lengths(2000)
     assert drawn.min() >= 8 and drawn.max() == 512 and 55 < np.median(drawn) < 65
 

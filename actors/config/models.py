@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from actors.config.judge import JudgeConfig, require_answers_to_judge
+from actors.config.passes import PassesConfig
 from actors.config.workers import CustomResources, NodeLabels, Replicas
 from losses.config import AtkdLoss, LossConfig
 from losses.section import MayChange, Searchable, Section
@@ -51,7 +52,7 @@ class OptimizerConfig(Section):
     """Largest norm of the gradient; null for none."""
 
 
-class TrainConfig(Section):
+class TrainConfig(PassesConfig):
     """The student loop: how much, how large, how often."""
 
     epochs: float = Field(default=1.0, gt=0)
@@ -59,13 +60,6 @@ class TrainConfig(Section):
 
     batch_rows: int = Field(default=32, ge=1)
     """Rows of one optimizer step over all workers and accumulation. The loss depends on this number alone."""
-
-    micro_batch_rows: Annotated[int, MayChange()] = Field(default=8, ge=1)
-    """Rows of one forward pass on one worker; changes memory and speed, not the result."""
-
-    micro_batch_tokens: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
-    """Tokens of one forward pass, padding included, in the place of ``micro_batch_rows``: many short rows or few long ones, and
-    passes equally large. A longer row is a pass by itself."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer, schedule and clipping."""
@@ -239,13 +233,6 @@ class EvaluateConfig(Section):
         if groups == 0:
             raise ValueError(rf"answer_pattern {pattern!r} has no group for the answer; one like '#### (-?\d+)' would do")
         return pattern
-
-
-def pass_size(train: TrainConfig) -> tuple[str, int]:
-    """Return the key that says how large forward passes are, and its value."""
-    if train.micro_batch_tokens is not None:
-        return "micro_batch_tokens", train.micro_batch_tokens
-    return "micro_batch_rows", train.micro_batch_rows
 
 
 def needs_teacher(loss: LossConfig) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from actors.dataloader.scored_rows import RowBatch
+from actors.records import Example
 from losses.teachers import HiddenTeacher
 from losses.token_weights import TokenWeights
 from losses.topk_teacher import TopkTeacher, check_target_ids
@@ -22,10 +23,13 @@ class MicroBatch:
     """What one forward pass needs; positions are flat, row by row."""
 
     token_ids: torch.Tensor
-    """int64 [B, T], padded on the right."""
+    """int64 [B, T], padded on the right; packed, [1, T], one row after the other."""
 
-    attention_mask: torch.Tensor
-    """int64 [B, T], 0 on padding."""
+    attention_mask: torch.Tensor | None
+    """int64 [B, T], 0 on padding; None of packed rows: without a mask alone attention keeps them apart, by their positions."""
+
+    position_ids: torch.Tensor | None
+    """int64 [1, T] of packed rows, the place of each token in its own row; None where that is its place in the tensor."""
 
     predicting: torch.Tensor
     """int64 [N], flat positions in [B * T] whose output predicts a target: one before the target's own."""
@@ -57,8 +61,10 @@ class MicroBatch:
 
     def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
         return MicroBatch(
-            change(self.token_ids), change(self.attention_mask), change(self.predicting), change(self.targets),
-            _changed_teacher(self.teacher, change),
+            change(self.token_ids),
+            None if self.attention_mask is None else change(self.attention_mask),
+            None if self.position_ids is None else change(self.position_ids),
+            change(self.predicting), change(self.targets), _changed_teacher(self.teacher, change),
             TokenWeights(*(change(tensor) for tensor in self.weights.tensors())) if self.weights else None,
             self.row_counts,
         )  # fmt: skip
@@ -77,7 +83,7 @@ def _changed_teacher(
 
 
 def collate(
-    batch: RowBatch, rows: Sequence[int], vocab_size: int, weights: Sequence[TokenWeights] | None = None
+    batch: RowBatch, rows: Sequence[int], vocab_size: int, weights: Sequence[TokenWeights] | None = None, packed: bool = False
 ) -> MicroBatch:
     """Return the tensors of one forward pass over some rows of a batch.
 
@@ -88,30 +94,62 @@ def collate(
         rows: which of them.
         vocab_size: of the model.
         weights: those of all rows of the batch, to learn; None to predict alone.
+        packed: whether they are laid into one row, without padding.
 
     Raises:
         ValueError: if targets or scores are not of the model's vocabulary, or the scores are of other rows.
     """
-    examples = [batch.example(row) for row in rows]
+    micro_batch = _unscored([batch.example(row) for row in rows], packed)
+    check_target_ids(micro_batch.targets, len(micro_batch.targets), vocab_size, where="the rows")
+    teacher = batch.teacher(rows)
+    if teacher is not None:
+        teacher.check(micro_batch.targets, vocab_size)
+    micro_batch = replace(micro_batch, teacher=teacher)
+    return micro_batch if weights is None else micro_batch.weighed([weights[row] for row in rows])
+
+
+def every_token(token_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> MicroBatch:
+    """Return a pass over one row [1, T] that asks for the prediction at each of its tokens, and learns nothing.
+
+    ``position_ids``, int64 [1, T], if several rows are packed into it.
+    """
+    tokens = token_ids.shape[1]
+    mask = torch.ones_like(token_ids) if position_ids is None else None
+    everywhere, nothing = torch.arange(tokens, device=token_ids.device), TokenWeights.zero(tokens)
+    return MicroBatch(token_ids, mask, position_ids, everywhere, token_ids[0], None, nothing, (tokens,))
+
+
+def _unscored(examples: Sequence[Example], packed: bool) -> MicroBatch:
+    token_ids, attention_mask, position_ids, begins = _in_one_row(examples) if packed else _side_by_side(examples)
+    predicting = [begin + example.target_positions - 1 for begin, example in zip(begins, examples, strict=True)]
+    return MicroBatch(
+        token_ids=torch.from_numpy(token_ids),
+        attention_mask=None if attention_mask is None else torch.from_numpy(attention_mask),
+        position_ids=None if position_ids is None else torch.from_numpy(position_ids),
+        predicting=torch.from_numpy(np.concatenate(predicting)),
+        targets=torch.from_numpy(np.concatenate([example.targets for example in examples]).astype(np.int64)),
+        teacher=None,
+        weights=None,
+        row_counts=tuple(len(example.targets) for example in examples),
+    )
+
+
+_Laid = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, Sequence[int]]
+"""Token ids, attention mask and positions as in ``MicroBatch``, and the flat position at which each row begins."""
+
+
+def _side_by_side(examples: Sequence[Example]) -> _Laid:
     length = max(len(example.token_ids) for example in examples)
     token_ids = np.full((len(examples), length), PADDING, dtype=np.int64)
     attention_mask = np.zeros_like(token_ids)
     for index, example in enumerate(examples):
         token_ids[index, : len(example.token_ids)] = example.token_ids
         attention_mask[index, : len(example.token_ids)] = 1
-    predicting = [index * length + example.target_positions - 1 for index, example in enumerate(examples)]
-    targets = torch.from_numpy(np.concatenate([example.targets for example in examples]).astype(np.int64))
-    check_target_ids(targets, len(targets), vocab_size, where="the rows")
-    teacher = batch.teacher(rows)
-    if teacher is not None:
-        teacher.check(targets, vocab_size)
-    micro_batch = MicroBatch(
-        token_ids=torch.from_numpy(token_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        predicting=torch.from_numpy(np.concatenate(predicting)),
-        targets=targets,
-        teacher=teacher,
-        weights=None,
-        row_counts=tuple(len(example.targets) for example in examples),
-    )
-    return micro_batch if weights is None else micro_batch.weighed([weights[row] for row in rows])
+    return token_ids, attention_mask, None, range(0, token_ids.size, length)
+
+
+def _in_one_row(examples: Sequence[Example]) -> _Laid:
+    lengths = [len(example.token_ids) for example in examples]
+    token_ids = np.concatenate([example.token_ids for example in examples]).astype(np.int64)
+    position_ids = np.concatenate([np.arange(length) for length in lengths])
+    return token_ids[None], None, position_ids[None], [0, *np.cumsum(lengths[:-1]).tolist()]

@@ -111,6 +111,8 @@ def layout_of(lengths: np.ndarray, world_size: int, train: TrainConfig) -> Layou
     of_workers = [order[rank::world_size].tolist() for rank in range(world_size)]
     if train.micro_batch_tokens is None:
         layout = [_cut_by_rows(rows, train.micro_batch_rows) for rows in of_workers]
+    elif train.packing:
+        layout = [_packed(rows, lengths, train.micro_batch_tokens) for rows in of_workers]
     else:
         layout = [_cut_by_tokens(rows, lengths, train.micro_batch_tokens) for rows in of_workers]
     most = max(len(passes) for passes in layout)
@@ -129,4 +131,19 @@ def _cut_by_tokens(rows: list[int], lengths: np.ndarray, tokens: int) -> list[li
             passes[-1].append(row)
         else:
             passes.append([row])
+    return passes
+
+
+def _packed(rows: list[int], lengths: np.ndarray, tokens: int) -> list[list[int]]:
+    """Lay rows, the longest first, each into the first pass that has room for it, of so many tokens; or of one longer row."""
+    passes: list[list[int]] = []
+    room: list[int] = []
+    for row in rows:
+        length = int(lengths[row])
+        place = next((index for index, left in enumerate(room) if length <= left), len(passes))
+        if place == len(passes):
+            passes.append([])
+            room.append(tokens)
+        passes[place].append(row)
+        room[place] -= length
     return passes

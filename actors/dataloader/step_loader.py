@@ -95,5 +95,5 @@ class StepLoader:
         return self._ahead[step, number]
 
     def _collate(self, batch: RowBatch, rows: list[int]) -> MicroBatch:
-        micro_batch = collate(batch, rows, self._vocab_size)
+        micro_batch = collate(batch, rows, self._vocab_size, packed=self._train.packing)
         return micro_batch.pinned() if self._device.type == "cuda" else micro_batch

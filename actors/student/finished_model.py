@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from actors.attention import exact
 from actors.config.models import TrainConfig
-from actors.dataloader.collator import MicroBatch
+from actors.dataloader.collator import every_token
 from actors.evaluation.answer_ends import stop_as_evaluated
 from actors.examples import ExampleFile
 from actors.files import whole_folder, write_atomically
@@ -27,7 +27,6 @@ from actors.student.model import undistributed
 from actors.student.ranks import Worker
 from actors.student.task import TrainingTask
 from losses.terms import categorical_kl
-from losses.token_weights import TokenWeights
 
 PROOF_TOKENS = 64
 TOLERANCE = 1e-4  # nats of KL, averaged over positions; float32 on one device gave 1e-10, a head merged wrongly 0.28
@@ -131,7 +130,7 @@ def trained_logprobs(student: nn.Module, task: TrainingTask, token_ids: Tensor, 
     module.eval()
     in_16_bits = exact(task.model) != task.model
     with torch.autocast(worker.device.type, torch.bfloat16, enabled=in_16_bits):
-        (logits,) = module(_whole_row(token_ids).to(worker.device), None)
+        (logits,) = module(every_token(token_ids).to(worker.device), None)
     module.train(was_training)
     return logits.double().log_softmax(dim=-1).cpu()
 
@@ -162,11 +161,3 @@ def require_near(trained: Tensor, found: Tensor, tolerance: float, what: str) ->
 def mean_kl(trained: Tensor, found: Tensor) -> float:
     """Return the mean over positions of KL(trained || found), both float64 [T, V] log-probabilities."""
     return float(categorical_kl(trained, found).mean())
-
-
-def _whole_row(token_ids: Tensor) -> MicroBatch:
-    """Return a batch of one row [1, T] that asks for the prediction at each of its tokens."""
-    tokens = token_ids.shape[1]
-    return MicroBatch(
-        token_ids, torch.ones_like(token_ids), torch.arange(tokens), token_ids[0], None, TokenWeights.zero(tokens), (tokens,)
-    )

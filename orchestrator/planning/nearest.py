@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from actors.config.models import pass_size
+from actors.config.passes import pass_size
 from actors.format import GIB
 from orchestrator.config.load import ConfigError, apply_override, validate
 from orchestrator.config.run import RunConfig

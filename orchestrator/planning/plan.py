@@ -190,9 +190,7 @@ def assumed_rates(config: RunConfig, estimator: Estimator, gpu_flops: float) -> 
     job = trainings(config)[-1]
     return Rates(
         scoring_rate(estimator.shapes["teacher"], estimator.work, config.teacher.engine, gpu_flops),
-        training_rate(
-            estimator.shape(job), estimator.work, job.train, job.workers, estimator.passes(job).padding, gpu_flops
-        ),
+        training_rate(estimator.shape(job), estimator.work, job.train, job.workers, estimator.passes(job), gpu_flops),
         "assumed: operations over an assumed share of the devices' speed; --probe measures",
     )  # fmt: skip
 
@@ -224,7 +222,7 @@ def _finetune_seconds(
     seconds: dict[str, float] = {}
     for job in trainings(config)[:-1]:
         work = estimator.rows(job)
-        rate = training_rate(estimator.shape(job), work, job.train, job.workers, estimator.passes(job).padding, gpu_flops)
+        rate = training_rate(estimator.shape(job), work, job.train, job.workers, estimator.passes(job), gpu_flops)
         seconds[job.name] = work.train_tokens * job.train.epochs / (rate * job.workers.count * measured_over_assumed)
     return seconds
 

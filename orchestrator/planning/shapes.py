@@ -13,8 +13,10 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.config.models import TrainConfig
+from actors.config.passes import pass_size
 from actors.dataloader.sampler import StepSampler, layout_of, steps_in
 from actors.examples import ExampleFile
+from actors.flops import mean_context
 from actors.models import plain_model
 from actors.student.causal_lm import decoder_layers
 from orchestrator.config.run import RunConfig
@@ -114,6 +116,8 @@ class Passes:
     """Whether a step has several passes."""
     padding: float
     """Tokens that are computed for each token that is there; at least 1."""
+    context: float
+    """Tokens over which attention is computed for a token, on average: of its own row, or of all that are packed with it."""
 
 
 def read_workload(config: RunConfig) -> Workload:
@@ -232,23 +236,37 @@ def _targets(file: ExampleFile) -> np.ndarray:
 
 
 def passes_of(work: Workload, train: TrainConfig, workers: int, seed: int) -> Passes:
-    """Return the forward passes of a training, cut as the student's loop cuts them, for the worker with the longest rows."""
+    """Return the forward passes of a training, cut as the student's loop cuts them, for the worker with the longest rows.
+
+    Packed rows count as attention with a mask computes them, over the whole pass; flash attention takes each by itself.
+    """
     sampler = StepSampler(work.rows, train.batch_rows, seed, train.first_epoch == "store_order")
     largest, most_targets, computed, most_passes = (1, 1), 1, 0, 1
     steps = steps_in(work.rows, train.batch_rows, train.epochs)
-    there = 0
+    there, packs = 0, []
     for step in range(1, steps + 1):
         positions = sampler.positions(step)
         mine = [positions[rows] for rows in layout_of(work.lengths[positions], workers, train)[0] if rows]
         for rows in mine:
-            width = int(work.lengths[rows].max())
-            computed, there = computed + len(rows) * width, there + int(work.lengths[rows].sum())
-            largest = max(largest, (len(rows), width), key=lambda one: one[0] * one[1])
+            together = int(work.lengths[rows].sum())
+            size = (1, together) if train.packing else (len(rows), int(work.lengths[rows].max()))
+            computed, there = computed + size[0] * size[1], there + together
+            largest = max(largest, size, key=lambda one: one[0] * one[1])
             most_targets = max(most_targets, int(work.targets[rows].sum()))
+            packs.append(together)
         most_passes = max(most_passes, len(mine))
     stretch = work.longest / int(work.lengths.max())  # above 1 where the user named a mean, and the longest may be longer
+    tokens, targets = math.ceil(largest[1] * stretch), math.ceil(most_targets * stretch)
+    if train.packing:  # a pass is no longer than its budget, or than its only row
+        tokens = min(tokens, max(work.longest, pass_size(train)[1]))
+        targets = min(targets, tokens)
     return Passes(
-        largest[0], math.ceil(largest[1] * stretch), math.ceil(most_targets * stretch), most_passes > 1, computed / there
+        rows=largest[0],
+        tokens=tokens,
+        targets=targets,
+        accumulates=most_passes > 1,
+        padding=computed / there,
+        context=mean_context(np.array(packs) if train.packing else work.lengths),
     )
 
 

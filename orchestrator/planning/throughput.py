@@ -14,7 +14,7 @@ from actors.config.models import EngineConfig, ScoresConfig, TrainConfig, needs_
 from actors.config.workers import WorkersConfig
 from actors.flops import blocks_flops, head_flops, learning_flops, mean_context
 from losses.config import LossConfig
-from orchestrator.planning.shapes import ModelShape, Workload
+from orchestrator.planning.shapes import ModelShape, Passes, Workload
 
 CPU_FLOPS = 80e9
 """Assumed of one CPU: float32 operations a second at most."""
@@ -54,9 +54,11 @@ def forward_flops(shape: ModelShape, work: Workload, head_on_targets: bool) -> f
     return blocks_flops(shape, mean_context(work.lengths)) + head_flops(shape, share)
 
 
-def training_flops(shape: ModelShape, work: Workload, train: TrainConfig) -> float:
-    """Return the operations of forward and backward pass for one token; gradient checkpointing runs the blocks once more."""
-    context = mean_context(work.lengths)
+def training_flops(shape: ModelShape, work: Workload, train: TrainConfig, context: float) -> float:
+    """Return the operations of forward and backward pass for one token; gradient checkpointing runs the blocks once more.
+
+    ``context`` are the tokens over which attention is computed (``Passes``).
+    """
     again = blocks_flops(shape, context) if train.gradient_checkpointing else 0.0
     return learning_flops(shape, context, work.train_targets / work.train_tokens) + again
 
@@ -68,11 +70,11 @@ def scoring_rate(shape: ModelShape, work: Workload, engine: EngineConfig, gpu_fl
 
 
 def training_rate(
-    shape: ModelShape, work: Workload, train: TrainConfig, workers: WorkersConfig, padding: float, gpu_flops: float = GPU_FLOPS
+    shape: ModelShape, work: Workload, train: TrainConfig, workers: WorkersConfig, passes: Passes, gpu_flops: float = GPU_FLOPS
 ) -> float:
     """Return the tokens a second that a worker is assumed to learn; exchanging gradients costs nothing here."""
     speed = gpu_speed(train.precision, gpu_flops) * TRAINING_SHARE if workers.gpus else cpus_flops(workers.cpus)
-    return speed / training_flops(shape, work, train) / padding
+    return speed / training_flops(shape, work, train, passes.context) / passes.padding
 
 
 def gpu_speed(dtype: str, gpu_flops: float) -> float:

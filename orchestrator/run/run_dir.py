@@ -41,7 +41,7 @@ SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 MAY_CHANGE = tuple(path for path, _ in marked(RunConfig, MayChange))
 """Keys and sections that may change between two starts of a run."""
-CUT_INTO_PASSES = ("workers.count", "train.micro_batch_rows", "train.micro_batch_tokens")
+CUT_INTO_PASSES = ("workers.count", "train.micro_batch_rows", "train.micro_batch_tokens", "train.packing")
 """What may not after all, where the loss depends on how a step is cut into forward passes."""
 
 
@@ -159,7 +159,7 @@ def _of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings["loss"].get("scope") == "microbatch":
         for path in CUT_INTO_PASSES:
             section, name = _section_of(settings, path)
-            kept[path] = section[name]
+            kept[path] = section.get(name) or None  # what is off and what is not there are the same
     return kept
 
 

@@ -24,7 +24,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from actors.config.models import pass_size
+from actors.config.passes import pass_size
 from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
 from actors.placement import worker_request

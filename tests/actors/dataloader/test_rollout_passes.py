@@ -44,7 +44,9 @@ class NotedRows(RolloutRows):
         return NotedBatch(self._data.batch(step), self._sources, self._log, step, self.too_early)
 
 
-@pytest.mark.parametrize("cut", [{"micro_batch_rows": 2}, {"micro_batch_tokens": 40}])
+@pytest.mark.parametrize(
+    "cut", [{"micro_batch_rows": 2}, {"micro_batch_tokens": 40}, {"micro_batch_tokens": 40, "packing": True}]
+)
 @pytest.mark.parametrize("share", [SHARE, 1.0])
 def test_passes_are_those_made_one_by_one_while_steps_are_still_written(
     tmp_path: Path, cut: dict[str, int], share: float
@@ -69,5 +71,5 @@ def test_passes_are_those_made_one_by_one_while_steps_are_still_written(
             wanted = world.joined(step)
             assert [one.rows for one in found] == layout_of(wanted.lengths, world_size, train)[rank]
             for one in found:
-                assert_equal(one.micro_batch, collate(wanted, one.rows or [0], VOCAB))
+                assert_equal(one.micro_batch, collate(wanted, one.rows or [0], VOCAB, packed=train.packing))
     assert not rows.too_early

@@ -22,6 +22,9 @@ from tests.worlds import VOCAB, scored_world
 
 ROWS, BATCH, STEPS = 20, 7, 6
 CPU = torch.device("cpu")
+CUTS = [
+    {"micro_batch_rows": 2}, {"micro_batch_tokens": 40}, {"micro_batch_rows": 64}, {"micro_batch_tokens": 40, "packing": True},
+]  # fmt: skip
 
 
 def rows_in(folder: Path) -> StoredRows:
@@ -39,7 +42,7 @@ def tensors(micro_batch: MicroBatch) -> list[torch.Tensor]:
     return [value for value in plain if isinstance(value, torch.Tensor)] + list(micro_batch.teacher.tensors())
 
 
-@pytest.mark.parametrize("cut", [{"micro_batch_rows": 2}, {"micro_batch_tokens": 40}, {"micro_batch_rows": 64}])
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (7, 8)])
 def test_the_passes_of_all_steps_are_those_made_one_by_one(tmp_path: Path, cut: Any, rank: int, world_size: int) -> None:
     rows, train = rows_in(tmp_path), TrainConfig(batch_rows=BATCH, **cut)
@@ -51,7 +54,8 @@ def test_the_passes_of_all_steps_are_those_made_one_by_one(tmp_path: Path, cut: 
             found = list(loader.passes(step))
             assert [one.rows for one in found] == expected
             for one in found:
-                for mine, theirs in zip(tensors(one.micro_batch), tensors(collate(batch, one.rows or [0], VOCAB)), strict=True):
+                wanted = collate(batch, one.rows or [0], VOCAB, packed=train.packing)
+                for mine, theirs in zip(tensors(one.micro_batch), tensors(wanted), strict=True):
                     assert torch.equal(mine, theirs)
                 without_rows += not one.rows
     assert without_rows or world_size < 8, "they do not go round"
@@ -61,11 +65,11 @@ def test_the_next_pass_is_made_while_one_is_learned_from(tmp_path: Path, monkeyp
     made: list[str] = []
     ahead = threading.Event()
 
-    def noted(batch: RowBatch, rows: Sequence[int], vocab_size: int) -> MicroBatch:
+    def noted(batch: RowBatch, rows: Sequence[int], vocab_size: int, packed: bool) -> MicroBatch:
         made.append(threading.current_thread().name)
         if len(made) == 2:
             ahead.set()
-        return collate(batch, rows, vocab_size)
+        return collate(batch, rows, vocab_size, packed=packed)
 
     monkeypatch.setattr(step_loader, "collate", noted)
     with loader_of(rows_in(tmp_path), TrainConfig(batch_rows=BATCH, micro_batch_rows=64)) as loader:

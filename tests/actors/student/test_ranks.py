@@ -54,16 +54,21 @@ HEAD_ADAPTER = LoraAdapter(rank=2, modules=("q_proj", "lm_head"))
 CUTS = [("replicate", 1, None), ("replicate", 2, HEAD_ADAPTER), ("fsdp", 2, None), ("fsdp", 1, HEAD_ADAPTER)]
 """Sharding, rows of a forward pass, adapters. Seven rows do not go round: one rank takes part with a weightless pass."""
 
+PACKED = ("atkd", "a selection by the student", "a policy gradient beside the data's rows")
+"""Losses whose steps are packed too."""
+
 Gradients = dict[str, torch.Tensor]
 
 
 def step_gradients(
     folder: Path, worker: Worker, settings: dict[str, Any], sharding: Any, rows: int, lora: LoraAdapter | None,
-    precision: Any = "float32", tokens: int | None = None,
+    precision: Any = "float32", tokens: int | None = None, packing: bool = False,
 ) -> tuple[float, Gradients]:  # fmt: skip
     """The loss of one step and its gradients, summed over workers."""
     loss = LOSS.validate_python(settings)
-    train = TrainConfig(batch_rows=7, micro_batch_rows=rows, sharding=sharding, precision=precision, micro_batch_tokens=tokens)
+    train = TrainConfig(
+        batch_rows=7, micro_batch_rows=rows, sharding=sharding, precision=precision, micro_batch_tokens=tokens, packing=packing
+    )
     torch.manual_seed(0)
     model = prepare_model(ModelSource(str(folder / "model")), lora, train)
     for name, weight in model.named_parameters():
@@ -99,6 +104,12 @@ def rank_main(rank: int, folder: Path) -> None:
         for index, cut in enumerate(CUTS)
     }
     for sharding in ("replicate", "fsdp"):
+        for case in PACKED:
+            found[f"{case}, packed, {sharding}"] = step_gradients(
+                folder, worker, CASES[case], sharding, 1, None, tokens=30, packing=True
+            )
+        packed = TrainConfig(micro_batch_tokens=30, packing=True, sharding=sharding)
+        make_student(ModelSource(str(folder / "model")), None, LOSS.validate_python(CASES["atkd"]), packed, worker)
         found[f"bfloat16 {sharding}"] = step_gradients(folder, worker, CASES["atkd"], sharding, 1, None, "bfloat16")
     found["what stays between passes"] = between_passes(folder, worker)
     hand_over(folder, worker)
@@ -169,6 +180,15 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(world: Path, case: str, cu
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert found.keys() == expected.keys() and any("lm_head" in name for name in found)
     assert all(gradient.any() for name, gradient in expected.items()), "every trained weight has a gradient"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "fsdp"])
+@pytest.mark.parametrize("case", PACKED)
+def test_two_ranks_that_pack_give_the_loss_and_gradients_of_one_that_does_not(world: Path, case: str, sharding: str) -> None:
+    expected_loss, expected = step_gradients(world, Worker(0, 1, torch.device("cpu")), CASES[case], "replicate", 7, None)
+    loss, found = torch.load(world / "found.pt")[f"{case}, packed, {sharding}"]
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 

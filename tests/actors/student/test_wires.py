@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,8 +56,10 @@ def test_the_log_has_what_both_hold_most_likely_and_the_loss_is_nearer_to_the_wh
     assert gaps["candidates"] < 0.8 * gaps["top_k"]
 
 
-def test_hidden_states_teach_what_the_whole_teacher_teaches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [{}, {"micro_batch_tokens": 64, "packing": True}])
+def test_hidden_states_teach_what_the_whole_teacher_teaches(tmp_path: Path, cut: dict[str, Any]) -> None:
     run = Run(tmp_path, learning_rate=2e-3, wire="hidden", top_k=4)
+    run.task = replace(run.task, train=run.task.train.model_copy(update=cut))
     run.go()
     student, texts = plain_training(run)
     rows = run.log.examples(1)

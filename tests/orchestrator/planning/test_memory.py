@@ -29,7 +29,7 @@ SETTINGS = LlamaConfig(
     vocab_size=300, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     tie_word_embeddings=True,
 )  # fmt: skip
-PASS = Passes(rows=4, tokens=20, targets=30, accumulates=True, padding=1.0)
+PASS = Passes(rows=4, tokens=20, targets=30, accumulates=True, padding=1.0, context=20.0)
 
 
 def bytes_of(tensors: list[torch.Tensor]) -> int:
@@ -97,6 +97,7 @@ def test_activations_are_those_that_a_real_model_keeps(bfloat16: bool) -> None:
     "student",
     [
         Student("plain", SMALL, 800, (14, 44), cut(16, 8)),
+        Student("packed", SMALL, 800, (14, 44), cut(16, 8, micro_batch_tokens=250, packing=True)),
         Student("wide head", model(32, 1, 2), 8000, (8, 24), cut(8, 8)),
         Student("low", SMALL, 800, (20, 40), cut(8, 8, precision="bfloat16")),
         Student("adapters", SMALL, 800, (60, 90), cut(8, 4, gradient_checkpointing=True), lora=LoraAdapter()),

@@ -1,6 +1,7 @@
 """What a plan reads off configuration and data, held against models and rows that are really there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +106,22 @@ def test_passes_are_those_of_the_loop() -> None:
     work = rows(10, 4, 30, 7, 22, 9)
     train = TrainConfig(epochs=1, batch_rows=4, micro_batch_rows=2)
     # steps of rows (10, 4, 30, 7) and (22, 9), longest first, two rows a pass: 30 10 | 7 4 and 22 9
-    assert passes_of(work, train, 1, seed=0) == Passes(2, 30, 20, True, (60 + 14 + 44) / 82)
+    context = (100 + 16 + 900 + 49 + 484 + 81) / 82
+    assert passes_of(work, train, 1, seed=0) == Passes(2, 30, 20, True, (60 + 14 + 44) / 82, context)
     # of two workers the first takes 30 7 and 22
-    assert passes_of(work, train, 2, seed=0) == Passes(2, 30, 18, False, (60 + 22) / 59)
+    assert passes_of(work, train, 2, seed=0) == Passes(2, 30, 18, False, (60 + 22) / 59, context)
+
+
+def test_packed_passes_have_no_padding_and_attend_over_all_that_is_in_them() -> None:
+    work = rows(10, 4, 30, 7, 22, 9)
+    train = TrainConfig(epochs=1, batch_rows=4, micro_batch_tokens=20, packing=True)
+    # steps of rows (10, 4, 30, 7) and (22, 9): 30 | 10 7 | 4 and 22 | 9
+    assert passes_of(work, train, 1, seed=0) == Passes(1, 30, 15, True, 1.0, (30**2 + 17**2 + 4**2 + 22**2 + 9**2) / 82)
+    larger = train.model_copy(update={"micro_batch_tokens": 100})
+    assert passes_of(work, larger, 1, seed=0) == Passes(1, 51, 25, False, 1.0, (51**2 + 31**2) / 82)
+    longest_named = replace(work, longest=90)
+    assert passes_of(longest_named, train, 1, seed=0).tokens == 90
+    assert passes_of(longest_named, larger, 1, seed=0).tokens == 100
 
 
 def test_what_the_user_says_of_rows_comes_to_that_in_all() -> None:

@@ -1,6 +1,7 @@
 """The folder of a run."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,8 @@ def test_how_the_work_is_cut_may_change_and_what_comes_out_may_not(tmp_path: Pat
     cut = [
         "train.micro_batch_rows=2", "train.gradient_checkpointing=true", "train.checkpoint_every_steps=7", "scores.overlap=false",
         "teacher.engine.replicas=3", "teacher.engine.cpus=2", "teacher.finetune.train.micro_batch_rows=1",
-        "evaluate.batch_rows=3", "teacher.finetune.workers.count=2", "train.max_failures=9",
+        "evaluate.batch_rows=3", "teacher.finetune.workers.count=2", "train.max_failures=9", "train.micro_batch_tokens=64",
+        "train.packing=true",
     ]  # fmt: skip
     RunDir.open(changed(here, *cut)).close()
     for other in ("train.batch_rows=2", "teacher.engine.dtype=float32", "train.precision=bfloat16", "scores.top_k=5"):
@@ -117,6 +119,11 @@ def test_how_the_work_is_cut_may_change_and_what_comes_out_may_not(tmp_path: Pat
     RunDir.open(changed(*passes)).close()
     with pytest.raises(RunDirError, match=r"train\.micro_batch_rows: 2 here, 8 there"):
         RunDir.open(changed(*passes, "train.micro_batch_rows=2"))
+    written = tmp_path / "passes" / "config.yaml"
+    written.write_text(re.sub(r"\n *packing: false", "", written.read_text()))
+    RunDir.open(changed(*passes)).close()
+    with pytest.raises(RunDirError, match=r"train\.packing: True here, None there"):
+        RunDir.open(changed(*passes, "train.micro_batch_tokens=64", "train.packing=true"))
 
 
 def test_who_watches_a_run_may_change_and_must_be_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

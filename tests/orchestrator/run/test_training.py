@@ -44,6 +44,8 @@ from tests.orchestrator.training_world import (
 )
 from tests.worlds import scored_world
 
+PACKED = {"micro_batch_tokens": 40, "packing": True}
+
 
 @pytest.mark.ray
 def test_a_student_learns_and_its_steps_are_logged(undisturbed: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -71,10 +73,13 @@ def test_workers_and_accumulation_do_not_change_the_trajectory(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.drill
+@pytest.mark.parametrize("cut", [{}, PACKED])
 def test_a_worker_killed_at_a_step_ends_with_the_weights_of_a_run_that_was_not(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, record_property: Record
+    training_world: Path, tmp_path: Path, record_property: Record, cut: dict[str, Any]
 ) -> None:
-    task = task_in(tmp_path, training_world)
+    train = TRAIN.model_copy(update=cut)
+    undisturbed = trained_here(task_in(tmp_path / "undisturbed", training_world, train=train))
+    task = task_in(tmp_path, training_world, train=train)
     _, store = scored_world(training_world, ROWS)
     withheld = withhold_shard(store.path, 3)  # the worker stops before step 4, after the checkpoint of step 3
 
@@ -85,8 +90,8 @@ def test_a_worker_killed_at_a_step_ends_with_the_weights_of_a_run_that_was_not(
     killer = when(lambda: len(losses_of(tmp_path)) == 3, timed(record_property, tmp_path, harm, step=4))
     weights = trained(task, tmp_path)
     killer.join()
-    assert losses_of(tmp_path) == losses_of(undisturbed[0])
-    assert_same(weights, undisturbed[1], tolerance=0)
+    assert losses_of(tmp_path) == losses_of(tmp_path / "undisturbed")
+    assert_same(weights, undisturbed, tolerance=0)
 
 
 @pytest.mark.ray
@@ -166,18 +171,30 @@ class KeptHere:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
+@pytest.mark.parametrize("cut", [{"micro_batch_rows": 3, "gradient_checkpointing": True}, PACKED])
 def test_a_training_goes_on_from_its_checkpoint_with_other_passes(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, cut: dict[str, Any]
 ) -> None:
     whole = task_in(tmp_path, training_world)
     with pytest.raises(torch.OutOfMemoryError):
         distil(whole, KeptHere(tmp_path / "kept", ends_at=3))
-    smaller = {"micro_batch_rows": 3, "gradient_checkpointing": True, "checkpoint_every_steps": 100}
-    task = task_in(tmp_path, training_world, train=TRAIN.model_copy(update=smaller))
+    task = task_in(tmp_path, training_world, train=TRAIN.model_copy(update={**cut, "checkpoint_every_steps": 100}))
     distil(task, KeptHere(tmp_path / "kept", ends_at=-1))
     assert losses_of(tmp_path)[:3] == losses_of(undisturbed[0])[:3]
     assert losses_of(tmp_path) == pytest.approx(losses_of(undisturbed[0]), abs=1e-4)
     assert_same(weights_of(task), undisturbed[1], tolerance=1e-4)
+
+
+def test_a_training_that_packs_goes_on_as_if_it_had_not_stopped(training_world: Path, tmp_path: Path) -> None:
+    whole, stopped = (
+        task_in(tmp_path / name, training_world, train=TRAIN.model_copy(update=PACKED)) for name in ("whole", "stopped")
+    )
+    weights = trained_here(whole)
+    with pytest.raises(torch.OutOfMemoryError):
+        distil(stopped, KeptHere(tmp_path / "kept", ends_at=3))
+    distil(stopped, KeptHere(tmp_path / "kept", ends_at=-1))
+    assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "whole")
+    assert_same(weights_of(stopped), weights, tolerance=0)
 
 
 @pytest.mark.parametrize(
