@@ -19,6 +19,7 @@ FILES_OF = {
     "wandb": {"actors/monitors/wandb.py"},
     "mlflow": {"actors/monitors/mlflow.py"},
     "openai": {"orchestrator/judging/client.py"},
+    "lm_eval": {"actors/evaluation/harness.py", "actors/evaluation/harness_tasks.py"},
 }
 INSTANT_MODULES = (
     "losses.config", "actors.config.models", "orchestrator.config.run", "orchestrator.config.load", "orchestrator.cli",

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from actors.config.benchmarks import BenchmarksConfig, require_models_that_load
 from actors.config.judge import JudgeConfig, require_answers_to_judge
 from actors.config.workers import CustomResources, NodeLabels, Replicas
 from losses.config import AtkdLoss, LossConfig
@@ -221,10 +222,15 @@ class EvaluateConfig(Section):
     judge: Annotated[JudgeConfig | None, MayChange()] = None
     """Have a language model judge the generated answers; null for none."""
 
+    benchmarks: Annotated[BenchmarksConfig | None, MayChange()] = None
+    """Measure the models by tasks of the lm-evaluation-harness; null for none."""
+
     @model_validator(mode="after")
-    def _something_to_judge(self) -> "EvaluateConfig":
+    def _something_to_measure(self) -> "EvaluateConfig":
         if self.judge is not None:
             require_answers_to_judge(self.judge, self.generate_rows)
+        if self.benchmarks is not None:
+            require_models_that_load(self.benchmarks, self.teacher)
         return self
 
     @field_validator("answer_pattern")
