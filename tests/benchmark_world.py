@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from actors.evaluation.answer_ends import AnswerEnds, write_answer_ends
 from tests.evaluation_world import EOS, V, load
 
 ROWS = 12
@@ -52,10 +53,22 @@ metadata: {version: 2.0}
 
 
 def save_words(folder: Path) -> None:
-    """Write a tokenizer of the world's words; its end is none of them, since the harness cuts answers at the end's text."""
+    """Write a tokenizer of the world's words, and where answers end: at none of these, since the harness cuts at its text."""
     words = Tokenizer(WordLevel({END if index == EOS else f"w{index}": index for index in range(V)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=END).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=END)
+    tokenizer.save_pretrained(folder)
+    write_answer_ends(AnswerEnds((EOS,), ()), tokenizer, folder)
+
+
+def save_served(folder: Path, seed: int) -> None:
+    """Write a model of the world's words with attention heads as large as vLLM's kernels for CPUs need them."""
+    torch.manual_seed(seed)
+    shape = LlamaConfig(
+        vocab_size=V, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=64, initializer_range=0.3, eos_token_id=EOS, pad_token_id=EOS,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(folder)
 
 
 def make_tasks(folder: Path, answering: Path) -> Path:

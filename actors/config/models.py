@@ -225,6 +225,16 @@ class EvaluateConfig(Section):
     benchmarks: Annotated[BenchmarksConfig | None, MayChange()] = None
     """Measure the models by tasks of the lm-evaluation-harness; null for none."""
 
+    @property
+    def benchmark_engine(self) -> EngineConfig | None:
+        """How models are served for benchmarks: by the type and the devices of the evaluation; None where there are none."""
+        if self.benchmarks is None:
+            return None
+        return EngineConfig(
+            kind=self.benchmarks.engine, dtype=self.precision, cpus=self.cpus, gpu=self.gpus > 0,
+            rows_per_call=self.benchmarks.batch_rows, kv_cache_mib=self.benchmarks.kv_cache_mib,
+        )  # fmt: skip
+
     @model_validator(mode="after")
     def _something_to_measure(self) -> "EvaluateConfig":
         if self.judge is not None:

@@ -19,7 +19,7 @@ from lm_eval.evaluator import evaluate
 from transformers import AutoTokenizer, GenerationConfig
 
 from actors.config.benchmarks import BenchmarksConfig
-from actors.config.models import EngineConfig, EvaluateConfig
+from actors.config.models import EvaluateConfig
 from actors.engines.vllm_arguments import engine_arguments
 from actors.evaluation.answer_ends import read_answer_ends
 from actors.evaluation.benchmark_figures import BenchmarkFigure, BenchmarkResult, write_result
@@ -45,26 +45,25 @@ class WantedTask:
 
 
 def measure_model(
-    model: ModelSource, tokenizer_source: ModelSource, wanted: Sequence[WantedTask], benchmarks: BenchmarksConfig,
-    evaluate: EvaluateConfig,
-) -> float:  # fmt: skip
+    model: ModelSource, tokenizer_source: ModelSource, wanted: Sequence[WantedTask], evaluate: EvaluateConfig
+) -> float:
     """Measure a model by tasks, one after the other, and write each result as it comes; return the seconds it took.
 
     Args:
         model: folder or hub name of a causal language model.
         tokenizer_source: of the run; beside it stands where answers end.
         wanted: the tasks, and the files into which results go.
-        benchmarks: how they are measured.
-        evaluate: type and devices.
+        evaluate: type and devices; ``evaluate.benchmarks`` says how the tasks are measured.
 
     Raises:
         ValueError: if a task cannot be built, asks for longer answers than the model has room for, or a GPU is asked for and
             there is none.
     """
-    started = time.perf_counter()
+    started, benchmarks = time.perf_counter(), evaluate.benchmarks
+    assert benchmarks is not None, "tasks are wanted"
     finder = TaskFinder(benchmarks)
     build = {"transformers": _transformers_model, "vllm": _vllm_model}[benchmarks.engine]
-    lm = build(model, tokenizer_source, benchmarks, evaluate)
+    lm = build(model, tokenizer_source, evaluate, benchmarks)
     for one in wanted:
         write_result(Path(one.path), one.identity, measure_task(lm, finder, one.task, benchmarks))
     return time.perf_counter() - started
@@ -148,7 +147,7 @@ def figures_of(name: str, found: Mapping[str, Any]) -> Iterator[BenchmarkFigure]
 
 
 def _transformers_model(
-    model: ModelSource, tokenizer_source: ModelSource, benchmarks: BenchmarksConfig, evaluate: EvaluateConfig
+    model: ModelSource, tokenizer_source: ModelSource, evaluate: EvaluateConfig, benchmarks: BenchmarksConfig
 ) -> Any:
     from lm_eval.models.huggingface import HFLM
 
@@ -162,25 +161,16 @@ def _transformers_model(
     return HFLM(pretrained=network, tokenizer=tokenizer, batch_size=benchmarks.batch_rows, max_length=benchmarks.max_length)
 
 
-def _vllm_model(
-    model: ModelSource, tokenizer_source: ModelSource, benchmarks: BenchmarksConfig, evaluate: EvaluateConfig
-) -> Any:
-    from lm_eval.models.vllm_causallms import VLLM  # ``engine_environment`` must be in the environment before
+def _vllm_model(model: ModelSource, tokenizer_source: ModelSource, evaluate: EvaluateConfig, benchmarks: BenchmarksConfig) -> Any:
+    from actors.evaluation.harness_vllm import vllm_model_class  # here, so that only who measures with vLLM needs it installed
 
     model.require_safetensors()
-    arguments = engine_arguments(vllm_engine(benchmarks, evaluate), model)
-    return VLLM(
+    engine = evaluate.benchmark_engine
+    assert engine is not None, "benchmarks are a part of the evaluation's configuration"
+    arguments = engine_arguments(engine, model) | {"skip_tokenizer_init": False}
+    return vllm_model_class(engine)(
         pretrained=arguments.pop("model"), tokenizer=tokenizer_source.name, batch_size=benchmarks.batch_rows,
-        max_length=benchmarks.max_length, tensor_parallel_size=arguments.pop("tensor_parallel_size", 1),
-        generation_config=tokenizer_source.name, **(arguments | {"skip_tokenizer_init": False}),
-    )  # fmt: skip
-
-
-def vllm_engine(benchmarks: BenchmarksConfig, evaluate: EvaluateConfig) -> EngineConfig:
-    """Return how vLLM serves a model for benchmarks: by the type and the devices of the evaluation."""
-    return EngineConfig(
-        kind="vllm", dtype=evaluate.precision, cpus=evaluate.cpus, gpu=evaluate.gpus > 0, rows_per_call=benchmarks.batch_rows,
-        kv_cache_mib=benchmarks.kv_cache_mib,
+        max_length=benchmarks.max_length, generation_config=tokenizer_source.name, **arguments,
     )  # fmt: skip
 
 

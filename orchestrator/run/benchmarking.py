@@ -21,7 +21,6 @@ from ray.exceptions import RayTaskError
 
 from actors.config.benchmarks import BenchmarksConfig, require_installed
 from actors.engines.base import engine_environment
-from actors.environment import task_environment
 from actors.evaluation.benchmark_figures import BenchmarkFigure, BenchmarkResult, read_result, result_of
 from actors.evaluation.task_folder import folder_hash, settled_folder
 from actors.files import write_atomically
@@ -233,19 +232,16 @@ def _measure_remote(
     config: RunConfig, models: Models, name: str, tasks: Mapping[str, tuple[Path, dict[str, Any]]]
 ) -> ray.ObjectRef:
     """Begin to measure a model in a Ray task that holds what the evaluator does; its process ends with it, and so does vLLM."""
-    from actors.evaluation.harness import WantedTask, measure_model, vllm_engine
+    from actors.evaluation.harness import WantedTask, measure_model
 
-    settings, evaluate, source = _settings_of(config), config.evaluate, _sources(models)[name]
-    environment = (
-        engine_environment(vllm_engine(settings, evaluate)) if settings.engine == "vllm"
-        else task_environment(evaluate.cpus, evaluate.gpus > 0)
-    )  # fmt: skip
+    evaluate, engine, source = config.evaluate, config.evaluate.benchmark_engine, _sources(models)[name]
+    assert engine is not None, "there are benchmarks"
     task = ray.remote(max_calls=1)(measure_model).options(
         name=f"benchmark {Path(source.name).name}", num_cpus=evaluate.cpus, num_gpus=evaluate.gpus,
-        runtime_env={"env_vars": {**environment, "TQDM_DISABLE": "1"}},
+        runtime_env={"env_vars": {**engine_environment(engine), "TQDM_DISABLE": "1"}},
     )  # fmt: skip
     wanted = [WantedTask(task, str(path), identity) for task, (path, identity) in tasks.items()]
-    return task.remote(source, models.tokenizer_source(), wanted, settings, evaluate)
+    return task.remote(source, models.tokenizer_source(), wanted, evaluate)
 
 
 def _measured(name: str, reference: ray.ObjectRef) -> float:

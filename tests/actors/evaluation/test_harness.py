@@ -36,7 +36,7 @@ def measured(world: Path, into: Path, *tasks: str, **changes: object) -> list[Be
     asked = settings(world, *tasks, **changes)
     wanted = [WantedTask(name, str(into / f"{name}.json"), {"task": name}) for name in tasks]
     model, tokenizer = ModelSource(str(world / "model")), ModelSource(str(world / "tokenizer"))
-    measure_model(model, tokenizer, wanted, asked, EvaluateConfig())
+    measure_model(model, tokenizer, wanted, EvaluateConfig(benchmarks=asked))
     return [read_result(Path(one.path)) for one in wanted]
 
 
