@@ -46,6 +46,8 @@ test_split: test
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["#"], max_gen_toks: 4, do_sample: false}
+filter_list:
+  - {name: trimmed, filter: [{function: remove_whitespace}, {function: take_first}]}  # vLLM keeps the space before a first word
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
 metadata: {version: 2.0}

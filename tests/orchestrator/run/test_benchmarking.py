@@ -103,7 +103,7 @@ def test_each_model_is_measured_once_by_each_task_and_setting(local_ray: None, t
 
         rows = {row.metric: row for row in read_table(run_dir.path).benchmarks}
         for at, name in ((0, "teacher"), (2, "student_after")):
-            for metric, right in (("pick_acc_none", picked_rightly), ("say_exact_match_none", said_rightly)):
+            for metric, right in (("pick_acc_none", picked_rightly), ("say_exact_match_trimmed", said_rightly)):
                 found = right(tasks, folders[name])
                 assert rows[metric].values[at] == pytest.approx(sum(found) / ROWS)
                 assert rows[f"{metric}_stderr"].values[at] == pytest.approx(standard_error(found))
@@ -129,7 +129,7 @@ def test_vllm_measures_what_plain_forward_passes_do(local_ray: None, tmp_path: P
     rows = {row.metric: row for row in read_table(run_dir.path).benchmarks}
     for at, name in ((0, "teacher"), (2, "student_after")):
         assert rows["pick_acc_none"].values[at] == pytest.approx(sum(picked_rightly(tasks, folders[name])[:8]) / 8)
-        assert rows["say_exact_match_none"].values[at] == pytest.approx(sum(said_rightly(tasks, folders[name])[:8]) / 8)
+        assert rows["say_exact_match_trimmed"].values[at] == pytest.approx(sum(said_rightly(tasks, folders[name])[:8]) / 8)
 
 
 def test_figures_stand_in_table_report_and_card(tmp_path: Path) -> None:
