@@ -27,11 +27,12 @@ TRIALS = {
 }
 """Commands that train many students on one scoring."""
 
-OTHERS = ("doctor", "plan", "verify", "judge", "config")
+OTHERS = ("doctor", "plan", "verify", "judge", "benchmark", "config")
 
 PLAN_HELP = "say what a run will take and whether a cluster has it, before anything starts: memory, bytes, hours, bottleneck"
 VERIFY_HELP = "read a run's score stores whole and compare each row with its checksum"
 JUDGE_HELP = "have the judge of evaluate.judge judge a run's answers, asking what is not known yet; needs no devices"
+BENCHMARK_HELP = "measure a run's models by the tasks of evaluate.benchmarks that are not measured yet"
 DOCTOR_HELP = "prove on a few rows that the teacher's scores would be right, before it scores them all"
 
 
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan_arguments(plan)
     _add_config_arguments(commands.add_parser("verify", help=VERIFY_HELP, description=VERIFY_HELP))
     _add_config_arguments(commands.add_parser("judge", help=JUDGE_HELP, description=JUDGE_HELP))
+    _add_config_arguments(commands.add_parser("benchmark", help=BENCHMARK_HELP, description=BENCHMARK_HELP))
     _add_config_arguments(commands.add_parser("config", help="print the whole configuration, defaults included"))
     return parser
 
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return commands.plan(config, PlanOptions(**given))
         others = {
             "tune": commands.search, "compare": commands.comparison, "doctor": commands.doctor, "verify": commands.verify,
-            "judge": commands.judge,
+            "judge": commands.judge, "benchmark": commands.benchmark,
         }  # fmt: skip
         return others[options.command](config)
 

@@ -14,6 +14,7 @@ from orchestrator.reports.run_report import write_report
 from orchestrator.reports.search_report import write_search_report
 from orchestrator.reports.teachers_report import write_teachers_report
 from orchestrator.run import pipeline
+from orchestrator.run.benchmarking import benchmark_again
 from orchestrator.run.judging import judge_again
 from orchestrator.run.results_table import print_table, read_table
 from orchestrator.search.compare import compare
@@ -98,6 +99,19 @@ def judge(config: RunConfig) -> int:
         JudgeFailed: if too many questions stay without a verdict.
     """
     judge_again(config)
+    report = write_report(config.run_dir)
+    print_table(read_table(config.run_dir))
+    logger.info(f"report: {report}")
+    return 0
+
+
+def benchmark(config: RunConfig) -> int:
+    """Measure a run that was evaluated by the tasks of ``evaluate.benchmarks``; write its page and print its table.
+
+    Raises:
+        ValueError: if there are no benchmarks, the run is not evaluated yet, or a task cannot be measured.
+    """
+    benchmark_again(config)
     report = write_report(config.run_dir)
     print_table(read_table(config.run_dir))
     logger.info(f"report: {report}")

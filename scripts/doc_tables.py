@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
+from actors.config.benchmarks import BenchmarksConfig
 from actors.config.judge import JudgeConfig
 from actors.config.model_kinds import CutModel
 from actors.config.rollouts import AdaptiveShareConfig, ReplayConfig, ResponsesConfig, RolloutsConfig
@@ -78,6 +79,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "responses": ("docs/on_policy.md", partial(keys_of, ResponsesConfig)),
     "rollouts": ("docs/on_policy.md", partial(keys_of, RolloutsConfig)),
     "adaptive_share": ("docs/on_policy.md", partial(keys_of, AdaptiveShareConfig)),
+    "benchmarks": ("docs/evaluation.md", partial(keys_of, BenchmarksConfig)),
     "judge": ("docs/evaluation.md", partial(keys_of, JudgeConfig)),
     "replay": ("docs/on_policy.md", partial(keys_of, ReplayConfig)),
 }

@@ -14,11 +14,15 @@ MAY_IMPORT = {"orchestrator": {"actors", "losses", "tune_spaces"}, "actors": {"l
 NEVER_IMPORTED = {"tests", "benchmarks", "scripts"}
 LOSSES_MAY_IMPORT = {"torch", "pydantic", "losses"} | sys.stdlib_module_names
 FILES_OF = {
-    "vllm": {"actors/engines/vllm.py", "actors/engines/vllm_patches.py", "actors/rollouts/vllm_sampler.py"},
+    "vllm": {
+        "actors/engines/vllm.py", "actors/engines/vllm_patches.py", "actors/rollouts/vllm_sampler.py",
+        "actors/evaluation/harness_vllm.py",
+    },
     "peft": {"actors/lora.py"},
     "wandb": {"actors/monitors/wandb.py"},
     "mlflow": {"actors/monitors/mlflow.py"},
     "openai": {"orchestrator/judging/client.py"},
+    "lm_eval": {"actors/evaluation/harness.py", "actors/evaluation/harness_tasks.py", "actors/evaluation/harness_vllm.py"},
 }
 INSTANT_MODULES = (
     "losses.config", "actors.config.models", "orchestrator.config.run", "orchestrator.config.load", "orchestrator.cli",

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from actors.config.benchmarks import BenchmarksConfig, require_models_that_load
 from actors.config.judge import JudgeConfig, require_answers_to_judge
 from actors.config.passes import PassesConfig
 from actors.config.workers import CustomResources, NodeLabels, Replicas
@@ -215,10 +216,25 @@ class EvaluateConfig(Section):
     judge: Annotated[JudgeConfig | None, MayChange()] = None
     """Have a language model judge the generated answers; null for none."""
 
+    benchmarks: Annotated[BenchmarksConfig | None, MayChange()] = None
+    """Measure the models by tasks of the lm-evaluation-harness; null for none."""
+
+    @property
+    def benchmark_engine(self) -> EngineConfig | None:
+        """How models are served for benchmarks: by the type and the devices of the evaluation; None where there are none."""
+        if self.benchmarks is None:
+            return None
+        return EngineConfig(
+            kind=self.benchmarks.engine, dtype=self.precision, cpus=self.cpus, gpu=self.gpus > 0,
+            rows_per_call=self.benchmarks.batch_rows, kv_cache_mib=self.benchmarks.kv_cache_mib,
+        )  # fmt: skip
+
     @model_validator(mode="after")
-    def _something_to_judge(self) -> "EvaluateConfig":
+    def _something_to_measure(self) -> "EvaluateConfig":
         if self.judge is not None:
             require_answers_to_judge(self.judge, self.generate_rows)
+        if self.benchmarks is not None:
+            require_models_that_load(self.benchmarks, self.teacher)
         return self
 
     @field_validator("answer_pattern")

@@ -1,1 +1,1 @@
-"""A model over held-out rows: metrics, answers and where they end, texts token by token."""
+"""A model over held-out rows: metrics, answers and where they end, texts token by token; and over benchmarks."""

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from losses.section import sections_of
 from orchestrator.config.run import RunConfig
 
-PATHS = ("output", "root", "path", "name")
+PATHS = ("output", "root", "path", "name", "folder")
 """Names of keys that hold a path, or may."""
 
 RENAMED = {"loss.teaching": "loss.kind", "teacher.fit": "teacher.finetune", "student.fit": "student.finetune"}

@@ -155,6 +155,8 @@ class RunConfig(Section):
             served.append((self.sampler_engine, *self._shaped_by("student")))
         if self.teacher_sampler_engine is not None:
             served.append((self.teacher_sampler_engine, *self._shaped_by("teacher")))
+        if self.evaluate.benchmark_engine is not None:
+            served += [(self.evaluate.benchmark_engine, *self._shaped_by(role)) for role in ("teacher", "student")]
         for engine, section, shape in served:
             if shape.kind == "scratch" and engine.kind == "vllm" and not engine.gpu:
                 require_cpu_head_size(shape.hidden_size, shape.heads, section)

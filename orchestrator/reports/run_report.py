@@ -20,6 +20,7 @@ from orchestrator.reports.rollouts_report import student_text
 from orchestrator.reports.run_charts import Uncertainties, read_uncertainties, training_charts, uncertainty_chart
 from orchestrator.reports.token_texts import read_reading
 from orchestrator.reports.uncertainty_heatmap import uncertainty_places
+from orchestrator.run.benchmarking import read_benchmarks
 from orchestrator.run.judging import read_judging
 from orchestrator.run.results_table import COLUMNS, MODEL_NAMES, ComparisonTable, TableRow, read_table
 
@@ -80,6 +81,7 @@ def report_content(run_path: Path) -> dict[str, Any]:
         "findings": findings(table, answers_count(run_path)),
         "table": table,
         "judge": judging.lines() if (judging := read_judging(run_path)) is not None else [],
+        "benchmarks": found.lines() if (found := read_benchmarks(run_path)) is not None else [],
         "training": training_charts(run_path),
         "teacher": teacher_charts(run_path, uncertainties),
         "student_text": student_text(run_path),

@@ -2,17 +2,20 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.config.model_kinds import PretrainedModel, ScratchModel
 from actors.evaluation.answer_ends import read_answer_ends
+from actors.evaluation.benchmark_figures import BenchmarkFigure, BenchmarkResult
 from actors.files import write_atomically
 from actors.format import plural
 from actors.score_store.identity import Identity, identity_hash
@@ -25,17 +28,24 @@ from orchestrator.run.run_dir import Facts, RunDir
 
 logger = logging.getLogger("atkd")
 
+CARD = "README.md"
+RESULTS, AFTER_RESULTS = "## Results on held-out rows", "Cross entropy and KL are"
+"""Between these stands the table in a card."""
+HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 CARD_SECTIONS = ("name", "seed", "data", "teacher", "student", "loss", "train", "scores", "export")
 
 
-def export(config: RunConfig, run_dir: RunDir, models: Models, training_store: ScoreStore | None) -> Facts:
+def export(
+    config: RunConfig, run_dir: RunDir, models: Models, training_store: ScoreStore | None,
+    benchmarks: Sequence[BenchmarkResult] = (),
+) -> Facts:  # fmt: skip
     """Write the model card into the student's folder and check that the folder loads, stops and generates as it should."""
     folder = models.student_folder
     identity = training_store.identity if training_store is not None else None
     tokenizer = models.tokenizer()
     ends, proof = read_answer_ends(models.tokenizer_folder, tokenizer), read_proof(export_proof_path(run_dir.path))
     stored = StoredStudent(models.export_dtype(), [f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends], proof)
-    write_model_card(folder, config, identity, read_table(run_dir.path), stored)
+    write_model_card(folder, config, identity, read_table(run_dir.path), stored, benchmarks)
     remarks = check_export(folder, ends, stored.dtype, trust_remote_code=models.distilled().trust_remote_code)
     for line in [*stored.lines(), *remarks]:
         logger.info(f"export: {line}")
@@ -75,8 +85,9 @@ class StoredStudent:
 
 
 def write_model_card(
-    folder: Path, config: RunConfig, score_identity: Identity | None, table: ComparisonTable, stored: StoredStudent | None = None
-) -> None:
+    folder: Path, config: RunConfig, score_identity: Identity | None, table: ComparisonTable,
+    stored: StoredStudent | None = None, benchmarks: Sequence[BenchmarkResult] = (),
+) -> None:  # fmt: skip
     """Write ``README.md``: what the model is, its numbers, the scores and the configuration it was made with.
 
     Args:
@@ -85,19 +96,21 @@ def write_model_card(
         score_identity: of the store the student learned from; None if its loss needed no teacher.
         table: teacher, student before and student after.
         stored: how the folder holds the student.
+        benchmarks: of the student after.
     """
-    write_atomically(folder / "README.md", model_card(config, score_identity, table, stored).encode())
+    write_atomically(folder / CARD, model_card(config, score_identity, table, stored, benchmarks).encode())
 
 
 def model_card(
-    config: RunConfig, score_identity: Identity | None, table: ComparisonTable, stored: StoredStudent | None = None
-) -> str:
+    config: RunConfig, score_identity: Identity | None, table: ComparisonTable, stored: StoredStudent | None = None,
+    benchmarks: Sequence[BenchmarkResult] = (),
+) -> str:  # fmt: skip
     """Return the model card as Markdown with YAML front matter. The licence is left to the user, and said to be."""
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name in CARD_SECTIONS}
     return "\n".join(
         [
             "---",
-            yaml.safe_dump(front_matter(config), sort_keys=False, allow_unicode=True).strip(),
+            _yaml(front_matter(config) | model_index(config.name, benchmarks)),
             "---",
             f"# {config.name}",
             "",
@@ -107,10 +120,10 @@ def model_card(
             "",
             "No licence is stated here: it depends on those of teacher, student and data. Add `license` above before publishing.",
             "",
-            "## Results on held-out rows",
+            RESULTS,
             "",
             markdown(table),
-            "Cross entropy and KL are natural logarithms; KL is from the teacher to the model, over the target, the teacher's "
+            f"{AFTER_RESULTS} natural logarithms; KL is from the teacher to the model, over the target, the teacher's "
             f"{config.scores.top_k} most likely others and one class for all the rest.",
             "",
             *_stored_part(stored),
@@ -120,7 +133,7 @@ def model_card(
             "## Configuration",
             "",
             "```yaml",
-            yaml.safe_dump(without_places(settings), sort_keys=False, allow_unicode=True).strip(),
+            _yaml(without_places(settings)),
             "```",
             "",
         ]
@@ -138,6 +151,51 @@ def front_matter(config: RunConfig) -> dict[str, Any]:
     if model.kind == "pretrained" and not _is_place(model.name) and not Path(model.name).is_dir():
         matter["base_model"] = model.name
     return matter
+
+
+def model_index(name: str, benchmarks: Sequence[BenchmarkResult]) -> dict[str, Any]:
+    """Return the card's entry ``model-index``, by which the hub shows figures; nothing where none were measured."""
+    results = [_eval_result(figure, result.harness) for result in benchmarks for figure in result.figures]
+    return {"model-index": eval_results_to_model_index(name, results)} if results else {}
+
+
+def _eval_result(figure: BenchmarkFigure, harness: str) -> EvalResult:
+    details = {"standard_error": figure.stderr, "rows": figure.rows, "task_version": figure.version, "harness_version": harness}
+    return EvalResult(
+        task_type="text-generation", task_name=figure.task, dataset_type=without_places(figure.dataset or figure.task),
+        dataset_name=figure.task, dataset_config=figure.dataset_config, dataset_args={"num_few_shot": figure.shots},
+        metric_type=figure.metric, metric_name=f"{figure.task}: {figure.name}", metric_value=figure.value,
+        metric_args={key: value for key, value in details.items() if value is not None},
+        source_name="lm-evaluation-harness", source_url=HARNESS,
+    )  # fmt: skip
+
+
+def renew_card(folder: Path, name: str, table: ComparisonTable, benchmarks: Sequence[BenchmarkResult]) -> bool:
+    """Put other figures into a model card that stands already; whatever its owner wrote into it stays.
+
+    Args:
+        folder: of the student.
+        name: of the run.
+        table: what takes the place of the card's own.
+        benchmarks: of the student after.
+
+    Returns:
+        Whether the card was as cards are written, so that it could be done.
+    """
+    path = folder / CARD
+    parts = path.read_text(encoding="utf-8").split("---\n", 2) if path.exists() else []
+    if len(parts) != 3 or parts[0] or RESULTS not in parts[2] or AFTER_RESULTS not in parts[2]:
+        return False
+    before, _, rest = parts[2].partition(RESULTS)
+    after = rest[rest.index(AFTER_RESULTS) :]
+    matter = yaml.safe_load(parts[1]) | model_index(name, benchmarks)
+    card = f"---\n{_yaml(matter)}\n---\n{before}{RESULTS}\n\n{markdown(table)}\n{after}"
+    write_atomically(path, card.encode())
+    return True
+
+
+def _yaml(content: Any) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
 
 
 def check_export(

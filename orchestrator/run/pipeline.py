@@ -9,6 +9,14 @@ from orchestrator.cluster.environment import note_cluster, note_process
 from orchestrator.cluster.ray_session import ray_for, require_machine
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import ROLES, Models
+from orchestrator.run.benchmarking import (
+    benchmark,
+    benchmarks_missing,
+    renew_exported_card,
+    require_benchmarks,
+    require_chat_template,
+    students_results,
+)
 from orchestrator.run.cut_student import cut_student
 from orchestrator.run.evaluation import evaluate
 from orchestrator.run.export import export
@@ -26,10 +34,11 @@ def run(config: RunConfig, until: str = "export") -> Path:
     """Run all stages up to ``until``, skipping those that are done; return the run's folder."""
     assert until in STAGES
     with RunDir.open(config) as run_dir:
-        if until != "prepare" and run_dir.result("evaluate") is None:
+        if until != "prepare" and needs_devices(config, run_dir):
             require_machine(config)  # before the rows are read, which may take long
         if until in ("evaluate", "export"):
             require_judge(config, run_dir)
+            require_benchmarks(config, run_dir)
         overlap = config.scores.overlap and config.rollouts is None and until != "score"
         for finished in run_stages(config, run_dir, overlap):
             if finished == until:
@@ -42,9 +51,10 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
     note_process(run_dir)
     models = Models(config, run_dir.path)
     require_same_source(config, run_dir.stage("prepare", partial(prepare, config, run_dir, models)))
+    require_chat_template(config, models)
     yield "prepare"
 
-    with nullcontext() if run_dir.result("evaluate") else ray_for(config):
+    with ray_for(config) if needs_devices(config, run_dir) else nullcontext():
         note_cluster(run_dir)
         for role in ROLES:
             if models.side(role).model.kind == "cut":
@@ -72,12 +82,23 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
 
         fetch_models(config, run_dir, models, ["evaluate"])
         run_dir.stage("evaluate", partial(evaluate, config, run_dir, models, scoring.heldout_store))
+        if config.evaluate.benchmarks is not None:
+            benchmark(config, run_dir, models)
     if config.evaluate.judge is not None:
         judge(config, run_dir)  # the cluster's devices are given back by now: a judge needs none
     yield "evaluate"
 
-    run_dir.stage("export", partial(export, config, run_dir, models, scoring.training_store))
+    exported = run_dir.result("export") is not None
+    figures = students_results(run_dir.path) if config.evaluate.benchmarks is not None else ()
+    run_dir.stage("export", partial(export, config, run_dir, models, scoring.training_store, figures))
+    if exported and config.evaluate.benchmarks is not None:
+        renew_exported_card(config, run_dir, models)
     yield "export"
+
+
+def needs_devices(config: RunConfig, run_dir: RunDir) -> bool:
+    """Whether anything is left to do that the cluster does."""
+    return run_dir.result("evaluate") is None or benchmarks_missing(config, run_dir)
 
 
 def rollouts_of(config: RunConfig, run_dir: RunDir, models: Models) -> AbstractContextManager[None]:

@@ -68,6 +68,9 @@ class ComparisonTable:
     judge: tuple[TableRow, ...] = ()
     """What a judge says of the answers; empty where none was asked."""
 
+    benchmarks: tuple[TableRow, ...] = ()
+    """Figures of benchmarks; empty where none were measured."""
+
 
 def written(value: float | None, show: Show) -> str:
     """Return a value as it stands in tables."""
@@ -91,11 +94,12 @@ def write_table(folder: Path, table: ComparisonTable) -> None:
 def read_table(folder: Path) -> ComparisonTable:
     """Return the table that ``write_table`` left in a folder."""
     content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-    return ComparisonTable(_rows(content["rows"]), _rows(content["tasks"]), _rows(content.get("judge", ())))
+    parts = (_rows(content.get(name, ())) for name in ("rows", "tasks", "judge", "benchmarks"))
+    return ComparisonTable(*parts)
 
 
 def markdown(table: ComparisonTable) -> str:
-    """Return the table, and those of the tasks and the judge if there are any, as Markdown."""
+    """Return the table, and those of tasks, judge and benchmarks if there are any, as Markdown."""
     return "\n".join(_markdown_of(heading, rows) for heading, rows in _parts(table))
 
 
@@ -114,7 +118,7 @@ def print_table(table: ComparisonTable, console: Console | None = None) -> None:
 
 
 def _parts(table: ComparisonTable) -> list[tuple[str, tuple[TableRow, ...]]]:
-    further = [("exact match by task", table.tasks), ("judge", table.judge)]
+    further = [("exact match by task", table.tasks), ("judge", table.judge), ("benchmark", table.benchmarks)]
     return [("", table.rows), *((heading, rows) for heading, rows in further if rows)]
 
 

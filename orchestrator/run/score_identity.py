@@ -93,7 +93,7 @@ def store_identity(
     require_top_k(config.scores.top_k, vocab_size, ids_below)
     engine = config.teacher.engine
     return {
-        "teacher": _teacher_identity(teacher),
+        "teacher": model_identity(teacher),
         "tokenizer": tokenizer_hash,
         "examples": {"hash": examples.hash, "rows": len(examples)},
         "top_k": config.scores.top_k,
@@ -110,6 +110,22 @@ def store_identity(
             **_attention_identity(config, teacher),
         },
     }
+
+
+def model_identity(model: ModelSource) -> dict[str, Any]:
+    """Return what names a model: in a local folder its weights and settings, on the hub its name and commit."""
+    folder = Path(model.name)
+    if not folder.is_dir():
+        return {"name": model.name, "revision": pin_revision(model).revision}
+    model.require_safetensors()
+    weights = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in weights:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    settings = json.loads((folder / "config.json").read_text())
+    stable = {name: value for name, value in settings.items() if name not in UNSTABLE_CONFIG_KEYS}
+    return {"weights_sha256": digest.hexdigest(), "config": stable}
 
 
 def open_store(config: RunConfig, identity: Identity, split: Literal["train", "heldout"] = "train") -> ScoreStore:
@@ -229,21 +245,6 @@ def _attention_identity(config: RunConfig, teacher: ModelSource) -> dict[str, st
     settings = _config_json(teacher)
     capped = {**settings, **settings.get("text_config", {})}.get("attn_logit_softcapping")
     return {"attention": "eager"} if capped else {}
-
-
-def _teacher_identity(teacher: ModelSource) -> dict[str, Any]:
-    folder = Path(teacher.name)
-    if not folder.is_dir():
-        return {"name": teacher.name, "revision": pin_revision(teacher).revision}
-    teacher.require_safetensors()
-    weights = sorted(folder.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in weights:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    settings = json.loads((folder / "config.json").read_text())
-    stable = {name: value for name, value in settings.items() if name not in UNSTABLE_CONFIG_KEYS}
-    return {"weights_sha256": digest.hexdigest(), "config": stable}
 
 
 def _quantization(teacher: ModelSource) -> str | None:

@@ -32,9 +32,9 @@ from actors.student.task import TrainingTask, WorkerResult
 from actors.student.train_checkpoints import damaged_checkpoints
 from actors.student.worker import fatal_error_path, read_fatal_error, train_worker
 from losses.config import AtkdLoss
+from orchestrator.cluster.elastic import NO_TRY_OF_ITS_OWN, train_in_turns
 from orchestrator.cluster.logs import ProgressSnapshot
 from orchestrator.cluster.progress import logged_progress
-from orchestrator.run.elastic import NO_TRY_OF_ITS_OWN, train_in_turns
 
 logger = logging.getLogger("atkd")
 

@@ -22,10 +22,10 @@ from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
 from actors.placement import proven_places, reserve, worker_request
 from actors.student.task import WorkerResult
+from orchestrator.cluster import elastic
+from orchestrator.cluster.elastic import train_in_turns
 from orchestrator.config.load import ConfigError, dump_config, load_config
 from orchestrator.models.models import Models
-from orchestrator.run import elastic
-from orchestrator.run.elastic import train_in_turns
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.stages import distillation_task
 from orchestrator.run.training import train_model
