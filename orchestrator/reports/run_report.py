@@ -117,6 +117,8 @@ def finding(row: TableRow, name: str, less_is_better: bool) -> str:
         words += ", worse than before" if gained < 0 else ", as before"
     elif gap > 0 and row.metric == "kl_to_teacher":
         return f"{words}, {100 * gained / gap:.0f} % less."
+    elif 0 < gap < gained:
+        return f"{words}, beyond the teacher's {row.cells[0]}."
     elif gap > 0:
         return f"{words}, {100 * gained / gap:.0f} % of the way to the teacher's {row.cells[0]}."
     return f"{words}." if row.metric == "kl_to_teacher" else f"{words}; the teacher has {row.cells[0]}."

@@ -154,6 +154,7 @@ def test_shares_are_of_tokens_and_of_the_loss() -> None:
 @pytest.mark.parametrize(
     ("metric", "values", "less_is_better", "words"),
     [
+        ("heldout_loss", (0.4, 0.8, 0.3), True, "It: 0.8000 before, 0.3000 after, beyond the teacher's 0.4000."),
         ("heldout_loss", (0.4, 0.8, 0.5), True, "It: 0.8000 before, 0.5000 after, 75 % of the way to the teacher's 0.4000."),
         ("heldout_loss", (0.4, 0.8, 0.9), True, "It: 0.8000 before, 0.9000 after, worse than before; the teacher has 0.4000."),
         ("heldout_loss", (0.9, 0.8, 0.7), True, "It: 0.8000 before, 0.7000 after; the teacher has 0.9000."),
