@@ -1,5 +1,6 @@
 """Tokenized rows on disk, memory-mapped: one Arrow IPC file a split, read by teachers and students alike."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +61,14 @@ class ExampleFile:
     def lengths(self) -> np.ndarray:
         """int64 [rows], tokens of each row."""
         return np.diff(self._offsets).astype(np.int64)
+
+    @property
+    def tokens_hash(self) -> str:
+        """Name of the tokens of these examples in this order, for keys that do not stand for them."""
+        digest = hashlib.blake2b(digest_size=16)
+        for column in (self._offsets, self._token_ids[: self._offsets[-1]]):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
 
     @property
     def hash(self) -> str:

@@ -16,6 +16,8 @@ class ModelSource:
     """Run Python code that comes with the model."""
     attention: str = "auto"
     """How transformers computes its attention."""
+    classes: int = 0
+    """How many labels it tells apart, if it is a classifier; 0 for a causal language model."""
 
     def require_safetensors(self) -> None:
         """Raise if a folder has weights in other formats alone: those are pickles, which can run code.

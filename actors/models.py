@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from actors.attention import attention_for
@@ -18,9 +26,11 @@ from actors.config.model_kinds import ScratchModel
 from actors.files import whole_folder
 from actors.lora import adapted_weight
 from actors.model_source import ModelSource
+from actors.networks.classifier import register
 from losses.lm_head import LMHead
 
 PROBE_TOKENS, PROBE_POSITIONS = 64, 3
+register()  # whoever loads models here finds small classifiers too
 ROUNDING = 1e-5  # relative and in logits: a soft cap of 30 takes 4e-4 of a logit of 1
 
 
@@ -32,6 +42,8 @@ def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTr
     """
     source.require_safetensors()
     config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    if source.classes:
+        return load_classifier(source, dtype, attention_for(config, source.attention))
     return AutoModelForCausalLM.from_pretrained(
         source.name,
         revision=source.revision,
@@ -40,6 +52,24 @@ def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTr
         dtype=dtype,
         attn_implementation=attention_for(config, source.attention),
     )
+
+
+def load_classifier(source: ModelSource, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
+    """Return a sequence classifier on the CPU, its attention computed as said, or as the library chooses.
+
+    Raises:
+        ValueError: if it tells apart more or fewer labels than the source says.
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(
+        source.name, revision=source.revision, trust_remote_code=source.trust_remote_code, use_safetensors=True, dtype=dtype,
+        attn_implementation=attention,
+    )  # fmt: skip
+    if model.config.num_labels != source.classes:
+        raise ValueError(
+            f"{source.name} tells {model.config.num_labels} labels apart, and task.labels has {source.classes}; a classifier of "
+            "these labels would do, or a model without a classification head"
+        )
+    return model
 
 
 def weights_folder(source: ModelSource) -> Path:
@@ -75,15 +105,15 @@ def scratch_model(
     return LlamaForCausalLM(config)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Path, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder, safetensors only; a folder that is there is whole.
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Path | None, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder, safetensors only; a folder that is there is whole. Some models have no tokenizer.
 
     A tokenizer that stands in a folder is copied from there, so that no code that came with it is run.
     """
     with whole_folder(folder) as temporary:
         if isinstance(tokenizer, Path):
             shutil.copytree(tokenizer, temporary)
-        else:
+        elif tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         model.save_pretrained(temporary)
 
@@ -94,8 +124,15 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def vocab_size_of(model: PreTrainedModel) -> int:
-    """Return how many tokens the model tells apart."""
+    """Return how many tokens the model tells apart, or how many labels."""
+    if is_classifier(model):
+        return int(plain_model(model).config.num_labels)
     return len(plain_model(model).get_output_embeddings().weight)
+
+
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether a model predicts a label of a whole row rather than its next tokens."""
+    return plain_model(model).get_output_embeddings() is None
 
 
 def output_head(model: PreTrainedModel) -> LMHead:

@@ -116,6 +116,32 @@ class InterpolatedTarget(Section):
         return self
 
 
+class TemperedKL(Section):
+    """T² KL(p_T || q_T), both soft-maxes at temperature T (Hinton, arXiv 1503.02531).
+
+    A tail in one bucket is tempered as one class: use it where the teacher's top-K are all tokens there are, as the labels of a
+    classifier, or with ``tail: renormalize``.
+    """
+
+    kind: Literal["tempered_kl"] = "tempered_kl"
+
+    temperature: float = Field(default=2.0, gt=0.0)
+    """T; above 1 the unlikely classes count more."""
+
+
+class StudentTemperedKL(Section):
+    """T² KL(p || q_T): the student alone is tempered, as with ReffAKD's soft labels (arXiv 2404.09886).
+
+    Its least value is at a student T times as sure as the teacher, and not zero at p = q. A tail is one class, as with
+    ``tempered_kl``.
+    """
+
+    kind: Literal["student_tempered_kl"] = "student_tempered_kl"
+
+    temperature: float = Field(default=2.0, gt=0.0)
+    """T; the paper tries 1, 5, 10 and 20."""
+
+
 class SampledReverseKL(Section):
     """KL(q || p) estimated from the one token that the student drew, log q - log p, with the gradient of a policy's return.
 
@@ -147,6 +173,8 @@ Divergence = Annotated[
         | AlphaBeta
         | TopOneCrossEntropy
         | InterpolatedTarget
+        | TemperedKL
+        | StudentTemperedKL
         | SampledReverseKL,
         Field(discriminator="kind"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from losses.divergence_config import (
     AdaptiveKL,
@@ -23,17 +24,20 @@ from losses.divergence_config import (
     SampledReverseKL,
     SkewForwardKL,
     SkewReverseKL,
+    StudentTemperedKL,
+    TemperedKL,
     TopOneCrossEntropy,
     TotalVariation,
 )
 from losses.loss_state import LossState
-from losses.prediction import Prediction
+from losses.prediction import LOG_OF_NOTHING, Prediction
 from losses.terms import Terms, categorical_kl, kl_terms
 
 DivergenceFunction = Callable[[Prediction, Prediction, Any, LossState], Terms]
 """(teacher, student, the divergence's own config, the state of this step) -> what each token costs."""
 
 EQUAL_NATS = 1e-5  # by which log-probabilities of equal tokens may differ in float32
+NOTHING_NATS = 1e-4  # by which the share of a class of no mass may differ from its log: some roundings at -87 in float32
 LIKELY_AT_ONCE = 64  # tokens looked at when the head of a distribution is sought; four times as many, while they do not do
 
 
@@ -79,6 +83,32 @@ def adaptive_kl(teacher: Prediction, student: Prediction, divergence: AdaptiveKL
 def total_variation(teacher: Prediction, student: Prediction, divergence: TotalVariation, state: LossState) -> Terms:
     """Half of sum |p - q|."""
     return Terms((teacher.logprobs.exp() - student.logprobs.exp()).abs().sum(dim=1) / 2)
+
+
+def tempered_kl(teacher: Prediction, student: Prediction, divergence: TemperedKL, state: LossState) -> Terms:
+    """T² KL(p_T || q_T)."""
+    temperature = divergence.temperature
+    p, q = tempered(teacher, temperature), tempered(student, temperature)
+    return Terms(temperature**2 * categorical_kl(p, q))
+
+
+def student_tempered_kl(teacher: Prediction, student: Prediction, divergence: StudentTemperedKL, state: LossState) -> Terms:
+    """T² KL(p || q_T)."""
+    temperature = divergence.temperature
+    return Terms(temperature**2 * categorical_kl(teacher.logprobs, tempered(student, temperature)))
+
+
+def tempered(prediction: Prediction, temperature: float) -> Tensor:
+    """Return log-probabilities [N, C] at a temperature; classes of no mass get none."""
+    shares = prediction.nontarget_logprobs
+    largest = shares.detach().amax(dim=1, keepdim=True)
+    empty = (shares - largest - LOG_OF_NOTHING).abs() < NOTHING_NATS  # those below are of mass, taken at their word
+    scaled = torch.where(empty, largest / temperature + LOG_OF_NOTHING, shares / temperature)
+    others = scaled + logsigmoid(-prediction.log_odds)[:, None] / temperature
+    target = logsigmoid(prediction.log_odds)[:, None] / temperature
+    if prediction.target_column is None:
+        return torch.cat([target, others], dim=1).log_softmax(dim=1)
+    return others.scatter(1, prediction.target_column[:, None], target).log_softmax(dim=1)
 
 
 def alpha_beta(teacher: Prediction, student: Prediction, divergence: AlphaBeta, state: LossState) -> Terms:
@@ -155,6 +185,8 @@ DIVERGENCES: dict[str, DivergenceFunction] = {
     "alpha_beta": alpha_beta,
     "top1_cross_entropy": top1_cross_entropy,
     "interpolated_target": interpolated_target,
+    "tempered_kl": tempered_kl,
+    "student_tempered_kl": student_tempered_kl,
     "sampled_reverse_kl": sampled_reverse_kl,
 }
 """Those that a user may name."""

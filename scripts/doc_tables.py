@@ -10,16 +10,19 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, get_args
 
 from pydantic_core import PydanticUndefined
 
 from actors.config.benchmarks import BenchmarksConfig
 from actors.config.judge import JudgeConfig
 from actors.config.model_kinds import CutModel
+from actors.config.networks import Network, SoftLabels
 from actors.config.rollouts import AdaptiveShareConfig, ReplayConfig, ResponsesConfig, RolloutsConfig
 from losses.section import MayChange, NotSearchable, Searchable, Section, marked
 from orchestrator.config.data import SourceShare
 from orchestrator.config.run import RunConfig
+from orchestrator.config.task import ClassificationTask
 from scripts.gpu_steps import steps
 
 ROOT = Path(__file__).parents[1]
@@ -59,14 +62,27 @@ def gpu_steps() -> list[str]:
     return ["| step | what it shows | minutes at most | GPUs |", "|---|---|---:|---:|", *rows]
 
 
-def keys_of(section: type[Section]) -> list[str]:
-    """Keys of a section, their defaults, and what they mean."""
+def keys_of(section: type[Section], under: str = "") -> list[str]:
+    """Keys of a section and of those in it that are always there, their defaults, and what they mean."""
     rows = []
     for name, field in section.model_fields.items():
-        default = "" if field.default is PydanticUndefined else f"`{'null' if field.default is None else field.default}`"
+        if isinstance(field.default, Section):
+            rows += keys_of(type(field.default), f"{under}{name}.")[2:]
+            continue
+        default = "" if field.default is PydanticUndefined else f"`{_as_yaml(field.default)}`"
         meaning = " ".join((field.description or "").split()).replace("``", "`")
-        rows.append(f"| `{name}` | {default} | {meaning} |")
+        rows.append(f"| `{under}{name}` | {default} | {meaning} |")
     return ["| key | default | meaning |", "|---|---|---|", *rows]
+
+
+def networks() -> list[str]:
+    """Small classifiers by their kinds, each with its keys below it."""
+    rows = []
+    for network in get_args(Network):
+        (kind,) = get_args(network.model_fields["kind"].annotation)
+        rows.append(f"| `{kind}` | | | {' '.join((network.__doc__ or '').split())} |")
+        rows += [f"| {row}" for row in keys_of(network)[2:] if not row.startswith("| `kind`")]
+    return ["| kind | key | default | meaning |", "|---|---|---|---|", *rows]
 
 
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
@@ -82,6 +98,9 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "benchmarks": ("docs/evaluation.md", partial(keys_of, BenchmarksConfig)),
     "judge": ("docs/evaluation.md", partial(keys_of, JudgeConfig)),
     "replay": ("docs/on_policy.md", partial(keys_of, ReplayConfig)),
+    "classification": ("docs/classification.md", partial(keys_of, ClassificationTask)),
+    "networks": ("docs/classification.md", networks),
+    "soft_labels": ("docs/classification.md", partial(keys_of, SoftLabels)),
 }
 """For each marker, its page and the lines between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
 
@@ -106,6 +125,12 @@ def main(check: bool) -> int:
                 (ROOT / page).write_text(new)
     print(f"{'stale' if check else 'written'}: {', '.join(stale) or 'none'}")
     return int(check and bool(stale))
+
+
+def _as_yaml(default: Any) -> str:
+    if default is None:
+        return "null"
+    return str(list(default) if isinstance(default, tuple) else default)
 
 
 def _names(names: list[str] | tuple[str, ...]) -> str:

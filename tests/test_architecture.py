@@ -29,10 +29,10 @@ INSTANT_MODULES = (
 )  # fmt: skip
 PACKAGES = (
     "orchestrator", "orchestrator.reports", "orchestrator.doctor", "orchestrator.planning", "orchestrator.search",
-    "orchestrator.run", "orchestrator.judging", "orchestrator.models", "orchestrator.data", "orchestrator.cluster",
-    "orchestrator.config",
+    "orchestrator.run", "orchestrator.classification", "orchestrator.judging", "orchestrator.models", "orchestrator.data",
+    "orchestrator.cluster", "orchestrator.config",
     "actors.student", "actors.rollouts", "actors.teacher", "actors.evaluation", "actors.monitors", "actors.engines",
-    "actors.dataloader", "actors.score_store", "actors", "actors.config", "losses", "tune_spaces",
+    "actors.dataloader", "actors.score_store", "actors", "actors.networks", "actors.config", "losses", "tune_spaces",
 )  # fmt: skip
 """From the top down: a file imports from its own package and from those below it. A room's own files stand beside its folders."""
 REACHES_INSIDE = {"actors/engines/vllm_patches.py"}

@@ -5,13 +5,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from actors.config.networks import Network, SoftLabels
 from losses.section import Section
 
 Attention = Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
 
 
 class PretrainedModel(Section):
-    """A causal language model from the Hugging Face hub or a local folder."""
+    """A causal language model, or where the task is classification a sequence classifier or what becomes one, from the Hugging
+    Face hub or a local folder."""
 
     kind: Literal["pretrained"]
 
@@ -131,8 +133,8 @@ class CutModel(Section):
             )
 
 
-TeacherModel = Annotated[PretrainedModel | ScratchModel, Field(discriminator="kind")]
-StudentModel = Annotated[PretrainedModel | ScratchModel | CutModel, Field(discriminator="kind")]
+TeacherModel = Annotated[PretrainedModel | ScratchModel | Network | SoftLabels, Field(discriminator="kind")]
+StudentModel = Annotated[PretrainedModel | ScratchModel | CutModel | Network, Field(discriminator="kind")]
 
 
 def _is_whole(value: Any) -> bool:

@@ -32,6 +32,8 @@ class TeacherSpec:
     """Name no token from this id on: the tokenizer or the student has none. Their mass stays in the tail. None names all."""
     wire: Wire = "top_k"
     """What scores hold besides the K most likely tokens."""
+    label_words: tuple[tuple[int, ...], ...] = ()
+    """Token ids of each label's word, where a causal language model tells labels apart; empty elsewhere."""
 
 
 class TeacherEngine(Protocol):

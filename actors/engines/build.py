@@ -1,6 +1,7 @@
 """The engines by the names that a user may type."""
 
 from actors.engines.base import TeacherEngine, TeacherSpec
+from actors.engines.label_words import LabelWordsEngine
 
 
 def build_engine(spec: TeacherSpec) -> TeacherEngine:
@@ -9,13 +10,22 @@ def build_engine(spec: TeacherSpec) -> TeacherEngine:
     Raises:
         ValueError: if K is not below the teacher's vocabulary size.
     """
-    return {"vllm": _build_vllm, "transformers": _build_transformers}[spec.engine.kind](spec)
+    if spec.model.classes:
+        return _build_classifier(spec)
+    build = {"vllm": _build_vllm, "transformers": _build_transformers}[spec.engine.kind]
+    return LabelWordsEngine(spec, build) if spec.label_words else build(spec)
 
 
 def _build_vllm(spec: TeacherSpec) -> TeacherEngine:
     from actors.engines.vllm import VllmEngine  # here, so that only replicas that serve with vLLM need it installed
 
     return VllmEngine(spec)
+
+
+def _build_classifier(spec: TeacherSpec) -> TeacherEngine:
+    from actors.engines.classifier import ClassifierEngine
+
+    return ClassifierEngine(spec)
 
 
 def _build_transformers(spec: TeacherSpec) -> TeacherEngine:

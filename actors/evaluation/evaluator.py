@@ -18,6 +18,7 @@ from actors.dataloader.collator import PADDING, MicroBatch
 from actors.dataloader.scored_rows import all_rows
 from actors.evaluation.answer_ends import read_answer_ends
 from actors.evaluation.answers import AnswerComparison, GeneratedAnswer, HeldoutText, read_heldout_texts
+from actors.evaluation.class_metrics import ClassView
 from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows, batches_by_length
 from actors.evaluation.token_view import TokenView, view_tokens
 from actors.examples import ExampleFile
@@ -60,6 +61,24 @@ class Metrics:
     tokens_per_second: float
     """Tokens of rows that went through the forward pass in a second."""
 
+    accuracy: float | None = None
+    """Of a classifier: share of rows whose most likely label is right."""
+
+    macro_f1: float | None = None
+    """Of a classifier: mean F1 over the labels."""
+
+    weighted_kappa: float | None = None
+    """Of a classifier whose labels are grades: quadratic weighted kappa."""
+
+    rows_per_second: float | None = None
+    """Of a classifier: rows of whole passes in a second."""
+
+    milliseconds_a_row: float | None = None
+    """Of a classifier: median time of one row by itself."""
+
+    bytes: float | None = None
+    """Of a classifier in a folder: size of its weights on disk."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -69,6 +88,8 @@ class Evaluation:
     answers: tuple[GeneratedAnswer, ...]
     views: tuple[TokenView, ...] = ()
     """A few rows token by token, the same for every model."""
+    classes: ClassView | None = None
+    """Of a classifier: its predictions, counted."""
 
 
 def evaluate_model(

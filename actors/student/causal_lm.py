@@ -13,8 +13,8 @@ from actors.config.passes import pass_size
 from actors.dataloader.collator import MicroBatch, every_token
 from actors.lora import add_adapters
 from actors.model_source import ModelSource
-from actors.models import head_makes_the_logits, load_model, output_head, plain_model, vocab_size_of
-from actors.student.model import StudentWithLoss, distribute, undistributed
+from actors.models import head_makes_the_logits, is_classifier, load_model, output_head, plain_model, vocab_size_of
+from actors.student.model import ClassifierStudent, StudentWithLoss, distribute, undistributed
 from actors.student.ranks import Worker
 from actors.student.sharded_weights import model_without_weights, read_shares
 from losses.config import LossConfig
@@ -76,12 +76,17 @@ def make_student(
     """
     unread = model_without_weights(source) if train.sharding == "fsdp" else None
     model = ready_to_learn(load_model(source) if unread is None else unread, lora, train)
-    student = distribute(CausalStudent(model, loss), train, worker)
+    student = distribute(student_of(model, loss), train, worker)
     if unread is not None:
         read_shares(student, source)
     if train.packing:
         require_apart(student, source, train, worker)
     return student
+
+
+def student_of(model: PreTrainedModel, loss: LossConfig) -> StudentWithLoss:
+    """Return a model with its loss, by what it predicts."""
+    return ClassifierStudent(model, loss) if is_classifier(model) else CausalStudent(model, loss)
 
 
 def require_apart(student: nn.Module, source: ModelSource, train: TrainConfig, worker: Worker) -> None:

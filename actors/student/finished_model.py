@@ -4,7 +4,7 @@ T tokens, V vocabulary. Logarithms are natural.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 
 from actors.attention import exact
 from actors.config.models import TrainConfig
-from actors.dataloader.collator import every_token
+from actors.dataloader.class_rows import row_logits
+from actors.dataloader.collator import MicroBatch, collate, every_token
+from actors.dataloader.scored_rows import FileRows
 from actors.evaluation.answer_ends import stop_as_evaluated
 from actors.examples import ExampleFile
 from actors.files import whole_folder, write_atomically
 from actors.lora import merge_adapters, shared_with_adapters
-from actors.model_source import ModelSource
-from actors.models import load_model, save_model
-from actors.student.causal_lm import CausalStudent, prepare_model
+from actors.models import is_classifier, load_model, save_model
+from actors.student.causal_lm import prepare_model, student_of
 from actors.student.checkpoint import whole_weights
 from actors.student.model import undistributed
 from actors.student.ranks import Worker
@@ -60,32 +61,32 @@ def write_finished_model(student: nn.Module, task: TrainingTask, folder: Path, w
     Raises:
         ExportDiffers: on the first worker, with nothing left in ``folder``, if the folder does not hold what was trained.
     """
-    token_ids = torch.from_numpy(ExampleFile(Path(task.examples))[0].token_ids[:PROOF_TOKENS].astype(np.int64))[None]
-    trained = trained_logprobs(student, task, token_ids, worker)
+    rows = rows_to_prove(task)
+    trained = trained_logprobs(student, task, rows, worker)
     weights = whole_weights(student)
     if worker.rank > 0:
         return
     source = exact(task.model)
     model = prepare_model(source, task.lora, TrainConfig())
-    CausalStudent(model, task.loss).load_state_dict(weights)
+    student_of(model, task.loss).load_state_dict(weights)
     untied = shared_with_adapters(model) if task.lora else []
     plain = merge_adapters(model) if task.lora else model
-    stop_as_evaluated(plain, Path(task.tokenizer))
+    if not task.model.classes:
+        stop_as_evaluated(plain, Path(task.tokenizer))
     tolerance = ROUNDED_TOLERANCE if source != task.model else TOLERANCE
-    merged = logprobs_of(plain, token_ids)
+    merged = logprobs_of(plain, rows)
     kl_of_merging = require_near(trained, merged, tolerance, "with its adapters merged" if task.lora else "gathered")
 
     dtype = getattr(torch, task.dtype)
     for weight in plain.parameters():  # and no buffers: those that are not stored, as rotary frequencies, are made anew
         weight.data = weight.data.to(dtype).float()
-    rounded = logprobs_of(plain, token_ids)
+    rounded = logprobs_of(plain, rows)
     with whole_folder(folder) as unproved:
-        save_model(plain.to(dtype), Path(task.tokenizer), unproved)
+        save_model(plain.to(dtype), tokenizer if (tokenizer := Path(task.tokenizer)).exists() else None, unproved)
         del plain, model
-        again = ModelSource(str(unproved), None, source.trust_remote_code, source.attention)
-        written = logprobs_of(load_model(again), token_ids)
+        written = logprobs_of(load_model(replace(source, name=str(unproved), revision=None)), rows)
         require_near(rounded, written, TOLERANCE, f"written in {task.dtype} and loaded again")
-        proof = ExportProof(token_ids.shape[1], task.dtype, kl_of_merging, mean_kl(trained, written), tuple(untied))
+        proof = ExportProof(len(rows.targets), task.dtype, kl_of_merging, mean_kl(trained, written), tuple(untied))
         write_atomically(proof_path(task), json.dumps(asdict(proof), indent=1).encode())
 
 
@@ -103,7 +104,7 @@ def try_export(task: TrainingTask) -> ExportProof:
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.data = TRIED_ADAPTERS * torch.randn_like(weight)
-    write_finished_model(CausalStudent(model, task.loss), task, Path(task.output), worker)
+    write_finished_model(student_of(model, task.loss), task, Path(task.output), worker)
     proof = read_proof(proof_path(task))
     assert proof is not None, "it was written a moment ago"
     return proof
@@ -123,22 +124,26 @@ def read_proof(path: Path) -> ExportProof | None:
 
 
 @torch.no_grad()
-def trained_logprobs(student: nn.Module, task: TrainingTask, token_ids: Tensor, worker: Worker) -> Tensor:
+def trained_logprobs(student: nn.Module, task: TrainingTask, rows: MicroBatch, worker: Worker) -> Tensor:
     """Return float64 [T, V], what the student predicts as it stands on its workers, through the loop's own way to logits."""
     module = undistributed(student)
     was_training = module.training
     module.eval()
     in_16_bits = exact(task.model) != task.model
     with torch.autocast(worker.device.type, torch.bfloat16, enabled=in_16_bits):
-        (logits,) = module(every_token(token_ids).to(worker.device), None)
+        (logits,) = module(rows.to(worker.device), None)
     module.train(was_training)
     return logits.double().log_softmax(dim=-1).cpu()
 
 
 @torch.no_grad()
-def logprobs_of(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
-    """Return float64 [T, V], what a plain model predicts."""
-    logits = model.eval()(input_ids=token_ids.to(model.device), use_cache=False).logits[0]
+def logprobs_of(model: PreTrainedModel, rows: MicroBatch) -> Tensor:
+    """Return float64 [T, V], what a plain model predicts at the targets of some rows."""
+    model.eval()
+    if is_classifier(model):
+        logits = row_logits(model, rows)
+    else:
+        logits = model(input_ids=rows.token_ids.to(model.device), use_cache=False).logits.flatten(0, 1)[rows.predicting]
     return logits.double().log_softmax(dim=-1).cpu()
 
 
@@ -161,3 +166,12 @@ def require_near(trained: Tensor, found: Tensor, tolerance: float, what: str) ->
 def mean_kl(trained: Tensor, found: Tensor) -> float:
     """Return the mean over positions of KL(trained || found), both float64 [T, V] log-probabilities."""
     return float(categorical_kl(trained, found).mean())
+
+
+def rows_to_prove(task: TrainingTask) -> MicroBatch:
+    """Return the first rows of a classifier's training, or the first of a language model, asked for at each of its tokens."""
+    examples = ExampleFile(Path(task.examples))
+    if task.model.classes:
+        positions = np.arange(min(PROOF_TOKENS, len(examples)))
+        return collate(FileRows(examples, None, 0, positions), range(len(positions)), task.model.classes)
+    return every_token(torch.from_numpy(examples[0].token_ids[:PROOF_TOKENS].astype(np.int64))[None])

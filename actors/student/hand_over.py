@@ -18,7 +18,7 @@ from actors.rollouts.weights import Proof, WeightFolders
 from actors.score_store.rollout_log import RolloutLog
 from actors.student.causal_lm import CausalStudent, prepare_model
 from actors.student.checkpoint import whole_weights
-from actors.student.finished_model import PROOF_TOKENS, trained_logprobs
+from actors.student.finished_model import PROOF_TOKENS, every_token, trained_logprobs
 from actors.student.ranks import Worker
 from actors.student.task import TrainingTask
 from actors.student.validation import HeldoutPasses
@@ -92,7 +92,7 @@ class WeightPublisher:
             return
         row = ExampleFile(Path(self._task.examples))[0].token_ids[:PROOF_TOKENS]
         token_ids = torch.from_numpy(row.astype(np.int64))[None]  # [1, T]
-        logprobs = trained_logprobs(student, self._task, token_ids, self._worker)  # [T, V]
+        logprobs = trained_logprobs(student, self._task, every_token(token_ids), self._worker)  # [T, V]
         weights = whole_weights(student)
         if self._worker.rank > 0:
             return

@@ -1,6 +1,6 @@
 """A student as the training loop sees it: a module that turns a batch into a loss, on one worker or sharded over many.
 
-What kind of model it is stands in a file of its own (``causal_lm``). N targets, V vocabulary.
+A language model stands in a file of its own (``causal_lm``), a classifier here. N targets, V vocabulary, B rows, C classes.
 """
 
 from abc import ABC, abstractmethod
@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from actors.config.models import TrainConfig
+from actors.dataloader.class_rows import row_logits
 from actors.dataloader.collator import MicroBatch
 from actors.student.ranks import Worker
 from losses.config import LossConfig
@@ -60,6 +62,33 @@ class StudentWithLoss(nn.Module, ABC):
         return distillation_loss(
             self.target_logits(batch), batch.targets, batch.teacher, batch.weights, self.loss, state, batch.row_counts
         )
+
+
+class ClassifierStudent(StudentWithLoss):
+    """Learns the label that stands behind each row's features, which it does not see."""
+
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel, loss: LossConfig) -> None:
+        super().__init__(model, loss, model.config.num_labels)
+
+    def target_logits(self, batch: MicroBatch) -> torch.Tensor:
+        """Return the logits [B, C] of the rows."""
+        return row_logits(self.model, batch)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """Return the largest list of blocks that the model has.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        if not lists:
+            raise ValueError(
+                f"train.sharding fsdp and train.compile find no blocks in {type(self.model).__name__}; replicate and false "
+                "would do"
+            )
+        return max(lists, key=len)
 
 
 def distribute(student: StudentWithLoss, train: TrainConfig, worker: Worker) -> nn.Module:

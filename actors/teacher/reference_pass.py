@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from actors.attention import ATTENTION_TOLERANCE, attention_error, attention_for, attention_used, exact, proof_of
 from actors.model_source import ModelSource
@@ -96,10 +96,11 @@ def _tokens_of_proof(teacher: ModelSource, config: PreTrainedConfig, probe: Prob
     return 2 * len(proof_of(config, probe.rows))
 
 
-def count_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> int:
+def count_weights(config: PreTrainedConfig, trust_remote_code: bool = False, classifies: bool = False) -> int:
     """Return how many weights a model has, from its configuration alone; those that are tied count once."""
+    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = kind.from_config(config, trust_remote_code=trust_remote_code)
     return sum(weight.numel() for weight in model.parameters())
 
 

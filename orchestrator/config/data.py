@@ -37,6 +37,21 @@ class BuiltinSource(Section):
         return tasks
 
 
+class GradingSource(Section):
+    """Short answers to school questions with their grades (wrong, partly, right), made by a seeded generator, for classifiers."""
+
+    kind: Literal["builtin_grading"]
+
+    rows: int = Field(default=3000, ge=10)
+    """Distinct rows to make, held-out rows included: ``question``, ``answer`` and ``grade``."""
+
+
+class DigitsSource(Section):
+    """1,797 images of handwritten digits, 8 x 8, that come with scikit-learn: ``image`` (0 to 16) and ``label``."""
+
+    kind: Literal["digits"]
+
+
 class FilesSource(Section):
     """Rows from JSON Lines, JSON (a list of objects), CSV (a header, then texts), each perhaps gzipped, or Parquet files."""
 
@@ -64,7 +79,7 @@ class HubSource(Section):
     """Commit, tag or branch on the hub."""
 
 
-SourceConfig = Annotated[BuiltinSource | FilesSource | HubSource, Field(discriminator="kind")]
+SourceConfig = Annotated[BuiltinSource | GradingSource | DigitsSource | FilesSource | HubSource, Field(discriminator="kind")]
 
 
 class SourceShare(Section):

@@ -99,6 +99,31 @@ class PromptCompletionFormat(ConversationFormat):
     """Name of the field with the tools that a row offers, JSON schemas; rows without it offer none."""
 
 
+class TextFormat(Section):
+    """A text to classify."""
+
+    kind: Literal["text"]
+
+    text: str = "{{ text }}"
+    """Jinja template over the row's fields; a field it names must be in every row."""
+
+
+class ImageFormat(Section):
+    """An image to classify: numbers, of one shape in all rows."""
+
+    kind: Literal["image"]
+
+    field: str = "image"
+    """Name of the field with the image: nested lists of [channels, height, width] or [height, width], or a picture as
+    ``datasets`` reads it. Where the last of three sizes is 1, 3 or 4 and the first is none of these, colours stand last."""
+
+    divide_by: float = Field(default=1.0, gt=0.0)
+    """What values are divided by, such as 255 for bytes."""
+
+
 FormatConfig = Annotated[
-    InstructionFormat | ChatFormat | ShareGptFormat | AlpacaFormat | PromptCompletionFormat, Field(discriminator="kind")
+    InstructionFormat | ChatFormat | ShareGptFormat | AlpacaFormat | PromptCompletionFormat | TextFormat | ImageFormat,
+    Field(discriminator="kind"),
 ]
+OF_CLASSES = (TextFormat, ImageFormat)
+"""Formats of rows that are classified; the others are of language models."""

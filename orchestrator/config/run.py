@@ -4,13 +4,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from actors.config.model_kinds import CutModel, PretrainedModel, ScratchModel, StudentModel, TeacherModel
+from actors.config.model_kinds import CutModel, PretrainedModel, ScratchModel
 from actors.config.models import (
     EngineConfig,
     EvaluateConfig,
-    LoraAdapter,
     ScoresConfig,
     TrainConfig,
     needs_complete_store,
@@ -22,60 +21,13 @@ from actors.config.workers import WorkersConfig
 from actors.engines.vllm_limits import require_cpu_head_size
 from losses.config import AtkdLoss, LossConfig
 from losses.section import LARGEST_SEED, MayChange, NotSearchable, Searchable, Section
+from orchestrator.config.classes import require_classification, require_language_models, with_class_defaults
 from orchestrator.config.compare import CompareConfig
 from orchestrator.config.data import DataConfig
 from orchestrator.config.own_text import require_own_text
+from orchestrator.config.sides import StudentConfig, TeacherConfig, TokenizerConfig
+from orchestrator.config.task import ClassificationTask, LanguageModelTask, TaskConfig
 from orchestrator.config.tune import TuneConfig
-
-
-class TokenizerConfig(Section):
-    """A byte-level BPE tokenizer trained on the run's own training text, for models made from scratch."""
-
-    vocab_size: int = Field(default=2048, ge=300)
-    """Tokens in its vocabulary, special ones included."""
-
-
-class FinetuneConfig(Section):
-    """Fine-tuning on the data with cross entropy, by the student's own loop."""
-
-    train: TrainConfig
-    """How much, how large, how often."""
-
-    workers: Annotated[WorkersConfig, MayChange()] = WorkersConfig()
-    """Who does it."""
-
-
-class TeacherConfig(Section):
-    """The large model."""
-
-    model: TeacherModel
-    """Which model, or what shape of one."""
-
-    finetune: FinetuneConfig | None = None
-    """Fine-tune it on the data first, as the paper's teachers are; null to take it as it is."""
-
-    engine: EngineConfig = EngineConfig()
-    """How it is served for scoring."""
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _not_cut(cls, model: Any) -> Any:
-        if isinstance(model, CutModel) or (isinstance(model, dict) and model.get("kind") == "cut"):
-            raise ValueError("kind is cut, and a teacher has none that it could be cut from; kind pretrained or scratch would do")
-        return model
-
-
-class StudentConfig(Section):
-    """The small model."""
-
-    model: StudentModel
-    """Which model, what shape of one, or which layers of the teacher."""
-
-    finetune: FinetuneConfig | None = None
-    """Train it on the data first; for students made from scratch, which otherwise know no language."""
-
-    lora: Annotated[LoraAdapter | None, Searchable("the student itself is the same in all trials")] = None
-    """Train adapters instead of all weights."""
 
 
 class ExportConfig(Section):
@@ -100,6 +52,9 @@ class RunConfig(Section):
         int, Searchable("where both models are pretrained and none is fine-tuned or writes responses; elsewhere it makes others")
     ] = Field(default=0, ge=0, le=LARGEST_SEED)
     """Draws initial weights, dropout, the order of later epochs, and responses that a model writes."""
+
+    task: Annotated[TaskConfig, NotSearchable("it says what is learned")] = LanguageModelTask(kind="language_model")
+    """What is learned: the next tokens of a text, or the label of a row."""
 
     tokenizer: Annotated[
         TokenizerConfig | None, NotSearchable("it changes the tokens, and a search shares one score store")
@@ -131,8 +86,48 @@ class RunConfig(Section):
     tune: Annotated[TuneConfig, MayChange(), NotSearchable("it is the search itself")] = TuneConfig()
     compare: Annotated[CompareConfig, MayChange(), NotSearchable("it says what is compared")] = CompareConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_follows_from_labels(cls, values: Any) -> Any:
+        return with_class_defaults(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
-    def _sections_agree(self) -> "RunConfig":
+    def _task_and_sections_agree(self) -> "RunConfig":
+        if isinstance(self.task, ClassificationTask):
+            unfit = self._set_for_language_models()
+            require_classification(self.task, self.data, self.teacher, self.student, self.tokenizer, unfit)
+        else:
+            require_language_models(self.data, self.teacher, self.student)
+            self._language_models_agree()
+        if needs_complete_store(self.loss) and self.scores.overlap:
+            raise ValueError(
+                "loss.scope dataset ranks tokens over the complete store, so training cannot overlap with scoring: "
+                "set scores.overlap to false"
+            )
+        if self.workers.elastic and isinstance(self.loss, AtkdLoss) and self.loss.scope == "microbatch":
+            raise ValueError(
+                "loss.scope microbatch ranks the tokens of each forward pass by themselves, so the loss would change with the "
+                f"number of workers, which workers.max {self.workers.max} lets change; loss.scope batch would do"
+            )
+        return self
+
+    def _set_for_language_models(self) -> dict[str, str]:
+        """Return the keys of language models alone that say something, and what they are to say of classifiers."""
+        said: dict[str, tuple[Any, Any]] = {
+            "responses": (self.responses, None), "rollouts": (self.rollouts, None), "student.lora": (self.student.lora, None),
+            "evaluate.judge": (self.evaluate.judge, None), "evaluate.benchmarks": (self.evaluate.benchmarks, None),
+            "evaluate.teacher": (self.evaluate.teacher, "model"), "scores.top_mass": (self.scores.top_mass, None),
+            "data.without_answer": (self.data.without_answer, "refuse"), "train.packing": (self.train.packing, False),
+        }  # fmt: skip
+        for role, side in (("teacher", self.teacher), ("student", self.student)):
+            if side.finetune is not None:
+                said[f"{role}.finetune.train.packing"] = (side.finetune.train.packing, False)
+        if self.data.special_tokens in ("strip", "refuse"):
+            said["data.special_tokens"] = (self.data.special_tokens, "split")
+        words = {None: "null", False: "false"}
+        return {key: words.get(neutral, neutral) for key, (value, neutral) in said.items() if value != neutral}
+
+    def _language_models_agree(self) -> None:
         kinds = (self.teacher.model.kind, self.student.model.kind)
         if self.teacher.model.kind == "scratch" and self.teacher.finetune is None:
             raise ValueError(
@@ -147,7 +142,7 @@ class RunConfig(Section):
             made = "both models are scratch" if kinds[1] == "scratch" else "the teacher is scratch, the student cut from it,"
             raise ValueError(f"{made} and tokenizer is null: add a tokenizer section, such as {{vocab_size: 2048}}")
         self._can_be_cut()
-        served = [(self.teacher.engine, "teacher.model", self.teacher.model)]
+        served = [(self.teacher.engine, *self._shaped_by("teacher"))]
         if self.responses is not None and self.writer_engine is not None:
             served.append((self.writer_engine, *self._shaped_by(self.responses.writer)))
         if self.rollouts is not None:
@@ -166,17 +161,6 @@ class RunConfig(Section):
                 "tokenizer is trained only where both models are made from scratch; a pretrained model brings its own: "
                 "set tokenizer to null"
             )
-        if needs_complete_store(self.loss) and self.scores.overlap:
-            raise ValueError(
-                "loss.scope dataset ranks tokens over the complete store, so training cannot overlap with scoring: "
-                "set scores.overlap to false"
-            )
-        if self.workers.elastic and isinstance(self.loss, AtkdLoss) and self.loss.scope == "microbatch":
-            raise ValueError(
-                "loss.scope microbatch ranks the tokens of each forward pass by themselves, so the loss would change with the "
-                f"number of workers, which workers.max {self.workers.max} lets change; loss.scope batch would do"
-            )
-        return self
 
     def _can_be_cut(self) -> None:
         """Raise if the student cannot be cut from the teacher, as far as that is known without the teacher's files."""
@@ -193,9 +177,11 @@ class RunConfig(Section):
 
     def _shaped_by(self, role: Literal["teacher", "student"]) -> tuple[str, PretrainedModel | ScratchModel]:
         """Return the model that gives a role's model its width and heads, after the section that speaks of it."""
-        if role == "student" and not isinstance(self.student.model, CutModel):
-            return "student.model", self.student.model
-        return "teacher.model", self.teacher.model
+        student, teacher = self.student.model, self.teacher.model
+        if role == "student" and isinstance(student, PretrainedModel | ScratchModel):
+            return "student.model", student
+        assert isinstance(teacher, PretrainedModel | ScratchModel), "language models"
+        return "teacher.model", teacher
 
     def _rollouts_agree(self, rollouts: RolloutsConfig) -> None:
         if not needs_teacher(self.loss):
@@ -219,6 +205,18 @@ class RunConfig(Section):
                     f"train.keep_checkpoints {self.train.keep_checkpoints} checkpoints reads up to {least} steps again; "
                     f"rollouts.keep_steps={least} would do"
                 )
+
+    @property
+    def classes(self) -> int:
+        """How many labels there are; 0 for language models."""
+        return len(self.task.labels) if isinstance(self.task, ClassificationTask) else 0
+
+    @property
+    def loads_teacher_to_measure(self) -> bool:
+        """Whether the evaluation loads the teacher; otherwise it is measured by its scores."""
+        if self.classes:
+            return self.teacher.label_words is None
+        return self.evaluate.teacher == "model"
 
     @property
     def sampler_engine(self) -> EngineConfig:

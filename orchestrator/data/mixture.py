@@ -5,8 +5,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orchestrator.config.data import DataConfig
-from orchestrator.data.sources import Row, read_rows
+from orchestrator.config.data import DataConfig, SourceConfig
+from orchestrator.data.sources import Row, read_rows, source_hash
 
 
 class NumberedRow(NamedTuple):
@@ -78,6 +78,17 @@ def read_training_rows(data: DataConfig) -> list[NumberedRow]:
 def source_key(key: str) -> str:
     """Return under which key the source itself stands."""
     return key if key == "data.source" else f"{key}.source"
+
+
+def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
+    """Return where rows come from, by the keys that say so."""
+    sources = {source_key(key): share.source for key, share in data.training_sources.items()}
+    return sources if data.heldout is None else sources | {"data.heldout.source": data.heldout.source}
+
+
+def source_hashes(data: DataConfig) -> dict[str, str | None]:
+    """Return the hashes of the files that rows come from, by the keys that name them; None for other sources."""
+    return {key: source_hash(source) for key, source in sources_of(data).items()}
 
 
 def rows_by_weight(available: Mapping[str, int], weights: Mapping[str, float], most: int | None) -> dict[str, int]:

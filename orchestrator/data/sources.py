@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.config.data import BuiltinSource, FilesSource, HubSource, SourceConfig
+from orchestrator.config.data import BuiltinSource, DigitsSource, FilesSource, GradingSource, HubSource, SourceConfig
+from orchestrator.data.grading import make_graded_answers
 from orchestrator.data.synthetic import make_rows
 
 Row = dict[str, Any]
@@ -38,6 +39,10 @@ def read_rows(source: SourceConfig, seed: int, key: str = "data.source") -> list
     """
     if isinstance(source, BuiltinSource):
         return make_rows(source.rows, source.tasks, seed)
+    if isinstance(source, GradingSource):
+        return make_graded_answers(source.rows, seed)
+    if isinstance(source, DigitsSource):
+        return read_digits()
     if isinstance(source, FilesSource):
         return [row for path in files_of(source, key) for row in read_file(path)]
     return read_hub(source, key)
@@ -147,6 +152,20 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl.gz": read_json_lines, ".json.gz": read_json, ".csv.gz": read_csv,
 }  # fmt: skip
 """The kinds of files that hold rows, by their suffix."""
+
+
+def read_digits() -> list[Row]:
+    """Return the images of digits of scikit-learn.
+
+    Raises:
+        ValueError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits  # only this source needs it
+    except ImportError as error:
+        raise ValueError("data.source.kind digits comes with scikit-learn: pip install scikit-learn") from error
+    digits = load_digits()
+    return [{"image": image.tolist(), "label": int(label)} for image, label in zip(digits.images, digits.target, strict=True)]
 
 
 def read_hub(source: HubSource, key: str = "data.source") -> list[Row]:

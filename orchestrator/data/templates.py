@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from orchestrator.config.data import DataConfig
-from orchestrator.config.formats import FormatConfig, InstructionFormat
+from orchestrator.config.formats import ConversationFormat, FormatConfig, InstructionFormat
 from orchestrator.data.chat_templates import ChatTemplate
 from orchestrator.data.conversations import conversation_of, fields_read
 from orchestrator.data.field_templates import field_template
@@ -101,6 +101,7 @@ def texts_to_learn(rows: Sequence[NumberedRow], data: DataConfig) -> list[str]:
     def texts_of(row: NumberedRow) -> list[str]:
         if isinstance(format := formats[row.source], InstructionFormat):
             return [InstructionRenderer(format, special).render(row).text]
+        assert isinstance(format, ConversationFormat), "the configuration was checked"
         return [message["content"] for message in conversation_of(row.fields, format).messages]
 
     return [text for texts in _answered(rows, data, texts_of) for text in texts]
@@ -176,6 +177,7 @@ def _renderer(
 ) -> InstructionRenderer | ConversationRenderer:
     if isinstance(format, InstructionFormat):
         return InstructionRenderer(format, special)
+    assert isinstance(format, ConversationFormat), "the configuration was checked"
     if tokenizer is None:
         raise ValueError(f"data.format {format.kind} needs a tokenizer to render messages")
     return ConversationRenderer(ChatTemplate(format, tokenizer, special.strings), special)

@@ -8,11 +8,13 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from actors.config.model_kinds import PretrainedModel
 from actors.evaluation.answer_ends import AnswerEnds, settle_answer_ends, write_answer_ends
 from actors.lora import load_adapter
 from actors.model_source import ModelSource
 from actors.models import load_model, save_model, scratch_model
-from orchestrator.config.run import RunConfig, StudentConfig, TeacherConfig
+from orchestrator.config.run import RunConfig
+from orchestrator.config.sides import StudentConfig, TeacherConfig
 from orchestrator.data.chat_templates import with_default_args
 from orchestrator.data.tokenizers import ids_of, load_tokenizer, require_same_tokens, train_tokenizer
 from orchestrator.models.layer_cut import cut_settings, layers_of, named_layers
@@ -37,21 +39,35 @@ class Models:
         """Return the section of the configuration that speaks of a role."""
         return self.config.teacher if role == "teacher" else self.config.student
 
+    def classes_of(self, role: Role) -> int:
+        """Return how many labels a role's model tells apart; 0 for a language model, which may answer with label words."""
+        return 0 if role == "teacher" and self.config.teacher.label_words is not None else self.config.classes
+
     def named(self, role: Role) -> ModelSource:
         """Return the model that the configuration names; of an adapter, its base; of one that this run makes, its folder."""
         model = self.side(role).model
         if model.kind == "cut":
             return replace(self.named("teacher"), name=str(self._folder / f"{role}_cut"), revision=None)
-        if model.kind == "scratch":
-            return ModelSource(str(self._folder / f"{role}_scratch"))
+        if not isinstance(model, PretrainedModel):
+            return self.made(role)
         local = Path(model.name).expanduser()
         name = str(local.resolve()) if local.is_dir() else model.name
-        source = ModelSource(name, model.revision, model.trust_remote_code, model.attention)
+        source = ModelSource(name, model.revision, model.trust_remote_code, model.attention, self.classes_of(role))
         base = base_of_adapter(local, f"{role}.model.name")
         return source if base is None else replace(source, name=base.name, revision=base.revision)
 
+    def made(self, role: Role) -> ModelSource:
+        """Return the folder of a model that this run draws, or gives a classification head."""
+        folder = str(self._folder / f"{role}_scratch")
+        if isinstance(self.side(role).model, PretrainedModel):
+            return replace(self.named(role), name=folder, revision=None)
+        return ModelSource(folder, classes=self.config.classes)
+
     def begun(self, role: Role) -> ModelSource:
         """Return the model as it is before any training in this run; of an adapter, its base with the adapter merged."""
+        if self.classes_of(role):
+            made = self.made(role)
+            return made if Path(made.name).exists() else self.named(role)
         folder = self._adapter(role)
         named = self.named(role)
         return named if folder is None else replace(named, name=str(self._folder / f"{role}_merged"), revision=None)
@@ -106,7 +122,9 @@ class Models:
         """Return the type in which the student's weights are stored in the end."""
         if self.config.export.dtype != "as_loaded":
             return self.config.export.dtype
-        return "float32" if self.config.student.model.kind == "scratch" else stored_dtype(self.begun("student"))
+        if self.config.student.model.kind not in ("pretrained", "cut"):
+            return "float32"
+        return stored_dtype(self.begun("student"))
 
     def finetuned_folder(self, role: Role) -> Path:
         """Return the folder into which a role's model is fine-tuned."""

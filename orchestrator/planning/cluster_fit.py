@@ -17,7 +17,8 @@ from actors.memory import total_memory
 from actors.placement import Node, replica_request, worker_request
 from actors.room import most_replicas, workers_beside
 from orchestrator.cluster.ray_session import RayFailed, cluster_address, require_places, why_ray_failed
-from orchestrator.config.run import FinetuneConfig, RunConfig
+from orchestrator.config.run import RunConfig
+from orchestrator.config.sides import FinetuneConfig
 from orchestrator.models.models import ROLES
 from orchestrator.planning.jobs import Estimator, samplers, trainings
 from orchestrator.planning.memory import Memory, forward_bytes, scoring_bytes, weights_bytes

@@ -15,6 +15,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.config.model_kinds import ScratchModel
 from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.sampler import StepSampler
 from actors.dataloader.scored_rows import StoredRows, all_rows
@@ -187,6 +188,7 @@ def _model(config: RunConfig, role: Role, work: Workload, folder: Path) -> Model
         settings = meta_model(config, role, work).config
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=source.trust_remote_code)
     else:
+        assert isinstance(shape, ScratchModel), "a plan is of language models"
         model = scratch_model(shape, tokenizer, scratch_vocab_size(config, work), config.longest_text, seed=0)
     Path(source.name).parent.mkdir(parents=True, exist_ok=True)
     save_model(model, tokenizer, Path(source.name))

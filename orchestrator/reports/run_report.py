@@ -14,6 +14,7 @@ import yaml
 
 from actors.format import duration
 from orchestrator import __version__
+from orchestrator.reports.classes_report import class_charts
 from orchestrator.reports.page import Chart, read_json_lines, write_page
 from orchestrator.reports.provenance import about_run
 from orchestrator.reports.rollouts_report import student_text
@@ -28,7 +29,7 @@ ANSWERS_SHOWN = 10
 
 DECISIVE = (
     ("heldout_loss", "Held-out loss", True), ("kl_to_teacher", "KL to the teacher", True),
-    ("exact_match", "Exact match of {answers:,} answers", False),
+    ("exact_match", "Exact match of {answers:,} answers", False), ("accuracy", "Accuracy", False),
 )  # fmt: skip
 """Metrics that are put into words: name in the table, name in the sentence, and whether less is better."""
 
@@ -84,6 +85,7 @@ def report_content(run_path: Path) -> dict[str, Any]:
         "benchmarks": found.lines() if (found := read_benchmarks(run_path)) is not None else [],
         "training": training_charts(run_path),
         "teacher": teacher_charts(run_path, uncertainties),
+        "classes": class_charts(run_path),
         "student_text": student_text(run_path),
         "reading": read_reading(run_path, uncertainties.border if uncertainties else None),
         "answers": answer_groups(run_path),
@@ -145,6 +147,10 @@ def subtitle(config: Mapping[str, Any]) -> str:
 def _model_in_words(model: Mapping[str, Any]) -> str:
     if model["kind"] == "pretrained":
         return str(model["name"])
+    if model["kind"] == "soft_labels":
+        return f"soft labels by {model['similarity']}"
+    if "hidden_size" not in model and model["kind"] != "cut":
+        return str(model["kind"])
     layers = model["layers"]
     if model["kind"] == "cut":
         return f"{layers if isinstance(layers, int) else len(layers)} of its layers"

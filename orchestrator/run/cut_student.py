@@ -18,7 +18,7 @@ from actors.format import plural
 from actors.model_source import ModelSource
 from actors.models import load_model, save_model
 from actors.records import Example
-from actors.student.finished_model import logprobs_of, mean_kl
+from actors.student.finished_model import every_token, logprobs_of, mean_kl
 from orchestrator.models.block_influence import block_influences
 from orchestrator.models.layer_cut import cut_model, layers_of, most_influential, named_layers, renumber, require_same_blocks
 from orchestrator.models.model_files import stored_dtype
@@ -123,7 +123,7 @@ def write_cut(cut: CutModel, teacher: ModelSource, tokenizer: Path, examples: Ex
     record = _chosen(cut, teacher, model, examples)
     require_same_blocks(model.config, record.layers, teacher.trust_remote_code)
     cut_model(model, record.layers)
-    beginning = _tokens(examples[0])[None, :PROOF_TOKENS]
+    beginning = every_token(_tokens(examples[0])[None, :PROOF_TOKENS])
     expected = logprobs_of(model, beginning)
     renumber(model)
     folder.parent.mkdir(parents=True, exist_ok=True)

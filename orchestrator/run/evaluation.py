@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from actors.config.models import EvaluateConfig
 from actors.environment import task_environment
 from actors.evaluation.answers import GeneratedAnswer
+from actors.evaluation.class_evaluator import classes_from_scores, evaluate_classifier
+from actors.evaluation.class_metrics import ClassMeasures, ClassView
 from actors.evaluation.evaluator import Evaluation, Metrics, evaluate_from_scores, evaluate_model
 from actors.evaluation.token_view import TokenView
 from actors.files import write_atomically
@@ -21,9 +23,12 @@ from actors.model_source import ModelSource
 from actors.score_store.store import ScoreStore
 from actors.teacher.reference_pass import count_weights
 from orchestrator.config.run import RunConfig
+from orchestrator.config.task import ClassificationTask
+from orchestrator.models.classifiers import label_names
 from orchestrator.models.models import Models, config_of
-from orchestrator.run.results_table import METRICS, MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table
+from orchestrator.run.results_table import MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table
 from orchestrator.run.run_dir import Facts, RunDir
+from orchestrator.run.stages import rows_of
 
 logger = logging.getLogger("atkd")
 
@@ -34,19 +39,25 @@ def evaluate(config: RunConfig, run_dir: RunDir, models: Models, heldout_store: 
     folder = run_dir.path / "evaluation"
     folder.mkdir(exist_ok=True)
     missing = {name: source for name, source in sources.items() if not (folder / f"{name}.json").exists()}
-    if config.evaluate.teacher == "scores" and (teacher := missing.pop("teacher", None)) is not None:
-        parameters = count_weights(config_of(teacher), teacher.trust_remote_code)
-        rows, store = str(run_dir.path / "data" / "heldout.arrow"), str(heldout_store.path)
-        keep_evaluation(run_dir, "teacher", evaluate_from_scores(rows, store, config.scores.top_k, parameters))
-    settings, top_k, tokenizer = config.evaluate, config.scores.top_k, models.tokenizer_source()
-    running = {
-        name: evaluate_remote(source, run_dir.path, tokenizer, heldout_store, settings, top_k) for name, source in missing.items()
-    }
+    if not config.loads_teacher_to_measure and (teacher := missing.pop("teacher", None)) is not None:
+        keep_evaluation(run_dir, "teacher", teacher_by_scores(config, run_dir.path, teacher, heldout_store))
+    begin = partial(evaluate_remote, config, run_dir.path, models, heldout_store)
+    running = {name: begin(name, source) for name, source in missing.items()}
     for name, reference in running.items():
         keep_evaluation(run_dir, name, _evaluated(name, reference))
     table = comparison_table(*(read_evaluation(folder / f"{name}.json") for name in MODEL_NAMES))
     write_table(run_dir.path, table)
     return {"table": [asdict(row) for row in table.rows]}
+
+
+def teacher_by_scores(config: RunConfig, run_path: Path, teacher: ModelSource, heldout_store: ScoreStore) -> Evaluation:
+    """Return what the stored scores of the held-out rows say of a language model, which is not loaded."""
+    parameters = count_weights(config_of(teacher), teacher.trust_remote_code)
+    store, top_k, data = str(heldout_store.path), config.scores.top_k, run_path / "data"
+    if isinstance(task := config.task, ClassificationTask):
+        rows, labels = str(rows_of("teacher", "heldout", run_path)), tuple(label_names(task).values())
+        return classes_from_scores(rows, store, str(data / "heldout_rows.jsonl"), labels, task.ordered, top_k, parameters)
+    return evaluate_from_scores(str(data / "heldout.arrow"), store, top_k, parameters)
 
 
 def keep_evaluation(run_dir: RunDir, name: str, evaluation: Evaluation) -> None:
@@ -71,17 +82,27 @@ def _evaluated(name: str, reference: ray.ObjectRef) -> Evaluation:
 
 
 def evaluate_remote(
-    source: ModelSource, run_path: Path, tokenizer: ModelSource, store: ScoreStore, settings: EvaluateConfig, top_k: int
+    config: RunConfig, run_path: Path, models: Models, store: ScoreStore, name: str, source: ModelSource
 ) -> ray.ObjectRef:
-    """Begin to measure a model in a Ray task that holds what the configuration gives the evaluator; see ``evaluate_model``."""
-    task = ray.remote(evaluate_model).options(
-        name=f"evaluate {Path(source.name).name}",
-        num_cpus=settings.cpus,
-        num_gpus=settings.gpus,
-        runtime_env={"env_vars": task_environment(settings.cpus, settings.gpus > 0)},
-    )
-    data = run_path / "data"
-    return task.remote(
+    """Begin to measure a model in a Ray task that holds what the configuration gives the evaluator.
+
+    See ``evaluate_model`` and ``evaluate_classifier``.
+    """
+    settings, top_k, data = config.evaluate, config.scores.top_k, run_path / "data"
+    options = {
+        "name": f"evaluate {Path(source.name).name}", "num_cpus": settings.cpus, "num_gpus": settings.gpus,
+        "runtime_env": {"env_vars": task_environment(settings.cpus, settings.gpus > 0)},
+    }  # fmt: skip
+    if isinstance(task := config.task, ClassificationTask):
+        rows = rows_of("teacher" if name == "teacher" else "student", "heldout", run_path)
+        labels = tuple(label_names(task).values())
+        classifier = ray.remote(evaluate_classifier).options(**options)
+        return classifier.remote(
+            source, str(rows), str(store.path), str(data / "heldout_rows.jsonl"), labels, task.ordered, settings, top_k
+        )
+    tokenizer = models.tokenizer_source()
+    language_model = ray.remote(evaluate_model).options(**options)
+    return language_model.remote(
         source, tokenizer, str(data / "heldout.arrow"), str(store.path), str(data / "heldout_texts.jsonl"), settings, top_k
     )
 
@@ -96,8 +117,16 @@ def read_evaluation(path: Path) -> Evaluation:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return Evaluation(
         Metrics(**content["metrics"]), tuple(GeneratedAnswer(**answer) for answer in content["answers"]),
-        tuple(read_view(view) for view in content.get("views", ())),
+        tuple(read_view(view) for view in content.get("views", ())), read_class_view(content.get("classes")),
     )  # fmt: skip
+
+
+def read_class_view(content: Mapping[str, Any] | None) -> ClassView | None:
+    """Return the counts of a classifier's predictions from the JSON they were written as; None where there are none."""
+    if content is None:
+        return None
+    groups = {group: ClassMeasures(**measures) for group, measures in content["groups"].items()}
+    return ClassView(tuple(content["labels"]), tuple(tuple(line) for line in content["confusion"]), groups)
 
 
 def read_view(content: Mapping[str, Any]) -> TokenView:
@@ -109,8 +138,18 @@ def read_view(content: Mapping[str, Any]) -> TokenView:
 def comparison_table(teacher: Evaluation, before: Evaluation, after: Evaluation) -> ComparisonTable:
     """Return the table of the three models."""
     evaluations = (teacher, before, after)
-    metrics = [{name: getattr(evaluation.metrics, name) for name, _, _ in METRICS} for evaluation in evaluations]
-    return ComparisonTable(metric_rows(metrics), exact_match_by_task([evaluation.answers for evaluation in evaluations]))
+    metrics = [asdict(evaluation.metrics) for evaluation in evaluations]
+    by_task = exact_match_by_task([evaluation.answers for evaluation in evaluations])
+    return ComparisonTable(metric_rows(metrics), by_task, groups=accuracy_by_group(evaluations))
+
+
+def accuracy_by_group(evaluations: Sequence[Evaluation]) -> tuple[TableRow, ...]:
+    """Return the accuracy of each classifier by group, in the order of their names, with the number of rows in the label."""
+    found = [evaluation.classes.groups if evaluation.classes is not None else {} for evaluation in evaluations]
+    return tuple(
+        TableRow(group, f"{group} ({found[0][group].rows:,})", "share", tuple(groups[group].accuracy for groups in found))
+        for group in sorted(found[0])
+    )
 
 
 def exact_match_by_task(answers: Sequence[Sequence[GeneratedAnswer]]) -> tuple[TableRow, ...]:

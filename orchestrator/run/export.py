@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.config.model_kinds import PretrainedModel, ScratchModel
+from actors.config.model_kinds import PretrainedModel, ScratchModel, TeacherModel
+from actors.config.networks import SoftLabels
 from actors.evaluation.answer_ends import read_answer_ends
 from actors.evaluation.benchmark_figures import BenchmarkFigure, BenchmarkResult
 from actors.files import write_atomically
@@ -21,7 +22,10 @@ from actors.format import plural
 from actors.score_store.identity import Identity, identity_hash
 from actors.score_store.store import ScoreStore
 from actors.student.finished_model import ExportProof, read_proof
+from orchestrator.classification.export import check_classifier
+from orchestrator.config.classes import is_of_images
 from orchestrator.config.run import RunConfig
+from orchestrator.config.task import ClassificationTask
 from orchestrator.models.models import Models
 from orchestrator.run.results_table import ComparisonTable, markdown, read_table
 from orchestrator.run.run_dir import Facts, RunDir
@@ -41,6 +45,8 @@ def export(
 ) -> Facts:  # fmt: skip
     """Write the model card into the student's folder and check that the folder loads, stops and generates as it should."""
     folder = models.student_folder
+    if config.classes:
+        return export_classifier(config, run_dir, models, training_store)
     identity = training_store.identity if training_store is not None else None
     tokenizer = models.tokenizer()
     ends, proof = read_answer_ends(models.tokenizer_folder, tokenizer), read_proof(export_proof_path(run_dir.path))
@@ -50,6 +56,17 @@ def export(
     for line in [*stored.lines(), *remarks]:
         logger.info(f"export: {line}")
     return {"folder": str(folder), "dtype": stored.dtype, "answer_ends": list(ends)}
+
+
+def export_classifier(config: RunConfig, run_dir: RunDir, models: Models, training_store: ScoreStore | None) -> Facts:
+    """Write the model card into a classifier's folder and check that the folder loads and predicts."""
+    folder, identity = models.student_folder, training_store.identity if training_store is not None else None
+    stored = StoredStudent(models.export_dtype(), [], read_proof(export_proof_path(run_dir.path)))
+    write_model_card(folder, config, identity, read_table(run_dir.path), stored)
+    check_classifier(models.distilled(), run_dir.path / "data" / "heldout.arrow")
+    for line in stored.lines():
+        logger.info(f"export: {line}")
+    return {"folder": str(folder), "dtype": stored.dtype}
 
 
 def export_proof_path(run: Path) -> Path:
@@ -70,10 +87,9 @@ class StoredStudent:
 
     def lines(self) -> list[str]:
         """Return it in sentences."""
-        lines = [
-            f"weights are stored in {self.dtype}",
-            f"answers end at {' or '.join(self.ends)}, as generation_config.json says",
-        ]
+        lines = [f"weights are stored in {self.dtype}"]
+        if self.ends:
+            lines.append(f"answers end at {' or '.join(self.ends)}, as generation_config.json says")
         if self.proof is not None:
             lines.append(
                 f"on {self.proof.tokens} tokens the stored student is {self.proof.kl_of_export:.1e} nats from the trained one "
@@ -114,7 +130,7 @@ def model_card(
             "---",
             f"# {config.name}",
             "",
-            f"A causal language model{_begun_from(config)}, trained by run `{config.name}` with the loss "
+            f"{_kind_of(config)}{_begun_from(config)}, trained by run `{config.name}` with the loss "
             f"`{config.loss.kind}`" + (f" from the teacher {_described(config.teacher.model)}." if score_identity else "."),
             "It was made with [adaptive teaching](https://arxiv.org/abs/2402.11890) software, which also wrote this card.",
             "",
@@ -144,7 +160,7 @@ def front_matter(config: RunConfig) -> dict[str, Any]:
     """Return the card's metadata; ``base_model`` only where the student began as a model that others can name."""
     matter: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _pipeline_of(config),
         "tags": ["knowledge-distillation", config.loss.kind],
     }
     model = config.teacher.model if config.student.model.kind == "cut" else config.student.model
@@ -251,6 +267,18 @@ def _is_place(name: str) -> bool:
     return name.startswith(("/", "~", "./", "../"))
 
 
+def _pipeline_of(config: RunConfig) -> str:
+    if not config.classes:
+        return "text-generation"
+    return "image-classification" if is_of_images(config.data) else "text-classification"
+
+
+def _kind_of(config: RunConfig) -> str:
+    if not isinstance(config.task, ClassificationTask):
+        return "A causal language model"
+    return f"A classifier of {plural(config.classes, 'label')} ({', '.join(map(str, config.task.labels))})"
+
+
 def _begun_from(config: RunConfig) -> str:
     model = config.student.model
     if model.kind == "cut":
@@ -258,7 +286,11 @@ def _begun_from(config: RunConfig) -> str:
     return f" that began as {_described(model)}" if model.kind == "pretrained" else " that began with random weights"
 
 
-def _described(model: PretrainedModel | ScratchModel) -> str:
+def _described(model: TeacherModel) -> str:
+    if isinstance(model, SoftLabels):
+        return f"`one distribution for each label, by {model.similarity}`"
+    if not isinstance(model, PretrainedModel | ScratchModel):
+        return f"`{model.kind}, made for this run`"
     if model.kind == "scratch":
         return f"`{model.layers} layers of width {model.hidden_size}, made for this run`"
     return f"`{without_places(model.name)}`" + (f" at `{model.revision}`" if model.revision else "")

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
+from orchestrator.classification.preparation import prepare_run
+from orchestrator.classification.soft_labels import make_soft_labels
 from orchestrator.cluster.environment import note_cluster, note_process
 from orchestrator.cluster.ray_session import ray_for, require_machine
 from orchestrator.config.run import RunConfig
@@ -50,12 +52,18 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
     """Run stage after stage; yield the name of each once its result is recorded."""
     note_process(run_dir)
     models = Models(config, run_dir.path)
-    require_same_source(config, run_dir.stage("prepare", partial(prepare, config, run_dir, models)))
-    require_chat_template(config, models)
+    read = partial(prepare_run, config, run_dir.path, models) if config.classes else partial(prepare, config, run_dir, models)
+    prepared = run_dir.stage("prepare", read)
+    require_same_source(config, prepared)
+    if not config.classes:
+        require_chat_template(config, models)
     yield "prepare"
 
     with ray_for(config) if needs_devices(config, run_dir) else nullcontext():
         note_cluster(run_dir)
+        if config.teacher.model.kind == "soft_labels":
+            image_shape = tuple(prepared["counts"]["image_shape"])
+            run_dir.stage("soft_labels", partial(make_soft_labels, config, run_dir.path, models, image_shape))
         for role in ROLES:
             if models.side(role).model.kind == "cut":
                 run_dir.stage("cut", partial(cut_student, run_dir, models))

@@ -18,8 +18,8 @@ MODEL_NAMES = ("teacher", "student_before", "student_after")
 COLUMNS = ("teacher", "student before", "student after")
 """The models, as people call them, in the same order."""
 
-Show = Literal["nats", "share", "score", "count"]
-"""How values are written: 1.2345, 56.7 %, 0.567 or 1,234,567."""
+Show = Literal["nats", "share", "score", "count", "milliseconds"]
+"""How values are written: 1.2345, 56.7 %, 0.567, 1,234,567 or 1.23 ms."""
 
 METRICS: tuple[tuple[str, str, Show], ...] = (
     ("heldout_loss", "held-out loss (nats per target)", "nats"),
@@ -31,6 +31,21 @@ METRICS: tuple[tuple[str, str, Show], ...] = (
     ("parameters", "parameters", "count"),
 )
 """Name among the metrics, label in the table, and how values are written; the table has a row for each, in this order."""
+
+CLASS_METRICS: tuple[tuple[str, str, Show], ...] = (
+    ("accuracy", "accuracy", "share"),
+    ("macro_f1", "macro F1", "score"),
+    ("weighted_kappa", "quadratic weighted kappa", "score"),
+    ("heldout_loss", "log loss (nats)", "nats"),
+    ("kl_to_teacher", "KL to teacher (nats)", "nats"),
+    ("top1_agreement", "agreement with teacher", "share"),
+    ("calibration_error", "calibration error (ECE)", "share"),
+    ("parameters", "parameters", "count"),
+    ("bytes", "bytes on disk", "count"),
+    ("milliseconds_a_row", "time of one row", "milliseconds"),
+    ("rows_per_second", "rows a second", "count"),
+)
+"""The same of classifiers; a row of which no model has a value is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +83,9 @@ class ComparisonTable:
     judge: tuple[TableRow, ...] = ()
     """What a judge says of the answers; empty where none was asked."""
 
+    groups: tuple[TableRow, ...] = ()
+    """Accuracy of classifiers by group; empty where rows have none."""
+
     benchmarks: tuple[TableRow, ...] = ()
     """Figures of benchmarks; empty where none were measured."""
 
@@ -76,11 +94,15 @@ def written(value: float | None, show: Show) -> str:
     """Return a value as it stands in tables."""
     if value is None:
         return "–"
-    return {"nats": f"{value:.4f}", "share": f"{100 * value:.1f} %", "score": f"{value:.3f}", "count": f"{value:,.0f}"}[show]
+    return {"nats": f"{value:.4f}", "share": f"{100 * value:.1f} %", "score": f"{value:.3f}", "count": f"{value:,.0f}",
+            "milliseconds": f"{value:.2f} ms"}[show]  # fmt: skip
 
 
 def metric_rows(metrics: Sequence[Mapping[str, float | None]]) -> tuple[TableRow, ...]:
     """Return a row for each metric from the fields of the models' ``Metrics``, teacher first."""
+    if any(one.get("accuracy") is not None for one in metrics):
+        rows = [TableRow(name, label, show, tuple(one[name] for one in metrics)) for name, label, show in CLASS_METRICS]
+        return tuple(row for row in rows if any(value is not None for value in row.values))
     return tuple(TableRow(name, label, show, tuple(one[name] for one in metrics)) for name, label, show in METRICS)
 
 
@@ -94,7 +116,7 @@ def write_table(folder: Path, table: ComparisonTable) -> None:
 def read_table(folder: Path) -> ComparisonTable:
     """Return the table that ``write_table`` left in a folder."""
     content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-    parts = (_rows(content.get(name, ())) for name in ("rows", "tasks", "judge", "benchmarks"))
+    parts = (_rows(content.get(name, ())) for name in ("rows", "tasks", "judge", "groups", "benchmarks"))
     return ComparisonTable(*parts)
 
 
@@ -118,7 +140,10 @@ def print_table(table: ComparisonTable, console: Console | None = None) -> None:
 
 
 def _parts(table: ComparisonTable) -> list[tuple[str, tuple[TableRow, ...]]]:
-    further = [("exact match by task", table.tasks), ("judge", table.judge), ("benchmark", table.benchmarks)]
+    further = [
+        ("exact match by task", table.tasks), ("accuracy by group", table.groups), ("judge", table.judge),
+        ("benchmark", table.benchmarks),
+    ]  # fmt: skip
     return [("", table.rows), *((heading, rows) for heading, rows in further if rows)]
 
 

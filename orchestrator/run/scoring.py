@@ -18,10 +18,12 @@ from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import Cluster, read_cluster
 from actors.score_store.store import ScoreStore
 from actors.teacher.pool import TeacherPool
+from orchestrator.classification.label_words import read_asked, words_identity
 from orchestrator.cluster.background import in_background
 from orchestrator.cluster.logs import ProgressSnapshot, log_progress
 from orchestrator.cluster.ray_session import settle_replicas
 from orchestrator.config.run import RunConfig
+from orchestrator.config.task import ClassificationTask
 from orchestrator.data.tokenizers import tokenizer_hash
 from orchestrator.models.models import Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.responses import training_rows
@@ -37,6 +39,7 @@ from orchestrator.run.score_identity import (
     store_identity,
 )
 from orchestrator.run.score_parity import probe_of, require_right
+from orchestrator.run.stages import rows_of
 
 logger = logging.getLogger("atkd")
 
@@ -54,9 +57,11 @@ class ScoringStage:
         self.config, self.run_dir = config, run_dir
         self._engine_factory = engine_factory
         self._teacher = pin_revision(models.ready("teacher"))
-        self._vocab_size = vocab_size_of(self._teacher)
-        self._tokenizer_hash = tokenizer_hash(models.tokenizer())
-        self._ids_below = ids_below(models)
+        classes = config.classes
+        self._vocab_size = classes or vocab_size_of(self._teacher)
+        self._tokenizer_hash = None if classes else tokenizer_hash(models.tokenizer())
+        self._ids_below = classes or ids_below(models)
+        self._asked = read_asked(run_dir.path / "data") if config.teacher.label_words is not None else None
         self.heldout_store = self._open("heldout")
         self.training_store = self._open("train") if needs_teacher(config.loss) and config.learns_from_data else None
         self._pool: TeacherPool | None = None
@@ -137,7 +142,11 @@ class ScoringStage:
 
     def _open(self, split: Split) -> ScoreStore:
         examples = ExampleFile(self._examples_path(split))
-        identity = store_identity(self.config, self._teacher, self._tokenizer_hash, examples, self._vocab_size, self._ids_below)
+        tokens = self._tokenizer_hash or examples.tokens_hash  # rows of classifiers are named by their content
+        identity = store_identity(self.config, self._teacher, tokens, examples, self._vocab_size, self._ids_below)
+        words, task = self.config.teacher.label_words, self.config.task
+        if words is not None and self._asked is not None and isinstance(task, ClassificationTask):
+            identity["label_words"] = words_identity(words, task.labels, self._asked, split)
         return open_store(self.config, identity, split)
 
     def _spec(self, stores: list[tuple[Split, ScoreStore]], cluster: Cluster | None) -> TeacherSpec:
@@ -153,9 +162,12 @@ class ScoringStage:
             top_k=self.config.scores.top_k,
             longest_row=max(int(ExampleFile(self._examples_path(split)).lengths.max()) for split, _ in stores),
             ids_below=named_below(self._ids_below, self._vocab_size),
+            label_words=self._asked.token_ids if self._asked is not None else (),
         )
 
     def _examples_path(self, split: Split) -> Path:
+        if self.config.classes:
+            return rows_of("teacher", split, self.run_dir.path)
         return training_rows(self.config, self.run_dir.path) if split == "train" else self.run_dir.path / "data" / "heldout.arrow"
 
 

@@ -28,10 +28,9 @@ from actors.student.task import TrainingTask
 from losses.config import HardLabelLoss
 from orchestrator.cluster.logs import ProgressSnapshot
 from orchestrator.cluster.progress import logged_progress
-from orchestrator.config.data import SourceConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
-from orchestrator.data.mixture import source_key
+from orchestrator.data.mixture import source_hashes, sources_of
 from orchestrator.data.sources import source_hash
 from orchestrator.models.model_checks import require_models_fit, row_limits
 from orchestrator.models.models import ROLES, Models, Role
@@ -64,7 +63,7 @@ def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
     for remark in remarks:
         logger.info(f"prepare: {remark}")
     return {
-        "counts": asdict(counts), "source_sha256": {key: source_hash(source) for key, source in _sources(config).items()},
+        "counts": asdict(counts), "source_sha256": source_hashes(config.data),
         "answer_ends": list(ends.ids), "remarks": remarks,
     }  # fmt: skip
 
@@ -86,7 +85,7 @@ def require_same_source(config: RunConfig, prepared: Facts) -> None:
     Raises:
         ValueError: naming the files and what to do.
     """
-    for key, source in _sources(config).items():
+    for key, source in sources_of(config.data).items():
         now = source_hash(source)
         if now is not None and now != prepared["source_sha256"].get(key):
             assert source.kind == "files"
@@ -94,12 +93,6 @@ def require_same_source(config: RunConfig, prepared: Facts) -> None:
                 f"{key}.path {source.path} was changed since this run read it; give the run another name (name=...), or delete "
                 "its folder to begin again"
             )
-
-
-def _sources(config: RunConfig) -> dict[str, SourceConfig]:
-    """Return where rows come from, by the keys that say so."""
-    sources = {source_key(key): share.source for key, share in config.data.training_sources.items()}
-    return sources if config.data.heldout is None else sources | {"data.heldout.source": config.data.heldout.source}
 
 
 def fetch_models(config: RunConfig, run_dir: RunDir, models: Models, stages: Sequence[str]) -> None:
@@ -143,7 +136,7 @@ def loads_of(stage: str, config: RunConfig, models: Models) -> list[tuple[Role, 
             loads.append(("teacher", models.ready("teacher"), teacher_sampler_request(config.teacher_sampler_engine)))
         return loads
     if stage == "evaluate":
-        measured = [role for role in ROLES if role == "student" or config.evaluate.teacher == "model"]
+        measured = [role for role in ROLES if role == "student" or config.loads_teacher_to_measure]
         return [(role, models.ready(role), evaluator_need(config.evaluate)) for role in measured]
     fitted = [(role, fit) for role in ROLES if stage == f"finetune_{role}" and (fit := models.side(role).finetune) is not None]
     return [(role, models.begun(role), worker_request(fit.workers, f"{role}.finetune.workers")) for role, fit in fitted]
@@ -187,7 +180,7 @@ def finetune(role: Role, config: RunConfig, run_dir: RunDir, models: Models) -> 
         lora=None,
         loss=HardLabelLoss(kind="hard_label"),
         train=fitting.train,
-        examples=str(run_dir.path / "data" / "train.arrow"),
+        examples=str(rows_of(role, "train", run_dir.path)),
         store=None,
         top_k=config.scores.top_k,
         wait_seconds=config.scores.wait_seconds,
@@ -200,6 +193,12 @@ def finetune(role: Role, config: RunConfig, run_dir: RunDir, models: Models) -> 
         tracking=config.tracking,
     )
     return train_model(task, fitting.workers, run_dir.path / "checkpoints")
+
+
+def rows_of(role: Role, split: str, folder: Path) -> Path:
+    """Return the rows of a split as a role's model reads them: classifiers may have tokens of their own."""
+    own = folder / "data" / f"{role}_{split}.arrow"
+    return own if own.exists() else folder / "data" / f"{split}.arrow"
 
 
 def train(config: RunConfig, run_dir: RunDir, models: Models, store: ScoreStore | None) -> Facts:

@@ -113,7 +113,8 @@ def taught_by(teacher: str, config: RunConfig) -> TaughtBy:
     source = Models(config, config.run_dir).ready("teacher")
     shape = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=source.trust_remote_code)
     search = read_ledger(config.run_dir / config.compare.name / "ledger.jsonl")
-    return TaughtBy(teacher, count_weights(shape, source.trust_remote_code), heldout_loss(config), search)
+    weights = count_weights(shape, source.trust_remote_code, classifies=config.classes > 0)
+    return TaughtBy(teacher, weights, heldout_loss(config), search)
 
 
 def heldout_loss(config: RunConfig) -> float:

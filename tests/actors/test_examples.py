@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.examples import ExampleFile, with_shortest_prompts, write_examples
-from actors.records import examples_hash
+from actors.records import Example, examples_hash
 from tests.fakes import fake_examples
 
 
@@ -43,3 +43,13 @@ def test_rows_are_found_by_the_length_of_their_prompts(tmp_path: Path) -> None:
     found = [int(row.target_positions[0]) for row in with_shortest_prompts(file, 6)]
     assert found == sorted(int(row.target_positions[0]) for row in examples)[:6]
     assert len(with_shortest_prompts(file, 50)) == 20 and with_shortest_prompts(file, 0) == []
+
+
+def test_other_tokens_under_the_same_keys_have_another_name(tmp_path: Path) -> None:
+    names = []
+    for token in (1, 1, 2):
+        example = Example(np.array([token, 7], dtype=np.int32), np.array([False, True]), "ab" * 16, 0)
+        write_examples(tmp_path / "rows.arrow", [example])
+        names.append(ExampleFile(tmp_path / "rows.arrow"))
+    assert names[0].hash == names[2].hash
+    assert names[0].tokens_hash == names[1].tokens_hash != names[2].tokens_hash

@@ -75,6 +75,10 @@ CASES = [
     Case("interpolated_target", t=0.4),
     Case("interpolated_target", t=0.0),
     Case("interpolated_target", t=1.0),
+    Case("tempered_kl", {"temperature": 2.0}),
+    Case("tempered_kl", {"temperature": 0.5}),
+    Case("student_tempered_kl", {"temperature": 2.0}),
+    Case("student_tempered_kl", {"temperature": 5.0}),
     Case("sampled_reverse_kl"),
     Case("sampled_reverse_kl", {"most_nats": 0.7}),
 ]

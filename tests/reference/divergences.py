@@ -111,6 +111,22 @@ def sampled_reverse_kl(p: Logs, q: Logs, tokens: int, most_nats: float = math.in
     return max(-most_nats, min(q[0] - p[0], most_nats))
 
 
+def at_temperature(logs: Logs, temperature: float) -> list[float]:
+    """The soft-max of the logits that these log-probabilities are, at a temperature."""
+    scaled = [log / temperature for log in logs]
+    return [log - formulas.log_of_sum(scaled) for log in scaled]
+
+
+def tempered_kl(p: Logs, q: Logs, tokens: int, temperature: float) -> float:
+    """arXiv 1503.02531, with its factor T²."""
+    return temperature**2 * formulas.divergence(at_temperature(p, temperature), at_temperature(q, temperature))
+
+
+def student_tempered_kl(p: Logs, q: Logs, tokens: int, temperature: float) -> float:
+    """arXiv 2404.09886, less the entropy of p."""
+    return temperature**2 * formulas.divergence(p, at_temperature(q, temperature))
+
+
 DIVERGENCES: dict[str, Callable[..., float]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -122,6 +138,8 @@ DIVERGENCES: dict[str, Callable[..., float]] = {
     "alpha_beta": alpha_beta,
     "top1_cross_entropy": top1_cross_entropy,
     "interpolated_target": interpolated_target,
+    "tempered_kl": tempered_kl,
+    "student_tempered_kl": student_tempered_kl,
     "sampled_reverse_kl": sampled_reverse_kl,
 }
 """(p, q, how many of the classes are one token each, knobs) -> nats."""

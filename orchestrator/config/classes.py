@@ -1,0 +1,170 @@
+"""What a run of classification, and one of language models, may say: sections that go together. Imports no torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from actors.config.model_kinds import CutModel, ScratchModel
+from actors.config.networks import IMAGE_NETWORKS, TEXT_NETWORKS, SoftLabels
+from orchestrator.config.data import DataConfig
+from orchestrator.config.formats import OF_CLASSES, ImageFormat
+from orchestrator.config.sides import LabelWords, StudentConfig, TeacherConfig, TokenizerConfig
+from orchestrator.config.task import ClassificationTask
+
+NETWORKS = (*TEXT_NETWORKS, *IMAGE_NETWORKS)
+DISTILLS = ("coupled", "decoupled", "target_only", "diversity_only", "atkd")
+
+
+def with_class_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a run's settings with what follows from its labels, where nothing else is said: K, and the engine.
+
+    Raises:
+        ValueError: if they say another K.
+    """
+    task = values.get("task")
+    labels = task.get("labels") if isinstance(task, Mapping) and task.get("kind") == "classification" else None
+    if not isinstance(labels, list | tuple) or len(labels) < 2:
+        return values
+    scores, teacher = values.get("scores") or {}, values.get("teacher") or {}
+    others = len(labels) - 1
+    if isinstance(scores, Mapping):
+        if scores.get("top_k", others) != others:
+            raise ValueError(
+                f"scores.top_k is {scores['top_k']}, but of {len(labels)} labels all {others} besides a row's own are kept; "
+                f"scores.top_k={others} would do, or leaving it out"
+            )
+        values = {**values, "scores": {**scores, "top_k": others}}
+    if isinstance(teacher, Mapping) and isinstance(engine := teacher.get("engine") or {}, Mapping):
+        served = {"kind": "transformers", "dtype": "float32", **engine}
+        values = {**values, "teacher": {**teacher, "engine": served}}
+    loss = values.get("loss")
+    if isinstance(loss, Mapping) and loss.get("kind") in DISTILLS:  # all labels are named: there is no tail
+        values = {**values, "loss": {"tail": "renormalize", **loss}}
+    return values
+
+
+def require_language_models(data: DataConfig, teacher: TeacherConfig, student: StudentConfig) -> None:
+    """Raise if a run of language models has a model or a format that classifies."""
+    for role, kind in (("teacher", teacher.model.kind), ("student", student.model.kind)):
+        if kind in (*NETWORKS, "soft_labels"):
+            raise ValueError(
+                f"{role}.model.kind {kind} tells labels apart, and the task is language_model: task={{kind: classification, "
+                "labels: [...]} would do, or a kind such as pretrained"
+            )
+    if teacher.label_words is not None:
+        raise ValueError(
+            "teacher.label_words says how a language model tells labels apart, and the task is language_model: "
+            "teacher.label_words=null would do, or task={kind: classification, labels: [...]}"
+        )
+    for key, format in data.formats.items():
+        if isinstance(format, OF_CLASSES):
+            raise ValueError(
+                f"the format of {key} is {format.kind}, of rows that are classified, and the task is language_model: "
+                "task={kind: classification, labels: [...]} would do, or a format such as instruction"
+            )
+
+
+def require_classification(
+    task: ClassificationTask, data: DataConfig, teacher: TeacherConfig, student: StudentConfig, tokenizer: TokenizerConfig | None,
+    set_but_not_for_classifiers: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Raise if the sections of a run of classification do not go together.
+
+    Args:
+        task: the labels.
+        data: where rows come from, and how they are read.
+        teacher: the large model.
+        student: the small one.
+        tokenizer: trained on the rows, or null.
+        set_but_not_for_classifiers: keys of language models alone that say something, and what they are to say.
+
+    Raises:
+        ValueError: naming the key, the value and one that would do.
+    """
+    for key, neutral in set_but_not_for_classifiers.items():
+        raise ValueError(f"{key} is for language models, and the task is classification; {key}={neutral} would do")
+    if teacher.label_words is not None:
+        _require_words(teacher, teacher.label_words, task)
+    elif teacher.engine.kind != "transformers":
+        raise ValueError(
+            f"teacher.engine.kind {teacher.engine.kind} serves language models, and the teacher is a classifier; "
+            "teacher.engine.kind=transformers would do, or teacher.label_words for a causal language model"
+        )
+    _require_one_kind_of_rows(data)
+    _require_models(data, teacher, student)
+    reads_text = not is_of_images(data)
+    if reads_text and student.model.kind != "pretrained" and tokenizer is None:
+        raise ValueError(
+            f"student.model {student.model.kind} has no tokenizer of its own, and tokenizer is null: tokenizer={{vocab_size: "
+            "1000} would do"
+        )
+    if tokenizer is not None and (not reads_text or student.model.kind == "pretrained"):
+        raise ValueError(
+            "tokenizer is trained for a student made from scratch that reads text, and this one "
+            + ("brings its own" if reads_text else "sees images") + "; tokenizer=null would do"
+        )  # fmt: skip
+
+
+def _require_words(teacher: TeacherConfig, label_words: LabelWords, task: ClassificationTask) -> None:
+    """Raise if a teacher cannot answer with label words, or if the words are not one a label."""
+    if teacher.model.kind != "pretrained":
+        raise ValueError(
+            f"teacher.label_words are the answers of a causal language model, and teacher.model.kind is {teacher.model.kind}; "
+            "teacher.label_words=null would do, or teacher.model.kind=pretrained"
+        )
+    if teacher.finetune is not None:
+        raise ValueError(
+            "teacher.finetune trains a classifier, and a teacher with teacher.label_words is taken as it is: "
+            "teacher.finetune=null would do"
+        )
+    words = label_words.texts(task.labels)
+    if len(words) != len(task.labels):
+        raise ValueError(
+            f"teacher.label_words.words has {len(words)}, and task.labels has {len(task.labels)} "
+            f"({', '.join(map(str, task.labels))}); one word a label would do, such as {[f' {label}' for label in task.labels]}"
+        )
+    for label, word in zip(task.labels, words, strict=True):
+        if not word:
+            raise ValueError(f"teacher.label_words.words has an empty word for the label {label!r}; {f' {label}'!r} would do")
+
+
+def is_of_images(data: DataConfig) -> bool:
+    """Whether the rows of a run of classification are images rather than texts."""
+    return any(isinstance(format, ImageFormat) for format in data.formats.values())
+
+
+def _require_one_kind_of_rows(data: DataConfig) -> None:
+    kinds = {format.kind for format in data.formats.values()}
+    if not kinds <= {"text", "image"}:
+        key, format = next((key, format) for key, format in data.formats.items() if format.kind not in ("text", "image"))
+        raise ValueError(
+            f"the format of {key} is {format.kind}, of language models, and the task is classification: data.format={{kind: "
+            'text, text: "{{ text }}"} would do, or {kind: image}'
+        )
+    if len(kinds) > 1:
+        raise ValueError("data has texts and images, and a classifier reads one of them; data.format.kind=text in all would do")
+
+
+def _require_models(data: DataConfig, teacher: TeacherConfig, student: StudentConfig) -> None:
+    wrong = TEXT_NETWORKS if is_of_images(data) else IMAGE_NETWORKS
+    right = "image_cnn" if is_of_images(data) else "text_cnn"
+    rows = "images" if is_of_images(data) else "texts"
+    for role, side in (("teacher", teacher), ("student", student)):
+        model = side.model
+        if isinstance(model, ScratchModel | CutModel):
+            raise ValueError(
+                f"{role}.model.kind {model.kind} is a language model, and the task is classification; {right} would do, or "
+                "pretrained"
+            )
+        if model.kind in wrong:
+            raise ValueError(f"{role}.model.kind {model.kind} does not read {rows}; {role}.model.kind={right} would do")
+        if model.kind == "pretrained" and is_of_images(data):
+            raise ValueError(
+                f"{role}.model.kind pretrained reads texts, and the rows are images; {role}.model.kind={right} would do"
+            )
+    if teacher.model.kind in NETWORKS and teacher.finetune is None:
+        raise ValueError(
+            f"teacher.model is {teacher.model.kind} with random weights, and teacher.finetune is null: it has nothing to teach; "
+            "add teacher.finetune"
+        )
+    if isinstance(teacher.model, SoftLabels) and teacher.finetune is not None:
+        raise ValueError("teacher.model soft_labels is a table, which is not fine-tuned; teacher.finetune=null would do")
