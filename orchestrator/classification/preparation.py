@@ -39,8 +39,8 @@ def prepare_run(config: RunConfig, folder: Path, models: Models) -> dict[str, An
         counts, remarks = replace(counts, teacher_longest=asked.longest), remarks + said
     remarks += make_classifiers(models, config.task, tokenizers.by_role, counts.image_shape)
     require_windows(models, {"student": counts.longest - 1, "teacher": counts.teacher_longest - 1})
-    for remark in remarks:
-        logger.info(f"prepare: {remark}")
+    for line in "\n".join(remarks).splitlines():  # rows that are shown have several
+        logger.info(f"prepare: {line}")
     return {"counts": asdict(counts), "source_sha256": source_hashes(config.data), "answer_ends": [], "remarks": remarks}
 
 

@@ -60,8 +60,8 @@ def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
     remarks += require_models_fit(config, models, row_limits(config, data))
     remarks += [merged for role in ROLES if (merged := models.merge_adapter(role))]
     require_room_for_answers(config, models, longest_prompt(ExampleFile(data / "train.arrow")))
-    for remark in remarks:
-        logger.info(f"prepare: {remark}")
+    for line in "\n".join(remarks).splitlines():  # rows that are shown have several
+        logger.info(f"prepare: {line}")
     return {
         "counts": asdict(counts), "source_sha256": source_hashes(config.data),
         "answer_ends": list(ends.ids), "remarks": remarks,
