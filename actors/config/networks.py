@@ -122,8 +122,12 @@ class SoftLabels(Section):
     kind: Literal["soft_labels"]
     """``soft_labels``, for teachers alone."""
 
-    similarity: Literal["autoencoder", "uniform"] = "autoencoder"
-    """``autoencoder``: the mean cosine similarity of the codes of two classes. ``uniform``: label smoothing, the control."""
+    similarity: Literal["autoencoder", "uniform", "file"] = "autoencoder"
+    """``autoencoder``: the mean cosine similarity of the codes of two classes. ``uniform``: label smoothing, the control.
+    ``file``: none, the distributions stand in ``table``."""
+
+    table: str | None = None
+    """With ``file``: a JSON file, ``{label: {label: probability}}``, with a distribution for each label."""
 
     diagonal_boost: float = Field(default=0.0225, ge=0.0)
     """Added to the similarity of each class with itself before the soft-max (the paper's notebook: 0.0225)."""
@@ -146,6 +150,10 @@ class SoftLabels(Section):
                     raise ValueError(
                         f"{name} {getattr(self, name)} acts with similarity {kind} alone; leave it out, or {kind} would do"
                     )
+        if self.similarity == "file" and self.table is None:
+            raise ValueError("similarity file reads the distributions from table, which is null; table=labels.json would do")
+        if self.similarity != "file" and self.table is not None:
+            raise ValueError(f"table {self.table} is read with similarity file alone; leave it out, or file would do")
         return self
 
 

@@ -34,6 +34,8 @@ class TeacherSpec:
     """What scores hold besides the K most likely tokens."""
     label_words: tuple[tuple[int, ...], ...] = ()
     """Token ids of each label's word, where a causal language model tells labels apart; empty elsewhere."""
+    temperature: float = 1.0
+    """By what the logits of labels are divided; of language models 1."""
 
 
 class TeacherEngine(Protocol):

@@ -35,7 +35,8 @@ class ClassifierEngine:
             attention_mask[row, : len(example.token_ids)] = 1
         label_positions = torch.arange(len(examples)) * width + attention_mask.sum(dim=1) - 1
         given = (tensor.to(self._device) for tensor in (token_ids, attention_mask, label_positions))
-        logprobs = class_logits(self._model, *given).float().log_softmax(dim=-1).cpu()  # [B, C]
+        logits = class_logits(self._model, *given).float() / self._spec.temperature  # [B, C]
+        logprobs = logits.log_softmax(dim=-1).cpu()
         return [self._scores_of(example, logprobs[row]) for row, example in enumerate(examples)]
 
     def close(self) -> None:

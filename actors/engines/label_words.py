@@ -43,7 +43,7 @@ class LabelWordsEngine:
         for first in range(0, len(asked), step):
             answered += self._engine.score(asked[first : first + step])
         of_words = np.array([answer.target_logprob.sum(dtype=np.float64) for answer in answered])
-        logprobs = normalised(of_words.reshape(len(examples), self.vocab_size))  # [R, C]
+        logprobs = normalised(of_words.reshape(len(examples), self.vocab_size) / self._spec.temperature)  # [R, C]
         return [self._scores_of(example, logprobs[row]) for row, example in enumerate(examples)]
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from actors.config.models import EvaluateConfig
 from actors.dataloader.class_rows import row_logits
 from actors.dataloader.scored_rows import all_rows
-from actors.evaluation.class_metrics import confusion_of, measures_of, view_of
+from actors.evaluation.class_metrics import measures_of, view_of
 from actors.evaluation.evaluator import Evaluation, Metrics, load_for_evaluation, require_scores_of
 from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows, batches_by_length, most_likely
 from actors.examples import ExampleFile
@@ -25,7 +25,7 @@ TIMED_ROWS = 30
 @torch.inference_mode()
 def evaluate_classifier(
     model: ModelSource, examples_path: str, store_path: str, rows_path: str, labels: tuple[str, ...], ordered: bool,
-    evaluate: EvaluateConfig, top_k: int,
+    evaluate: EvaluateConfig, top_k: int, temperature: float = 1.0,
 ) -> Evaluation:  # fmt: skip
     """Measure one classifier on the held-out rows, on the GPU if ``evaluate.gpus`` says so, else on the CPU.
 
@@ -38,6 +38,7 @@ def evaluate_classifier(
         ordered: whether they are grades.
         evaluate: how large passes are.
         top_k: how many of the store's K are used, all.
+        temperature: by which its logits are divided.
 
     Raises:
         ValueError: if store and rows do not belong together, or the model's logits are not finite.
@@ -45,17 +46,16 @@ def evaluate_classifier(
     examples, store = ExampleFile(Path(examples_path)), ScoreStore(Path(store_path))
     require_scores_of(store, examples)
     network = load_for_evaluation(model, evaluate)
-    rows, heldout = HeldoutRows(examples, store, top_k, len(labels)), HeldoutMetrics()
+    rows, heldout = HeldoutRows(examples, store, top_k, len(labels)), HeldoutMetrics(len(labels), ordered)
     predicted, right = np.zeros(len(examples), dtype=np.int64), np.zeros(len(examples), dtype=np.int64)
     started = time.perf_counter()
     for positions in batches_by_length(examples.lengths, evaluate.batch_rows):
         batch = rows.batch(positions).to(network.device)
-        logits = row_logits(network, batch)
+        logits = row_logits(network, batch) / temperature
         heldout.add_logits(logits, batch)
         predicted[positions], right[positions] = logits.argmax(dim=1).cpu().numpy(), batch.targets.cpu().numpy()
     heldout.require_finite(model.name)
-    seconds = time.perf_counter() - started
-    measures = measures_of(confusion_of(right, predicted, len(labels)), ordered)
+    seconds, measures = time.perf_counter() - started, measures_of(heldout.confusion, ordered)
     metrics = Metrics(
         **heldout.measures(), exact_match=None, rouge_l=None,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
@@ -87,12 +87,13 @@ def classes_from_scores(
     started = time.perf_counter()
     examples, store = ExampleFile(Path(examples_path)), ScoreStore(Path(store_path))
     require_scores_of(store, examples)
-    teacher, heldout = all_rows(examples, store, top_k).teacher(range(len(examples))), HeldoutMetrics()
+    teacher = all_rows(examples, store, top_k).teacher(range(len(examples)))
+    heldout = HeldoutMetrics(len(labels), ordered)
     assert teacher is not None, "the rows have a store"
     right = torch.tensor([int(examples[row].targets[0]) for row in range(len(examples))])
     heldout.add_teacher(teacher, right)
     predicted = most_likely(teacher, right).numpy()
-    measures, seconds = measures_of(confusion_of(right.numpy(), predicted, len(labels)), ordered), time.perf_counter() - started
+    seconds, measures = time.perf_counter() - started, measures_of(heldout.confusion, ordered)
     metrics = Metrics(
         **heldout.measures(), exact_match=None, rouge_l=None, parameters=parameters, targets=heldout.targets, seconds=seconds,
         tokens_per_second=int(examples.lengths.sum()) / seconds, accuracy=measures.accuracy, macro_f1=measures.macro_f1,

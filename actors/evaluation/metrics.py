@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actors.dataloader.collator import MicroBatch, collate
 from actors.dataloader.scored_rows import FileRows
+from actors.evaluation.class_metrics import confusion_of, measures_of
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
 from losses.terms import categorical_kl
@@ -34,9 +35,17 @@ class HeldoutRows:
 
 
 class HeldoutMetrics:
-    """Sums over targets."""
+    """Sums over targets.
 
-    def __init__(self) -> None:
+    Args:
+        classes: of a classifier, how many labels it tells apart; 0 for a language model.
+        ordered: whether the labels are grades.
+    """
+
+    def __init__(self, classes: int = 0, ordered: bool = False) -> None:
+        self.confusion = np.zeros((classes, classes), dtype=np.int64)
+        """[C, C] numbers of rows: a line for each label that is right, a column for each that was predicted."""
+        self._ordered = ordered
         self.targets = 0
         self.cross_entropy = 0.0
         self.forward_kl = 0.0
@@ -51,6 +60,7 @@ class HeldoutMetrics:
         self.forward_kl += float(forward_kl_to_teacher(logprobs, targets, teacher).sum())
         self.agreements += int((predicted == most_likely(teacher, targets)).sum())
         self._bins += calibration_bins(confidence.exp(), predicted == targets).cpu()
+        self._count(predicted, targets)
 
     def add_logits(self, logits: Tensor, batch: MicroBatch) -> None:
         """Add a model's logits [N, V] at the targets of a batch; where they are not finite, ``require_finite`` says so."""
@@ -71,15 +81,18 @@ class HeldoutMetrics:
         self.cross_entropy -= float(teacher.target_logprob.double().sum())
         self.agreements += len(targets)
         self._bins += calibration_bins(best.exp(), predicted == targets)
+        self._count(predicted, targets)
 
     def sum_over_workers(self, device: torch.device) -> None:
         """Add up what the workers of a distributed run have counted; all of them call it together."""
         counts = torch.tensor([self.targets, self.cross_entropy, self.forward_kl, self.agreements], dtype=torch.float64)
-        packed = torch.cat([counts, self._bins.flatten()]).to(device)
+        packed = torch.cat([counts, self._bins.flatten(), torch.from_numpy(self.confusion).double().flatten()]).to(device)
         torch.distributed.all_reduce(packed)
         targets, self.cross_entropy, self.forward_kl, agreements = packed[:4].tolist()
         self.targets, self.agreements = round(targets), round(agreements)
-        self._bins = packed[4:].cpu().reshape(self._bins.shape)
+        bins, confusion = packed[4:].cpu().split([self._bins.numel(), self.confusion.size])
+        self._bins = bins.reshape(self._bins.shape)
+        self.confusion = confusion.numpy().round().astype(np.int64).reshape(self.confusion.shape)
 
     def require_finite(self, name: str) -> None:
         """Raise if a logit was not finite; after ``sum_over_workers`` on all workers alike, so that none waits for another.
@@ -99,10 +112,22 @@ class HeldoutMetrics:
             "calibration_error": self.calibration_error(),
         }
 
+    def of_labels(self) -> dict[str, float | None]:
+        """Return what is measured of classifiers alone, by the names that ``Metrics`` has; nothing of a language model."""
+        if not self.confusion.size:
+            return {}
+        found = measures_of(self.confusion, self._ordered)
+        grades = {"weighted_kappa": found.weighted_kappa} if self._ordered else {}
+        return {"accuracy": found.accuracy, "macro_f1": found.macro_f1, **grades}
+
     def calibration_error(self) -> float:
         """Mean over targets of the distance, in their bin, between mean confidence and share right."""
         _, confidences, right = self._bins
         return float((confidences - right).abs().sum() / self.targets)
+
+    def _count(self, predicted: Tensor, targets: Tensor) -> None:
+        if self.confusion.size:
+            self.confusion += confusion_of(targets.cpu().numpy(), predicted.cpu().numpy(), len(self.confusion))
 
 
 def forward_kl_to_teacher(logprobs: Tensor, targets: Tensor, teacher: TopkTeacher) -> Tensor:

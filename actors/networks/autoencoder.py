@@ -134,6 +134,7 @@ def label_table(settings: SoftLabels, rows: Tensor, labels: Tensor, classes: int
         classes: C.
         seed: draws weights, order and pairs.
     """
+    assert settings.similarity != "file", "that is read, not made"
     if settings.similarity == "uniform":
         return smoothed_labels(classes, settings.smoothing), None
     torch.manual_seed(seed)

@@ -53,7 +53,7 @@ class ShareKeeper:
             return
         decided, changes = self._shares.read()
         if self._worker.agree(decided < step and (not changes or step % policy.adaptive.every_steps == 0)):
-            loss = self._heldout.measures(student)["heldout_loss"]
+            loss = self._heldout.counted(student).measures()["heldout_loss"]
             changes += next_change(policy.adaptive, policy.student_share, step, loss, changes)
         if self._worker.rank == 0 and decided < step:
             self._shares.write(step, changes)

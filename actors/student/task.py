@@ -21,7 +21,7 @@ class ValidationController(Protocol):
     """Handle of the actor that hears what was measured."""
 
     @property
-    def measured(self) -> RemoteMethod[[int, int, int, Mapping[str, float], float], bool]:
+    def measured(self) -> RemoteMethod[[int, int, int, Mapping[str, float | None], float], bool]:
         """Take trial, rung, step, measures and seconds; return whether the trial continues."""
         ...
 
@@ -44,6 +44,8 @@ class ValidationSchedule:
     """Rows of one forward pass."""
     controller: ValidationController
     """Decides."""
+    ordered: bool = False
+    """Whether the labels of a classifier are grades."""
 
 
 @dataclass(frozen=True, slots=True)

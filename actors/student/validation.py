@@ -23,8 +23,9 @@ class Validator:
         self._started = time.monotonic()
         if (schedule := self._schedule) is not None:
             self._heldout = HeldoutPasses(
-                task, worker, Path(schedule.examples), Path(schedule.store), schedule.top_k, schedule.batch_rows, vocab_size
-            )
+                task, worker, Path(schedule.examples), Path(schedule.store), schedule.top_k, schedule.batch_rows, vocab_size,
+                schedule.ordered,
+            )  # fmt: skip
 
     def goes_on(self, student: nn.Module, step: int) -> bool:
         """Validate the student if that is due after this step; return whether training continues. All workers call it.
@@ -34,7 +35,8 @@ class Validator:
         """
         if self._schedule is None or step not in self._schedule.steps:
             return True
-        measures = self._heldout.measures(student)
+        counted = self._heldout.counted(student)
+        measures = {**counted.measures(), **counted.of_labels()}
         told = True
         if self._worker.rank == 0:
             rung, seconds = self._schedule.steps.index(step), time.monotonic() - self._started
@@ -53,24 +55,26 @@ class HeldoutPasses:
         top_k: how many of the store's K are used.
         batch_rows: rows of one forward pass.
         vocab_size: of the student.
+        ordered: whether the labels of a classifier are grades.
     """
 
     def __init__(
-        self, task: TrainingTask, worker: Worker, examples: Path, store: Path, top_k: int, batch_rows: int, vocab_size: int
-    ) -> None:
-        self._task, self._worker, self._batch_rows = task, worker, batch_rows
+        self, task: TrainingTask, worker: Worker, examples: Path, store: Path, top_k: int, batch_rows: int, vocab_size: int,
+        ordered: bool = False,
+    ) -> None:  # fmt: skip
+        self._task, self._worker, self._batch_rows, self._ordered = task, worker, batch_rows, ordered
         self._examples = ExampleFile(examples)
         self._rows = HeldoutRows(self._examples, ScoreStore(store), top_k, vocab_size)
 
     @torch.no_grad()
-    def measures(self, student: nn.Module) -> dict[str, float]:
-        """Return the means over all held-out targets; each worker takes its share of the batches, and all have the same.
+    def counted(self, student: nn.Module) -> HeldoutMetrics:
+        """Count over all held-out targets; each worker takes its share of the batches, and all have the same sums.
 
         Raises:
             ValueError: on all workers, if the logits of any of them are not finite.
         """
         batches = list(batches_by_length(self._examples.lengths, self._batch_rows))
-        heldout, world_size = HeldoutMetrics(), self._worker.world_size
+        heldout, world_size = HeldoutMetrics(self._task.model.classes, self._ordered), self._worker.world_size
         module = undistributed(student)
         module.eval()
         for first in range(0, len(batches), world_size):
@@ -85,4 +89,4 @@ class HeldoutPasses:
         if world_size > 1:
             heldout.sum_over_workers(self._worker.device)
         heldout.require_finite(self._task.name)
-        return heldout.measures()
+        return heldout

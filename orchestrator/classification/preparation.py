@@ -7,7 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from actors.config.networks import SoftLabels
 from actors.format import plural
+from orchestrator.classification.label_file import read_label_table
 from orchestrator.classification.label_words import AskedRows, write_prompts
 from orchestrator.classification.rows import Tokenizers, prepare_classes
 from orchestrator.config.run import RunConfig
@@ -31,6 +33,8 @@ def prepare_run(config: RunConfig, folder: Path, models: Models) -> dict[str, An
     assert isinstance(config.task, ClassificationTask)
     for role in ROLES:
         models.named(role).require_safetensors()
+    if isinstance(soft_labels := config.teacher.model, SoftLabels) and soft_labels.table is not None:
+        read_label_table(Path(soft_labels.table).expanduser(), [str(label) for label in config.task.labels])  # or refused
     tokenizers = RunTokenizers(models)
     counts = prepare_classes(config.data, config.task, tokenizers.of_texts, folder / "data")
     remarks = counts.lines(config.data)

@@ -14,6 +14,7 @@ from actors.examples import ExampleFile
 from actors.models import save_model
 from actors.networks.autoencoder import label_table
 from actors.networks.classifier import SmallClassifier, SmallClassifierConfig, images_of
+from orchestrator.classification.label_file import read_label_table
 from orchestrator.config.run import RunConfig
 from orchestrator.config.task import ClassificationTask
 from orchestrator.models.classifiers import label_names
@@ -23,7 +24,7 @@ logger = logging.getLogger("atkd")
 
 
 def make_soft_labels(config: RunConfig, folder: Path, models: Models, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Make the table that stands in the teacher's place, in a Ray task with the teacher's CPUs, and write it as a model.
+    """Make the table that stands in the teacher's place, and write it as a model.
 
     Args:
         config: of the run.
@@ -36,13 +37,10 @@ def make_soft_labels(config: RunConfig, folder: Path, models: Models, image_shap
     """
     settings, task = config.teacher.model, config.task
     assert isinstance(settings, SoftLabels) and isinstance(task, ClassificationTask)
-    cpus = config.teacher.engine.cpus
-    remote = ray.remote(table_of_rows).options(
-        name="soft labels", num_cpus=cpus, runtime_env={"env_vars": task_environment(cpus, False)}
-    )
-    table, error = ray.get(
-        remote.remote(str(folder / "data" / "train.arrow"), settings, len(task.labels), image_shape, config.seed)
-    )
+    if settings.table is not None:
+        table, error = read_label_table(Path(settings.table).expanduser(), [str(label) for label in task.labels]), None
+    else:
+        table, error = _of_rows(config, settings, folder / "data" / "train.arrow", len(task.labels), image_shape)
     model = SmallClassifier(SmallClassifierConfig(num_labels=len(task.labels), image_shape=image_shape))
     model.config.id2label = label_names(task)
     model.network.logprobs.data = torch.tensor(table, dtype=torch.float32)
@@ -53,6 +51,18 @@ def make_soft_labels(config: RunConfig, folder: Path, models: Models, image_shap
     if error is not None:
         logger.info(f"soft labels: the autoencoder's mean squared error is {error:.4g}")
     return {"probabilities": np.exp(table).tolist(), "autoencoder_error": error}
+
+
+def _of_rows(
+    config: RunConfig, settings: SoftLabels, examples: Path, classes: int, image_shape: tuple[int, ...]
+) -> tuple[np.ndarray, float | None]:
+    """Make the table of the training rows, in a Ray task with the teacher's CPUs."""
+    cpus = config.teacher.engine.cpus
+    remote = ray.remote(table_of_rows).options(
+        name="soft labels", num_cpus=cpus, runtime_env={"env_vars": task_environment(cpus, False)}
+    )
+    made: tuple[np.ndarray, float | None] = ray.get(remote.remote(str(examples), settings, classes, image_shape, config.seed))
+    return made
 
 
 def table_of_rows(

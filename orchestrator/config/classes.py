@@ -8,7 +8,8 @@ from actors.config.networks import IMAGE_NETWORKS, TEXT_NETWORKS, SoftLabels
 from orchestrator.config.data import DataConfig
 from orchestrator.config.formats import OF_CLASSES, ImageFormat
 from orchestrator.config.sides import LabelWords, StudentConfig, TeacherConfig, TokenizerConfig
-from orchestrator.config.task import ClassificationTask
+from orchestrator.config.task import ClassificationTask, TaskConfig
+from orchestrator.config.tune import OF_LABELS
 
 NETWORKS = (*TEXT_NETWORKS, *IMAGE_NETWORKS)
 DISTILLS = ("coupled", "decoupled", "target_only", "diversity_only", "atkd")
@@ -55,11 +56,29 @@ def require_language_models(data: DataConfig, teacher: TeacherConfig, student: S
             "teacher.label_words says how a language model tells labels apart, and the task is language_model: "
             "teacher.label_words=null would do, or task={kind: classification, labels: [...]}"
         )
+    if teacher.calibrate:
+        raise ValueError("teacher.calibrate is for classifiers, and the task is language_model; teacher.calibrate=false would do")
     for key, format in data.formats.items():
         if isinstance(format, OF_CLASSES):
             raise ValueError(
                 f"the format of {key} is {format.kind}, of rows that are classified, and the task is language_model: "
                 "task={kind: classification, labels: [...]} would do, or a format such as instruction"
+            )
+
+
+def require_metrics_of_the_task(task: TaskConfig, metrics: Mapping[str, str]) -> None:
+    """Raise if trials are to be compared by what they are not measured by. ``metrics``: by section."""
+    ordered = isinstance(task, ClassificationTask) and task.ordered
+    for section, metric in metrics.items():
+        if metric in OF_LABELS and not isinstance(task, ClassificationTask):
+            raise ValueError(
+                f"{section}.metric {metric} is measured of classifiers, and the task is language_model; {section}.metric="
+                "top1_agreement would do"
+            )
+        if metric == "weighted_kappa" and not ordered:
+            raise ValueError(
+                f"{section}.metric weighted_kappa is measured of grades, and task.ordered is false; {section}.metric=accuracy "
+                "would do, or task.ordered=true"
             )
 
 
@@ -168,3 +187,8 @@ def _require_models(data: DataConfig, teacher: TeacherConfig, student: StudentCo
         )
     if isinstance(teacher.model, SoftLabels) and teacher.finetune is not None:
         raise ValueError("teacher.model soft_labels is a table, which is not fine-tuned; teacher.finetune=null would do")
+    if isinstance(teacher.model, SoftLabels) and teacher.calibrate:
+        raise ValueError(
+            "teacher.model soft_labels is a table that knows each row's label, so that it is always right; "
+            "teacher.calibrate=false would do"
+        )

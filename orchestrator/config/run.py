@@ -21,7 +21,12 @@ from actors.config.workers import WorkersConfig
 from actors.engines.vllm_limits import require_cpu_head_size
 from losses.config import AtkdLoss, LossConfig
 from losses.section import LARGEST_SEED, MayChange, NotSearchable, Searchable, Section
-from orchestrator.config.classes import require_classification, require_language_models, with_class_defaults
+from orchestrator.config.classes import (
+    require_classification,
+    require_language_models,
+    require_metrics_of_the_task,
+    with_class_defaults,
+)
 from orchestrator.config.compare import CompareConfig
 from orchestrator.config.data import DataConfig
 from orchestrator.config.own_text import require_own_text
@@ -99,6 +104,7 @@ class RunConfig(Section):
         else:
             require_language_models(self.data, self.teacher, self.student)
             self._language_models_agree()
+        require_metrics_of_the_task(self.task, {"tune": self.tune.metric, "compare": self.compare.metric})
         if needs_complete_store(self.loss) and self.scores.overlap:
             raise ValueError(
                 "loss.scope dataset ranks tokens over the complete store, so training cannot overlap with scoring: "
@@ -210,6 +216,11 @@ class RunConfig(Section):
     def classes(self) -> int:
         """How many labels there are; 0 for language models."""
         return len(self.task.labels) if isinstance(self.task, ClassificationTask) else 0
+
+    @property
+    def ordered(self) -> bool:
+        """Whether there are labels, and they are grades."""
+        return isinstance(self.task, ClassificationTask) and self.task.ordered
 
     @property
     def loads_teacher_to_measure(self) -> bool:

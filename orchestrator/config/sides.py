@@ -55,6 +55,10 @@ class TeacherConfig(Section):
     label_words: LabelWords | None = None
     """Where the task is classification and the model a causal language model: how it answers; null for a classifier."""
 
+    calibrate: bool = False
+    """Where the task is classification: divide its logits by the temperature that gives the held-out labels the least log loss
+    (arXiv 1706.04599)."""
+
     engine: EngineConfig = EngineConfig()
     """How it is served for scoring."""
 

@@ -18,9 +18,15 @@ METRICS: dict[str, Direction] = {
     "kl_to_teacher": "min",
     "top1_agreement": "max",
     "calibration_error": "min",
+    "accuracy": "max",
+    "macro_f1": "max",
+    "weighted_kappa": "max",
 }
 """What is measured of each trial on the held-out rows, at every rung, and which way is better. Generated answers are not among
 them: they cost more than a rung may."""
+
+OF_LABELS = ("accuracy", "macro_f1", "weighted_kappa")
+"""Those of them that only classifiers have; the last only those of grades."""
 
 DRAWS = 12
 

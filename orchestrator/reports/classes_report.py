@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
+from orchestrator.classification.calibration import in_words
 from orchestrator.reports.page import Chart
 from orchestrator.reports.uncertainty_heatmap import heat_table
 from orchestrator.run.evaluation import read_evaluation
@@ -19,6 +20,12 @@ MOST_LABELS = 20
 def class_charts(run_path: Path) -> list[Chart]:
     """Return the soft labels and the models' confusion of labels, as far as they are there."""
     return [*soft_label_chart(run_path), *confusion_charts(run_path)]
+
+
+def calibration_notes(run_path: Path) -> list[str]:
+    """Return in words how the teacher was calibrated; nothing where it was not."""
+    path = result_path(run_path, "calibrate")
+    return in_words(json.loads(path.read_text())) if path.exists() else []
 
 
 def soft_label_chart(run_path: Path) -> list[Chart]:

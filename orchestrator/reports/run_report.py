@@ -14,7 +14,7 @@ import yaml
 
 from actors.format import duration
 from orchestrator import __version__
-from orchestrator.reports.classes_report import class_charts
+from orchestrator.reports.classes_report import calibration_notes, class_charts
 from orchestrator.reports.page import Chart, read_json_lines, write_page
 from orchestrator.reports.provenance import about_run
 from orchestrator.reports.rollouts_report import student_text
@@ -79,7 +79,7 @@ def report_content(run_path: Path) -> dict[str, Any]:
         "version": __version__,
         "subtitle": subtitle(config),
         "columns": COLUMNS,
-        "findings": findings(table, answers_count(run_path)),
+        "findings": [*findings(table, answers_count(run_path)), *calibration_notes(run_path)],
         "table": table,
         "judge": judging.lines() if (judging := read_judging(run_path)) is not None else [],
         "benchmarks": found.lines() if (found := read_benchmarks(run_path)) is not None else [],

@@ -28,6 +28,7 @@ from orchestrator.models.classifiers import label_names
 from orchestrator.models.models import Models, config_of
 from orchestrator.run.results_table import MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table
 from orchestrator.run.run_dir import Facts, RunDir
+from orchestrator.run.scoring import temperature_of
 from orchestrator.run.stages import rows_of
 
 logger = logging.getLogger("atkd")
@@ -41,7 +42,7 @@ def evaluate(config: RunConfig, run_dir: RunDir, models: Models, heldout_store: 
     missing = {name: source for name, source in sources.items() if not (folder / f"{name}.json").exists()}
     if not config.loads_teacher_to_measure and (teacher := missing.pop("teacher", None)) is not None:
         keep_evaluation(run_dir, "teacher", teacher_by_scores(config, run_dir.path, teacher, heldout_store))
-    begin = partial(evaluate_remote, config, run_dir.path, models, heldout_store)
+    begin = partial(evaluate_remote, config, run_dir.path, models, heldout_store, temperature_of(config, run_dir))
     running = {name: begin(name, source) for name, source in missing.items()}
     for name, reference in running.items():
         keep_evaluation(run_dir, name, _evaluated(name, reference))
@@ -82,8 +83,9 @@ def _evaluated(name: str, reference: ray.ObjectRef) -> Evaluation:
 
 
 def evaluate_remote(
-    config: RunConfig, run_path: Path, models: Models, store: ScoreStore, name: str, source: ModelSource
-) -> ray.ObjectRef:
+    config: RunConfig, run_path: Path, models: Models, store: ScoreStore, teacher_temperature: float, name: str,
+    source: ModelSource,
+) -> ray.ObjectRef:  # fmt: skip
     """Begin to measure a model in a Ray task that holds what the configuration gives the evaluator.
 
     See ``evaluate_model`` and ``evaluate_classifier``.
@@ -98,8 +100,9 @@ def evaluate_remote(
         labels = tuple(label_names(task).values())
         classifier = ray.remote(evaluate_classifier).options(**options)
         return classifier.remote(
-            source, str(rows), str(store.path), str(data / "heldout_rows.jsonl"), labels, task.ordered, settings, top_k
-        )
+            source, str(rows), str(store.path), str(data / "heldout_rows.jsonl"), labels, task.ordered, settings, top_k,
+            teacher_temperature if name == "teacher" else 1.0,
+        )  # fmt: skip
     tokenizer = models.tokenizer_source()
     language_model = ray.remote(evaluate_model).options(**options)
     return language_model.remote(

@@ -26,7 +26,7 @@ from orchestrator.run.judging import judge, require_judge
 from orchestrator.run.responses import respond
 from orchestrator.run.rollouts import RolloutStage, rollout_task, served_teacher
 from orchestrator.run.run_dir import RunDir
-from orchestrator.run.scoring import ScoringStage
+from orchestrator.run.scoring import ScoringStage, calibrate
 from orchestrator.run.stages import fetch_models, finetune, prepare, require_same_source, train
 
 STAGES = ("prepare", "finetune", "respond", "score", "train", "evaluate", "export")
@@ -77,6 +77,9 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
             run_dir.stage("respond", partial(respond, config, run_dir, models))
         yield "respond"
 
+        if config.teacher.calibrate:
+            fetch_models(config, run_dir, models, ["calibrate"])
+            run_dir.stage("calibrate", partial(calibrate, config, run_dir, models))
         scoring = ScoringStage(config, run_dir, models)
         scored = [] if scoring.complete else ["score"]
         if not overlap:

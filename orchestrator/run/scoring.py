@@ -18,6 +18,8 @@ from actors.monitors.prometheus import TeacherMetrics
 from actors.placement import Cluster, read_cluster
 from actors.score_store.store import ScoreStore
 from actors.teacher.pool import TeacherPool
+from losses.config import HardLabelLoss
+from orchestrator.classification.calibration import calibration_of
 from orchestrator.classification.label_words import read_asked, words_identity
 from orchestrator.cluster.background import in_background
 from orchestrator.cluster.logs import ProgressSnapshot, log_progress
@@ -61,6 +63,7 @@ class ScoringStage:
         self._vocab_size = classes or vocab_size_of(self._teacher)
         self._tokenizer_hash = None if classes else tokenizer_hash(models.tokenizer())
         self._ids_below = classes or ids_below(models)
+        self._temperature = temperature_of(config, run_dir)
         self._asked = read_asked(run_dir.path / "data") if config.teacher.label_words is not None else None
         self.heldout_store = self._open("heldout")
         self.training_store = self._open("train") if needs_teacher(config.loss) and config.learns_from_data else None
@@ -78,7 +81,7 @@ class ScoringStage:
 
     def run(self) -> None:
         """Score what is missing; nothing, and no teacher is started, where both stores are complete."""
-        self.run_dir.stage("score", self._score)
+        self.run_dir.stage("score", self.fill)
 
     @contextmanager
     def in_background(self) -> Iterator[None]:
@@ -94,7 +97,8 @@ class ScoringStage:
         with in_background("scoring", self.run, stop):
             yield
 
-    def _score(self) -> Facts:
+    def fill(self) -> Facts:
+        """Score what is missing, as ``run`` does, and return what is known of it."""
         facts: Facts = {}
         auto = self.config.teacher.engine.replicas == "auto"
         cluster = read_cluster() if auto else None  # at once: students that stand already would be counted twice
@@ -147,6 +151,8 @@ class ScoringStage:
         words, task = self.config.teacher.label_words, self.config.task
         if words is not None and self._asked is not None and isinstance(task, ClassificationTask):
             identity["label_words"] = words_identity(words, task.labels, self._asked, split)
+        if self._temperature != 1.0:
+            identity["temperature"] = self._temperature
         return open_store(self.config, identity, split)
 
     def _spec(self, stores: list[tuple[Split, ScoreStore]], cluster: Cluster | None) -> TeacherSpec:
@@ -163,12 +169,29 @@ class ScoringStage:
             longest_row=max(int(ExampleFile(self._examples_path(split)).lengths.max()) for split, _ in stores),
             ids_below=named_below(self._ids_below, self._vocab_size),
             label_words=self._asked.token_ids if self._asked is not None else (),
+            temperature=self._temperature,
         )
 
     def _examples_path(self, split: Split) -> Path:
         if self.config.classes:
             return rows_of("teacher", split, self.run_dir.path)
         return training_rows(self.config, self.run_dir.path) if split == "train" else self.run_dir.path / "data" / "heldout.arrow"
+
+
+def calibrate(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
+    """Score the held-out rows by a teacher as it is, into a store of their own, and fit its temperature to their labels."""
+    teacher = config.teacher.model_copy(update={"calibrate": False})
+    as_it_is = config.model_copy(update={"teacher": teacher, "loss": HardLabelLoss(kind="hard_label")})  # no row to train on
+    scoring = ScoringStage(as_it_is, run_dir, models)
+    scoring.fill()
+    return calibration_of(ExampleFile(rows_of("teacher", "heldout", run_dir.path)), scoring.heldout_store)
+
+
+def temperature_of(config: RunConfig, run_dir: RunDir) -> float:
+    """Return by what the logits of a teacher that classifies are divided: what was fitted, or 1."""
+    found = run_dir.result("calibrate") if config.teacher.calibrate else None
+    assert found is not None or not config.teacher.calibrate, "the stage stands before that of the scores"
+    return float(found["temperature"]) if found is not None else 1.0
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def loads_of(stage: str, config: RunConfig, models: Models) -> list[tuple[Role, 
     if stage == "respond" and config.responses is not None and config.writer_engine is not None:
         writer = config.responses.writer
         return [(writer, models.ready(writer), replica_request(config.writer_engine))]
-    if stage == "score":
+    if stage in ("calibrate", "score"):
         return [("teacher", models.ready("teacher"), replica_request(config.teacher.engine))]
     if stage == "train":
         loads: list[tuple[Role, ModelSource, ResourceRequest]] = [
@@ -173,26 +173,34 @@ def finetune(role: Role, config: RunConfig, run_dir: RunDir, models: Models) -> 
     """Train a role's model on the data itself, as the paper's teachers are."""
     fitting = models.side(role).finetune
     assert fitting is not None
-    task = TrainingTask(
+    return train_model(finetuning_task(role, config, run_dir.path, models), fitting.workers, run_dir.path / "checkpoints")
+
+
+def finetuning_task(role: Role, config: RunConfig, folder: Path, models: Models) -> TrainingTask:
+    """Return the fine-tuning of a role's model in a run whose folder is ``folder``."""
+    fitting = models.side(role).finetune
+    assert fitting is not None
+    return TrainingTask(
         name=f"finetune_{role}",
         model=models.begun(role),
         tokenizer=str(models.tokenizer_folder),
         lora=None,
         loss=HardLabelLoss(kind="hard_label"),
         train=fitting.train,
-        examples=str(rows_of(role, "train", run_dir.path)),
+        examples=str(rows_of(role, "train", folder)),
         store=None,
         top_k=config.scores.top_k,
         wait_seconds=config.scores.wait_seconds,
         seed=config.seed,
         threads=int(max(1, fitting.workers.cpus)),
         gpu=fitting.workers.gpus > 0,
-        metrics=str(run_dir.path / "metrics"),
+        metrics=str(folder / "metrics"),
         output=str(models.finetuned_folder(role)),
         run=config.name,
         tracking=config.tracking,
+        # The teacher is what is served: rounded later, its weights would be further from it than 16-bit arithmetic is.
+        dtype=config.teacher.engine.dtype if role == "teacher" else "float32",
     )
-    return train_model(task, fitting.workers, run_dir.path / "checkpoints")
 
 
 def rows_of(role: Role, split: str, folder: Path) -> Path:

@@ -4,6 +4,7 @@ It becomes a Ray actor beside the driver. The ledger is all it needs to remember
 resumes.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 from actors.handles import RemoteMethod
 from actors.student.task import ValidationController
 from orchestrator.search.ledger import Ledger, Search, read_ledger
-from orchestrator.search.ledger_records import FinalStatus, SearchSpec
+from orchestrator.search.ledger_records import FinalStatus, Measured, SearchSpec
 from orchestrator.search.schedulers import Scheduler
 
 
@@ -75,14 +76,14 @@ class SearchController:
         self._spec, self._scheduler = spec, scheduler
         self._assignments: dict[int, Assignment] = {}
         self._begun_at: dict[int, float] = {}
-        self._rungs: dict[int, list[dict[str, float]]] = {}  # what was measured of each trial, rung after rung
+        self._rungs: dict[int, list[Measured]] = {}  # what was measured of each trial, rung after rung
         self._stopped: set[int] = set()
         self._outcomes: dict[int, Outcome] = {}
         for trial in read_ledger(path).trials:
             if trial.ended is not None:  # one that was interrupted begins anew, and its rungs with it
-                self._rungs[trial.number] = [dict(rung.metrics) for rung in trial.rungs]  # type: ignore[arg-type]
+                self._rungs[trial.number] = [dict(rung.metrics) for rung in trial.rungs]
                 for number, rung in enumerate(self._rungs[trial.number]):
-                    self._scheduler.take_down(trial.number, number, rung[spec.metric])
+                    self._scheduler.take_down(trial.number, number, self._value_of(rung))
                 last = len(trial.rungs) - 1
                 self._outcomes[trial.number] = Outcome(trial.ended.status, trial.metrics.get(spec.metric), last)
 
@@ -98,7 +99,7 @@ class SearchController:
         """Return what a trial is to do."""
         return self._assignments[trial]
 
-    def measured(self, trial: int, rung: int, step: int, measures: Mapping[str, float], seconds: float) -> bool:
+    def measured(self, trial: int, rung: int, step: int, measures: Measured, seconds: float) -> bool:
         """Take down what was measured of a trial at a rung; return whether it continues.
 
         Workers that were started again may come by a rung once more; what was said there the first time stands. Those of a
@@ -108,12 +109,17 @@ class SearchController:
         if trial in self._outcomes or rung < len(so_far):
             return trial not in self._outcomes and trial not in self._stopped
         assert rung == len(so_far), f"trial {trial} comes to rung {rung} and was measured at {len(so_far)}"
-        goes_on = self._decided(trial, rung, measures[self._spec.metric])
+        goes_on = self._decided(trial, rung, self._value_of(measures))
         self._ledger.rung(trial, rung, step, measures, "continue" if goes_on else "stop", seconds)
         so_far.append(dict(measures))
         if not goes_on:
             self._stopped.add(trial)
         return goes_on
+
+    def _value_of(self, measures: Measured) -> float:
+        """Return what trials are compared by; no number where it is undefined, as a kappa of rows of one grade."""
+        value = measures[self._spec.metric]
+        return math.nan if value is None else value
 
     def _decided(self, trial: int, rung: int, value: float) -> bool:
         if rung < len(self._spec.rungs) - 1:

@@ -17,15 +17,15 @@ from rich.text import Text
 from actors.files import write_atomically
 from orchestrator.config.load import dump_config
 from orchestrator.config.run import RunConfig
-from orchestrator.run.results_table import METRICS, Show, written
+from orchestrator.run.results_table import CLASS_METRICS, METRICS, Show, written
 from orchestrator.search.bound_space import BoundSpace
 from orchestrator.search.ledger import Search, Status, Trial
 
 STATUS_ORDER: dict[Status, int] = {"completed": 0, "stopped": 1, "unfinished": 2, "failed": 3}
 """Whose trials stand first in a table."""
 
-LABELS: dict[str, str] = {name: label for name, label, _ in METRICS}
-SHOWS: dict[str, Show] = {name: show for name, _, show in METRICS}
+LABELS: dict[str, str] = {name: label for name, label, _ in (*CLASS_METRICS, *METRICS)}
+SHOWS: dict[str, Show] = {name: show for name, _, show in (*CLASS_METRICS, *METRICS)}
 
 PLAIN_WIDTH = 120
 LONGEST_NAME = 80

@@ -66,6 +66,7 @@ class TrialContext:
             top_k=base.scores.top_k,  # not the trial's own: all are measured alike
             batch_rows=base.evaluate.batch_rows,
             controller=self.controller,
+            ordered=base.ordered,
         )
         folder = self.trial_folder(assignment.trial)
         models, store = Models(config, self.run_folder), self.training_store if config.learns_from_data else None

@@ -58,7 +58,7 @@ def grading(folder: Path) -> RunConfig:
         },
         "teacher": {
             "model": {"kind": "pretrained", "name": str(tiny_bert(folder / "bert"))}, "engine": ENGINE,
-            "finetune": {"train": {**LEARN, "epochs": 2, "optimizer": {"learning_rate": 5e-3}}},
+            "finetune": {"train": {**LEARN, "epochs": 2, "optimizer": {"learning_rate": 5e-3}}}, "calibrate": True,
         },
         "student": {"model": {"kind": "text_cnn"}},
         "scores": {"rows_per_shard": 100, "overlap": False},
@@ -73,6 +73,15 @@ def finished(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunCo
     config = grading(tmp_path_factory.mktemp("grading"))
     assert run(config) == 0
     return config
+
+
+def test_the_teacher_is_calibrated_before_it_scores(finished: RunConfig) -> None:
+    found = json.loads((finished.run_dir / "stages" / "calibrate.json").read_text())
+    assert found["rows"] == 60 and found["after"]["heldout_loss"] < found["before"]["heldout_loss"]
+    teacher = evaluation(finished, "teacher")["metrics"]
+    assert teacher["heldout_loss"] == pytest.approx(found["after"]["heldout_loss"], abs=1e-3)
+    assert teacher["kl_to_teacher"] < 1e-3, "its stored scores are calibrated too"
+    assert "the teacher's logits are divided by" in (finished.run_dir / "report.html").read_text().replace("&#39;", "'")
 
 
 def evaluation(config: RunConfig, name: str) -> dict[str, Any]:
@@ -177,13 +186,18 @@ def test_soft_labels_teach_images_without_a_teacher(local_ray: None, tmp_path: P
 @pytest.mark.drill
 def test_soft_labels_beside_label_smoothing_and_a_network(local_ray: None, tmp_path: Path) -> None:
     network = {"model": {"kind": "image_resnet", "channels": 4, "stages": 1}, "finetune": {"train": {**LEARN, "epochs": 2}}}
-    teachers = {"table": {}, "smoothing": {"model": {"kind": "soft_labels", "similarity": "uniform"}}, "network": network}
+    labels = {str(one): {str(other): 0.8 if one == other else 0.1 for other in range(3)} for one in range(3)}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    own = {"kind": "soft_labels", "similarity": "file", "table": str(tmp_path / "labels.json")}
+    smoothing = {"kind": "soft_labels", "similarity": "uniform"}
+    teachers = {"table": {}, "own": {"model": own}, "smoothing": {"model": smoothing}, "network": network}
     config = images(
         tmp_path,
         compare={"arms": ["cross_entropy", "soft"], "own_arms": {"soft": {}}, "baseline": "cross_entropy", "seeds": 2, "rungs": 1,
-                 "trials_in": "reused_process", "concurrent": 1, "teachers": teachers},
+                 "metric": "accuracy", "trials_in": "reused_process", "concurrent": 1, "teachers": teachers},
     )  # fmt: skip
     assert comparison(config) == 0
     page = (config.run_dir / config.compare.name / "report.html").read_text()
+    assert "macro F1" in page
     for teacher in teachers:
         assert teacher in page

@@ -9,6 +9,7 @@ import torch
 from actors.evaluation.metrics import CALIBRATION_BINS, HeldoutMetrics, HeldoutRows, batches_by_length
 from actors.examples import ExampleFile
 from actors.score_store.store import ScoreStore
+from losses.topk_teacher import TopkTeacher
 from tests.worlds import VOCAB, scored_world
 
 ROWS, TOP_K = 9, 8
@@ -89,6 +90,35 @@ def test_one_logit_that_is_not_finite_spoils_the_sums_for_good(world: tuple[Exam
     metrics.add_logits(logits_of(positions, examples), rows.batch(positions))
     with pytest.raises(ValueError, match="the logits of student are not finite on the held-out rows; its training diverged"):
         metrics.require_finite("student")
+
+
+def test_a_classifier_is_measured_by_its_labels_over_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logprobs = torch.randn(50, 3, generator=generator).double().log_softmax(dim=1)
+    labels, teacher = torch.randint(3, (50,), generator=generator), torch.randn(50, 3, generator=generator).log_softmax(dim=1)
+    others = torch.stack([torch.tensor([other for other in range(3) if other != label]) for label in labels.tolist()])
+    scores = TopkTeacher(
+        teacher.gather(1, labels[:, None])[:, 0], others, teacher.gather(1, others), torch.full((50,), -torch.inf)
+    )  # fmt: skip
+    grades, names = HeldoutMetrics(3, ordered=True), HeldoutMetrics(3)
+    for counted in (grades, names):
+        for some in (slice(0, 20), slice(20, 50)):
+            counted.add(logprobs[some], labels[some], scores.select(some))
+    guessed = logprobs.argmax(dim=1)
+    right = float((guessed == labels).double().mean())
+    by_chance = float(((labels[:, None] - guessed[None]) ** 2).double().mean())  # every label met with every prediction
+    kappa = 1 - float(((labels - guessed) ** 2).double().mean()) / by_chance
+    hits = [(labels == one) & (guessed == one) for one in range(3)]
+    halves = [(labels == one).double() / 2 + (guessed == one).double() / 2 for one in range(3)]
+    f1 = float(np.mean([float(hit.sum() / half.sum()) for hit, half in zip(hits, halves, strict=True)]))
+    assert grades.of_labels() == pytest.approx({"accuracy": right, "macro_f1": f1, "weighted_kappa": kappa})
+    assert names.of_labels().keys() == {"accuracy", "macro_f1"} and HeldoutMetrics().of_labels() == {}
+
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda packed: packed.mul_(2))  # another worker counted the same
+    alone, measures = grades.of_labels(), grades.measures()
+    grades.sum_over_workers(torch.device("cpu"))
+    assert grades.confusion.sum() == 100 and grades.targets == 100
+    assert grades.of_labels() == pytest.approx(alone) and grades.measures() == pytest.approx(measures)
 
 
 def test_batches_hold_every_row_once_the_longest_first() -> None:

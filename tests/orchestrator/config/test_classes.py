@@ -66,6 +66,10 @@ def test_a_configuration_survives_being_written_and_read(tree: dict[str, Any], t
         (["task.labels=[1, '1']"], r"labels has '1' twice"),
         (["task.labels=[yes, no]"], r"task\.labels: has True, which YAML makes of words such as yes, .*\['yes', 'no'\] would do"),
         (["task.labels=[0.5, 1]"], r"task\.labels: has 0\.5, neither a text nor a whole number; '0\.5' or 0 would do"),
+        (
+            ["task.ordered=false", "compare.metric=weighted_kappa"],
+            r"compare\.metric weighted_kappa is measured of grades, and task\.ordered is false; .*metric=accuracy would do",
+        ),
         (["task.labels=[]"], r"labels is empty; two are the least"),
         (["task.labels=[a]"], r"labels has 'a' alone; two are the least"),
         (["scores.top_k=5"], r"scores\.top_k is 5, but of 3 labels all 2 besides a row's own are kept; scores\.top_k=2 would do"),
@@ -90,6 +94,10 @@ def test_a_configuration_survives_being_written_and_read(tree: dict[str, Any], t
         (["tokenizer=null"], r"student\.model text_mlp has no tokenizer of its own, .*tokenizer=\{vocab_size: 1000\} would do"),
         (["student.model={kind: pretrained, name: a/b}"], r"tokenizer is trained .*this one brings its own; tokenizer=null woul"),
         (["teacher.finetune=null"], r"teacher\.model is text_cnn with random weights, and teacher\.finetune is null: it has not"),
+        (
+            ["teacher={model: {kind: soft_labels}, calibrate: true}"],
+            r"teacher\.model soft_labels is a table that knows each row's label, .*; teacher\.calibrate=false would do",
+        ),
         (["teacher.model={kind: soft_labels}"], r"soft_labels is a table, .*; teacher\.finetune=null would do"),
         (["student.model={kind: text_cnn, kernels: []}"], r"kernels \[\] must be widths of at least one token; \[1, 2, 3\] woul"),
         (["student.model={kind: text_cnn, kernels: [0]}"], r"kernels \[0\] must be widths of at least one token"),
@@ -128,6 +136,8 @@ def test_what_texts_do_not_go_with_is_refused(overrides: list[str], message: str
             ["teacher.model={kind: soft_labels, similarity: uniform, diagonal_boost: 1}"],
             r"diagonal_boost 1\.0 acts with similarity autoencoder alone",
         ),
+        (["teacher.model.similarity=file"], r"similarity file reads .* from table, which is null; table=labels\.json would do"),
+        (["teacher.model.table=a.json"], r"table a\.json is read with similarity file alone; leave it out, or file would do"),
     ],
 )
 def test_what_images_and_soft_labels_do_not_go_with_is_refused(overrides: list[str], message: str) -> None:
@@ -144,6 +154,8 @@ def test_what_images_and_soft_labels_do_not_go_with_is_refused(overrides: list[s
         ),
         ("teacher.model={kind: image_cnn}", r"teacher\.model\.kind image_cnn tells labels apart"),
         ("teacher.model={kind: soft_labels}", r"teacher\.model\.kind soft_labels tells labels apart"),
+        ("teacher.calibrate=true", r"teacher\.calibrate is for classifiers, .*; teacher\.calibrate=false would do"),
+        ("tune.metric=accuracy", r"tune\.metric accuracy is measured of classifiers, .*; tune\.metric=top1_agreement would do"),
         ("data.format={kind: text}", r"the format of data\.source is text, of rows that are classified, .*such as instruction"),
         ("data.format={kind: image}", r"the format of data\.source is image, of rows that are classified"),
     ],

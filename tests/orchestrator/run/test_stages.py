@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models
-from orchestrator.run.stages import loads_of
+from orchestrator.run.stages import finetuning_task, loads_of
 
 
 def config_with(**sections: object) -> RunConfig:
@@ -70,6 +70,14 @@ def test_a_model_that_is_fine_tuned_is_loaded_from_the_hub_by_its_fine_tuning_al
     assert (role, source.name, request.section) == ("teacher", "someone/model", "teacher.finetune.workers")
     assert request.amounts["CPU"] == 4
     assert [source.name for _, source, _ in loads_of("score", config, models)] == [str(models.finetuned_folder("teacher"))]
+
+
+def test_a_teacher_that_is_fine_tuned_is_stored_in_the_type_that_is_served(tmp_path: Path) -> None:
+    fitted = {"model": {"kind": "pretrained", "name": str(tmp_path)}, "finetune": {"train": {}}}
+    config = config_with(teacher={**fitted, "engine": {"dtype": "bfloat16"}}, student=fitted)
+    models = Models(config, tmp_path)
+    assert finetuning_task("teacher", config, tmp_path, models).dtype == "bfloat16"
+    assert finetuning_task("student", config, tmp_path, models).dtype == "float32"
 
 
 def test_a_teacher_that_is_evaluated_from_its_scores_is_not_loaded_for_that(tmp_path: Path) -> None:
