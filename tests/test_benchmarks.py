@@ -13,7 +13,7 @@ from actors.config.model_kinds import ScratchModel
 from actors.config.models import TrainConfig
 from actors.examples import ExampleFile, write_examples
 from actors.models import save_model, scratch_model
-from benchmarks import batches, losses, parity, truncation, wires
+from benchmarks import batches, losses, parity, rounding, truncation, wires
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, peak_bytes, print_table, report
 from orchestrator.config.data import BuiltinSource
 from orchestrator.data.sources import read_rows
@@ -156,3 +156,17 @@ def test_what_vllm_serves_is_measured(
     monkeypatch.setattr(sys, "argv", ["parity", str(tmp_path / "model"), *arguments])
     assert parity.main() == 0
     assert "bar draws refused, vLLM in float32 measured 0 wanted <=0 met" in capsys.readouterr().out
+
+
+def test_what_rounding_leaves_of_a_few_steps_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [str(value) for row in read_rows(BuiltinSource(kind="builtin", rows=300), seed=0) for value in row.values()]
+    tokenizer = train_tokenizer(texts, 400)
+    shape = ScratchModel(kind="scratch", hidden_size=32, layers=1, heads=2)
+    model = scratch_model(shape, tokenizer, len(tokenizer), 512, seed=0).to(torch.bfloat16)
+    save_model(model, tokenizer, tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["rounding", str(tmp_path / "model"), "--steps", "1", "2"])
+    rounding.main()
+    lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line for line in lines if line.isdigit()] == ["1", "2"]

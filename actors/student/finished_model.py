@@ -22,6 +22,7 @@ from actors.examples import ExampleFile
 from actors.files import whole_folder, write_atomically
 from actors.lora import merge_adapters, shared_with_adapters
 from actors.models import is_classifier, load_model, save_model
+from actors.rounding import generator_of, rounded
 from actors.student.causal_lm import prepare_model, student_of
 from actors.student.checkpoint import whole_weights
 from actors.student.model import undistributed
@@ -78,14 +79,15 @@ def write_finished_model(student: nn.Module, task: TrainingTask, folder: Path, w
     kl_of_merging = require_near(trained, merged, tolerance, "with its adapters merged" if task.lora else "gathered")
 
     dtype = getattr(torch, task.dtype)
+    generator = generator_of(task.seed)
     for weight in plain.parameters():  # and no buffers: those that are not stored, as rotary frequencies, are made anew
-        weight.data = weight.data.to(dtype).float()
-    rounded = logprobs_of(plain, rows)
+        weight.data = rounded(weight.data, dtype, generator).float()
+    expected = logprobs_of(plain, rows)
     with whole_folder(folder) as unproved:
         save_model(plain.to(dtype), tokenizer if (tokenizer := Path(task.tokenizer)).exists() else None, unproved)
         del plain, model
         written = logprobs_of(load_model(replace(source, name=str(unproved), revision=None)), rows)
-        require_near(rounded, written, TOLERANCE, f"written in {task.dtype} and loaded again")
+        require_near(expected, written, TOLERANCE, f"written in {task.dtype} and loaded again")
         proof = ExportProof(len(rows.targets), task.dtype, kl_of_merging, mean_kl(trained, written), tuple(untied))
         write_atomically(proof_path(task), json.dumps(asdict(proof), indent=1).encode())
 

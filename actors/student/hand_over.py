@@ -1,11 +1,12 @@
 """What a student in training hands to its samplers: its weights, as an ordinary model folder, and how many rows they write."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from actors.attention import exact
 from actors.config.models import TrainConfig
@@ -15,6 +16,7 @@ from actors.examples import ExampleFile
 from actors.files import whole_folder
 from actors.lora import merge_adapters
 from actors.rollouts.weights import Proof, WeightFolders
+from actors.rounding import generator_of, rounded
 from actors.score_store.rollout_log import RolloutLog
 from actors.student.causal_lm import CausalStudent, prepare_model
 from actors.student.checkpoint import whole_weights
@@ -96,9 +98,7 @@ class WeightPublisher:
         weights = whole_weights(student)
         if self._worker.rank > 0:
             return
-        copy = self._copy_to_fill()
-        copy.load_state_dict(weights)
-        plain = merge_adapters(copy.model) if self._task.lora else copy.model
+        plain = self._in_their_type(weights, step)
         folder = WeightFolders(Path(self._rollouts.weights)).path(step)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(folder) as unfinished:
@@ -115,10 +115,22 @@ class WeightPublisher:
         there = WeightFolders(Path(rollouts.weights)).is_there(step)
         return self._worker.agree(not there and any(not log.is_there(one) for one in steps))
 
-    def _copy_to_fill(self) -> CausalStudent:
-        """Return a model to put the weights into; adapters are merged into it, so that one that has them serves once."""
+    def _in_their_type(self, weights: Mapping[str, Tensor], step: int) -> PreTrainedModel:
+        """Return an ordinary model with the weights, adapters merged, in the type in which samplers compute."""
         assert self._rollouts is not None
-        if self._copy is None or self._task.lora is not None:
-            model = prepare_model(exact(self._task.model), self._task.lora, TrainConfig())
-            self._copy = CausalStudent(model.to(getattr(torch, self._rollouts.dtype)), self._task.loss)
-        return self._copy
+        dtype, generator = getattr(torch, self._rollouts.dtype), generator_of(self._task.seed, step)
+        if self._task.lora is not None:
+            whole = self._empty_copy(torch.float32)  # made anew: merged adapters are gone
+            whole.load_state_dict(weights)
+            plain = merge_adapters(whole.model)
+            for weight in plain.parameters():
+                weight.data = rounded(weight.data, dtype, generator)
+            return plain.to(dtype)
+        if self._copy is None:
+            self._copy = self._empty_copy(dtype)
+        self._copy.load_state_dict({name: rounded(weight, dtype, generator) for name, weight in weights.items()})
+        return self._copy.model
+
+    def _empty_copy(self, dtype: torch.dtype) -> CausalStudent:
+        model = prepare_model(exact(self._task.model), self._task.lora, TrainConfig())
+        return CausalStudent(model.to(dtype), self._task.loss)
