@@ -2,8 +2,8 @@
 
     python -m benchmarks.rounding MODEL [--rows train.jsonl --prompt '{{ question }}' --response answer]
 
-MODEL, a folder in bfloat16, is fine-tuned with float32 weights. After some steps its log-probabilities of the tokens of a few rows
-are compared with those of the same weights in 16 bits, computed in float32, so that what differs is the weights alone.
+MODEL, a folder in bfloat16, is fine-tuned with float32 weights. After some steps its log-probabilities on a few rows are compared
+with those of the same weights in 16 bits, computed in float32, so that what differs is the weights alone.
 """
 
 import argparse
