@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from orchestrator.cluster.places import settle_home
 
@@ -27,12 +28,13 @@ TRIALS = {
 }
 """Commands that train many students on one scoring."""
 
-OTHERS = ("doctor", "plan", "verify", "judge", "benchmark", "config")
+OTHERS = ("doctor", "plan", "verify", "judge", "benchmark", "predict", "config")
 
 PLAN_HELP = "say what a run will take and whether a cluster has it, before anything starts: memory, bytes, hours, bottleneck"
 VERIFY_HELP = "read a run's score stores whole and compare each row with its checksum"
 JUDGE_HELP = "have the judge of evaluate.judge judge a run's answers, asking what is not known yet; needs no devices"
 BENCHMARK_HELP = "measure a run's models by the tasks of evaluate.benchmarks that are not measured yet"
+PREDICT_HELP = "have a finished run's student, or its teacher, answer the rows of a file: labels with probabilities, or text"
 DOCTOR_HELP = "prove on a few rows that the teacher's scores would be right, before it scores them all"
 
 
@@ -53,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_arguments(commands.add_parser("verify", help=VERIFY_HELP, description=VERIFY_HELP))
     _add_config_arguments(commands.add_parser("judge", help=JUDGE_HELP, description=JUDGE_HELP))
     _add_config_arguments(commands.add_parser("benchmark", help=BENCHMARK_HELP, description=BENCHMARK_HELP))
+    _add_predict_arguments(commands.add_parser("predict", help=PREDICT_HELP, description=PREDICT_HELP))
     _add_config_arguments(commands.add_parser("config", help="print the whole configuration, defaults included"))
     return parser
 
@@ -63,10 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     _require_command(parser, words)
     options = parser.parse_args(words)
-    from orchestrator.config.load import dump_config, load_config
+    from orchestrator.config.load import dump_config, load_config, load_run
 
     try:
-        config = load_config(options.config, options.overrides)
+        if options.command == "predict":
+            config, folder = load_run(options.config, options.overrides)
+        else:
+            config = load_config(options.config, options.overrides)
+            folder = config.run_dir
         if options.command == "config":
             print(dump_config(config), end="")
             return 0
@@ -87,15 +94,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "plan":
             from orchestrator.planning.plan import PlanOptions
 
-            given = {field.name: getattr(options, field.name) for field in fields(PlanOptions)}
-            return commands.plan(config, PlanOptions(**given))
+            return commands.plan(config, PlanOptions(**_said(options, PlanOptions)))
+        if options.command == "predict":
+            from orchestrator.predicting.options import PredictOptions
+
+            return commands.predict(config, folder, PredictOptions(**_said(options, PredictOptions)))
         others = {
             "tune": commands.search, "compare": commands.comparison, "doctor": commands.doctor, "verify": commands.verify,
             "judge": commands.judge, "benchmark": commands.benchmark,
         }  # fmt: skip
         return others[options.command](config)
 
-    return guarded(config, work, _level_of(options), of_the_run=options.command not in ("plan", "verify"))
+    return guarded(config, work, _level_of(options), of_the_run=options.command not in ("plan", "verify", "predict"))
+
+
+def _said(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Return what the command line says of each field of a command's own record of options."""
+    return {field.name: getattr(options, field.name) for field in fields(kind)}
 
 
 def _level_of(options: argparse.Namespace) -> int:
@@ -133,10 +148,30 @@ def _not_begun(error: BaseException) -> int:
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, such as configs/tiny_cpu.yaml")
+    _add_shared_arguments(parser)
+
+
+def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="such as loss.easy_ratio=0.3")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("-q", "--quiet", action="store_true", help="show the result and warnings only")
     shown.add_argument("-v", "--verbose", action="store_true", help="show every event, and what Ray's workers print")
+
+
+def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="RUN", help="YAML file of a run, or the folder that the run has left")
+    parser.add_argument("rows", metavar="ROWS", help="file of the rows, such as rows.jsonl; labels and answers need not be there")
+    _add_shared_arguments(parser)
+    parser.add_argument("--output", metavar="FILE", help="file of the answers; default ROWS with the suffix .predicted.jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="replace answers that are there")
+    parser.add_argument("--model", choices=("student", "teacher"), default="student", help="who answers; default student")
+    parser.add_argument("--batch-rows", type=int, metavar="N", help="rows that are answered at one time")
+    parser.add_argument("--format-of", metavar="KEY", help="source whose format the rows have, such as data.sources.1")
+    parser.add_argument("--engine", choices=("vllm", "transformers"), help="of language models; default vLLM where it can")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default evaluate.max_new_tokens")
+    parser.add_argument("--temperature", type=float, metavar="T", help="default 0: the most likely token")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens that hold this share; default 1")
+    parser.add_argument("--seed", type=int, metavar="N", help="draws the tokens; default the run's")
 
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:

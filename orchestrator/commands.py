@@ -10,6 +10,8 @@ from orchestrator.doctor.doctor import diagnose
 from orchestrator.models.models import Models
 from orchestrator.planning.plan import PlanOptions, make_plan
 from orchestrator.planning.report import as_plain, print_plan
+from orchestrator.predicting.options import PredictOptions
+from orchestrator.predicting.predicting import predict as answers_of
 from orchestrator.reports.run_report import write_report
 from orchestrator.reports.search_report import write_search_report
 from orchestrator.reports.teachers_report import write_teachers_report
@@ -120,6 +122,17 @@ def benchmark(config: RunConfig) -> int:
     report = write_report(config.run_dir)
     print_table(read_table(config.run_dir))
     logger.info(f"report: {report}")
+    return 0
+
+
+def predict(config: RunConfig, folder: Path, options: PredictOptions) -> int:
+    """Have the model of a finished run answer the rows of a file.
+
+    Raises:
+        ValueError: naming the option, the row or the key that cannot be.
+        WritingFailed: if a language model failed.
+    """
+    logger.info(f"answers: {answers_of(config, folder, options)}")
     return 0
 
 

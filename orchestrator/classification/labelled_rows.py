@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.config.data import DataConfig
-from orchestrator.config.formats import ImageFormat, TextFormat
+from orchestrator.config.formats import FormatConfig, ImageFormat, TextFormat
 from orchestrator.config.task import ClassificationTask
 from orchestrator.data.field_templates import field_template
 from orchestrator.data.mixture import NumberedRow
@@ -54,17 +54,26 @@ def read_row(row: NumberedRow, data: DataConfig, task: ClassificationTask) -> La
         ValueError: naming the row, and what is wrong with it.
     """
     try:
-        format = data.formats[row.source]
         label, group = label_of(row.fields, task), group_of(row.fields, task)
-        if isinstance(format, TextFormat):
-            text = require_unicode(field_template(format.text, "data.format.text").fill(row.fields))
-            if not text.strip():
-                raise ValueError("its text is empty: there is nothing to classify")
-            return LabelledRow(row.number, text, None, label, group, row.place)
-        assert isinstance(format, ImageFormat), "the configuration was checked"
-        return LabelledRow(row.number, None, image_of(row.fields, format), label, group, row.place)
+        text, image = content_of(row.fields, data.formats[row.source])
+        return LabelledRow(row.number, text, image, label, group, row.place)
     except ValueError as error:
         raise ValueError(f"{row.place}: {error}") from error
+
+
+def content_of(fields: Any, format: FormatConfig) -> tuple[str | None, np.ndarray | None]:
+    """Return what is to be classified: a row's text, or its image as float32 [channels, height, width].
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if isinstance(format, TextFormat):
+        text = require_unicode(field_template(format.text, "data.format.text").fill(fields))
+        if not text.strip():
+            raise ValueError("its text is empty: there is nothing to classify")
+        return text, None
+    assert isinstance(format, ImageFormat), "the configuration was checked"
+    return None, image_of(fields, format)
 
 
 def label_of(fields: Any, task: ClassificationTask) -> int:

@@ -48,6 +48,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path]:
+    """Read the configuration of a run that is named by its YAML file or by its folder; return it, and the folder.
+
+    A folder may have been moved since: what is in it counts, whatever its configuration says of ``output`` and ``name``.
+
+    Raises:
+        ConfigError: as ``load_config`` does, or if the folder is no run's.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        config = load_config(folder, overrides)
+        return config, config.run_dir
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"the folder {folder} holds no config.yaml, so no run has made it; a run's own folder, such as runs/tiny_cpu, or its "
+            "YAML file would do"
+        )
+    return load_config(folder / "config.yaml", overrides), folder.resolve()
+
+
 def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     """Return the mapping that a YAML text holds; ``origin`` names it in errors."""
     try:

@@ -41,6 +41,9 @@ class ExportConfig(Section):
     dtype: Literal["as_loaded", "float32", "bfloat16", "float16"] = "as_loaded"
     """Type of the stored weights; ``as_loaded`` is that of the model the student began as. Evaluation loads what is stored."""
 
+    onnx: Annotated[bool, MayChange()] = False
+    """Write a classifier as ``model.onnx`` beside its weights, for programs without torch. Needs ``pip install '.[onnx]'``."""
+
 
 class RunConfig(Section):
     """Everything one run depends on."""
@@ -104,6 +107,11 @@ class RunConfig(Section):
         else:
             require_language_models(self.data, self.teacher, self.student)
             self._language_models_agree()
+            if self.export.onnx:
+                raise ValueError(
+                    "export.onnx writes classifiers as ONNX, and the task is language_model, whose folder vLLM and transformers "
+                    "serve; export.onnx=false would do"
+                )
         require_metrics_of_the_task(self.task, {"tune": self.tune.metric, "compare": self.compare.metric})
         if needs_complete_store(self.loss) and self.scores.overlap:
             raise ValueError(

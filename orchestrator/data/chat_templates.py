@@ -85,6 +85,14 @@ class ChatTemplate:
         )
         return RenderedConversation(whole, learned)
 
+    def prompt(self, conversation: Conversation) -> str:
+        """Render a conversation that has no answer, as far as where the answer begins.
+
+        Raises:
+            ValueError: if the template refuses the messages.
+        """
+        return self._apply(conversation, len(conversation.messages), True)
+
     def _learned_turn(self, conversation: Conversation, turn: int, whole: str, is_last: bool) -> LearnedTurn:
         prompt = self._apply(conversation, turn, True)
         remedy = WAY_OUT if is_last else f"{LAST_ONLY}, or {WAY_OUT}"

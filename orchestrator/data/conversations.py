@@ -52,8 +52,23 @@ def conversation_of(row: Mapping[str, Any], format: ConversationFormat) -> Conve
     for turn in turns if format.turns == "all" else turns[-1:]:
         if not messages[turn].get("tool_calls"):
             require_text(messages[turn]["content"], f"message {turn}: the assistant's content")
-    tools = _tools_of(row, format.tools) if isinstance(format, ChatFormat | PromptCompletionFormat) else None
-    return Conversation([_with_text(message) for message in messages[: turns[-1] + 1]], tools, prompt_messages)
+    kept = messages[: turns[-1] + 1]
+    return Conversation([_with_text(message) for message in kept], _offered_tools(row, format), prompt_messages)
+
+
+def prompt_of(row: Mapping[str, Any], format: ConversationFormat) -> Conversation:
+    """Return what the assistant of a row's conversation is asked: its messages without the answer, which need not be there.
+
+    Raises:
+        ValueError: naming the message and the field, if a message is malformed, or nothing is asked.
+    """
+    messages = _asked_messages(row, format)
+    if not messages or messages[0]["role"] == "assistant":
+        raise ValueError("the assistant is asked nothing; a message of the user before its own would do")
+    last = messages[-1]
+    if not (last["content"] or "").strip() and not last.get("tool_calls"):
+        raise ValueError(f"message {len(messages) - 1} is empty: there is nothing to answer")
+    return Conversation([_with_text(message) for message in messages], _offered_tools(row, format))
 
 
 def fields_read(format: ConversationFormat) -> frozenset[str]:
@@ -79,24 +94,47 @@ def _messages_of(row: Mapping[str, Any], format: ConversationFormat) -> tuple[li
             prompt = _side(row, format.prompt, "data.format.prompt", "user", 0)
             return prompt + _side(row, format.completion, "data.format.completion", "assistant", len(prompt)), len(prompt)
         case ChatFormat() | ShareGptFormat():
-            other = "; data.format.kind=sharegpt reads conversations of from and value" if "conversations" in row else ""
-            messages = _value_of(row, format.messages, "data.format.messages", other)
-            if not isinstance(messages, list) or not messages:
-                raise ValueError(f"field {format.messages!r} must be a list of messages, not {shown(messages)}")
-            check = _sharegpt_message if isinstance(format, ShareGptFormat) else _chat_message
-            return [check(message, f"message {turn}") for turn, message in enumerate(messages)], 0
+            return _turns_of(row, format), 0
         case _:
             raise AssertionError(f"no such format: {format}")
 
 
+def _asked_messages(row: Mapping[str, Any], format: ConversationFormat) -> list[Message]:
+    """Return a row's messages but for the assistant's at their end, if it is there."""
+    match format:
+        case AlpacaFormat():
+            return _alpaca_question(row, format)
+        case PromptCompletionFormat():
+            return _side(row, format.prompt, "data.format.prompt", "user", 0)
+        case ChatFormat() | ShareGptFormat():
+            messages = _turns_of(row, format)
+            return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        case _:
+            raise AssertionError(f"no such format: {format}")
+
+
+def _turns_of(row: Mapping[str, Any], format: ChatFormat | ShareGptFormat) -> list[Message]:
+    other = "; data.format.kind=sharegpt reads conversations of from and value" if "conversations" in row else ""
+    messages = _value_of(row, format.messages, "data.format.messages", other)
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"field {format.messages!r} must be a list of messages, not {shown(messages)}")
+    check = _sharegpt_message if isinstance(format, ShareGptFormat) else _chat_message
+    return [check(message, f"message {turn}") for turn, message in enumerate(messages)]
+
+
 def _alpaca_messages(row: Mapping[str, Any], format: AlpacaFormat) -> list[Message]:
     answer = _value_of(row, format.output, "data.format.output")
+    messages = _alpaca_question(row, format)
+    where = f"message {len(messages)} (field {format.output!r})"
+    return [*messages, {"role": "assistant", "content": _content(answer, where, may_be_null=True)}]
+
+
+def _alpaca_question(row: Mapping[str, Any], format: AlpacaFormat) -> list[Message]:
     messages: list[Message] = []
     if (template := _system_of(format)) is not None and (system := template.fill(row)).strip():
         messages.append({"role": "system", "content": require_unicode(system)})
     messages.append({"role": "user", "content": require_unicode(_user_of(format).fill(row))})
-    where = f"message {len(messages)} (field {format.output!r})"
-    return [*messages, {"role": "assistant", "content": _content(answer, where, may_be_null=True)}]
+    return messages
 
 
 def _system_of(format: AlpacaFormat) -> FieldTemplate | None:
@@ -181,6 +219,10 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{where} is {shown(call)}; a call is an object with function: {{name, arguments}}")
     return {name: value for name, value in call.items() if value is not None}
+
+
+def _offered_tools(row: Mapping[str, Any], format: ConversationFormat) -> list[dict[str, Any]] | None:
+    return _tools_of(row, format.tools) if isinstance(format, ChatFormat | PromptCompletionFormat) else None
 
 
 def _tools_of(row: Mapping[str, Any], field: str) -> list[dict[str, Any]] | None:

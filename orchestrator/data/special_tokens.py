@@ -7,7 +7,7 @@ position in the text changes. ``reveal`` puts the text back and says where it st
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -64,6 +64,10 @@ class RowText:
         if isinstance(value, Mapping):
             return {name: self.treat(inner) for name, inner in value.items()}
         return value
+
+    def treat_fields(self, fields: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
+        """Return a row's fields, those that are ``read`` treated, or raise ValueError as ``treat`` does."""
+        return {name: self.treat(value) if name in read else value for name, value in fields.items()}
 
     def reveal(self, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
         """Return a rendered text as it reads, and the stretches, in characters, in which special tokens are ordinary text.

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from orchestrator.config.data import DataConfig
 from orchestrator.config.formats import ConversationFormat, FormatConfig, InstructionFormat
 from orchestrator.data.chat_templates import ChatTemplate
-from orchestrator.data.conversations import conversation_of, fields_read
+from orchestrator.data.conversations import conversation_of, fields_read, prompt_of
 from orchestrator.data.field_templates import field_template
 from orchestrator.data.mixture import NumberedRow
 from orchestrator.data.row_values import NoAnswer, fields_of, require_text, require_unicode
@@ -90,6 +90,33 @@ def render_rows(rows: Sequence[NumberedRow], data: DataConfig, tokenizer: PreTra
     return RenderedRows(rendered, len(rows) - len(rendered), asked_for_date)
 
 
+def render_prompts(
+    rows: Sequence[NumberedRow], format: FormatConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[RenderedRow]:
+    """Render what models are asked by rows that need no answer; one that is there is left out.
+
+    Args:
+        rows: numbered rows.
+        format: how they become text.
+        data: what happens to special tokens in people's text.
+        tokenizer: its special tokens, and its chat template unless the format has one.
+
+    Returns:
+        Rows whose text is the prompt, without targets.
+
+    Raises:
+        ValueError: naming the row, if a field is missing or of the wrong kind, or nothing is asked.
+    """
+    renderer = _renderer(format, tokenizer, SpecialTokens(tokenizer, data.special_tokens))
+    rendered = []
+    for row in rows:
+        try:
+            rendered.append(renderer.prompt(row))
+        except ValueError as error:
+            raise ValueError(f"{row.place}: {error}") from error
+    return rendered
+
+
 def texts_to_learn(rows: Sequence[NumberedRow], data: DataConfig) -> list[str]:
     """Return the plain text of rows, before there is a tokenizer: what a new tokenizer learns from.
 
@@ -134,7 +161,7 @@ class InstructionRenderer:
     def render(self, row: NumberedRow) -> RenderedRow:
         """Return a row as text, or raise ValueError saying what it lacks."""
         texts, fields, name = RowText(self._special), self._prompt.fields | {self._response}, self._response
-        treated = {name: texts.treat(value) if name in fields else value for name, value in row.fields.items()}
+        treated = texts.treat_fields(row.fields, fields)
         prompt = self._prompt.fill(treated)
         if name not in treated:
             raise ValueError(f"has no field {name!r}, which data.format.response names; {fields_of(row.fields)}")
@@ -144,6 +171,14 @@ class InstructionRenderer:
             row.number, text, ((len(prompt), len(text)),), text[: len(prompt)], text[len(prompt) :], _task_of(row.fields),
             special_tokens=tuple(texts.found.items()), ordinary_spans=ordinary,
         )  # fmt: skip
+
+    def prompt(self, row: NumberedRow) -> RenderedRow:
+        """Return what is asked by a row that needs no response, or raise ValueError saying what it lacks."""
+        texts = RowText(self._special)
+        prompt, ordinary = texts.reveal(require_unicode(self._prompt.fill(texts.treat_fields(row.fields, self._prompt.fields))))
+        if not prompt.strip():
+            raise ValueError("its prompt is empty: there is nothing to answer")
+        return _asked(row, prompt, ordinary, is_conversation=False)
 
 
 class ConversationRenderer:
@@ -160,7 +195,7 @@ class ConversationRenderer:
     def render(self, row: NumberedRow) -> RenderedRow:
         """Return a row as text, or raise ValueError saying what it lacks."""
         texts = RowText(self._special)
-        treated = {name: texts.treat(value) if name in self._fields else value for name, value in row.fields.items()}
+        treated = texts.treat_fields(row.fields, self._fields)
         conversation = conversation_of(treated, self._chat.format)
         rendered = self._chat.render(conversation)
         text, ordinary = texts.reveal(rendered.text)
@@ -170,6 +205,18 @@ class ConversationRenderer:
             response or text[slice(*rendered.turns[-1].span)], _task_of(row.fields), tuple(turn.end for turn in rendered.turns),
             sum(turn.respaced for turn in rendered.turns), tuple(texts.found.items()), ordinary, is_conversation=True,
         )  # fmt: skip
+
+    def prompt(self, row: NumberedRow) -> RenderedRow:
+        """Return what is asked by a row that needs no answer, or raise ValueError saying what it lacks."""
+        texts = RowText(self._special)
+        conversation = prompt_of(texts.treat_fields(row.fields, self._fields), self._chat.format)
+        return _asked(row, *texts.reveal(self._chat.prompt(conversation)), is_conversation=True)
+
+
+def _asked(row: NumberedRow, prompt: str, ordinary: tuple[tuple[int, int], ...], is_conversation: bool) -> RenderedRow:
+    return RenderedRow(
+        row.number, prompt, (), prompt, "", _task_of(row.fields), ordinary_spans=ordinary, is_conversation=is_conversation
+    )
 
 
 def _renderer(

@@ -87,6 +87,19 @@ def tokenize(rendered: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase
     )
 
 
+def tokenize_prompts(rendered: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """Return the tokens of prompts, int32 [T] each, with which rows begin in training.
+
+    What a tokenizer puts behind a text of its own accord is left out: the answer follows.
+    """
+    prompts = []
+    for row, (token_ids, extents) in zip(rendered, _encode(rendered, tokenizer), strict=True):
+        of_text = np.flatnonzero(extents[:, 0] < extents[:, 1])
+        end = len(token_ids) if row.is_conversation else int(of_text[-1]) + 1 if len(of_text) else 0
+        prompts.append(token_ids[:end])
+    return prompts
+
+
 def mark_targets(extents: np.ndarray, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Return which tokens are targets, bool [T], and which of these reach beyond their span, bool [T].
 

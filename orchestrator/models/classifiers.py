@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
 
 from actors.config.model_kinds import PretrainedModel
 from actors.config.networks import SoftLabels
@@ -92,6 +92,14 @@ def has_own_head(models: Models, role: Role, task: ClassificationTask) -> bool:
     )
 
 
+def window_of_classifier(settings: PreTrainedConfig) -> int | None:
+    """Return how many tokens a classifier reads at most; None where nothing limits them."""
+    window: int | None = getattr(settings, "max_position_embeddings", None)
+    if window is not None and settings.model_type in OFFSET_POSITIONS:
+        window -= settings.pad_token_id + 1
+    return window
+
+
 def require_windows(models: Models, longest: dict[Role, int]) -> None:
     """Raise if a pretrained classifier knows fewer positions than a row has.
 
@@ -103,12 +111,8 @@ def require_windows(models: Models, longest: dict[Role, int]) -> None:
         if not isinstance(models.side(role).model, PretrainedModel) or not models.classes_of(role):
             continue
         settings = config_of(models.named(role), f"{role}.model.name")
-        window = getattr(settings, "max_position_embeddings", None)
-        if window is None:
-            continue
-        if settings.model_type in OFFSET_POSITIONS:
-            window -= settings.pad_token_id + 1
-        if longest[role] > window:
+        window = window_of_classifier(settings)
+        if window is not None and longest[role] > window:
             raise ValueError(
                 f"the longest row has {longest[role]} tokens, and {role}.model.name {models.named(role).name!r} reads {window}; "
                 f"data.max_tokens={window + 1} would do, of which one is the label"

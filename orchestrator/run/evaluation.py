@@ -42,7 +42,7 @@ def evaluate(config: RunConfig, run_dir: RunDir, models: Models, heldout_store: 
     missing = {name: source for name, source in sources.items() if not (folder / f"{name}.json").exists()}
     if not config.loads_teacher_to_measure and (teacher := missing.pop("teacher", None)) is not None:
         keep_evaluation(run_dir, "teacher", teacher_by_scores(config, run_dir.path, teacher, heldout_store))
-    begin = partial(evaluate_remote, config, run_dir.path, models, heldout_store, temperature_of(config, run_dir))
+    begin = partial(evaluate_remote, config, run_dir.path, models, heldout_store, temperature_of(config, run_dir.path))
     running = {name: begin(name, source) for name, source in missing.items()}
     for name, reference in running.items():
         keep_evaluation(run_dir, name, _evaluated(name, reference))

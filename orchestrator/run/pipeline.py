@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
+from orchestrator.classification.onnx_model import add_onnx, require_onnx
 from orchestrator.classification.preparation import prepare_run
 from orchestrator.classification.soft_labels import make_soft_labels
 from orchestrator.cluster.environment import note_cluster, note_process
@@ -41,6 +42,8 @@ def run(config: RunConfig, until: str = "export") -> Path:
         if until in ("evaluate", "export"):
             require_judge(config, run_dir)
             require_benchmarks(config, run_dir)
+        if until == "export" and config.export.onnx and run_dir.result("onnx") is None:
+            require_onnx()
         overlap = config.scores.overlap and config.rollouts is None and until != "score"
         for finished in run_stages(config, run_dir, overlap):
             if finished == until:
@@ -104,6 +107,8 @@ def run_stages(config: RunConfig, run_dir: RunDir, overlap: bool) -> Iterator[st
     run_dir.stage("export", partial(export, config, run_dir, models, scoring.training_store, figures))
     if exported and config.evaluate.benchmarks is not None:
         renew_exported_card(config, run_dir, models)
+    if config.export.onnx:
+        run_dir.stage("onnx", partial(add_onnx, models.distilled(), run_dir.path / "data" / "heldout.arrow"))
     yield "export"
 
 

@@ -80,7 +80,7 @@ class RunDir:
             write_atomically(config_path, dump_config(config).encode())
             return run_dir
         ours, theirs = config.model_dump(mode="json"), yaml.safe_load(config_path.read_text())
-        if lines := config_difference(_of_the_run(ours), _of_the_run(theirs)):
+        if lines := other_configuration(ours, theirs):
             run_dir.close()
             raise RunDirError(
                 f"{path} was made by another configuration; give this run another name (name=...) or delete the folder:\n  "
@@ -148,6 +148,11 @@ class RunDir:
 def result_path(folder: Path, stage: str) -> Path:
     """Return the file that stands in a run's folder once a stage is finished."""
     return folder / "stages" / f"{stage}.json"
+
+
+def other_configuration(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Return a line for each key in which two dumped configurations differ although one run has it from its start to its end."""
+    return config_difference(_of_the_run(ours), _of_the_run(theirs))
 
 
 def _of_the_run(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from orchestrator.config.task import ClassificationTask
 from orchestrator.data.tokenizers import tokenizer_hash
 from orchestrator.models.models import Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.responses import training_rows
-from orchestrator.run.run_dir import Facts, RunDir
+from orchestrator.run.run_dir import Facts, RunDir, result_path
 from orchestrator.run.score_identity import (
     VERIFIED_BYTES,
     ScoringProgress,
@@ -63,7 +63,7 @@ class ScoringStage:
         self._vocab_size = classes or vocab_size_of(self._teacher)
         self._tokenizer_hash = None if classes else tokenizer_hash(models.tokenizer())
         self._ids_below = classes or ids_below(models)
-        self._temperature = temperature_of(config, run_dir)
+        self._temperature = temperature_of(config, run_dir.path)
         self._asked = read_asked(run_dir.path / "data") if config.teacher.label_words is not None else None
         self.heldout_store = self._open("heldout")
         self.training_store = self._open("train") if needs_teacher(config.loss) and config.learns_from_data else None
@@ -187,11 +187,11 @@ def calibrate(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
     return calibration_of(ExampleFile(rows_of("teacher", "heldout", run_dir.path)), scoring.heldout_store)
 
 
-def temperature_of(config: RunConfig, run_dir: RunDir) -> float:
-    """Return by what the logits of a teacher that classifies are divided: what was fitted, or 1."""
-    found = run_dir.result("calibrate") if config.teacher.calibrate else None
-    assert found is not None or not config.teacher.calibrate, "the stage stands before that of the scores"
-    return float(found["temperature"]) if found is not None else 1.0
+def temperature_of(config: RunConfig, folder: Path) -> float:
+    """Return by what the logits of a teacher that classifies are divided in the run of a folder: what was fitted, or 1."""
+    if not config.teacher.calibrate:
+        return 1.0
+    return float(json.loads(result_path(folder, "calibrate").read_text())["temperature"])
 
 
 @contextmanager

@@ -16,10 +16,11 @@ from transformers import (
 )
 
 from actors.models import load_model
+from orchestrator.cli import main
 from orchestrator.commands import comparison, run
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
-from orchestrator.data.grading import GRADES, QUESTIONS
+from orchestrator.data.grading import GRADES, QUESTIONS, make_graded_answers
 from orchestrator.data.mixture import read_splits
 from orchestrator.models.models import Models
 from tests.logs import logged
@@ -133,11 +134,48 @@ def test_the_exported_folder_predicts_what_the_student_did(finished: RunConfig) 
     assert AutoModelForSequenceClassification.from_pretrained(models.student_folder).config.num_labels == 3
 
 
+def test_new_rows_are_labelled_as_a_plain_pass_labels_them(finished: RunConfig, tmp_path: Path) -> None:
+    asked = [{"answer": row["answer"]} | ({"grade": "none of the run's"} if place % 2 else {}) for place, row in enumerate(
+        make_graded_answers(30, seed=5)
+    )]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    command = ["predict", str(finished.run_dir), str(tmp_path / "rows.jsonl"), "evaluate.cpus=0.5", "--batch-rows", "7"]
+    with logged() as said:
+        assert main(command) == 0
+    assert [line for line in said if line.startswith("predict: 30 rows answered by the student in ")]
+    answers = [json.loads(line) for line in (tmp_path / "rows.predicted.jsonl").read_text().splitlines()]
+    assert [answer["row"] for answer in answers] == list(range(30))
+    folder = finished.run_dir / "student"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    for answer, row in zip(answers, asked, strict=True):
+        read = tokenizer(row["answer"], return_tensors="pt")
+        with torch.inference_mode():
+            logits = model(input_ids=read["input_ids"], attention_mask=read["attention_mask"]).logits[0]
+        assert list(answer["probabilities"]) == list(GRADES)
+        assert list(answer["probabilities"].values()) == pytest.approx(logits.double().softmax(dim=0).tolist(), abs=2e-6)
+        assert answer["label"] == GRADES[int(logits.argmax())]
+
+
 def test_the_same_command_again_does_nothing(finished: RunConfig) -> None:
     with logged() as said:
         assert run(finished) == 0
     done = [line for line in said if "done before" in line]
     assert len(done) >= 4 and not [line for line in said if "done in" in line]
+
+
+def test_a_finished_run_gets_its_classifier_as_onnx(finished: RunConfig) -> None:
+    config = finished.model_copy(update={"export": finished.export.model_copy(update={"onnx": True})})
+    with logged() as said:
+        assert run(config, "export") == 0
+    facts = json.loads((finished.run_dir / "stages" / "onnx.json").read_text())
+    assert (finished.run_dir / "student" / "model.onnx").stat().st_size == facts["bytes"]
+    assert facts["largest_gap"] < 1e-4 and "export: done before" in said
+    assert [line for line in said if line.startswith("onnx: model.onnx has ")] and [
+        line for line in said if line.startswith("onnx: done in")
+    ]
+    with logged() as said:
+        assert run(config, "export") == 0
+    assert "onnx: done before" in said
 
 
 def blots(folder: Path) -> Path:

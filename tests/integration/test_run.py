@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.monitors.metrics_log import read_metrics
 from actors.score_store.identity import identity_hash
 from actors.score_store.store import ScoreStore
+from orchestrator.cli import main
 from tests.judge_server import Said, serving
 from tests.recovery import Record, record_recovery
 
@@ -107,6 +108,27 @@ def test_the_exported_student_is_an_ordinary_folder(undisturbed: subprocess.Comp
     identity = json.loads((output / "undisturbed" / "scores.json").read_text())["train"]
     assert identity_hash(ScoreStore(Path(identity)).identity) in card and "held-out loss" in card
     assert len(list((output / "scores").iterdir())) == 2  # training rows and held-out rows
+
+
+def test_new_prompts_are_answered_as_a_plain_greedy_loop_answers_them(
+    undisturbed: subprocess.CompletedProcess[str], output: Path, local_ray: None, tmp_path: Path
+) -> None:
+    asked = [{"instruction": f"Add {n} and {n + 1}.", "input": "" if n % 2 else f"n is {n}"} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    command = ["predict", str(output / "undisturbed"), str(tmp_path / "rows.jsonl"), "evaluate.cpus=0.5"]
+    assert main([*command, "--engine", "transformers", "--batch-rows", "4"]) == 0
+    folder = output / "undisturbed" / "student"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    answers = [json.loads(line) for line in (tmp_path / "rows.predicted.jsonl").read_text().splitlines()]
+    for number, (answer, row) in enumerate(zip(answers, asked, strict=True)):
+        prompt = f"{row['instruction']}\n" + (f"{row['input']}\n" if row["input"] else "")
+        tokens = tokenizer(prompt)["input_ids"]
+        length = len(tokens)
+        while len(tokens) < length + 8 and tokens[-1] != tokenizer.eos_token_id:
+            with torch.inference_mode():
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        response = tokenizer.decode(tokens[length:], skip_special_tokens=True)
+        assert answer == {"row": number, "prompt": prompt, "response": response}
 
 
 def test_the_same_command_again_does_nothing_twice(undisturbed: subprocess.CompletedProcess[str], output: Path) -> None:
