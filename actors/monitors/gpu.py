@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from actors.flops import DecoderShape, learning_flops, mean_context
 from actors.models import plain_model
+from actors.monitors.flops import DecoderShape, learning_flops, mean_context
 
 PEAK_TFLOPS = {
     "NVIDIA B200": 2250.0,

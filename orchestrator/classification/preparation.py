@@ -73,6 +73,8 @@ class RunTokenizers:
         student = train_tokenizer(texts, settings.vocab_size) if settings is not None else _own(models, "student")
         student.save_pretrained(models.tokenizer_folder)
         teacher = _own(models, "teacher") if models.config.teacher.model.kind == "pretrained" else None
+        if teacher is not None:
+            teacher.save_pretrained(models.tokenizer_folder.with_name("teacher_tokenizer"))
         self.by_role = {"student": student, "teacher": teacher or student}
         return student, teacher if models.classes_of("teacher") else None  # prompts are written apart
 

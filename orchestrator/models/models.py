@@ -177,6 +177,11 @@ class Models:
                 model = scratch_model(shape, tokenizer, self._vocab_size(tokenizer), self.config.longest_text, seed)
                 save_model(model, tokenizer, folder)
 
+    def tokenizer_folder_of(self, role: Role) -> Path:
+        """Return where the tokenizer by which a role's model reads is kept: a classifier that teaches may have one of its own."""
+        own = self.tokenizer_folder.with_name(f"{role}_tokenizer")
+        return own if own.exists() else self.tokenizer_folder
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the run's tokenizer."""
         source = self.tokenizer_source()

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from actors.config.models import EngineConfig
-from actors.flops import blocks_flops, head_flops
 from actors.format import plural
+from actors.monitors.flops import blocks_flops, head_flops
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Role
 from orchestrator.planning.memory import SIZES

@@ -16,8 +16,8 @@ from actors.config.models import TrainConfig
 from actors.config.passes import pass_size
 from actors.dataloader.sampler import StepSampler, layout_of, steps_in
 from actors.examples import ExampleFile
-from actors.flops import mean_context
 from actors.models import plain_model
+from actors.monitors.flops import mean_context
 from actors.student.causal_lm import decoder_layers
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data

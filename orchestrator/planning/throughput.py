@@ -12,7 +12,7 @@ import numpy as np
 
 from actors.config.models import EngineConfig, ScoresConfig, TrainConfig, needs_complete_store, needs_teacher
 from actors.config.workers import WorkersConfig
-from actors.flops import blocks_flops, head_flops, learning_flops, mean_context
+from actors.monitors.flops import blocks_flops, head_flops, learning_flops, mean_context
 from losses.config import LossConfig
 from orchestrator.planning.shapes import ModelShape, Passes, Workload
 

@@ -183,7 +183,7 @@ def finetuning_task(role: Role, config: RunConfig, folder: Path, models: Models)
     return TrainingTask(
         name=f"finetune_{role}",
         model=models.begun(role),
-        tokenizer=str(models.tokenizer_folder),
+        tokenizer=str(models.tokenizer_folder_of(role)),
         lora=None,
         loss=HardLabelLoss(kind="hard_label"),
         train=fitting.train,

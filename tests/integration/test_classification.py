@@ -97,9 +97,9 @@ def test_a_student_learns_grades_from_a_teacher_that_reads_other_tokens(finished
     assert after["metrics"]["heldout_loss"] < before["metrics"]["heldout_loss"] - 0.05
     assert after["metrics"]["accuracy"] > 0.45  # a third by chance
     events = [json.loads(line) for line in (finished.run_dir / "events.jsonl").read_text().splitlines()]
-    assert [event["reason"] for event in events if event["event"] == "not_compared"] == [
+    assert {event["reason"] for event in events if event["event"] == "not_compared"} == {
         "a classifier's engine is that pass itself"
-    ]
+    }
     teacher = evaluation(finished, "teacher")["metrics"]
     assert teacher["kl_to_teacher"] == pytest.approx(0, abs=1e-3) and teacher["top1_agreement"] == 1  # stored in steps of 1/2048
     confusion = np.array(after["classes"]["confusion"])
@@ -154,6 +154,15 @@ def test_new_rows_are_labelled_as_a_plain_pass_labels_them(finished: RunConfig, 
         assert list(answer["probabilities"]) == list(GRADES)
         assert list(answer["probabilities"].values()) == pytest.approx(logits.double().softmax(dim=0).tolist(), abs=2e-6)
         assert answer["label"] == GRADES[int(logits.argmax())]
+
+    assert main([*command[:4], "--model", "teacher", "--output", str(tmp_path / "taught.jsonl")]) == 0
+    first = json.loads((tmp_path / "taught.jsonl").read_text().splitlines()[0])
+    source = Models(finished, finished.run_dir).ready("teacher").name
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForSequenceClassification.from_pretrained(source).eval()
+    with torch.inference_mode():
+        logits = model(**tokenizer(asked[0]["answer"], return_tensors="pt")).logits[0].double()
+    temperature = json.loads((finished.run_dir / "stages" / "calibrate.json").read_text())["temperature"]
+    assert list(first["probabilities"].values()) == pytest.approx((logits / temperature).softmax(dim=0).tolist(), abs=2e-6)
 
 
 def test_the_same_command_again_does_nothing(finished: RunConfig) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.flops import learning_flops
+from actors.monitors.flops import learning_flops
 from actors.monitors.gpu import PEAK_TFLOPS, GpuMonitor, TrainedModel, peak_flops, trained_model
 from actors.monitors.metrics_log import read_metrics
 from actors.monitors.prometheus import GPU

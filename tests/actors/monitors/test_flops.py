@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from actors.flops import blocks_flops, head_flops, learning_flops, mean_context
+from actors.monitors.flops import blocks_flops, head_flops, learning_flops, mean_context
 from actors.monitors.gpu import trained_model
 from tests.worlds import VOCAB, tiny_llama
 
