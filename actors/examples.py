@@ -1,79 +1,171 @@
-"""Tokenized rows on disk, memory-mapped: one Arrow IPC file a split, read by teachers and students alike."""
+"""Tokenized rows on disk, memory-mapped: one file a split, read by teachers and students alike. B rows of a batch.
+
+A file is an Arrow IPC stream of record batches of bounded size, so that neither writing nor opening it takes memory for all rows.
+Its schema's metadata holds what is known when all are written: the name of the rows, and their counts.
+"""
 
 import hashlib
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from actors.files import write_atomically
-from actors.records import Example, examples_hash
+from actors.files import whole_file
+from actors.records import Example
 
-SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("key", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("loss_mask", pa.list_(pa.uint8())),
-    ]
-)
+FORMAT = 2  # 1 was a single batch with 32-bit offsets
+FILE_OF_FORMAT_1 = b"ARROW1"  # as such a file begins; a stream begins otherwise
+MOST_TOKENS, MOST_ROWS = 1 << 21, 1 << 14
+"""Of a batch. A row of more tokens has a batch of its own."""
+KEY_BYTES = 16
+
+SCHEMA = pa.schema([
+    ("row", pa.int64()), ("key", pa.binary(KEY_BYTES)), ("token_ids", pa.large_list(pa.int32())),
+    ("loss_mask", pa.large_list(pa.uint8())),
+])  # fmt: skip
 
 
-def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples in their order to ``path``, in one rename."""
-    table = pa.table(
-        {
-            "row": [example.row for example in examples],
-            "key": [example.key for example in examples],
-            "token_ids": pa.array([example.token_ids for example in examples], SCHEMA.field("token_ids").type),
-            "loss_mask": pa.array([example.loss_mask.astype(np.uint8) for example in examples], SCHEMA.field("loss_mask").type),
-        },
-        schema=SCHEMA,
-    )
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_table(table.combine_chunks())
-    write_atomically(path, sink.getvalue().to_pybytes())
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Write examples in their order to ``path``, in one rename; of an iterator no more than a batch is held."""
+    digest, rows, tokens = hashlib.blake2b(digest_size=KEY_BYTES), 0, 0
+    with whole_file(path) as file:
+        # The final schema takes the place of this one, and is as long: its values are.
+        with pa.ipc.new_stream(file, _schema(digest.hexdigest(), rows, tokens)) as writer:
+            for some in _batches(examples):
+                keys = b"".join(bytes.fromhex(example.key) for example in some)
+                batch = _record_batch(some, keys)
+                writer.write_batch(batch)
+                digest.update(keys)
+                rows, tokens = rows + len(some), tokens + len(batch["token_ids"].values)
+        file.seek(0)
+        file.write(_schema(digest.hexdigest(), rows, tokens).serialize())
 
 
 class ExampleFile:
-    """The examples of one split, by position. Arrays are views into the mapped file."""
+    """The examples of one split, by position. Arrays are views into the mapped file; nothing is kept for single rows.
+
+    Raises:
+        ValueError: if the file has another format, or is cut short.
+    """
 
     def __init__(self, path: Path) -> None:
-        batches = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks().to_batches()
-        self._columns = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=SCHEMA)
-        ids, mask = self._columns["token_ids"], self._columns["loss_mask"]
-        self._offsets = np.asarray(ids.offsets)
-        self._token_ids = np.asarray(ids.values)
-        self._loss_mask = np.asarray(mask.values).view(bool)
-        self.keys: list[str] = self._columns["key"].to_pylist()
-        self.rows: list[int] = self._columns["row"].to_pylist()
+        mapped = pa.memory_map(str(path))
+        if mapped.read(len(FILE_OF_FORMAT_1)) == FILE_OF_FORMAT_1:
+            raise _other_format(path, "1")
+        mapped.seek(0)
+        reader = pa.ipc.open_stream(mapped)
+        said = {name.decode(): value.decode() for name, value in (reader.schema.metadata or {}).items()}
+        if said.get("format") != str(FORMAT):
+            raise _other_format(path, said.get("format"))
+        self.hash = said["hash"]
+        """Name of these examples in this order: BLAKE2b of their keys."""
+        self.tokens = int(said["tokens"])
+        """Tokens of all rows."""
+        self._rows = int(said["rows"])
+        self._batches = [_Batch.of(batch) for batch in reader]
+        self._ends = list(accumulate(len(batch.rows) for batch in self._batches))
+        if (found := self._ends[-1] if self._ends else 0) != self._rows:
+            raise ValueError(f"{path} is damaged: it holds {found} of {self._rows} rows; delete it, and prepare the data again")
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return self._rows
 
     def __getitem__(self, position: int) -> Example:
-        start, stop = self._offsets[position], self._offsets[position + 1]
-        return Example(self._token_ids[start:stop], self._loss_mask[start:stop], self.keys[position], self.rows[position])
+        batch, row = self._place(position)
+        tokens = slice(batch.offsets[row], batch.offsets[row + 1])
+        return Example(batch.token_ids[tokens], batch.loss_mask[tokens], batch.key(row), int(batch.rows[row]))
+
+    def key(self, position: int) -> str:
+        """Return the key of the example at a position."""
+        batch, row = self._place(position)
+        return batch.key(row)
+
+    def row(self, position: int) -> int:
+        """Return the index, in the dataset it came from, of the row at a position."""
+        batch, row = self._place(position)
+        return int(batch.rows[row])
 
     @property
+    def rows(self) -> np.ndarray:
+        """int64 [rows], the index of each row in the dataset it came from; of a file of one batch a view."""
+        return _joined([batch.rows for batch in self._batches])
+
+    @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [rows], tokens of each row."""
-        return np.diff(self._offsets).astype(np.int64)
+        """int64 [rows], tokens of each row; read only."""
+        lengths = np.empty(self._rows, np.int64)  # filled in place: of many rows there is no room for two
+        for end, batch in zip(self._ends, self._batches, strict=True):
+            np.subtract(batch.offsets[1:], batch.offsets[:-1], out=lengths[end - len(batch.rows) : end])
+        lengths.flags.writeable = False
+        return lengths
+
+    @property
+    def target_counts(self) -> np.ndarray:
+        """int64 [rows], targets of each row; all masks are read."""
+        return _joined([batch.target_counts() for batch in self._batches])
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all rows, of which there is one; all tokens are read."""
+        return max(int(batch.token_ids.max()) for batch in self._batches)
 
     @property
     def tokens_hash(self) -> str:
-        """Name of the tokens of these examples in this order, for keys that do not stand for them."""
-        digest = hashlib.blake2b(digest_size=16)
-        for column in (self._offsets, self._token_ids[: self._offsets[-1]]):
-            digest.update(np.ascontiguousarray(column).tobytes())
+        """Name of the tokens of these examples in this order, for keys that do not stand for them; all tokens are read."""
+        # Offsets count in 32 bits where these suffice: the name is of the tokens, and not of how they are cut into batches.
+        kind, before, digest = "<i4" if self.tokens < 1 << 31 else "<i8", 0, hashlib.blake2b(digest_size=KEY_BYTES)
+        digest.update(np.zeros(1, kind).data)
+        for batch in self._batches:
+            digest.update((before + batch.offsets[1:]).astype(kind).data)
+            before += int(batch.offsets[-1])
+        for batch in self._batches:
+            digest.update(batch.token_ids.data)
         return digest.hexdigest()
 
-    @property
-    def hash(self) -> str:
-        """Name of these examples in this order."""
-        return examples_hash(self.keys)
+    def _place(self, position: int) -> "tuple[_Batch, int]":
+        """Return the batch of a position, and the row in it."""
+        if not 0 <= position < self._rows:
+            raise IndexError(f"there is no position {position} among {self._rows} examples")
+        number = bisect_right(self._ends, position)
+        return self._batches[number], position - (self._ends[number - 1] if number else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Views of one record batch."""
+
+    offsets: np.ndarray
+    """int64 [B + 1], where rows begin and end among the tokens."""
+    token_ids: np.ndarray
+    """int32, of all rows."""
+    loss_mask: np.ndarray
+    """bool, of all rows."""
+    keys: np.ndarray
+    """uint8 [B, 16]"""
+    rows: np.ndarray
+    """int64 [B]"""
+
+    @staticmethod
+    def of(batch: pa.RecordBatch) -> "_Batch":
+        """Take the views."""
+        ids, count = batch["token_ids"], len(batch)
+        keys = np.frombuffer(batch["key"].buffers()[1], np.uint8, count * KEY_BYTES).reshape(count, KEY_BYTES)
+        mask = np.asarray(batch["loss_mask"].values).view(bool)
+        return _Batch(np.asarray(ids.offsets), np.asarray(ids.values), mask, keys, np.asarray(batch["row"]))
+
+    def key(self, row: int) -> str:
+        """Return the key of a row."""
+        return self.keys[row].tobytes().hex()
+
+    def target_counts(self) -> np.ndarray:
+        """int64 [B], targets of each row."""
+        targets_before = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
+        return np.diff(targets_before[self.offsets])
 
 
 def spread_over_lengths(examples: ExampleFile, count: int) -> list[Example]:
@@ -87,3 +179,47 @@ def with_shortest_prompts(examples: ExampleFile, count: int) -> list[Example]:
     """Return ``count`` of the rows, or all where there are fewer: those with the fewest tokens before their first target."""
     prompts = np.array([int(examples[position].loss_mask.argmax()) for position in range(len(examples))])
     return [examples[int(position)] for position in np.argsort(prompts, kind="stable")[:count]]
+
+
+def _schema(name: str, rows: int, tokens: int) -> pa.Schema:
+    """Return the schema with what is known of the rows, in texts whose lengths do not depend on it."""
+    return SCHEMA.with_metadata({"format": str(FORMAT), "hash": name, "rows": f"{rows:020}", "tokens": f"{tokens:020}"})
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Cut examples into batches, none of them empty."""
+    some: list[Example] = []
+    tokens = 0
+    for example in examples:
+        if some and (len(some) == MOST_ROWS or tokens + len(example.token_ids) > MOST_TOKENS):
+            yield some
+            some, tokens = [], 0
+        some.append(example)
+        tokens += len(example.token_ids)
+    if some:
+        yield some
+
+
+def _record_batch(examples: Sequence[Example], keys: bytes) -> pa.RecordBatch:
+    assert len(keys) == KEY_BYTES * len(examples), "keys are of one length"
+    offsets = pa.array(np.cumsum([0, *(len(example.token_ids) for example in examples)]), pa.int64())
+    ids = np.concatenate([example.token_ids for example in examples])
+    mask = np.concatenate([example.loss_mask for example in examples]).astype(np.uint8)
+    columns = [
+        pa.array([example.row for example in examples], pa.int64()),
+        pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(examples), [None, pa.py_buffer(keys)]),
+        pa.LargeListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
+        pa.LargeListArray.from_arrays(offsets, pa.array(mask, pa.uint8())),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def _other_format(path: Path, found: str | None) -> ValueError:
+    return ValueError(
+        f"{path} has format {found}, this version reads format {FORMAT}; give the run another name (name=...) or delete its "
+        "folder, so that its data is prepared again"
+    )

@@ -6,14 +6,22 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it and rename it: it is whole or it is not there."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write, which is synced and gets the name ``path`` if all goes well and is removed if not."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # process ids repeat between nodes
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -4,7 +4,6 @@ T tokens of a row, N targets of it, K top-k, C candidates, H hidden size, V voca
 """
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,14 +23,6 @@ def example_key(token_ids: np.ndarray, loss_mask: np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(np.ascontiguousarray(token_ids, dtype="<i4").tobytes())
     digest.update(np.packbits(np.asarray(loss_mask, dtype=bool)).tobytes())
-    return digest.hexdigest()
-
-
-def examples_hash(keys: Iterable[str]) -> str:
-    """Name an ordered set of examples by the keys in it."""
-    digest = hashlib.blake2b(digest_size=16)
-    for key in keys:
-        digest.update(bytes.fromhex(key))
     return digest.hexdigest()
 
 

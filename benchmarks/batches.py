@@ -21,7 +21,7 @@ import torch
 from actors.config.model_kinds import ScratchModel
 from actors.config.models import TrainConfig
 from actors.dataloader.sampler import StepSampler, layout_of
-from actors.dataloader.scored_rows import StoredRows, all_rows
+from actors.dataloader.scored_rows import StoredRows
 from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile, write_examples
@@ -123,7 +123,7 @@ class Training:
         self.monitor = GpuMonitor.of(model, self._worker.device, train.precision)
         self._student, self._vocab_size = CausalStudent(model.train(), ATKD), student.vocab_size
         self._optimizer, self._state = make_optimizer(self._student, train.optimizer), LossState.first(ATKD)
-        self._weights = StepWeights(ATKD, seed=0, dataset=all_rows(examples, store, TOP_K))
+        self._weights = StepWeights(ATKD, seed=0, store=store)
         sampler = StepSampler(len(examples), train.batch_rows, 0, store_order_first=True)
         self._rows, self._train, self._steps = StoredRows(examples, store, TOP_K, sampler), train, steps
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from actors.config.models import EngineConfig, LoraAdapter, ScoresConfig
 from actors.config.workers import WorkersConfig
 from actors.dataloader.sampler import StepSampler
-from actors.dataloader.scored_rows import StoredRows, all_rows
+from actors.dataloader.scored_rows import StoredRows
 from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.engines.base import TeacherSpec, engine_environment
@@ -89,7 +89,7 @@ def run_student(student: Student, folder: Path, profiled: bool) -> int:
     module, worker = CausalStudent(learner, student.loss), Worker(0, 1, torch.device("cpu"))
     optimizer = make_optimizer(module, student.train.optimizer)
     scores = store if student.loss.kind != "hard_label" else None
-    weights = StepWeights(student.loss, seed=0, dataset=all_rows(examples, scores, TOP_K))
+    weights = StepWeights(student.loss, seed=0, store=scores)
     rows = StoredRows(examples, scores, TOP_K, StepSampler(len(examples), student.train.batch_rows, 0, store_order_first=True))
     loader = StepLoader(rows, student.train, 0, 1, worker.device, student.vocab_size, STEPS)
     state = LossState.first(student.loss)

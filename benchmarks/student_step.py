@@ -97,7 +97,7 @@ def main() -> int:
         examples, store = write_world(Path(folder))
         loss, state = AtkdLoss(kind="atkd"), LossState()
         batch = all_rows(examples, store, TOP_K)
-        step_weights = StepWeights(loss, seed=0, dataset=batch)
+        step_weights = StepWeights(loss, seed=0, store=store)
         plain, student = make_model().to(device), CausalStudent(make_model(), loss).to(device)
         plain_optimizer, optimizer = (make_optimizer(model, OptimizerConfig()) for model in (plain, student))
         token_ids = torch.from_numpy(np.stack([examples[row].token_ids for row in range(ROWS)]).astype(np.int64)).to(device)

@@ -56,6 +56,11 @@ def fake_examples(rows: int, seed: int = 0, longest: int = 20) -> list[Example]:
     return examples
 
 
+def keys_of(file: ExampleFile) -> list[str]:
+    """The keys of all rows, in their order."""
+    return [file.key(position) for position in range(len(file))]
+
+
 def fake_store(folder: Path, examples: Sequence[Example], rows_per_shard: int, top_k: int) -> tuple[Path, ScoreStore]:
     """Write the examples into ``folder`` and begin a store for their scores; return the examples' file and the store."""
     write_examples(folder / "train.arrow", examples)

@@ -14,7 +14,7 @@ from actors.config.model_kinds import ScratchModel
 from actors.config.models import TrainConfig
 from actors.examples import ExampleFile, write_examples
 from actors.models import save_model, scratch_model
-from benchmarks import batches, losses, onnx_rows, parity, rounding, truncation, wires
+from benchmarks import batches, losses, onnx_rows, parity, rounding, store_scale, truncation, wires
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, peak_bytes, print_table, report
 from orchestrator.classification.onnx_model import add_onnx
 from orchestrator.config.data import BuiltinSource
@@ -144,6 +144,19 @@ def test_faults_of_a_teacher_are_measured_beside_its_rounding(
     lines = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
     assert {fault.name for fault in parity.FAULTS} <= set(lines)
     assert lines["read one position late"].rstrip(" |").endswith("100%")
+
+
+def test_the_scale_of_a_store_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["--rows", "40", "--targets", "2000", "--shards", "5", "--batch-rows", "16"]
+    monkeypatch.setattr(store_scale, "alone", lambda task, *arguments: task(*arguments))
+    monkeypatch.setattr(sys, "argv", ["store_scale", *size, "--folder", str(tmp_path)])
+    assert store_scale.main() == 0
+    said = capsys.readouterr().out
+    assert "40 rows of 50 targets, 5 shards" in said and "| rank the first step, 16 rows" in said
+    assert "bar easy targets of the split, off by measured 0 wanted <=0 met" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

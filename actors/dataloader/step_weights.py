@@ -7,6 +7,8 @@ import torch
 from actors.config.models import needs_complete_store
 from actors.dataloader.sampler import Layout
 from actors.dataloader.scored_rows import FileRows, RowBatch
+from actors.dataloader.store_split import StoreSplit, split_store
+from actors.score_store.store import ScoreStore
 from losses.config import AtkdLoss, DistillationLoss, LossConfig, PolicyGradientLoss
 from losses.loss_state import LossState
 from losses.policy_gradient import DrawnTokens, policy_gradient_weights
@@ -25,16 +27,19 @@ class StepWeights:
     Args:
         loss: the loss.
         seed: draws random splits, together with the step.
-        dataset: all rows, for scope ``dataset``, which ranks over them.
+        store: the scores of all rows, for scope ``dataset``, which ranks over them; None where the loss needs no teacher.
     """
 
-    def __init__(self, loss: LossConfig, seed: int, dataset: FileRows) -> None:
-        self._loss, self._seed, self._dataset = loss, seed, dataset
-        self._easy_in_dataset: list[torch.Tensor] | None = None  # bool [N] per row
+    def __init__(self, loss: LossConfig, seed: int, store: ScoreStore | None) -> None:
+        self._loss, self._seed, self._store = loss, seed, store
+        self._split: StoreSplit | None = None  # of the whole store
 
     def wait_for_scores(self, batch: RowBatch, timeout_seconds: float) -> float:
         """Wait until all scores are there that the weights of a batch depend on; return the seconds waited."""
-        return (self._dataset if needs_complete_store(self._loss) else batch).wait(timeout_seconds)
+        if not needs_complete_store(self._loss):
+            return batch.wait(timeout_seconds)
+        assert self._store is not None, "a loss that ranks over the store has one"
+        return 0.0 if self._split is not None else self._store.wait_until_complete(timeout_seconds)
 
     def of_step(self, batch: RowBatch, layout: Layout, step: int, state: LossState) -> list[TokenWeights]:
         """Return the weights of each row's targets, normalised over the step; ``layout`` matters to scope ``microbatch``."""
@@ -95,12 +100,7 @@ class StepWeights:
     def _easy_of(self, batch: RowBatch, rows: Sequence[int]) -> torch.Tensor:
         """Return a bool [N] mask of the targets of some rows that are easy among those of the whole dataset."""
         assert isinstance(batch, FileRows), "rows that are written on the way have no place in a dataset"
-        return torch.cat([self._easy_rows()[int(batch.positions[row])] for row in rows])
-
-    def _easy_rows(self) -> list[torch.Tensor]:
-        if self._easy_in_dataset is None:
-            assert isinstance(self._loss, AtkdLoss)
-            rows = [self._dataset.uncertainty(row) for row in range(len(self._dataset))]
-            easy = split_easy(torch.cat(rows), self._loss, seed=self._seed)
-            self._easy_in_dataset = list(easy.split([len(row) for row in rows]))
-        return self._easy_in_dataset
+        if self._split is None:
+            assert isinstance(self._loss, AtkdLoss) and self._store is not None, "a loss that ranks over the store has one"
+            self._split = split_store(self._store, self._loss, self._seed)
+        return torch.cat([self._split.easy(int(batch.positions[row])) for row in rows])

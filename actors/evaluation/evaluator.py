@@ -113,7 +113,7 @@ def evaluate_model(
     """
     examples, store = ExampleFile(Path(examples_path)), ScoreStore(Path(store_path))
     require_scores_of(store, examples)
-    all_texts = read_heldout_texts(Path(texts_path), examples.rows)
+    all_texts = read_heldout_texts(Path(texts_path), examples.rows.tolist())
     texts = all_texts[: evaluate.generate_rows]
     comparison = AnswerComparison(evaluate.answer_pattern)
     comparison.require_answers(texts)
@@ -136,7 +136,7 @@ def evaluate_model(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         targets=heldout.targets,
         seconds=time.perf_counter() - started,
-        tokens_per_second=int(examples.lengths.sum()) / (predicted - started),
+        tokens_per_second=examples.tokens / (predicted - started),
     )
     return Evaluation(metrics, tuple(answers), view_rows(network, tokenizer, examples, store, all_texts, top_k))
 
@@ -164,7 +164,7 @@ def evaluate_from_scores(examples_path: str, store_path: str, top_k: int, parame
     seconds = time.perf_counter() - started
     metrics = Metrics(
         **heldout.measures(), exact_match=None, rouge_l=None, parameters=parameters, targets=heldout.targets, seconds=seconds,
-        tokens_per_second=int(examples.lengths.sum()) / seconds,
+        tokens_per_second=examples.tokens / seconds,
     )  # fmt: skip
     return Evaluation(metrics, ())
 

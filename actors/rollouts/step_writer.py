@@ -60,7 +60,7 @@ class RolloutPlan:
     def prompts(self, step: int) -> list[Prompt]:
         """Return what the student is to answer for a step, in the order in which the log has it."""
         chosen = [int(position) for position in self.sampler.positions(step)[self.mask(step)]]
-        return [Prompt(self.examples[one].last_prompt, self.examples.rows[one], step=step) for one in chosen]
+        return [Prompt(self.examples[one].last_prompt, self.examples.row(one), step=step) for one in chosen]
 
     def mask(self, step: int) -> np.ndarray:
         """Return bool [R], which rows of a step the student writes; once that is decided."""

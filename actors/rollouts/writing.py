@@ -106,7 +106,7 @@ class Writer:
         The engine is built by the first call and not by the constructor, so that its error arrives as it was raised.
         """
         prompts = [
-            Prompt(self._prompts[position].last_prompt, self._prompts.rows[position], sample)
+            Prompt(self._prompts[position].last_prompt, self._prompts.row(position), sample)
             for position, sample in self._work.rows(shard, len(self._prompts))
         ]
         responses = self._responses(prompts)
@@ -177,10 +177,11 @@ def write_responses(
             ray.kill(writer)
 
 
-def written_rows(work: WritingWork) -> list[Example]:
-    """Return the rows of all shards, in their order."""
-    files = [ExampleFile(work.path(shard)) for shard in range(work.shards(len(ExampleFile(work.prompts))))]
-    return [file[position] for file in files for position in range(len(file))]
+def written_rows(work: WritingWork) -> Iterator[Example]:
+    """Yield the rows of all shards, in their order."""
+    for shard in range(work.shards(len(ExampleFile(work.prompts)))):
+        file = ExampleFile(work.path(shard))
+        yield from (file[position] for position in range(len(file)))
 
 
 def repeated_share(token_ids: np.ndarray | Sequence[int]) -> float:

@@ -57,11 +57,12 @@ class ShardIndex:
     def __init__(self, buffer: pa.Buffer) -> None:
         batch = pa.ipc.open_file(buffer).get_batch(0)
         self._keys = batch["key"]
-        self._ends = np.cumsum(np.asarray(batch["bytes"]))
+        self._bytes = np.asarray(batch["bytes"])
         self._checksums = np.asarray(batch["checksum"])
         self._teacher_losses = np.asarray(batch["teacher_loss"])
         self._offsets = np.asarray(batch["uncertainty"].offsets)
-        self._uncertainty = np.asarray(batch["uncertainty"].values)
+        self.uncertainties = np.asarray(batch["uncertainty"].values)
+        """float32, the teacher's mass off the target at all targets of the shard, row after row."""
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -72,7 +73,8 @@ class ShardIndex:
 
     def place(self, row: int) -> tuple[int, int]:
         """Return where the row's bytes begin and end."""
-        return int(self._ends[row - 1]) if row else 0, int(self._ends[row])
+        start = int(self._bytes[:row].sum())  # not kept: 8 bytes a row of the whole store, on every worker
+        return start, start + int(self._bytes[row])
 
     def checksum(self, row: int) -> int:
         """Return the CRC-32 of the row's bytes."""
@@ -82,9 +84,13 @@ class ShardIndex:
         """Return N."""
         return int(self._offsets[row + 1] - self._offsets[row])
 
+    def first_target(self, row: int) -> int:
+        """Return the place of the row's first target among those of the shard."""
+        return int(self._offsets[row])
+
     def uncertainty(self, row: int) -> np.ndarray:
         """Return the teacher's mass off the target at each of them, float32 [N]; a view."""
-        return self._uncertainty[self._offsets[row] : self._offsets[row + 1]]
+        return self.uncertainties[self._offsets[row] : self._offsets[row + 1]]
 
     def teacher_loss(self, row: int) -> float:
         """Return the teacher's own mean loss on the row's targets, in nats."""

@@ -178,6 +178,15 @@ class ScoreStore:
         shard, row = divmod(position, self.rows_per_shard)
         return self._files.index(shard).uncertainty(row)
 
+    def uncertainties(self, shard: int) -> np.ndarray:
+        """Return UNC of all targets of a shard, row after row, float32, from the index alone; a view."""
+        return self._files.index(shard).uncertainties
+
+    def first_target_at(self, position: int) -> tuple[int, int]:
+        """Return the shard of the example at ``position``, and the place of its first target among those of the shard."""
+        shard, row = divmod(position, self.rows_per_shard)
+        return shard, self._files.index(shard).first_target(row)
+
     def teacher_loss_at(self, position: int) -> float:
         """Return the teacher's own mean loss on the targets of the example at ``position``, in nats, from the index alone."""
         shard, row = divmod(position, self.rows_per_shard)
@@ -201,6 +210,10 @@ class ScoreStore:
                 )
             time.sleep(poll_seconds)
         return time.monotonic() - start
+
+    def wait_until_complete(self, timeout_seconds: float) -> float:
+        """Wait until every shard is there; return the seconds waited. Each may take as long, and fails, as ``wait_for`` says."""
+        return sum(self.wait_for(shard, timeout_seconds) for shard in self.missing_shards())
 
     def declare_failed(self, error: str) -> None:
         """Tell all readers that no further shard will come, and why."""

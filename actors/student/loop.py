@@ -13,7 +13,7 @@ from actors.dataloader.collator import MicroBatch
 from actors.dataloader.rollout_rows import RolloutRows
 from actors.dataloader.row_sources import RowSources
 from actors.dataloader.sampler import StepSampler, Visits, steps_in
-from actors.dataloader.scored_rows import ScoredRows, StoredRows, all_rows
+from actors.dataloader.scored_rows import ScoredRows, StoredRows
 from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.engines.teacher_head import read_head
@@ -49,7 +49,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     sampler = StepSampler(len(examples), task.train.batch_rows, task.seed, task.train.first_epoch == "store_order")
     visits = visits_of(task, steps_in(len(examples), task.train.batch_rows, task.train.epochs))
     rows = rows_of(task, StoredRows(examples, store, task.top_k, sampler), sampler, visits, worker)
-    step_weights = StepWeights(task.loss, task.seed, all_rows(examples, store, task.top_k))
+    step_weights = StepWeights(task.loss, task.seed, store)
 
     torch.manual_seed(task.seed)  # of the adapters: another trial of this process may have drawn before
     student = make_student(task.model, task.lora, task.loss, task.train, worker)

@@ -163,7 +163,7 @@ def _self_divergence(model: PreTrainedModel, examples: ExampleFile, store: Score
     """Let the teacher be its own student: rows, store, shift, head and loss as in training, one row a forward pass."""
     loss = CoupledLoss(kind="coupled")
     student, state, batch = CausalStudent(model, loss), LossState.first(loss), all_rows(examples, store, store.top_k)
-    weights = StepWeights(loss, seed=0, dataset=batch).of_step(batch, [[[row] for row in range(len(batch))]], 0, state)
+    weights = StepWeights(loss, seed=0, store=store).of_step(batch, [[[row] for row in range(len(batch))]], 0, state)
     total = LossSums.zero(model.device)
     for row in range(len(batch)):
         try:

@@ -153,10 +153,10 @@ class ScoringWork:
         """Name the shards set aside, the rows of the dataset in them, and their last errors; empty if there is none."""
         if not self._queue.set_aside:
             return ""
-        rows = ExampleFile(self.examples_path).rows
+        examples = ExampleFile(self.examples_path)
         return "; ".join(
             f"{self.describe(shard)} was set aside after {TRIES} replicas died on it, the last with: {error}; "
-            f"it holds the dataset's {_named([rows[position] for position in self.store.positions(shard)])}"
+            f"it holds the dataset's {_named([examples.row(position) for position in self.store.positions(shard)])}"
             for shard, error in sorted(self._queue.set_aside.items())
         )
 

@@ -15,9 +15,9 @@ from typing import TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from actors.examples import write_examples
+from actors.examples import ExampleFile, write_examples
 from actors.files import write_atomically
-from actors.records import Example, examples_hash
+from actors.records import Example
 from orchestrator.classification.labelled_rows import LabelledRow, read_row, require_labels, require_one_shape, shown_row
 from orchestrator.config.data import DataConfig
 from orchestrator.config.task import ClassificationTask
@@ -114,15 +114,14 @@ def prepare_classes(
             for place, ids in enumerate(fitting):
                 if shortened and len(ids) > shortened:
                     fitting[place] = features_of(split[place], tokenizer, keep_special, shortened)
-            write_examples(folder / f"{prefix}{name}.arrow", list(map(example_of, split, fitting)))
+            write_examples(folder / f"{prefix}{name}.arrow", map(example_of, split, fitting))
             lengths[prefix] = max(lengths.get(prefix, 0), 1 + max(map(len, fitting)))
     lines = [{"row": row.number, "label": row.label, "group": row.group} for row in kept[1]]
     write_atomically(folder / "heldout_rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     counts = counts_of(kept, task, sum(fit.count(False) for fit in fits), lengths, shape)
     summary = {
         "counts": asdict(counts),
-        "train_hash": examples_hash(row.key for row in kept[0]),
-        "heldout_hash": examples_hash(row.key for row in kept[1]),
+        **{f"{name}_hash": ExampleFile(folder / f"{name}.arrow").hash for name in SPLITS},
         "tokenizer_hash": tokenizer_hash(student) if student is not None else None,
     }
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())

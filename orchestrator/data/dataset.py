@@ -12,9 +12,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from actors.examples import write_examples
+from actors.examples import ExampleFile, write_examples
 from actors.files import write_atomically
-from actors.records import examples_hash
 from orchestrator.config.data import DataConfig
 from orchestrator.data.counts import DataCounts, count_data
 from orchestrator.data.mixture import read_splits
@@ -61,8 +60,8 @@ def write_prepared(folder: Path, train: TokenizedRows, heldout: TokenizedRows, c
     write_atomically(folder / "heldout_texts.jsonl", lines.encode())
     summary = {
         "counts": asdict(counts),
-        "train_hash": examples_hash(example.key for example in train.examples),
-        "heldout_hash": examples_hash(example.key for example in heldout.examples),
+        "train_hash": ExampleFile(folder / "train.arrow").hash,
+        "heldout_hash": ExampleFile(folder / "heldout.arrow").hash,
         "tokenizer_hash": tokenizer,
     }
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())

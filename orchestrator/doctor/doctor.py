@@ -71,7 +71,7 @@ def _diagnose_finetuned(config: RunConfig, run_dir: RunDir, models: Models, engi
     teacher_vocab, student_vocab = (vocab_size_of(models.ready(role)) for role in ROLES)
     tokens = check_tokens(
         models.tokenizer(), *(tokenizer_of(models.ready(role)) for role in ROLES),
-        largest_id=max(largest_id(split) for split in splits), teacher_vocab=teacher_vocab, student_vocab=student_vocab,
+        largest_id=max(split.largest_id for split in splits), teacher_vocab=teacher_vocab, student_vocab=student_vocab,
     )  # fmt: skip
     if tokens.state != "ok":
         return [tokens]
@@ -95,11 +95,6 @@ def _diagnose_finetuned(config: RunConfig, run_dir: RunDir, models: Models, engi
         student = measure_student(config, models.ready("student"), Path(folder))
         findings += [check_export(config, models, run_dir.path), check_attention("student", student)]
     return findings + check_scores(found, TOLERANCES[spec.engine.dtype], teacher_vocab, student_vocab)
-
-
-def largest_id(examples: ExampleFile) -> int:
-    """Return the largest token id of all rows."""
-    return max(int(examples[position].token_ids.max()) for position in range(len(examples)))
 
 
 def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:

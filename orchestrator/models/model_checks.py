@@ -41,7 +41,7 @@ def row_limits(config: RunConfig, data: Path) -> RowLimits:
     return RowLimits(
         longest=max(int(split.lengths.max()) for split in (train, heldout)),
         longest_prompt=max((len(heldout[position].last_prompt) for position in asked), default=0),
-        largest_id=max(int(split[position].token_ids.max()) for split in (train, heldout) for position in range(len(split))),
+        largest_id=max(split.largest_id for split in (train, heldout)),
     )
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from actors.config.model_kinds import ScratchModel
 from actors.config.models import TrainConfig, needs_teacher
 from actors.dataloader.sampler import StepSampler
-from actors.dataloader.scored_rows import StoredRows, all_rows
+from actors.dataloader.scored_rows import StoredRows
 from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.engines.base import EngineFactory, TeacherSpec
@@ -156,7 +156,7 @@ def time_steps(student: _Student) -> float:
     store = ScoreStore(Path(student.store)) if student.store else None
     sampler = StepSampler(len(examples), train.batch_rows, config.seed, store_order_first=True)
     rows = StoredRows(examples, store, config.scores.top_k, sampler)
-    weights = StepWeights(config.loss, config.seed, all_rows(examples, store, config.scores.top_k))
+    weights = StepWeights(config.loss, config.seed, store)
     module = make_student(student.model, config.student.lora, config.loss, train, worker)
     vocab_size, state = undistributed(module).vocab_size, LossState.first(config.loss)
     optimizer = make_optimizer(module, train.optimizer)

@@ -215,9 +215,9 @@ def _counted(config: RunConfig, folder: Path, source: str) -> Workload:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     counted = Workload(
         lengths=train.lengths,
-        targets=_targets(train),
-        heldout_tokens=int(heldout.lengths.sum()),
-        heldout_targets=int(_targets(heldout).sum()),
+        targets=train.target_counts,
+        heldout_tokens=heldout.tokens,
+        heldout_targets=int(heldout.target_counts.sum()),
         longest=max(int(train.lengths.max()), int(heldout.lengths.max())),
         vocab_size=len(tokenizer),
         source=source,
@@ -225,14 +225,10 @@ def _counted(config: RunConfig, folder: Path, source: str) -> Workload:
     if config.responses is not None and (folder / "stages" / "respond.json").is_file():
         written = ExampleFile(training_rows(config, folder))
         longest = max(int(written.lengths.max()), counted.longest)
-        return replace(counted, lengths=written.lengths, targets=_targets(written), longest=longest, own=counted)
+        return replace(counted, lengths=written.lengths, targets=written.target_counts, longest=longest, own=counted)
     prompts = np.array([len(train[row].last_prompt) for row in range(len(train))])
     require_room_for_answers(config, Models(config, folder), int(prompts.max()))
     return with_responses(config, counted, prompts, int(prompts.max()))
-
-
-def _targets(file: ExampleFile) -> np.ndarray:
-    return np.array([int(file[row].loss_mask.sum()) for row in range(len(file))])
 
 
 def passes_of(work: Workload, train: TrainConfig, workers: int, seed: int) -> Passes:

@@ -40,7 +40,7 @@ def uncertainty_places(run_path: Path) -> Chart | None:
     store, examples = ScoreStore(Path(pointers["heldout"])), ExampleFile(files[0])
     if store.missing_shards() or store.rows != len(examples):
         return None
-    tasks = [text.task for text in read_heldout_texts(files[1], examples.rows)]
+    tasks = [text.task for text in read_heldout_texts(files[1], examples.rows.tolist())]
     every = range(0, len(tasks), max(1, -(-len(tasks) // MOST_ROWS)))
     means = mean_by_task_and_place([tasks[row] for row in every], [store.uncertainty_at(row) for row in every])
     if not means:

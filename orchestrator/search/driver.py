@@ -95,7 +95,7 @@ def note_cost(config: RunConfig, run_dir: RunDir, folder: Path) -> None:
     scored = run_dir.result("score") or {}
     splits = [facts for facts in scored.values() if isinstance(facts, dict)]
     files = {"train": training_rows(config, run_dir.path), "heldout": run_dir.path / "data" / "heldout.arrow"}
-    tokens = {split: int(ExampleFile(path).lengths.sum()) for split, path in files.items()}
+    tokens = {split: ExampleFile(path).tokens for split, path in files.items()}
     cost = {
         "teacher_tokens_scored": sum(facts["tokens"] for facts in splits),
         "dataset_tokens": sum(tokens.values()),

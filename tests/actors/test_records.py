@@ -12,7 +12,6 @@ from actors.records import (
     TeacherScores,
     check_scores,
     example_key,
-    examples_hash,
     keep_mass,
     tail_logmass,
     truncate_scores,
@@ -30,11 +29,6 @@ def test_a_key_names_token_ids_and_mask_whatever_their_types() -> None:
     assert key == example_key(token_ids.astype(np.int32), mask.astype(np.uint8))
     assert key != example_key(np.array([5, 6, 8]), mask)
     assert key != example_key(token_ids, np.array([False, False, True]))
-
-
-def test_a_hash_of_examples_depends_on_their_order() -> None:
-    keys = [example.key for example in fake_examples(3)]
-    assert examples_hash(keys) == examples_hash(iter(keys)) != examples_hash(reversed(keys))
 
 
 def test_targets_are_where_the_mask_is_true() -> None:

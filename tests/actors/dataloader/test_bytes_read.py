@@ -9,7 +9,7 @@ import pytest
 from actors.config.models import TrainConfig
 from actors.dataloader.collator import collate
 from actors.dataloader.sampler import StepSampler, layout_of
-from actors.dataloader.scored_rows import StoredRows, all_rows
+from actors.dataloader.scored_rows import StoredRows
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
@@ -63,7 +63,7 @@ def test_a_rank_of_a_thousand_reads_its_own_rows_and_the_column(
     monkeypatch.setattr(shard_files, "ShardIndex", counted_index)
     examples, store = ExampleFile(folder / "train.arrow"), ScoreStore(folder / "store")
     rows = StoredRows(examples, store, TOP_K, StepSampler(ROWS, TRAIN.batch_rows, seed=0, store_order_first=False))
-    weights = StepWeights(ATKD, 0, all_rows(examples, store, TOP_K))
+    weights = StepWeights(ATKD, 0, store)
     own = 0
     for step in range(1, 1 + ROWS // TRAIN.batch_rows):
         batch = rows.batch(step)

@@ -29,7 +29,7 @@ def scored(folder: Path, loss: LossConfig, *positions: int, top_k: int = 8) -> t
     """Some of ten rows with their scores, and what weighs them."""
     path, store = scored_world(folder, rows=10)
     rows = all_rows(ExampleFile(path), store if loss.kind != "hard_label" else None, top_k)
-    return some_of(rows, *positions), StepWeights(loss, seed=0, dataset=rows)
+    return some_of(rows, *positions), StepWeights(loss, seed=0, store=rows.store)
 
 
 def some_of(rows: FileRows, *positions: int) -> FileRows:
@@ -184,7 +184,7 @@ def test_waiting_covers_the_shards_of_the_batch_alone(tmp_path: Path) -> None:
     assert weigher.wait_for_scores(batch, timeout_seconds=0.1) < 0.1
     with pytest.raises(TimeoutError, match="shard 1 .* did not come within"):
         weigher.wait_for_scores(some_of(batch, 7, 8), timeout_seconds=0.1)
-    of_all = StepWeights(AtkdLoss(kind="atkd", scope="dataset"), seed=0, dataset=some_of(batch, *range(10)))
+    of_all = StepWeights(AtkdLoss(kind="atkd", scope="dataset"), seed=0, store=batch.store)
     with pytest.raises(TimeoutError, match="shard 1 "):
         of_all.wait_for_scores(batch, timeout_seconds=0.1)
 

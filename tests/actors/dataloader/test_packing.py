@@ -103,7 +103,7 @@ def test_rows_stand_one_after_the_other_each_counted_from_its_own_beginning(tmp_
 def test_targets_scores_and_weights_are_those_of_the_padded_rows(tmp_path: Path) -> None:
     batch, loss = scored(tmp_path, 3, 1, 7, 2), AtkdLoss(kind="atkd")
     by_rows, by_packs = (layout_of(batch.lengths, 1, train) for train in (TrainConfig(micro_batch_rows=1), packing(64)))
-    weigher = StepWeights(loss, seed=0, dataset=batch)
+    weigher = StepWeights(loss, seed=0, store=batch.store)
     weights = [weigher.of_step(batch, layout, 1, LossState.first(loss)) for layout in (by_rows, by_packs)]
     padded, packed = (collate(batch, [2, 0, 3], VOCAB, of_step, packed=bool(way)) for way, of_step in enumerate(weights))
     assert packed.teacher is not None and padded.teacher is not None and packed.weights is not None and padded.weights is not None

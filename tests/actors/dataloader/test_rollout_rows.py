@@ -180,7 +180,7 @@ def test_a_mixed_step_is_that_of_one_file(world: World, step: int) -> None:
 def test_the_weights_of_a_mixed_step_are_those_of_one_file(world: World, loss: LossConfig) -> None:
     for step in (1, 3):
         found, wanted = world.rows.batch(step), world.joined(step)
-        weigher = StepWeights(loss, SEED, dataset=wanted)
+        weigher = StepWeights(loss, SEED, store=wanted.store)
         layout = layout_of(wanted.lengths, 2, TrainConfig(micro_batch_rows=2))
         state = LossState.first(loss)
         mine, theirs = (weigher.of_step(batch, layout, step, state) for batch in (found, wanted))

@@ -30,7 +30,7 @@ from tests.actors.rollouts.step_world import (
     with_rows,
     world_in,
 )
-from tests.fakes import expected_scores
+from tests.fakes import expected_scores, keys_of
 
 # ---- what is asked for
 
@@ -79,7 +79,7 @@ def test_all_steps_are_written_in_order_by_the_weights_that_are_theirs(tmp_path:
         rows = [written_row(prompt, answer(prompt, weights.step)) for prompt in world.plan.prompts(step)]
         assert [prompt.row for prompt in prompts] == [row.row for row in rows]
         found = world.log.examples(step)
-        assert keys == found.keys == [row.key for row in rows] and found.rows == [row.row for row in rows]
+        assert keys == keys_of(found) == [row.key for row in rows] and found.rows.tolist() == [row.row for row in rows]
         for row, (prompt, sampled) in enumerate(zip(prompts, world.log.sampled(step), strict=True)):
             response = answer(prompt, weights.step)
             assert np.array_equal(sampled.logprobs, response.logprobs)

@@ -100,13 +100,13 @@ def work(tmp_path: Path) -> WritingWork:
 def asked_prompts(work: WritingWork) -> list[Prompt]:
     """What is to be answered, in the order of the written rows: all rows once, then all again."""
     file = ExampleFile(work.prompts)
-    return [Prompt(file[row].last_prompt, file.rows[row], sample) for sample in range(SAMPLES) for row in range(ROWS)]
+    return [Prompt(file[row].last_prompt, file.row(row), sample) for sample in range(SAMPLES) for row in range(ROWS)]
 
 
 def assert_written(work: WritingWork) -> None:
     """Every response is there once, at its place."""
     wanted = [written_row(prompt, response_of(prompt)) for prompt in asked_prompts(work)]
-    found = written_rows(work)
+    found = list(written_rows(work))
     assert [(row.key, row.row) for row in found] == [(row.key, row.row) for row in wanted]
     assert not list(work.folder.glob("*.tmp"))
 

@@ -52,7 +52,7 @@ def test_what_was_written_is_read_by_step_and_row(log: RolloutLog, tmp_path: Pat
     for step, rows in ROWS_OF.items():
         examples, scores, sampled = rows_of(step, rows)
         found = follower.examples(step)
-        assert len(found) == rows and found.rows == [example.row for example in examples]
+        assert len(found) == rows and found.rows.tolist() == [example.row for example in examples]
         for row, (example, score) in enumerate(zip(examples, scores, strict=True)):
             np.testing.assert_array_equal(found[row].token_ids, example.token_ids)
             np.testing.assert_array_equal(found[row].loss_mask, example.loss_mask)

@@ -31,7 +31,7 @@ HARD_LABEL = HardLabelLoss(kind="hard_label")
 def batch_in(folder: Path) -> MicroBatch:
     path, _ = scored_world(folder, rows=6)
     batch = FileRows(ExampleFile(path), None, 8, np.array([1, 4, 2]))
-    weights = StepWeights(HARD_LABEL, seed=0, dataset=batch).of_step(batch, [[[0, 1, 2]]], step=1, state=LossState())
+    weights = StepWeights(HARD_LABEL, seed=0, store=None).of_step(batch, [[[0, 1, 2]]], step=1, state=LossState())
     return collate(batch, [0, 1, 2], VOCAB, weights)
 
 

@@ -267,7 +267,7 @@ def test_rows_that_stay_are_the_datas_and_those_of_the_student_its_own(tmp_path:
         wanted = [int(row) for row in np.arange((step - 1) * BATCH, step * BATCH)[mask]]
         if wanted:
             rows = run.log.examples(step)
-            assert rows.rows == wanted
+            assert rows.rows.tolist() == wanted
             for place, row in enumerate(wanted):
                 prompt = run.examples[row].last_prompt
                 assert rows[place].token_ids[: len(prompt)].tolist() == prompt.tolist()

@@ -102,7 +102,7 @@ def step_of(
     student.zero_grad()
     examples, store = ExampleFile(world / "train.arrow"), ScoreStore(world / "store")
     rows = StoredRows(examples, store, 8, StepSampler(len(examples), ROWS, seed=0, store_order_first=True))
-    weights = StepWeights(loss, seed=0, dataset=all_rows(examples, store, 8))
+    weights = StepWeights(loss, seed=0, store=store)
     with StepLoader(rows, train, worker.rank, worker.world_size, worker.device, VOCAB, last_step=1) as loader:
         sums = accumulate_gradients(student, loader, weights, 1, LossState.first(loss), worker, train)
     return float(sums.loss), {name: one.grad.clone() for name, one in student.named_parameters() if one.grad is not None}

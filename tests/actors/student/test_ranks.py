@@ -18,7 +18,7 @@ from actors.dataloader.collator import collate
 from actors.dataloader.rollout_rows import RolloutRows
 from actors.dataloader.row_sources import RowPolicy, RowSources, written_by_student
 from actors.dataloader.sampler import StepSampler
-from actors.dataloader.scored_rows import FileRows, StoredRows, all_rows
+from actors.dataloader.scored_rows import FileRows, StoredRows
 from actors.dataloader.step_loader import StepLoader
 from actors.dataloader.step_weights import StepWeights
 from actors.examples import ExampleFile
@@ -77,7 +77,7 @@ def step_gradients(
     student = distribute(CausalStudent(model, loss), train, worker)
     examples, store = ExampleFile(folder / "train.arrow"), ScoreStore(folder / "store")
     rows = StoredRows(examples, store, 8, StepSampler(len(examples), 7, seed=0, store_order_first=True))
-    weights = StepWeights(loss, seed=0, dataset=all_rows(examples, store, 8))
+    weights = StepWeights(loss, seed=0, store=store)
     sources = RowSources(RowPolicy(SHARE), 0, lambda step: 7, total_steps=2)
     source = RolloutRows(rows, RolloutLog(folder / "log"), sources) if loss.kind == "policy_gradient" else rows
     with StepLoader(source, train, worker.rank, worker.world_size, worker.device, VOCAB, last_step=2) as loader:
@@ -124,7 +124,7 @@ def between_passes(folder: Path, worker: Worker) -> dict[str, tuple[int, int, st
     train, loss = TrainConfig(sharding="fsdp", precision="bfloat16"), LOSS.validate_python(CASES["atkd"])
     student = distribute(CausalStudent(prepare_model(ModelSource(str(folder / "model")), None, train), loss), train, worker)
     batch = FileRows(examples, store, 8, np.arange(2))
-    weights = StepWeights(loss, seed=0, dataset=batch).of_step(batch, [[[0], [1]]], 1, LossState.first(loss))
+    weights = StepWeights(loss, seed=0, store=store).of_step(batch, [[[0], [1]]], 1, LossState.first(loss))
     set_gradient_sync(student, False)
     forward(student, collate(batch, [worker.rank], VOCAB, weights), LossState.first(loss), train).loss.backward()
     return {

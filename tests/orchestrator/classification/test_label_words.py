@@ -82,9 +82,10 @@ def test_a_row_is_its_prompt_with_the_label_behind_it(tmp_path: Path, folder: Pa
     asked, seen = read_asked(data), set[str]()
     for split in ("train", "heldout"):
         mine, theirs = ExampleFile(data / f"teacher_{split}.arrow"), ExampleFile(data / f"{split}.arrow")
-        assert (mine.keys, mine.rows) == (theirs.keys, theirs.rows)
+        assert (mine.hash, mine.rows.tolist()) == (theirs.hash, theirs.rows.tolist())
         for position in range(len(mine)):
-            example, row = mine[position], ROWS[mine.rows[position]]
+            example = mine[position]
+            row = ROWS[example.row]
             prompt = f"Grade: {row['text']} ({row['hint']})\nIt is"
             assert example.token_ids[:-1].tolist() == tokenizer(prompt)["input_ids"]
             assert example.targets.tolist() == theirs[position].targets.tolist() == [["bad", "good"].index(row["label"])]

@@ -29,7 +29,7 @@ from orchestrator.cli import main
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.checks import check_scores
-from orchestrator.doctor.doctor import diagnose, largest_id, measure_served, spread_over_lengths
+from orchestrator.doctor.doctor import diagnose, measure_served, spread_over_lengths
 from orchestrator.models.models import ROLES, Models
 from orchestrator.run.score_parity import TOLERANCES, Finding
 from tests.fakes import FakeTeacher, fake_spec
@@ -178,7 +178,7 @@ def test_the_rows_that_are_tried_are_of_every_length(tmp_path: Path) -> None:
     whole = [len(row.token_ids) for row in rows]
     assert len(lengths) == 4 and lengths == sorted(lengths)
     assert lengths[0] == min(whole) < lengths[1] < lengths[2] < lengths[3] == max(whole)
-    assert largest_id(ExampleFile(tmp_path / "rows.arrow")) == max(int(row.token_ids.max()) for row in rows)
+    assert ExampleFile(tmp_path / "rows.arrow").largest_id == max(int(row.token_ids.max()) for row in rows)
     write_examples(tmp_path / "few.arrow", rows[:2])
     assert len(spread_over_lengths(ExampleFile(tmp_path / "few.arrow"), 4)) == 2
 

@@ -116,7 +116,7 @@ def test_models_whose_code_is_trusted_are_finetuned_distilled_evaluated_and_expo
         (run_dir.path / "data" / "heldout_texts.jsonl").write_text(
             "".join(
                 json.dumps({"row": row, "prompt": "w5", "response": "w6"}) + "\n"
-                for row in ExampleFile(run_dir.path / "data" / "heldout.arrow").rows
+                for row in ExampleFile(run_dir.path / "data" / "heldout.arrow").rows.tolist()
             )
         )
         for source in (models.ready("teacher"), models.ready("student"), models.distilled()):
