@@ -54,12 +54,12 @@ $(READY): $(LOCK) pyproject.toml scripts/check_environment.py
 distill: $(READY)  ## Distil the example: fine-tune teacher, score, train student, evaluate, report
 	@$(BIN)/python -m orchestrator run configs/tiny_cpu.yaml
 
-# Tests that need neither Ray nor long run two at a time; the others have the machine to themselves.
+# All run two at a time; of those that need Ray or long, the ones of a file one after the other, since they share what they made.
 test: $(READY)  ## Run lint and every test; PYTEST_ARGS="tests/losses -k atkd" runs some
 	@failed=0; $(MAKE) --no-print-directory lint || failed=1; \
 	if [ -n "$(PYTEST_ARGS)" ]; then $(BIN)/python -m pytest -q $(PYTEST_ARGS) || failed=1; else \
 		$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not ray" || failed=1; \
-		$(BIN)/python -m pytest -q -m "slow or ray" || failed=1; \
+		$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or ray" || failed=1; \
 	fi; exit $$failed
 
 quick: $(READY)  ## Run lint and the tests that need neither Ray nor long, in parallel
