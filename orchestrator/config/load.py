@@ -221,6 +221,9 @@ def _no_such_key(location: Sequence[int | str], place: str) -> str:
     if place in RENAMED:
         return f"is now {RENAMED[place]}"
     everywhere = list(_all_keys(RunConfig))
+    if place in everywhere and "." in str(location[-1]):
+        section, _, key = place.rpartition(".")
+        return f"stands with its dots in the file, where sections stand within each other; {section}: {{{key}: ...}} would do"
     if place in everywhere:
         return f"does not go with {location[-2]}; leave it out, or choose the variant that has it"
     wrong = str(location[-1])

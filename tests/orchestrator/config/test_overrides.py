@@ -39,3 +39,9 @@ def test_the_sources_and_formats_of_the_docs_are_configurations() -> None:
 def test_an_override_that_is_no_yaml_is_named() -> None:
     with pytest.raises(ConfigError, match=r"the value '\[1' is not YAML; quote it"):
         apply_override({}, "a.b=[1")
+
+
+def test_a_key_that_is_written_with_its_dots_is_named_with_the_sections_that_would_do() -> None:
+    tree = yaml.safe_load(Path("configs/tiny_cpu.yaml").read_text()) | {"loss.easy_ratio": 0.3}
+    with pytest.raises(ConfigError, match=r"loss\.easy_ratio: stands with its dots in the file, .*; loss: .* would do"):
+        validate(tree)
