@@ -16,6 +16,10 @@ from actors.examples import ExampleFile, write_examples
 from actors.models import save_model, scratch_model
 from benchmarks import batches, losses, onnx_rows, parity, rounding, store_scale, truncation, wires
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, peak_bytes, print_table, report
+from benchmarks.scale import __main__ as scale
+from benchmarks.scale.followers import follow
+from benchmarks.scale.ray_costs import RayCosts
+from benchmarks.scale.world import Case
 from orchestrator.classification.onnx_model import add_onnx
 from orchestrator.config.data import BuiltinSource
 from orchestrator.data.sources import read_rows
@@ -157,6 +161,36 @@ def test_the_scale_of_a_store_is_measured(
     assert "40 rows of 50 targets, 5 shards" in said and "| rank the first step, 16 rows" in said
     assert "bar easy targets of the split, off by measured 0 wanted <=0 met" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_driver_is_measured_on_virtual_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["--replicas", "5", "--shards", "40", "--workers", "4", "--lost", "0.2", "--without-ray", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["scale", *size])
+    scale.main()
+    said = capsys.readouterr().out
+    assert "| 80 | 40 | 8 |" in said and "2 shards were begun again" in said
+    assert "bar shards lost, or scored twice though not under way measured 0 wanted <=0 met" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nodes_held_that_are_lost_is_scored_again_and_nothing_else(tmp_path: Path) -> None:
+    lost = scale.drive(Case(replicas=8, speed=20_000.0, shards=400, shard_rows=800, lost=0.25), RayCosts(), tmp_path)
+    assert lost.faults == 0 and lost.again == 4, "two replicas held two shards each"
+    assert 0.70 < lost.share_while_lost <= 0.75
+
+
+def test_a_driver_that_works_all_the_time_is_the_bound(tmp_path: Path) -> None:
+    slow = scale.drive(Case(replicas=8, speed=20_000.0, shards=100, shard_rows=8), RayCosts(call=0.5), tmp_path)
+    assert slow.busy_percent > 98 and slow.share < 0.11, "two shards a second, of 20 that the replicas could"
+
+
+def test_a_follower_asks_for_each_shard_and_while_it_waits_for_the_first_that_is_missing(tmp_path: Path) -> None:
+    case = Case(replicas=1, speed=8_000.0, shards=20, shard_rows=8)  # a shard a second
+    followed = follow(case, batch_rows=80, folder=tmp_path)
+    assert followed.seconds == pytest.approx(20, abs=0.3) and followed.listings == 0
+    assert followed.looks == pytest.approx(20 + 2 * 20 / 0.2, rel=0.1), "a json and the news of a failure, five times a second"
 
 
 @pytest.mark.slow

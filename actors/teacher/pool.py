@@ -4,6 +4,7 @@ A replica's engine works on one shard while the one before is encoded and writte
 counts. Replicas belong to the driver and die with it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -26,6 +27,9 @@ from actors.teacher.service import ScoreService, serve
 from actors.teacher.shard_queue import ScoringWork
 
 WINDOW = CALLS_AT_ONCE  # shards of one replica: one has the engine, the other is being written or waits for the engine
+GATHER_SECONDS = 2e-4
+"""A look at what is finished takes longer the more replicas there are, so for each of them it gathers for so long. A replica does
+not run dry meanwhile: it holds another shard."""
 
 
 class TeacherPool:
@@ -101,9 +105,12 @@ class TeacherPool:
         """
         work = ScoringWork(examples_path.resolve(), store, WINDOW, self._lease_seconds)
         try:
+            shown = -math.inf
             while work.waits or any(replica.in_flight for replica in self._replicas):
                 self._hand_out(work)
-                self._show_in_flight()
+                if time.monotonic() - shown > POLL_SECONDS:  # a number for each replica, which nobody reads more often
+                    shown = time.monotonic()
+                    self._show_in_flight()
                 for result in self._await(work, on_wait):
                     self._live.scored(result.tokens, 1 - result.info.mean_tail_mass, result.mean_uncertainty)
                     yield result
@@ -146,21 +153,21 @@ class TeacherPool:
 
     def _hand_out(self, work: ScoringWork) -> None:
         """Give replicas what they may take, least in flight first, until none takes any more."""
-        while any(self._gave_one(replica, work) for replica in sorted(self._replicas, key=lambda one: len(one.in_flight))):
-            pass
+        for held in range(WINDOW):
+            for replica in [one for one in self._replicas if len(one.in_flight) == held and not one.starting]:
+                if not work.waits:
+                    return
+                self._offer(replica, work)
 
-    def _gave_one(self, replica: Replica, work: ScoringWork) -> bool:
-        if replica.starting:
-            return False
+    def _offer(self, replica: Replica, work: ScoringWork) -> None:
         others_proven = any(other.deaths == 0 for other in self._replicas if other is not replica)
         shard = work.next(list(replica.in_flight.values()), proven=replica.deaths == 0, others_proven=others_proven)
         if shard is None:
-            return False
+            return
         if not replica.in_flight:
             replica.since = time.monotonic()
-        result = replica.actor.score_shard.remote(work.examples_path, work.store.path.resolve(), shard, work.known)
+        result = replica.actor.score_shard.remote(work.examples_path, work.store_path, shard, work.known)
         replica.in_flight[result] = shard
-        return True
 
     def _await(self, work: ScoringWork, on_wait: Callable[[int], None]) -> list[ShardResult]:
         """Wait for whatever comes next, and return the shards that are finished."""
@@ -172,15 +179,20 @@ class TeacherPool:
                 time.sleep(POLL_SECONDS)
             return []
         done, _ = ray.wait(list(owners), num_returns=1, timeout=POLL_SECONDS)
+        if done:
+            done, _ = ray.wait(list(owners), num_returns=len(owners), timeout=GATHER_SECONDS * len(self._replicas))
         results = [result for ref in done if (result := self._collect(owners[ref], ref, work))]
         self._replicas.check_starts()
+        now = time.monotonic()
         for replica in self._replicas:
-            seconds = time.monotonic() - replica.since
+            seconds = now - replica.since
             if replica.in_flight and seconds > self._shard_timeout_seconds:
                 self._died(replica, work, f"no answer for {seconds:.0f} s")
         return results
 
     def _collect(self, replica: Replica, ref: ray.ObjectRef, work: ScoringWork) -> ShardResult | None:
+        if ref not in replica.awaited():  # it died a moment ago, and what it held waits again
+            return None
         if replica.starting:
             self._replicas.note_started(replica)
             return None
@@ -202,6 +214,7 @@ class TeacherPool:
     def _died(self, replica: Replica, work: ScoringWork, error: str) -> None:
         """Put back what a replica had that died, and start another in its place."""
         shards = list(replica.in_flight.values())
+        replica.in_flight.clear()
         work.died_on(shards, error)
         held = f" while it held {' and '.join(work.describe(shard) for shard in shards)}" if shards else ""
         aside = f"; {described}" if (described := work.describe_set_aside()) else ""

@@ -155,11 +155,11 @@ class Replicas:
 
     def check_starts(self, needed: bool = False) -> None:
         """Give up replicas whose engines do not come; raises as ``replace``."""
-        for replica in self:
-            if replica.starting and not replica.has_room and placement_group_table(replica.room)["state"] == "CREATED":
+        for replica in [one for one in self if one.starting]:
+            if not replica.has_room and placement_group_table(replica.room)["state"] == "CREATED":
                 replica.has_room, replica.since = True, time.monotonic()  # what it loads from now on is its own time
             seconds = time.monotonic() - replica.since
-            if replica.starting and seconds > self.spec.engine.start_seconds:
+            if seconds > self.spec.engine.start_seconds:
                 replica.deaths = self.spec.engine.max_restarts  # trying again would wait again
                 self.replace(replica, self._no_engine(replica, seconds), needed=needed)
 

@@ -85,7 +85,7 @@ class ScoringWork:
 
     def __init__(self, examples_path: Path, store: ScoreStore, window: int, lease_seconds: float) -> None:
         self.examples_path = examples_path
-        self.store = store
+        self.store, self.store_path = store, store.path.resolve()
         missing = store.missing_shards()
         self._queue = ShardQueue(missing, window)
         self._leases = ShardLeases(store.path, lease_seconds)
@@ -115,7 +115,7 @@ class ScoringWork:
                 continue
             if not self._leases.take(shard):
                 self._queue.put_off(shard)
-            elif self._is_there(shard):  # its holder finished it before it gave up the lease that is now ours
+            elif self.store.is_there(shard):  # its holder finished it before it gave up the lease that is now ours
                 self._leases.release(shard)
             else:
                 return shard

@@ -34,6 +34,8 @@ def without_private_values(text: str, environment: Mapping[str, str] | None = No
         text: plain, HTML or JSON; the values are found however those write them.
         environment: the variables; this process's unless given.
     """
+    if len(text) < FEWEST_CHARACTERS:  # as most of what an event says
+        return text
     variables = os.environ if environment is None else environment
     secrets = {value for name, value in variables.items() if SECRET_NAME.search(name) and len(value) >= FEWEST_CHARACTERS}
     for secret in sorted(secrets, key=len, reverse=True):
