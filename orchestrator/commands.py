@@ -75,6 +75,11 @@ def doctor(config: RunConfig) -> int:
         ValueError: of a run of classification, or as the stages before the scoring do.
     """
     require_language_models(config, "doctor")
+    if config.teacher.similar_tokens is not None:
+        raise ValueError(
+            "doctor looks whether served predictions are the teacher's, and with teacher.similar_tokens none are taught; the "
+            "command run would do"
+        )
     findings = diagnose(config)
     for finding in findings:
         print(finding.line(), flush=True)

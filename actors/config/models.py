@@ -15,6 +15,16 @@ from losses.section import MayChange, Searchable, Section
 DType = Literal["float32", "bfloat16", "float16"]
 
 
+class SimilarTokens(Section):
+    """Teach no predictions but which tokens are like each target: label smoothing over its neighbours, a teacher's control."""
+
+    smoothing: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """The mass off the target: of the ``scores.top_k`` tokens whose input embeddings have the largest cosine with its own."""
+
+    temperature: float = Field(default=0.1, gt=0.0)
+    """Cosines are divided by it before the soft-max over the neighbours; lower leaves more to the nearest."""
+
+
 class LoraAdapter(Section):
     """Low-rank adapters on the student's linear layers, merged before export."""
 

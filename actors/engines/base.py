@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from actors.config.models import EngineConfig
+from actors.config.models import EngineConfig, SimilarTokens
 from actors.config.rollouts import Wire
 from actors.environment import task_environment
 from actors.model_source import ModelSource
@@ -34,6 +34,8 @@ class TeacherSpec:
     """What scores hold besides the K most likely tokens."""
     label_words: tuple[tuple[int, ...], ...] = ()
     """Token ids of each label's word, where a causal language model tells labels apart; empty elsewhere."""
+    similar_tokens: SimilarTokens | None = None
+    """Where neighbours of each target are taught, and nothing that a model predicts."""
     temperature: float = 1.0
     """By what the logits of labels are divided; of language models 1."""
 

@@ -2,6 +2,7 @@
 
 from actors.engines.base import TeacherEngine, TeacherSpec
 from actors.engines.label_words import LabelWordsEngine
+from actors.engines.similar_tokens import SimilarTokensEngine
 
 
 def build_engine(spec: TeacherSpec) -> TeacherEngine:
@@ -12,6 +13,8 @@ def build_engine(spec: TeacherSpec) -> TeacherEngine:
     """
     if spec.model.classes:
         return _build_classifier(spec)
+    if spec.similar_tokens is not None:
+        return SimilarTokensEngine(spec)
     build = {"vllm": _build_vllm, "transformers": _build_transformers}[spec.engine.kind]
     return LabelWordsEngine(spec, build) if spec.label_words else build(spec)
 

@@ -90,7 +90,7 @@ class ScoreRange:
             return
         for name, (low, high) in (("target_logprob", self.target_logprob), ("entropy", self.entropy)):
             values, median = getattr(means, name), means.spread(name).median
-            if low <= median <= high:
+            if low - SAME_NATS <= median <= high + SAME_NATS:
                 continue
             farthest = int(values.argmin() if median < low else values.argmax())
             raise ValueError(

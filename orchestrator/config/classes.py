@@ -187,6 +187,11 @@ def _require_models(data: DataConfig, teacher: TeacherConfig, student: StudentCo
         )
     if isinstance(teacher.model, SoftLabels) and teacher.finetune is not None:
         raise ValueError("teacher.model soft_labels is a table, which is not fine-tuned; teacher.finetune=null would do")
+    if teacher.similar_tokens is not None:
+        raise ValueError(
+            "teacher.similar_tokens is for language models, and the task is classification; teacher.similar_tokens=null would "
+            "do, or teacher.model={kind: soft_labels, similarity: uniform}"
+        )
     if isinstance(teacher.model, SoftLabels) and teacher.calibrate:
         raise ValueError(
             "teacher.model soft_labels is a table that knows each row's label, so that it is always right; "

@@ -29,6 +29,7 @@ from orchestrator.config.classes import (
 )
 from orchestrator.config.compare import CompareConfig
 from orchestrator.config.data import DataConfig
+from orchestrator.config.neighbours import require_neighbours_teach
 from orchestrator.config.own_text import require_own_text
 from orchestrator.config.sides import StudentConfig, TeacherConfig, TokenizerConfig
 from orchestrator.config.task import ClassificationTask, LanguageModelTask, TaskConfig
@@ -156,6 +157,9 @@ class RunConfig(Section):
             made = "both models are scratch" if kinds[1] == "scratch" else "the teacher is scratch, the student cut from it,"
             raise ValueError(f"{made} and tokenizer is null: add a tokenizer section, such as {{vocab_size: 2048}}")
         self._can_be_cut()
+        if self.teacher.similar_tokens is not None:
+            similar, engine = self.teacher.similar_tokens, self.teacher.engine
+            require_neighbours_teach(similar, engine, self.loss, self.rollouts, self.evaluate)
         served = [(self.teacher.engine, *self._shaped_by("teacher"))]
         if self.responses is not None and self.writer_engine is not None:
             served.append((self.writer_engine, *self._shaped_by(self.responses.writer)))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from actors.config.model_kinds import CutModel, StudentModel, TeacherModel
-from actors.config.models import EngineConfig, LoraAdapter, TrainConfig
+from actors.config.models import EngineConfig, LoraAdapter, SimilarTokens, TrainConfig
 from actors.config.workers import WorkersConfig
 from losses.section import MayChange, Searchable, Section
 
@@ -54,6 +54,9 @@ class TeacherConfig(Section):
 
     label_words: LabelWords | None = None
     """Where the task is classification and the model a causal language model: how it answers; null for a classifier."""
+
+    similar_tokens: SimilarTokens | None = None
+    """Of a language model: teach the neighbours of each target by its embeddings, not what it predicts; null for that."""
 
     calibrate: bool = False
     """Where the task is classification: divide its logits by the temperature that gives the held-out labels the least log loss

@@ -128,7 +128,7 @@ def _why_unlike(found: ScoreParity, tolerance: Tolerance, near: bool) -> str:
 
 def probe_of(config: RunConfig, run_dir: RunDir) -> Probe:
     """Return the beginnings of a few rows, the shortest to the longest; and of as many with the shortest prompts."""
-    if config.classes:  # their engine is the plain forward pass itself
+    if config.classes or config.teacher.similar_tokens is not None:  # whose engines are plain arithmetic themselves
         return Probe([], [])
     examples, count = ExampleFile(run_dir.path / "data" / "heldout.arrow"), config.scores.compare_rows
     rows, short = spread_over_lengths(examples, count), with_shortest_prompts(examples, count)
@@ -146,6 +146,7 @@ def require_right(pool: TeacherPool, config: RunConfig, run_dir: RunDir) -> None
     if not isinstance(found, ScoreParity):
         unasked = "a classifier's engine is that pass itself" if config.classes else "scores.compare_rows is 0"
         unasked = unasked if config.teacher.label_words is None else "label words have no probe"
+        unasked = unasked if config.teacher.similar_tokens is None else "neighbours of tokens are taught, and no predictions"
         why = found or unasked
         logger.info(f"score: served scores are not compared with a plain forward pass: {why}")
         run_dir.event("not_compared", reason=why)

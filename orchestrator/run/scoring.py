@@ -153,6 +153,8 @@ class ScoringStage:
             identity["label_words"] = words_identity(words, task.labels, self._asked, split)
         if self._temperature != 1.0:
             identity["temperature"] = self._temperature
+        if (similar := self.config.teacher.similar_tokens) is not None:
+            identity["similar_tokens"] = similar.model_dump()
         return open_store(self.config, identity, split)
 
     def _spec(self, stores: list[tuple[Split, ScoreStore]], cluster: Cluster | None) -> TeacherSpec:
@@ -169,6 +171,7 @@ class ScoringStage:
             longest_row=max(int(ExampleFile(self._examples_path(split)).lengths.max()) for split, _ in stores),
             ids_below=named_below(self._ids_below, self._vocab_size),
             label_words=self._asked.token_ids if self._asked is not None else (),
+            similar_tokens=self.config.teacher.similar_tokens,
             temperature=self._temperature,
         )
 

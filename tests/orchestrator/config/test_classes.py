@@ -98,6 +98,7 @@ def test_a_configuration_survives_being_written_and_read(tree: dict[str, Any], t
             ["teacher={model: {kind: soft_labels}, calibrate: true}"],
             r"teacher\.model soft_labels is a table that knows each row's label, .*; teacher\.calibrate=false would do",
         ),
+        (["teacher.similar_tokens={}"], r"teacher\.similar_tokens is for language models, .*similar_tokens=null would do"),
         (["teacher.model={kind: soft_labels}"], r"soft_labels is a table, .*; teacher\.finetune=null would do"),
         (["student.model={kind: text_cnn, kernels: []}"], r"kernels \[\] must be widths of at least one token; \[1, 2, 3\] woul"),
         (["student.model={kind: text_cnn, kernels: [0]}"], r"kernels \[0\] must be widths of at least one token"),

@@ -1,6 +1,7 @@
 """The scoring stage: what a run looks at before its first shard; whose error is heard where teacher and student run at once."""
 
 import json
+import math
 import threading
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from actors.engines.build import build_engine
 from actors.score_store.store import ScoreStore
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.models.models import Models
+from orchestrator.run.evaluation import teacher_by_scores
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.scoring import ScoringStage
 from tests.faulty_engines import DiesOnce, Serves, ShiftedEngine
@@ -151,3 +153,23 @@ def test_tokens_beyond_the_tokenizer_are_never_named(local_ray: None, tmp_path: 
         assert max(int(one.topk_ids.max()) for one in scores) < VOCAB
         largest_tails = max(float(np.exp(one.tail_logmass - one.topk_logprobs[:, 0]).max()) for one in scores)
         assert largest_tails > 1, "what would have been the likeliest token is in the tail"
+
+
+@pytest.mark.ray
+def test_neighbours_of_tokens_are_scored_like_any_teacher_and_measured_by_their_scores(local_ray: None, tmp_path: Path) -> None:
+    similar = {"teacher": {"similar_tokens": {"smoothing": 0.2}}, "evaluate": {"teacher": "scores"}, "loss": {"kind": "coupled"}}
+    config = unscored_run(tmp_path, scores={"top_k": 8, "rows_per_shard": 8}, **similar)
+    with logged() as said, RunDir.open(config) as run_dir:
+        models = Models(config, run_dir.path)
+        stage = ScoringStage(config, run_dir, models)
+        stage.run()
+        source = models.ready("teacher")
+        measured = teacher_by_scores(config, run_dir.path, source, stage.heldout_store).metrics
+    assert any(line.endswith("plain forward pass: neighbours of tokens are taught, and no predictions") for line in said)
+    assert measured.heldout_loss == pytest.approx(-math.log(0.8), abs=1e-5) and measured.top1_agreement == 1
+    assert stage.training_store is not None and stage.training_store.identity["similar_tokens"] == {
+        "smoothing": 0.2, "temperature": 0.1,
+    }  # fmt: skip
+    plain = unscored_run(tmp_path / "plain")
+    with RunDir.open(plain) as run_dir:
+        assert "similar_tokens" not in ScoringStage(plain, run_dir, Models(plain, run_dir.path)).heldout_store.identity
