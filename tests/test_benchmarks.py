@@ -14,7 +14,7 @@ from actors.config.model_kinds import ScratchModel
 from actors.config.models import TrainConfig
 from actors.examples import ExampleFile, write_examples
 from actors.models import save_model, scratch_model
-from benchmarks import batches, losses, onnx_rows, parity, rounding, store_scale, truncation, wires
+from benchmarks import batches, losses, onnx_rows, parity, prepare, rounding, store_scale, truncation, wires
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, peak_bytes, print_table, report
 from benchmarks.scale import __main__ as scale
 from benchmarks.scale.followers import follow
@@ -231,3 +231,9 @@ def test_a_classifier_is_timed_as_onnx_and_as_weights(tmp_path: Path, capsys: py
     lines = capsys.readouterr().out.splitlines()
     assert re.search(rf"^\| onnxruntime \| \d+\.\d+ +\| {facts['bytes']:,} +\|$", lines[-2])
     assert lines[-1].split()[1] == "torch"
+
+
+def test_preparation_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare.main(["--rows", "600", "900", "--words", "8", "--folder", str(tmp_path)]) == 0
+    lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert lines[-2:] == ["600", "900"] and not list(tmp_path.iterdir())

@@ -1,11 +1,9 @@
 """What became of the rows of a run, in numbers and in sentences for the terminal."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.config.data import DataConfig
-from orchestrator.data.mixture import NumberedRow
 from orchestrator.data.templates import RenderedRows
 from orchestrator.data.tokenization import TokenizedRows
 
@@ -121,50 +119,97 @@ class DataCounts:
         return [*lines, *self.shown_rows]
 
 
+@dataclass
+class SplitTally:
+    """What became of the rows of a split, as they are used."""
+
+    rows: int = 0
+    tokens: int = 0
+    targets: int = 0
+    dropped_long: int = 0
+    truncated: int = 0
+    without_target: int = 0
+    without_answer: int = 0
+    merged_at_border: int = 0
+    respaced: int = 0
+    longest: int = 0
+    longest_read: int = 0
+    largest_id: int = 0
+    rows_with_special_tokens: int = 0
+    special_tokens: Counter[str] = field(default_factory=Counter)
+    turn_ends: Counter[str] = field(default_factory=Counter)
+    asked_for_date: bool = False
+
+    def add(self, rendered: RenderedRows, used: TokenizedRows) -> None:
+        """Count some rows: as text, and what became of them."""
+        self.rows += len(used.examples)
+        self.tokens += sum(len(example.token_ids) for example in used.examples)
+        self.targets += sum(int(example.loss_mask.sum()) for example in used.examples)
+        self.dropped_long += used.dropped_long
+        self.truncated += used.truncated
+        self.without_target += used.without_target
+        self.without_answer += rendered.without_answer
+        self.merged_at_border += used.merged_at_border
+        self.respaced += sum(row.respaced_turns > 0 for row in used.kept)
+        self.longest, self.longest_read = max(self.longest, used.longest), max(self.longest_read, used.longest_read)
+        self.largest_id = max(self.largest_id, used.largest_id)
+        self.rows_with_special_tokens += sum(bool(row.special_tokens) for row in rendered.rows)
+        for row in rendered.rows:
+            self.special_tokens.update(dict(row.special_tokens))
+        self.turn_ends.update(end for row in used.kept for end in row.turn_ends)
+        self.asked_for_date |= rendered.template_asked_for_date
+
+    @property
+    def read(self) -> int:
+        """Rows that were looked at."""
+        return self.rows + self.dropped_long + self.without_target + self.without_answer
+
+    def require_rows(self, split: str, data: DataConfig) -> None:
+        """Raise a ``ValueError`` if no row of the split is used."""
+        if not self.rows:
+            raise ValueError(
+                f"no {split} row is left: {self.dropped_long} exceed data.max_tokens {data.max_tokens}, {self.without_target} "
+                f"have no target within it, {self.without_answer} have no answer"
+                + (f"; data.max_tokens={self.longest_read} would keep all that have one" if self.longest_read else "")
+            )
+
+
 def count_data(
-    train: TokenizedRows, heldout: TokenizedRows, rendered: Sequence[RenderedRows], data: DataConfig,
-    rows: Sequence[NumberedRow], shown_rows: list[str],
+    train: SplitTally, heldout: SplitTally, heldout_rows_in_train: int, data: DataConfig, by_source: Counter[str],
+    shown_rows: list[str],
 ) -> DataCounts:  # fmt: skip
     """Return the counts of both splits.
 
     Args:
         train: what became of the training rows.
         heldout: what became of the held-out rows.
-        rendered: the rows of both as text.
+        heldout_rows_in_train: how many of these the training rows hold too.
         data: how they were read.
-        rows: those of both, before they were rendered.
+        by_source: rows chosen from each source, before any are held out.
         shown_rows: some of the training rows, for the reader.
     """
-    sources = Counter(row.source for row in rows)
-    trained = {example.key for example in train.examples}
     splits = (train, heldout)
-    texts = [row for split in rendered for row in split.rows]
-    without_answer = sum(split.without_answer for split in rendered)
-    special: Counter[str] = Counter()
-    for row in texts:
-        special.update(dict(row.special_tokens))
-    asked_for_date = any(split.template_asked_for_date for split in rendered)
     return DataCounts(
-        rows_read=sum(len(rows.examples) + rows.dropped_long + rows.without_target for rows in splits) + without_answer,
-        rows_dropped_long=sum(rows.dropped_long for rows in splits),
-        rows_truncated=sum(rows.truncated for rows in splits),
-        rows_without_target=sum(rows.without_target for rows in splits),
-        rows_merged_at_border=sum(rows.merged_at_border for rows in splits),
-        train_rows=len(train.examples),
-        heldout_rows=len(heldout.examples),
-        heldout_rows_in_train=sum(example.key in trained for example in heldout.examples),
-        train_tokens=sum(len(example.token_ids) for example in train.examples),
-        train_targets=sum(int(example.loss_mask.sum()) for example in train.examples),
-        heldout_targets=sum(int(example.loss_mask.sum()) for example in heldout.examples),
-        longest=max(rows.longest for rows in splits),
-        longest_read=max(rows.longest_read for rows in splits),
-        largest_id=max(rows.largest_id for rows in splits),
-        rows_without_answer=without_answer,
-        rows_respaced=sum(row.respaced_turns > 0 for rows in splits for row in rows.kept),
-        special_tokens=dict(special),
-        rows_with_special_tokens=sum(bool(row.special_tokens) for row in texts),
-        turn_ends=dict(Counter(end for rows in splits for row in rows.kept for end in row.turn_ends)),
-        template_date=str(data.chat.date) if data.chat is not None and asked_for_date else None,
-        rows_of_sources={key: sources[key] for key in data.training_sources},
+        rows_read=sum(split.read for split in splits),
+        rows_dropped_long=sum(split.dropped_long for split in splits),
+        rows_truncated=sum(split.truncated for split in splits),
+        rows_without_target=sum(split.without_target for split in splits),
+        rows_merged_at_border=sum(split.merged_at_border for split in splits),
+        train_rows=train.rows,
+        heldout_rows=heldout.rows,
+        heldout_rows_in_train=heldout_rows_in_train,
+        train_tokens=train.tokens,
+        train_targets=train.targets,
+        heldout_targets=heldout.targets,
+        longest=max(split.longest for split in splits),
+        longest_read=max(split.longest_read for split in splits),
+        largest_id=max(split.largest_id for split in splits),
+        rows_without_answer=sum(split.without_answer for split in splits),
+        rows_respaced=sum(split.respaced for split in splits),
+        special_tokens=dict(train.special_tokens + heldout.special_tokens),
+        rows_with_special_tokens=sum(split.rows_with_special_tokens for split in splits),
+        turn_ends=dict(train.turn_ends + heldout.turn_ends),
+        template_date=str(data.chat.date) if data.chat is not None and any(split.asked_for_date for split in splits) else None,
+        rows_of_sources={key: by_source[key] for key in data.training_sources},
         shown_rows=shown_rows,
     )

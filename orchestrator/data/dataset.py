@@ -2,27 +2,32 @@
 
 ``prepare_data`` leaves four files: ``train.arrow`` and ``heldout.arrow`` (see ``actors.examples``), ``heldout_texts.jsonl``
 (row, task, prompt and response of the held-out rows, line by line those of ``heldout.arrow``) and, last, ``summary.json``
-(counts and hashes): where it stands, the others are whole.
+(counts and hashes): where it stands, the others are whole. The training rows pass through some at a time, so that memory does not
+grow with them; the held-out rows are held.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from actors.examples import ExampleFile, write_examples
 from actors.files import write_atomically
+from actors.records import Example
 from orchestrator.config.data import DataConfig
-from orchestrator.data.counts import DataCounts, count_data
-from orchestrator.data.mixture import read_splits
-from orchestrator.data.shown_rows import rows_to_show
+from orchestrator.data.counts import DataCounts, SplitTally, count_data
+from orchestrator.data.mixture import SpooledRows, read_splits
+from orchestrator.data.shown_rows import RowsToShow
 from orchestrator.data.templates import render_rows, texts_to_learn
 from orchestrator.data.tokenization import TokenizedRows, tokenize
 from orchestrator.data.tokenizers import tokenizer_hash
 
-TokenizerFor = Callable[[list[str]], PreTrainedTokenizerBase]
+ROWS_AT_ONCE = 4096
+"""Training rows that are text and tokens at one time."""
+
+TokenizerFor = Callable[[Iterable[str]], PreTrainedTokenizerBase]
 """Returns the run's tokenizer, given the training texts in case it is to be trained on them."""
 
 
@@ -34,30 +39,69 @@ def prepare_data(data: DataConfig, tokenizer_for: TokenizerFor, folder: Path) ->
     """
     train_rows, heldout_rows = read_splits(data)
     tokenizer = tokenizer_for(texts_to_learn(train_rows, data))
-    rendered = [render_rows(rows, data, tokenizer) for rows in (train_rows, heldout_rows)]
-    train, heldout = (tokenize(split.rows, tokenizer, data) for split in rendered)
-    for split, rows, texts in (("training", train, rendered[0]), ("held-out", heldout, rendered[1])):
-        if not rows.examples:
-            raise ValueError(
-                f"no {split} row is left: {rows.dropped_long} exceed data.max_tokens {data.max_tokens}, {rows.without_target} "
-                f"have no target within it, {texts.without_answer} have no answer"
-                + (f"; data.max_tokens={rows.longest_read} would keep all that have one" if rows.longest_read else "")
-            )
-    shown = rows_to_show(train_rows, train, tokenizer)
-    counts = count_data(train, heldout, rendered, data, [*train_rows, *heldout_rows], shown)
-    write_prepared(folder, train, heldout, counts, tokenizer_hash(tokenizer))
+    heldout, heldout_tally = _all_at_once(heldout_rows, data, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)
+    train = TrainingRows(train_rows, data, tokenizer, frozenset(example.key for example in heldout.examples))
+    write_examples(folder / "train.arrow", train.examples())
+    train.tally.require_rows("training", data)
+    heldout_tally.require_rows("held-out", data)
+    write_heldout(folder, heldout)
+    repeated = sum(example.key in train.met for example in heldout.examples)
+    by_source = train_rows.by_source() + heldout_rows.by_source()
+    counts = count_data(train.tally, heldout_tally, repeated, data, by_source, train.shown.texts(tokenizer))
+    write_summary(folder, counts, tokenizer_hash(tokenizer))
     return counts
 
 
-def write_prepared(folder: Path, train: TokenizedRows, heldout: TokenizedRows, counts: DataCounts, tokenizer: str) -> None:
-    """Write both splits, the held-out texts and, last, the summary. ``tokenizer`` is the hash of the tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").unlink(missing_ok=True)
-    write_examples(folder / "train.arrow", train.examples)
+@dataclass
+class TrainingRows:
+    """The training rows on their way into their file."""
+
+    rows: SpooledRows
+    """As they were drawn."""
+    data: DataConfig
+    """How they are read."""
+    tokenizer: PreTrainedTokenizerBase
+    """Of the run."""
+    heldout_keys: frozenset[str]
+    """Keys of the held-out rows."""
+    met: set[str] = field(default_factory=set)
+    """Those of them that training rows have too."""
+    tally: SplitTally = field(default_factory=SplitTally)
+    """What became of the rows so far."""
+    shown: RowsToShow = field(default_factory=RowsToShow)
+    """Some of them, for the reader."""
+
+    def examples(self) -> Iterator[Example]:
+        """Yield the rows that are used, tokenized."""
+        for start in range(0, len(self.rows), ROWS_AT_ONCE):
+            some = list(self.rows[start : start + ROWS_AT_ONCE])
+            rendered = render_rows(some, self.data, self.tokenizer)
+            used = tokenize(rendered.rows, self.tokenizer, self.data)
+            self.tally.add(rendered, used)
+            self.shown.look(some, used)
+            self.met |= self.heldout_keys & {example.key for example in used.examples}
+            yield from used.examples
+
+
+def _all_at_once(rows: SpooledRows, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenizedRows, SplitTally]:
+    rendered, tally = render_rows(list(rows), data, tokenizer), SplitTally()
+    used = tokenize(rendered.rows, tokenizer, data)
+    tally.add(rendered, used)
+    return used, tally
+
+
+def write_heldout(folder: Path, heldout: TokenizedRows) -> None:
+    """Write the held-out rows and their texts."""
     write_examples(folder / "heldout.arrow", heldout.examples)
     texts = [{"row": row.row, "task": row.task, "prompt": row.prompt, "response": row.response} for row in heldout.kept]
     lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
     write_atomically(folder / "heldout_texts.jsonl", lines.encode())
+
+
+def write_summary(folder: Path, counts: DataCounts, tokenizer: str) -> None:
+    """Write, last, what became of the rows, and what names both splits. ``tokenizer`` is the hash of the tokenizer."""
     summary = {
         "counts": asdict(counts),
         "train_hash": ExampleFile(folder / "train.arrow").hash,

@@ -1,5 +1,6 @@
 """Rows as a reader of the log sees them: all that the models see, with the targets marked."""
 
+from collections.abc import Sequence
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
@@ -14,24 +15,31 @@ LONGEST_STRETCH = 400
 """Characters of a stretch of prompt or targets that are shown."""
 
 
-def rows_to_show(rows: list[NumberedRow], used: TokenizedRows, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the first row that is used of each source, and further ones up to three, as text with their targets marked.
+class RowsToShow:
+    """The first row that is used of each source, and further ones up to three."""
 
-    Args:
-        rows: those of the split, numbered.
-        used: what became of them.
-        tokenizer: that cut them into tokens.
-    """
-    by_number = {row.number: row for row in rows}
-    examples = [(by_number[example.row], example) for example in used.examples]
-    first_of = {row.source: example.row for row, example in reversed(examples)}
-    first = [(row, example) for row, example in examples if first_of[row.source] == row.number]
-    others = [(row, example) for row, example in examples if first_of[row.source] != row.number]
-    return [
-        f"{row.place}, {len(example.token_ids)} tokens, {int(example.loss_mask.sum())} of them targets, in {OPEN} {CLOSE}:\n"
-        + with_marked_targets(example, tokenizer)
-        for row, example in first + others[: max(0, ROWS_TO_SHOW - len(first))]
-    ]
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[NumberedRow, Example]] = {}
+        self._others: list[tuple[NumberedRow, Example]] = []
+
+    def look(self, rows: Sequence[NumberedRow], used: TokenizedRows) -> None:
+        """Look at some rows, and what became of them."""
+        by_number = {row.number: row for row in rows}
+        for example in used.examples:
+            row = by_number[example.row]
+            if row.source not in self._first:
+                self._first[row.source] = row, example
+            elif len(self._others) < ROWS_TO_SHOW:
+                self._others.append((row, example))
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Return them as text with their targets marked."""
+        first = list(self._first.values())
+        return [
+            f"{row.place}, {len(example.token_ids)} tokens, {int(example.loss_mask.sum())} of them targets, in {OPEN} {CLOSE}:\n"
+            + with_marked_targets(example, tokenizer)
+            for row, example in first + self._others[: max(0, ROWS_TO_SHOW - len(first))]
+        ]
 
 
 def with_marked_targets(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,19 @@ Row = dict[str, Any]
 ONE_A_LINE = "rows that stand one a line belong in a .jsonl file"
 QUOTED = 'a text with a comma, a quote or a line end in it stands in quotes, and such a quote twice: "say ""yes"", please"'
 
+ROWS_AT_ONCE = 1000
+"""Of a Parquet file, as Python objects."""
 LONGEST_CELL = 1 << 24
 """Characters of a cell of a CSV file; where one is longer, a quote is missing rather than the text that long."""
 
 
 def read_rows(source: SourceConfig, seed: int, key: str = "data.source") -> list[Row]:
-    """Return all rows of a source, in its own order.
+    """Return all rows of a source; see ``rows_of``."""
+    return list(rows_of(source, seed, key))
+
+
+def rows_of(source: SourceConfig, seed: int, key: str = "data.source") -> Iterator[Row]:
+    """Yield all rows of a source, in its own order. Lines, Parquet files and data sets of the hub are read as rows are taken.
 
     Args:
         source: the built-in generator, files, or a dataset of the hub.
@@ -37,15 +44,18 @@ def read_rows(source: SourceConfig, seed: int, key: str = "data.source") -> list
     Raises:
         ValueError: naming the file and the line, if something is missing, empty or no row.
     """
-    if isinstance(source, BuiltinSource):
-        return make_rows(source.rows, source.tasks, seed)
-    if isinstance(source, GradingSource):
-        return make_graded_answers(source.rows, seed)
-    if isinstance(source, DigitsSource):
-        return read_digits()
-    if isinstance(source, FilesSource):
-        return [row for path in files_of(source, key) for row in read_file(path)]
-    return read_hub(source, key)
+    match source:
+        case BuiltinSource():
+            yield from make_rows(source.rows, source.tasks, seed)
+        case GradingSource():
+            yield from make_graded_answers(source.rows, seed)
+        case DigitsSource():
+            yield from read_digits()
+        case FilesSource():
+            for path in files_of(source, key):
+                yield from rows_of_file(path)
+        case HubSource():
+            yield from read_hub(source, key)
 
 
 def files_of(source: FilesSource, key: str = "data.source") -> list[Path]:
@@ -75,19 +85,29 @@ def source_hash(source: SourceConfig) -> str | None:
 
 
 def read_file(path: Path) -> list[Row]:
-    """Return the rows of one file, read as its suffix says."""
-    kind = kind_of_file(path)
+    """Return the rows of one file; see ``rows_of_file``."""
+    return list(rows_of_file(path))
+
+
+def rows_of_file(path: Path) -> Iterator[Row]:
+    """Yield the rows of one file, read as its suffix says.
+
+    Raises:
+        ValueError: naming the file and the line, if it cannot be read or holds none.
+    """
+    kind, found = kind_of_file(path), False
     if kind not in READERS:
         raise ValueError(f"{path}: files of the kind {kind!r} cannot be read as rows; {_known_kinds()} can")
     try:
-        rows = READERS[kind](path)
+        for row in READERS[kind](path):
+            found = True
+            yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: cannot be unpacked, it was cut short or is no gzip file: {error}") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
-    if not rows:
+    if not found:
         raise ValueError(f"{path}: the file holds no rows")
-    return rows
 
 
 def kind_of_file(path: Path) -> str:
@@ -95,14 +115,12 @@ def kind_of_file(path: Path) -> str:
     return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
-def read_json_lines(path: Path) -> list[Row]:
-    """Return one row a line; blank lines are no rows."""
-    rows = []
+def read_json_lines(path: Path) -> Iterator[Row]:
+    """Yield one row a line; blank lines are no rows."""
     with _unpacked(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                rows.append(_require_object(_parse_json(line.rstrip(b"\r\n"), path, number), f"{path}:{number}"))
-    return rows
+                yield _require_object(_parse_json(line.rstrip(b"\r\n"), path, number), f"{path}:{number}")
 
 
 def read_json(path: Path) -> list[Row]:
@@ -139,15 +157,17 @@ def read_csv(path: Path) -> list[Row]:
     return rows
 
 
-def read_parquet(path: Path) -> list[Row]:
-    """Return the rows of a Parquet file; a value that is missing is None."""
+def read_parquet(path: Path) -> Iterator[Row]:
+    """Yield the rows of a Parquet file; a value that is missing is None."""
     try:
-        return pq.read_table(path).to_pylist()
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS_AT_ONCE):
+                yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: cannot be read as a Parquet file: {error}") from error
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
     ".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet,
     ".jsonl.gz": read_json_lines, ".json.gz": read_json, ".csv.gz": read_csv,
 }  # fmt: skip
@@ -168,8 +188,8 @@ def read_digits() -> list[Row]:
     return [{"image": image.tolist(), "label": int(label)} for image, label in zip(digits.images, digits.target, strict=True)]
 
 
-def read_hub(source: HubSource, key: str = "data.source") -> list[Row]:
-    """Return the rows of a dataset that ``datasets`` finds on the hub or in a folder."""
+def read_hub(source: HubSource, key: str = "data.source") -> Iterator[Row]:
+    """Yield the rows of a dataset that ``datasets`` finds on the hub or in a folder; it maps them from its cache."""
     import datasets  # slow to import, and only this source needs it
 
     try:
@@ -180,8 +200,7 @@ def read_hub(source: HubSource, key: str = "data.source") -> list[Row]:
             f"{key}.name={source.name!r} (subset {source.subset!r}, split {source.split!r}, revision {source.revision!r}) "
             f"cannot be loaded: {reason}"
         ) from error
-    rows: list[Row] = dataset.to_list()
-    return rows
+    yield from dataset
 
 
 def _unpacked(path: Path) -> io.BufferedIOBase:

@@ -1,6 +1,6 @@
 """From rows to text: the whole text of a row, and which of its characters are targets."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -117,8 +117,8 @@ def render_prompts(
     return rendered
 
 
-def texts_to_learn(rows: Sequence[NumberedRow], data: DataConfig) -> list[str]:
-    """Return the plain text of rows, before there is a tokenizer: what a new tokenizer learns from.
+def texts_to_learn(rows: Iterable[NumberedRow], data: DataConfig) -> Iterator[str]:
+    """Yield the plain text of rows, before there is a tokenizer: what a new tokenizer learns from.
 
     Raises:
         ValueError: as ``render_rows`` does.
@@ -131,10 +131,10 @@ def texts_to_learn(rows: Sequence[NumberedRow], data: DataConfig) -> list[str]:
         assert isinstance(format, ConversationFormat), "the configuration was checked"
         return [message["content"] for message in conversation_of(row.fields, format).messages]
 
-    return [text for texts in _answered(rows, data, texts_of) for text in texts]
+    return (text for texts in _answered(rows, data, texts_of) for text in texts)
 
 
-def _answered(rows: Sequence[NumberedRow], data: DataConfig, read: Callable[[NumberedRow], Read]) -> Iterator[Read]:
+def _answered(rows: Iterable[NumberedRow], data: DataConfig, read: Callable[[NumberedRow], Read]) -> Iterator[Read]:
     """Yield what is read of each row; rows without an answer are refused or left out, as the configuration says."""
     for row in rows:
         try:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -21,7 +21,7 @@ SMALLEST_CONFIGURABLE = 300  # tokenizer.vocab_size cannot ask for less
 SHOWN_DIFFERENCES = 5
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer; the same texts give the same tokenizer.
 
     It knows all 256 bytes, so every text survives encoding and decoding. Each digit is a token of its own, so that numbers
@@ -46,12 +46,19 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    seen = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal seen
+        for seen, text in enumerate(texts, start=1):  # noqa: B007 (it is read behind the loop)
+            yield text
+
+    tokenizer.train_from_iterator(counted(), trainer)
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
         instead = f"tokenizer.vocab_size={reached}" if reached >= SMALLEST_CONFIGURABLE else "more training rows"
         raise ValueError(
-            f"tokenizer.vocab_size {vocab_size} cannot be reached: the {len(texts)} training texts give only {reached} tokens; "
+            f"tokenizer.vocab_size {vocab_size} cannot be reached: the {seen} training texts give only {reached} tokens; "
             f"{instead} would do"
         )
     return PreTrainedTokenizerFast(

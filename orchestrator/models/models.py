@@ -139,7 +139,7 @@ class Models:
         """Return the student as it is after distillation."""
         return replace(self.begun("student"), name=str(self.student_folder), revision=None)
 
-    def tokenizer_for(self, training_texts: list[str]) -> PreTrainedTokenizerBase:
+    def tokenizer_for(self, training_texts: Iterable[str]) -> PreTrainedTokenizerBase:
         """Return, and keep, the tokenizer both models speak: trained on the texts, or the teacher's own.
 
         Raises:
@@ -153,7 +153,7 @@ class Models:
         tokenizer.save_pretrained(self.tokenizer_folder)
         return tokenizer
 
-    def _choose_tokenizer(self, training_texts: list[str]) -> PreTrainedTokenizerBase:
+    def _choose_tokenizer(self, training_texts: Iterable[str]) -> PreTrainedTokenizerBase:
         if self.config.tokenizer is not None:
             return train_tokenizer(training_texts, self.config.tokenizer.vocab_size)
         tokenizers = [self.own_tokenizer(role) for role in self._owners_of_tokenizers()]

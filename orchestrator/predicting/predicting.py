@@ -22,7 +22,7 @@ from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
 from orchestrator.config.task import ClassificationTask
 from orchestrator.data.mixture import NumberedRow, numbered
-from orchestrator.data.sources import READERS, kind_of_file, read_file
+from orchestrator.data.sources import READERS, kind_of_file, rows_of_file
 from orchestrator.models.classifiers import label_names
 from orchestrator.models.models import Models, Role
 from orchestrator.predicting.answer_file import AnswerFile
@@ -194,7 +194,7 @@ def require_answerer(config: RunConfig, folder: Path, role: Role) -> None:
         raise ValueError(f"the run in {folder} has {made_by}")
 
 
-def read_new_rows(path: Path) -> list[NumberedRow]:
+def read_new_rows(path: Path) -> Sequence[NumberedRow]:
     """Return the rows of a file, in its order.
 
     Raises:
@@ -202,7 +202,7 @@ def read_new_rows(path: Path) -> list[NumberedRow]:
     """
     if not path.is_file():
         raise ValueError(f"ROWS {path}: there is no file {path.absolute()}; one that ends in {', '.join(READERS)} would do")
-    return numbered(read_file(path))
+    return numbered(rows_of_file(path))
 
 
 def target_of(options: PredictOptions) -> Path:

@@ -35,7 +35,7 @@ def test_the_split_is_disjoint_complete_shuffled_and_keeps_indices() -> None:
     indices = [row.number for row in train + heldout]
     assert sorted(indices) == list(range(50)) and len(heldout) == 10
     assert indices[:40] != sorted(indices[:40])
-    assert all(rows[row.number] is row for row in train + heldout)
+    assert all(rows[row.number] == row for row in train + heldout)
 
 
 def test_the_split_depends_on_the_seed_alone() -> None:

@@ -216,7 +216,7 @@ def test_malformed_messages_name_row_and_fault(messages: Any, message: str) -> N
     with pytest.raises(ValueError, match=rf"^row 7: {message}"):
         render({"messages": messages}, CHAT)
     with pytest.raises(ValueError, match=rf"^row 7: {message}"):
-        texts_to_learn([NumberedRow(7, {"messages": messages})], DataConfig(format=CHAT))
+        list(texts_to_learn([NumberedRow(7, {"messages": messages})], DataConfig(format=CHAT)))
 
 
 def test_missing_messages_name_the_key() -> None:
@@ -228,6 +228,6 @@ def test_missing_messages_name_the_key() -> None:
 
 def test_texts_to_learn_hold_what_models_will_see() -> None:
     row = {"instruction": "Go.", "input": "", "response": "x"}
-    assert texts_to_learn([NumberedRow(0, row)], DataConfig()) == [render(row).text]
+    assert list(texts_to_learn([NumberedRow(0, row)], DataConfig())) == [render(row).text]
     chat = NumberedRow(0, {"messages": TURNS})
-    assert texts_to_learn([chat], DataConfig(format=CHAT)) == ["Be brief.", "One?", "1", "Two?", "It is 2"]
+    assert list(texts_to_learn([chat], DataConfig(format=CHAT))) == ["Be brief.", "One?", "1", "Two?", "It is 2"]
