@@ -121,7 +121,7 @@ class DataCounts:
 
 @dataclass
 class SplitTally:
-    """What became of the rows of a split, as they are used."""
+    """What became of the rows of a split so far; ``DataCounts`` says what each field counts, of both splits together."""
 
     rows: int = 0
     tokens: int = 0

@@ -13,14 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast
 
 import actors.models  # noqa: F401  # transformers then finds small classifiers too
-from actors.config.models import EvaluateConfig
-from actors.evaluation.predictions import ClassPredictor
 from orchestrator.config.formats import InstructionFormat
 from orchestrator.config.load import apply_override, load_run, validate
 from orchestrator.config.run import RunConfig
@@ -31,7 +28,7 @@ from orchestrator.predicting.answer_file import AnswerFile
 from orchestrator.predicting.answering import Answer, choose_engine, devices_needed
 from orchestrator.predicting.options import PredictOptions
 from orchestrator.predicting.predicting import Asked, answer_rows, predict, read_new_rows, target_of
-from orchestrator.predicting.questions import Question, class_questions, format_of_rows, source_of, text_questions
+from orchestrator.predicting.questions import Question, class_questions, format_of_rows, text_questions
 from orchestrator.run.run_dir import result_path
 from tests.logs import logged
 from tests.orchestrator.predicting.finished_runs import GRADING, LANGUAGE, finished, images, jsonl
@@ -285,29 +282,6 @@ def test_rows_are_answered_batch_by_batch_and_only_once(tmp_path: Path) -> None:
     assert echo.asked == [[3, 4, 5], [6]]
     assert (tmp_path / "a.jsonl").read_text() == "".join(f'{{"row": {row}}}\n' for row in range(7))
     assert re.match(r"predict: 4 rows answered by the student in \d+\.\d s, [\d,.]+ rows/s$", lines[-1])
-
-
-def test_images_are_seen_as_in_training(seeing: RunConfig) -> None:
-    source = source_of(Models(seeing, seeing.run_dir), "student")
-    image = np.arange(16, dtype=np.float32).reshape(4, 4)
-    rows = numbered([{"image": image.tolist()}, {"image": (15 - image).tolist()}])
-    asked = class_questions(rows, seeing, seeing.data.format, Models(seeing, seeing.run_dir), "student", seeing.run_dir)
-    found = ClassPredictor(source, EvaluateConfig()).predict([question.token_ids for question in asked])
-    model = AutoModelForSequenceClassification.from_pretrained(source.name).eval()
-    with torch.inference_mode():
-        logits = model(pixel_values=torch.from_numpy(np.stack([image, 15 - image])[:, None] / 16)).logits
-    assert np.allclose(found, logits.double().softmax(dim=1).numpy(), atol=1e-6)
-
-
-def test_a_model_that_says_nothing_finite_is_named(seeing: RunConfig, tmp_path: Path) -> None:
-    source = source_of(Models(seeing, seeing.run_dir), "student")
-    model = AutoModelForSequenceClassification.from_pretrained(source.name)
-    with torch.no_grad():
-        model.network.output.bias.fill_(torch.nan)
-    model.save_pretrained(tmp_path)
-    broken = ClassPredictor(source.__class__(str(tmp_path), classes=2), EvaluateConfig())
-    with pytest.raises(ValueError, match=r"gives logits that are not finite; its training diverged$"):
-        broken.predict([np.zeros(16, np.int32)])
 
 
 def test_a_text_beyond_the_window_of_a_classifier_is_named(grading: RunConfig, tmp_path: Path) -> None:
