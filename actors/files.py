@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,3 +42,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     temporary.rename(folder)
+
+
+def filesystem_time_ns(folder: Path) -> int:
+    """Return the time on the clock that sets mtimes in a folder: on a shared filesystem the server's, not this node's."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="clock-", suffix=".tmp") as file:
+        return os.fstat(file.fileno()).st_mtime_ns

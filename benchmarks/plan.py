@@ -168,7 +168,7 @@ def measure_stores(bars: list[Bar]) -> None:
                 store = ScoreStore.open_or_create(Path(folder) / "mass", identity, len(rows), len(rows))
                 generator = np.random.default_rng(0)
                 store.write_shard(0, rows, [made_up(row, generator) for row in rows])
-            measured = sum(path.stat().st_size for path in store.path.glob("shard-*.[ar]*"))
+            measured = sum(path.stat().st_size for path in Path(store.place).glob("shard-*.[ar]*"))
         targets = sum(len(row.targets) for row in rows)
         said = store_bytes(ScoresConfig(top_k=TOP_K, top_mass=mass, rows_per_shard=256), vocab_size, len(rows), targets)
         lines.append([name, f"{measured / MIB:.3f}", f"{said / MIB:.3f}", f"{said / measured:.3f}"])

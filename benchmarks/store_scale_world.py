@@ -53,15 +53,15 @@ def write_store(folder: Path, size: Size) -> None:
     generator = np.random.default_rng(0)
     store.write_shard(0, examples, [made_up(example, generator) for example in examples])
     first = store.shard_info(0)
-    template = pa.ipc.open_file((store.path / "shard-00000.arrow").read_bytes()).get_batch(0)
+    template = pa.ipc.open_file((Path(store.place) / "shard-00000.arrow").read_bytes()).get_batch(0)
     for shard in range(store.shard_count):
         name = f"shard-{shard:05d}"
         index = drawn_index(template, shard * size.shard_rows, generator)
-        (store.path / f"{name}.arrow").write_bytes(index)
+        (Path(store.place) / f"{name}.arrow").write_bytes(index)
         if shard:
-            os.link(store.path / "shard-00000.rows", store.path / f"{name}.rows")
+            os.link(Path(store.place) / "shard-00000.rows", Path(store.place) / f"{name}.rows")
         info = replace(first, shard=shard, index_bytes=len(index), index_sha256=hashlib.sha256(index).hexdigest())
-        (store.path / f"{name}.json").write_text(json.dumps(asdict(info)))
+        (Path(store.place) / f"{name}.json").write_text(json.dumps(asdict(info)))
     write_examples(folder / "rows.arrow", rows_of(size.rows, 2))
 
 

@@ -4,7 +4,9 @@ import json
 import logging
 from pathlib import Path
 
+from actors.config.places import within
 from actors.score_store.store import ScoreStore
+from actors.storage.upload import require_writable, upload
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.doctor import diagnose
 from orchestrator.models.models import Models
@@ -30,12 +32,19 @@ logger = logging.getLogger("atkd")
 
 def run(config: RunConfig, until: str = "report") -> int:
     """Run the pipeline as far as the stage ``until``; at its end write the page and print the table."""
+    published = within(config.export.publish, config.name) if config.export.publish and until == "report" else None
+    if published is not None:
+        require_writable(published)  # before the hours that come
     folder = pipeline.run(config, until="export" if until == "report" else until)
     if until == "report":
-        report = write_report(folder)
+        report, student = write_report(folder), Models(config, folder).student_folder
         print_table(read_table(folder))
         logger.info(f"report: {report}")
-        logger.info(f"student: {Models(config, folder).student_folder}")
+        logger.info(f"student: {student}")
+        if published is not None:
+            for path in (student, report, folder / "table.json", folder / "config.yaml"):
+                upload(path, published)
+            logger.info(f"published: {published}")
     return 0
 
 
@@ -96,7 +105,7 @@ def verify(config: RunConfig) -> int:
     if not pointers.exists():
         raise ValueError(f"{config.run_dir} has no score stores yet; the command score fills them")
     for split, path in json.loads(pointers.read_text()).items():
-        store = ScoreStore(Path(path))
+        store = ScoreStore(path)
         store.verify()
         there = store.shard_count - len(store.missing_shards())
         print(f"{split}: {there} of {store.shard_count} shards are there, each row as it was written, in {path}", flush=True)

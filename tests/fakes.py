@@ -71,13 +71,13 @@ def fake_store(folder: Path, examples: Sequence[Example], rows_per_shard: int, t
 def record_next_shard(record: Record, harmed: Path, store: ScoreStore) -> None:
     """Note how long it took from some harm, which touched a file, until the next shard was written."""
     since = harmed.stat().st_mtime
-    written = [path.stat().st_mtime for path in store.path.glob("shard-*.json")]
+    written = [path.stat().st_mtime for path in Path(store.place).glob("shard-*.json")]
     record_recovery(record, min(time for time in written if time > since) - since)
 
 
 def assert_complete(store: ScoreStore, examples: Sequence[Example]) -> None:
     """Every row of the store is what the fake teacher says about that row, and no job left a lease there."""
-    fresh = ScoreStore(store.path)
+    fresh = ScoreStore(store.place)
     fresh.verify()
     assert fresh.complete
     for position, example in enumerate(examples):
@@ -87,7 +87,7 @@ def assert_complete(store: ScoreStore, examples: Sequence[Example]) -> None:
         np.testing.assert_array_equal(found.topk_ids, wanted.topk_ids)
         np.testing.assert_allclose(found.topk_logprobs, wanted.topk_logprobs, atol=2.5e-4)
         np.testing.assert_allclose(found.tail_logmass, wanted.tail_logmass, atol=1e-6)
-    assert not list(store.path.glob("*.lease"))
+    assert not list(Path(store.place).glob("*.lease"))
 
 
 def fake_spec(top_k: int = 5, **engine: object) -> TeacherSpec:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from actors.config.benchmarks import BenchmarksConfig, require_models_that_load
 from actors.config.judge import JudgeConfig, require_answers_to_judge
 from actors.config.passes import PassesConfig
+from actors.config.places import resolved
 from actors.config.workers import CustomResources, NodeLabels, Replicas
 from losses.config import AtkdLoss, LossConfig
 from losses.section import MayChange, Searchable, Section
@@ -175,10 +176,11 @@ class ScoresConfig(Section):
     at most; where that is too little, fewer rows with short prompts, or none, are compared."""
 
     root: str | None = None
-    """Folder under which stores are kept by their identity, shared between runs; defaults to ``scores`` beside the runs."""
+    """Folder under which stores are kept by their identity, shared between runs: a path, or an address in object storage
+    (``s3://bucket/folder``, ``gs://``, ``abfs://``); defaults to ``scores`` beside the runs."""
 
     path: str | None = None
-    """One existing store to read and nothing else; refused if its identity is another."""
+    """One existing store, by its path or address, to read and nothing else; refused if its identity is another."""
 
     overlap: Annotated[bool, MayChange()] = True
     """Start the student while the teacher still scores; needs devices for both. With ``rollouts`` the data's rows are scored
@@ -191,6 +193,8 @@ class ScoresConfig(Section):
     def _one_place(self) -> "ScoresConfig":
         if self.root and self.path:
             raise ValueError("root and path exclude each other: path names one store, root a folder of stores")
+        for place in filter(None, (self.root, self.path)):
+            resolved(place)  # raises if it is none
         return self
 
 

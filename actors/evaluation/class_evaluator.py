@@ -43,7 +43,7 @@ def evaluate_classifier(
     Raises:
         ValueError: if store and rows do not belong together, or the model's logits are not finite.
     """
-    examples, store = ExampleFile(Path(examples_path)), ScoreStore(Path(store_path))
+    examples, store = ExampleFile(Path(examples_path)), ScoreStore(store_path)
     require_scores_of(store, examples)
     network = load_for_evaluation(model, evaluate)
     rows, heldout = HeldoutRows(examples, store, top_k, len(labels)), HeldoutMetrics(len(labels), ordered)
@@ -85,7 +85,7 @@ def classes_from_scores(
         ValueError: if store and rows do not belong together.
     """
     started = time.perf_counter()
-    examples, store = ExampleFile(Path(examples_path)), ScoreStore(Path(store_path))
+    examples, store = ExampleFile(Path(examples_path)), ScoreStore(store_path)
     require_scores_of(store, examples)
     teacher = all_rows(examples, store, top_k).teacher(range(len(examples)))
     heldout = HeldoutMetrics(len(labels), ordered)

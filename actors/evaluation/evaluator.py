@@ -111,7 +111,7 @@ def evaluate_model(
         ValueError: if store, texts and examples do not belong together, a reference has no answer, the tokenizer has no
             end-of-sequence token, a GPU is asked for and there is none, or the model's logits are not finite.
     """
-    examples, store = ExampleFile(Path(examples_path)), ScoreStore(Path(store_path))
+    examples, store = ExampleFile(Path(examples_path)), ScoreStore(store_path)
     require_scores_of(store, examples)
     all_texts = read_heldout_texts(Path(texts_path), examples.rows.tolist())
     texts = all_texts[: evaluate.generate_rows]
@@ -154,7 +154,7 @@ def evaluate_from_scores(examples_path: str, store_path: str, top_k: int, parame
         ValueError: if store and examples do not belong together.
     """
     started = time.perf_counter()
-    examples, store = ExampleFile(Path(examples_path)), ScoreStore(Path(store_path))
+    examples, store = ExampleFile(Path(examples_path)), ScoreStore(store_path)
     require_scores_of(store, examples)
     batch, heldout = all_rows(examples, store, top_k), HeldoutMetrics()
     for row in range(len(batch)):
@@ -172,9 +172,9 @@ def evaluate_from_scores(examples_path: str, store_path: str, top_k: int, parame
 def require_scores_of(store: ScoreStore, examples: ExampleFile) -> None:
     """Raise if a store does not cover the examples; keys are compared as scores are read."""
     if store.rows != len(examples):
-        raise ValueError(f"the store at {store.path} is planned for {store.rows} rows, but there are {len(examples)} held out")
+        raise ValueError(f"the store at {store.place} is planned for {store.rows} rows, but there are {len(examples)} held out")
     if missing := store.missing_shards():
-        raise ValueError(f"the store at {store.path} lacks {len(missing)} of {store.shard_count} shards; score the rest first")
+        raise ValueError(f"the store at {store.place} lacks {len(missing)} of {store.shard_count} shards; score the rest first")
 
 
 def load_for_evaluation(source: ModelSource, evaluate: EvaluateConfig) -> PreTrainedModel:

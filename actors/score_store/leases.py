@@ -9,14 +9,16 @@ import json
 import logging
 import os
 import socket
-import tempfile
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from actors.files import filesystem_time_ns
 
 logger = logging.getLogger("atkd")
 
@@ -51,8 +53,58 @@ class _Seen:
     """When it was last refreshed, by the clock of the filesystem."""
 
 
-class ShardLeases:
+class HeldLeases(ABC):
     """The leases one job holds on the shards of one store. For one thread.
+
+    Args:
+        place: the store's, for messages.
+        lease_seconds: age at which a lease counts as stale; the same in all jobs that share a store.
+    """
+
+    def __init__(self, place: str, lease_seconds: float) -> None:
+        self.place, self.lease_seconds = place, lease_seconds
+        self.host, self.holder = _this_host(), uuid.uuid4().hex
+        self.held: set[int] = set()
+        self._refreshed = time.monotonic()
+
+    @abstractmethod
+    def take(self, shard: int) -> bool:
+        """Take a shard's lease, from a holder that is dead if need be; False if another job holds it."""
+
+    @abstractmethod
+    def keep_alive(self, shard: int) -> bool:
+        """Say that a lease still lives; False if another job took it over."""
+
+    @abstractmethod
+    def release(self, shard: int) -> None:
+        """Give a shard's lease back."""
+
+    @abstractmethod
+    def clear_away_dead(self, shards: Iterable[int]) -> None:
+        """Remove what is left of the leases of some finished shards, as by a job that was killed before it gave one back."""
+
+    def refresh(self) -> None:
+        """Keep what is held alive; does nothing if it was done a short while ago."""
+        if time.monotonic() - self._refreshed < self.lease_seconds / REFRESHES:
+            return
+        self._refreshed = time.monotonic()
+        for shard in sorted(self.held):
+            if not self.keep_alive(shard):
+                logger.warning("another job took over the lease of shard %d of %s and may score it too", shard, self.place)
+                self.held.discard(shard)
+
+    def release_all(self) -> None:
+        """Give all leases back."""
+        for shard in sorted(self.held):
+            self.release(shard)
+
+    def lease(self) -> Lease:
+        """Return what a lease says that is taken now."""
+        return Lease(self.host, os.getpid(), self.holder, datetime.now(UTC).isoformat())
+
+
+class FileLeases(HeldLeases):
+    """Leases as files, beside the shards of a store on a filesystem.
 
     Args:
         folder: the store's folder.
@@ -60,45 +112,31 @@ class ShardLeases:
     """
 
     def __init__(self, folder: Path, lease_seconds: float = LEASE_SECONDS) -> None:
+        super().__init__(str(folder), lease_seconds)
         self._folder = folder
-        self._lease_seconds = lease_seconds
-        self._host = _this_host()
-        self._holder = uuid.uuid4().hex
-        self._held: set[int] = set()
-        self._refreshed = time.monotonic()
 
     def take(self, shard: int) -> bool:
         """Take a shard's lease, from a holder that is dead if need be; False if another job holds it."""
-        assert shard not in self._held
+        assert shard not in self.held
         path = self._path(shard)
         if self._create(path) or (self._clear_away(path) and self._create(path)):
-            self._held.add(shard)
+            self.held.add(shard)
             return True
         return False
 
-    def refresh(self) -> None:
-        """Keep what is held alive; does nothing if it was done a short while ago."""
-        if time.monotonic() - self._refreshed < self._lease_seconds / REFRESHES:
-            return
-        self._refreshed = time.monotonic()
-        for shard in sorted(self._held):
-            if self._is_ours(shard):
-                with suppress(FileNotFoundError):
-                    os.utime(self._path(shard))
-            else:
-                logger.warning("another job took over the lease of shard %d of %s and may score it too", shard, self._folder)
-                self._held.discard(shard)
+    def keep_alive(self, shard: int) -> bool:
+        """Renew a lease's mtime; False if another job took it over."""
+        if not self._is_ours(shard):
+            return False
+        with suppress(FileNotFoundError):
+            os.utime(self._path(shard))
+        return True
 
     def release(self, shard: int) -> None:
         """Give a shard's lease back."""
-        self._held.discard(shard)
+        self.held.discard(shard)
         if self._is_ours(shard):
             self._path(shard).unlink(missing_ok=True)
-
-    def release_all(self) -> None:
-        """Give all leases back."""
-        for shard in sorted(self._held):
-            self.release(shard)
 
     def clear_away_dead(self, shards: Iterable[int]) -> None:
         """Remove the stale leases of some shards: whoever was killed between finishing one and giving its lease back left one."""
@@ -111,7 +149,7 @@ class ShardLeases:
 
     def _is_ours(self, shard: int) -> bool:
         seen = _look(self._path(shard))
-        return seen is not None and seen.lease is not None and seen.lease.holder == self._holder
+        return seen is not None and seen.lease is not None and seen.lease.holder == self.holder
 
     def _create(self, path: Path) -> bool:
         try:
@@ -119,7 +157,7 @@ class ShardLeases:
         except FileExistsError:
             return False
         with open(descriptor, "w") as file:
-            json.dump(asdict(Lease(self._host, os.getpid(), self._holder, datetime.now(UTC).isoformat())), file)
+            json.dump(asdict(self.lease()), file)
         return True
 
     def _clear_away(self, path: Path) -> bool:
@@ -145,16 +183,10 @@ class ShardLeases:
         return True
 
     def _is_stale(self, seen: _Seen) -> bool:
-        if seen.lease is not None and seen.lease.host == self._host and not _is_running(seen.lease.pid):
+        if seen.lease is not None and is_of_dead_process(seen.lease, self.host):
             return True
         # An mtime far ahead comes from another clock; as it says nothing, the lease must not live until then.
-        return abs(filesystem_time_ns(self._folder) - seen.mtime_ns) > self._lease_seconds * 1e9
-
-
-def filesystem_time_ns(folder: Path) -> int:
-    """Return the time on the clock that sets mtimes in a folder: on a shared filesystem the server's, not this node's."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="clock-", suffix=".tmp") as file:
-        return os.fstat(file.fileno()).st_mtime_ns
+        return abs(filesystem_time_ns(self._folder) - seen.mtime_ns) > self.lease_seconds * 1e9
 
 
 def _look(path: Path) -> _Seen | None:
@@ -169,6 +201,11 @@ def _look(path: Path) -> _Seen | None:
         return _Seen(Lease(**json.loads(content)), mtime_ns)
     except (ValueError, TypeError):
         return _Seen(None, mtime_ns)
+
+
+def is_of_dead_process(lease: Lease, host: str) -> bool:
+    """Whether a lease's holder ran on this machine and has ended."""
+    return lease.host == host and not _is_running(lease.pid)
 
 
 def _is_running(pid: int) -> bool:

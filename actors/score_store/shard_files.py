@@ -7,21 +7,19 @@ its json does: that file is renamed into place last. Each row is compared with i
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from actors.files import write_atomically
 from actors.records import NO_TOKEN, TeacherScores
 from actors.score_store.encoding import RowEncoding
 from actors.score_store.sanity import RowMeans, Spread
 from actors.score_store.shard_index import ShardIndex, checksum, encode_index
+from actors.storage.folder import Folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +53,14 @@ class ShardInfo:
         return self.row_bytes + self.index_bytes
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Return the named fields of a file; ``remedy`` ends the error if it holds none."""
+def parse_json(content: bytes, place: str, remedy: str) -> dict[str, Any]:
+    """Return the named fields that the file at ``place`` holds; ``remedy`` ends the error if it holds none."""
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
+        raise ValueError(f"{place} is damaged: {error}; {remedy}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} is damaged: it holds {type(fields).__name__} in the place of named fields; {remedy}")
+        raise ValueError(f"{place} is damaged: it holds {type(fields).__name__} in the place of named fields; {remedy}")
     return fields
 
 
@@ -74,31 +72,39 @@ class ShardFiles:
         encoding: of its rows.
     """
 
-    def __init__(self, folder: Path, encoding: RowEncoding) -> None:
+    def __init__(self, folder: Folder, encoding: RowEncoding) -> None:
         self._folder, self._encoding = folder, encoding
         self._infos: dict[int, ShardInfo] = {}
         self._indexes: dict[int, ShardIndex] = {}
 
     def is_there(self, shard: int) -> bool:
         """Whether a shard is finished."""
-        return shard in self._infos or self._info_path(shard).exists()
+        return shard in self._infos or self._folder.size(_info_name(shard)) is not None
 
     def finished(self) -> list[int]:
         """Return the numbers of the shards that are there, ascending; one look at the folder."""
-        names = (re.fullmatch(r"shard-(\d{5,})\.json", entry.name) for entry in os.scandir(self._folder))
+        names = (re.fullmatch(r"shard-(\d{5,})\.json", name) for name in self._folder.names())
         return sorted(int(name[1]) for name in names if name)
 
     def info(self, shard: int) -> ShardInfo:
         """Return the counts and the checksum of a finished shard."""
-        if shard not in self._infos:
-            path, remedy = self._info_path(shard), "delete that file and run again to have the shard scored anew"
-            fields = read_json(path, remedy)
-            try:
-                fields |= {name: Spread(**fields[name]) for name in ("target_logprob", "entropy")}
-                self._infos[shard] = ShardInfo(**fields)
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}; {remedy}") from error
-        return self._infos[shard]
+        return self.infos([shard])[0]
+
+    def infos(self, shards: Sequence[int]) -> list[ShardInfo]:
+        """Return the counts and the checksums of some finished shards."""
+        unknown = [shard for shard in shards if shard not in self._infos]
+        for shard, content in zip(unknown, self._folder.read_all([_info_name(shard) for shard in unknown]), strict=True):
+            self._infos[shard] = self._parse_info(shard, content)
+        return [self._infos[shard] for shard in shards]
+
+    def _parse_info(self, shard: int, content: bytes) -> ShardInfo:
+        place, remedy = self._folder.place_of(_info_name(shard)), "delete that file and run again to have the shard scored anew"
+        fields = parse_json(content, place, remedy)
+        try:
+            fields |= {name: Spread(**fields[name]) for name in ("target_logprob", "entropy")}
+            return ShardInfo(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{place} is damaged: {type(error).__name__}: {error}; {remedy}") from error
 
     def index(self, shard: int) -> ShardIndex:
         """Return the index of a finished shard.
@@ -107,15 +113,23 @@ class ShardFiles:
             ValueError: if it is not what was written.
         """
         if shard not in self._indexes:
-            path = self._index_path(shard)
-            if not path.exists():
-                raise _missing(path)
-            buffer = pa.memory_map(str(path)).read_buffer()
-            wanted, found = self.info(shard).index_sha256, hashlib.sha256(buffer).hexdigest()
+            name = _index_name(shard)
+            buffer, wanted, found = self._index_file(shard)
+            if wanted != found and self._renew(shard):
+                buffer, wanted, found = self._index_file(shard)
             if wanted != found:
-                raise _damaged(path, f"its sha256 is {found[:16]}…, {wanted[:16]}…")
+                raise self._damaged(name, f"its sha256 is {found[:16]}…, {wanted[:16]}…")
             self._indexes[shard] = ShardIndex(buffer)
         return self._indexes[shard]
+
+    def _index_file(self, shard: int) -> tuple[pa.Buffer, str, str]:
+        """Return the index of a shard, the checksum that it should have, and its own."""
+        name = _index_name(shard)
+        try:
+            buffer = self._folder.mapped(name)
+        except FileNotFoundError:
+            raise self._missing(name) from None
+        return buffer, self.info(shard).index_sha256, hashlib.sha256(buffer).hexdigest()
 
     def scores(self, shard: int, row: int) -> TeacherScores:
         """Return the scores of a row of a finished shard.
@@ -123,11 +137,27 @@ class ShardFiles:
         Raises:
             ValueError: if its bytes are not those that were written.
         """
-        index, path = self.index(shard), self._rows_path(shard)
-        content = read_range(path, *index.place(row))
+        index, content = self._row_bytes(shard, row)
+        if checksum(content) != index.checksum(row) and self._renew(shard):
+            index, content = self._row_bytes(shard, row)
         if (found := checksum(content)) != index.checksum(row):
-            raise _damaged(path, f"the checksum of its row {row} is {found:08x}, {index.checksum(row):08x}")
+            raise self._damaged(_rows_name(shard), f"the checksum of its row {row} is {found:08x}, {index.checksum(row):08x}")
         return self._encoding.decode(content, index.key(row), index.targets(row))
+
+    def _row_bytes(self, shard: int, row: int) -> tuple[ShardIndex, bytes]:
+        index, name = self.index(shard), _rows_name(shard)
+        try:
+            return index, self._folder.read_range(name, *index.place(row))
+        except FileNotFoundError:
+            raise self._missing(name) from None
+
+    def _renew(self, shard: int) -> bool:
+        """Drop what this node has kept of a shard, which may be damaged, or of an earlier scoring; False if it keeps none."""
+        if not self._folder.forget([_index_name(shard), _rows_name(shard)]):
+            return False
+        self._infos.pop(shard, None)
+        self._indexes.pop(shard, None)
+        return True
 
     def write(self, shard: int, scores: Sequence[TeacherScores], means: RowMeans) -> ShardInfo:
         """Write a shard: the scores of its rows, in their order, of which the means are known."""
@@ -147,57 +177,53 @@ class ShardFiles:
             entropy=means.spread("entropy"),
         )
         try:
-            write_atomically(self._rows_path(shard), b"".join(rows))
-            write_atomically(self._index_path(shard), index)
-            write_atomically(self._info_path(shard), json.dumps(asdict(info)).encode())
+            self._folder.write(_rows_name(shard), b"".join(rows))
+            self._folder.write(_index_name(shard), index)
+            self._folder.write(_info_name(shard), json.dumps(asdict(info)).encode())
         except BaseException:
             self.discard(shard)
             raise
         return info
 
-    def require_whole(self, shard: int) -> None:
+    def require_whole(self, shards: Sequence[int]) -> None:
         """Raise a ``ValueError`` if the index of a finished shard is not what was written, or the size of its rows is another."""
-        self.index(shard)
-        path = self._rows_path(shard)
-        if not path.exists():
-            raise _missing(path)
-        wanted, found = self.info(shard).row_bytes, path.stat().st_size
-        if wanted != found:
-            raise _damaged(path, f"it has {found} bytes, {wanted}")
+        self.infos(shards)
+        self._folder.fetch([_index_name(shard) for shard in shards])
+        sizes = self._folder.sizes()
+        for shard in shards:
+            self.index(shard)
+            name = _rows_name(shard)
+            found = sizes[name] if name in sizes else self._folder.size(name)
+            if found is None:
+                raise self._missing(name)
+            if (wanted := self.info(shard).row_bytes) != found:
+                raise self._damaged(name, f"it has {found} bytes, {wanted}")
 
     def discard(self, shard: int) -> None:
         """Remove a shard, so that it is missing again."""
-        for path in (self._info_path(shard), self._index_path(shard), self._rows_path(shard)):
-            path.unlink(missing_ok=True)
+        for name in (_info_name(shard), _index_name(shard), _rows_name(shard)):
+            self._folder.remove(name)
         self._infos.pop(shard, None)
         self._indexes.pop(shard, None)
 
-    def _rows_path(self, shard: int) -> Path:
-        return self._folder / f"shard-{shard:05d}.rows"
+    def _missing(self, name: str) -> ValueError:
+        return ValueError(f"{self._folder.place_of(name)} is missing, though it was written; {_remedy(name)}")
 
-    def _index_path(self, shard: int) -> Path:
-        return self._folder / f"shard-{shard:05d}.arrow"
-
-    def _info_path(self, shard: int) -> Path:
-        return self._folder / f"shard-{shard:05d}.json"
+    def _damaged(self, name: str, how: str) -> ValueError:
+        return ValueError(f"{self._folder.place_of(name)} is damaged: {how} was written; {_remedy(name)}")
 
 
-def read_range(path: Path, start: int, end: int) -> bytes:
-    """Return the bytes of a file from ``start`` up to ``end``."""
-    try:
-        with open(path, "rb") as file:
-            return os.pread(file.fileno(), end - start, start)
-    except FileNotFoundError:
-        raise _missing(path) from None
+def _rows_name(shard: int) -> str:
+    return f"shard-{shard:05d}.rows"
 
 
-def _missing(path: Path) -> ValueError:
-    return ValueError(f"{path} is missing, though it was written; {_remedy(path)}")
+def _index_name(shard: int) -> str:
+    return f"shard-{shard:05d}.arrow"
 
 
-def _damaged(path: Path, how: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {how} was written; {_remedy(path)}")
+def _info_name(shard: int) -> str:
+    return f"shard-{shard:05d}.json"
 
 
-def _remedy(path: Path) -> str:
-    return f"delete {path.stem}.json there and run again to have it scored anew"
+def _remedy(name: str) -> str:
+    return f"delete {name.rpartition('.')[0]}.json there and run again to have it scored anew"

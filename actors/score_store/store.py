@@ -1,28 +1,27 @@
-"""The score store: what the teacher said, on disk, keyed by content; a log that readers follow while it grows.
+"""The score store: what the teacher said, wherever it is kept, keyed by content; a log that readers follow while it grows.
 
-A folder holds ``manifest.json`` (the full identity in plain fields, its hash, the plan of shards), and for each finished
-shard its three files (``shard_files``). N targets, K top-k, V vocabulary.
+A folder (``actors/storage``) holds ``manifest.json`` (the full identity in plain fields, its hash, the plan of shards), and for
+each finished shard its three files (``shard_files``). N targets, K top-k, V vocabulary.
 """
 
 import json
 import math
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.files import write_atomically
 from actors.records import Example, TeacherScores, check_scores, keep_mass, truncate_scores
 from actors.score_store.encoding import RowEncoding
 from actors.score_store.identity import Identity, StoreMismatch, identity_difference, identity_hash
-from actors.score_store.leases import filesystem_time_ns
 from actors.score_store.sanity import RowMeans, ScoreRange, require_rows_differ
-from actors.score_store.shard_files import ShardFiles, ShardInfo, read_json
+from actors.score_store.shard_files import ShardFiles, ShardInfo, parse_json
+from actors.storage.folder import open_folder
 
 FORMAT = 3  # 2 had no indexes, 1 knew no spreads over rows and no top_mass
+MANIFEST, FAILURE = "manifest.json", "failed.txt"
 LEFTOVER_SECONDS = 3600.0
 MOST_SHARDS = 10_000
 """A folder is listed, and each shard mapped, by all who read it."""
@@ -33,20 +32,25 @@ class ScoringFailed(RuntimeError):
 
 
 class ScoreStore:
-    """One store, for writing shards and for following them."""
+    """One store, for writing shards and for following them.
 
-    def __init__(self, path: Path) -> None:
-        manifest_path = path / "manifest.json"
-        if not manifest_path.is_file():
-            raise ValueError(f"no score store at {path}: manifest.json is missing")
-        remedy = "delete the folder and score again"
-        manifest = read_json(manifest_path, remedy)
+    Args:
+        place: the path of its folder, or its address in object storage.
+    """
+
+    def __init__(self, place: str | Path) -> None:
+        self.folder, self.place = open_folder(place), str(place)
+        try:
+            content = self.folder.read(MANIFEST)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"no score store at {place}: manifest.json is missing") from None
+        manifest_place, remedy = self.folder.place_of(MANIFEST), "delete the folder and score again"
+        manifest = parse_json(content, manifest_place, remedy)
         if manifest.get("format") != FORMAT:
             raise ValueError(
-                f"the store at {path} has format {manifest.get('format')}, this version reads format {FORMAT}; name another "
+                f"the store at {place} has format {manifest.get('format')}, this version reads format {FORMAT}; name another "
                 "folder to score again"
             )
-        self.path = path
         try:
             self.identity: dict[str, Any] = manifest["identity"]
             self.rows: int = manifest["rows"]
@@ -57,28 +61,29 @@ class ScoreStore:
             self.vocab_size: int = self.identity["vocab_size"]
             self.ids_below: int = self.identity.get("ids_below", self.vocab_size)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{manifest_path} is damaged: {type(error).__name__}: {error}; {remedy}") from error
+            raise ValueError(f"{manifest_place} is damaged: {type(error).__name__}: {error}; {remedy}") from error
         if manifest.pop("sha256", None) != identity_hash(manifest):
-            raise ValueError(f"manifest.json of {path} was changed: its fields do not give its checksum; {remedy}")
-        self._files = ShardFiles(path, self._encoding())
+            raise ValueError(f"manifest.json of {place} was changed: its fields do not give its checksum; {remedy}")
+        self._files = ShardFiles(self.folder, self._encoding())
 
     @classmethod
     def open_or_create(
-        cls, path: Path, identity: Identity, rows: int, rows_per_shard: int, most_shards: int = MOST_SHARDS
+        cls, place: str | Path, identity: Identity, rows: int, rows_per_shard: int, most_shards: int = MOST_SHARDS
     ) -> "ScoreStore":
-        """Open the store at ``path``, or begin it there.
+        """Open the store at a path or an address, or begin it there.
 
         Raises:
             StoreMismatch: with one line for each field in which the store's identity differs.
             ValueError: if it would begin with more shards than a folder should hold.
         """
-        if not (path / "manifest.json").exists():
+        folder = open_folder(place)
+        if folder.size(MANIFEST) is None:
             if (shards := math.ceil(rows / rows_per_shard)) > most_shards:
                 raise ValueError(
                     f"scores.rows_per_shard is {rows_per_shard}, which makes {shards} shards of {rows} rows, more than "
                     f"{most_shards}; scores.rows_per_shard={math.ceil(rows / most_shards)} would do"
                 )
-            path.mkdir(parents=True, exist_ok=True)
+            folder.begin()
             manifest = {
                 "format": FORMAT,
                 "identity": dict(identity),
@@ -86,8 +91,8 @@ class ScoreStore:
                 "rows_per_shard": rows_per_shard,
             }
             with_hash = {**manifest, "sha256": identity_hash(manifest)}
-            write_atomically(path / "manifest.json", json.dumps(with_hash, indent=1, sort_keys=True).encode())
-        store = cls(path)
+            folder.write(MANIFEST, json.dumps(with_hash, indent=1, sort_keys=True).encode())
+        store = cls(place)
         store.require(identity)
         return store
 
@@ -98,7 +103,7 @@ class ScoreStore:
             wanted.pop("top_k"), found.pop("top_k")
         if lines := identity_difference(wanted, found):
             raise StoreMismatch(
-                f"the store at {self.path} holds other scores than these; name another folder, or score again:\n  "
+                f"the store at {self.place} holds other scores than these; name another folder, or score again:\n  "
                 + "\n  ".join(lines)
             )
 
@@ -128,10 +133,13 @@ class ScoreStore:
         """Return the counts and the checksum of a finished shard."""
         return self._files.info(shard)
 
+    def shard_infos(self) -> list[ShardInfo]:
+        """Return the counts and the checksums of the finished shards, in their order."""
+        return self._files.infos(self._files.finished())
+
     def known_range(self) -> ScoreRange | None:
         """Return where the rows of the finished shards lie; None if there is none."""
-        infos = (self.shard_info(shard) for shard in self._files.finished())
-        return ScoreRange.over((info.target_logprob, info.entropy) for info in infos)
+        return ScoreRange.over((info.target_logprob, info.entropy) for info in self.shard_infos())
 
     def write_shard(
         self, shard: int, examples: Sequence[Example], scores: Sequence[TeacherScores], known: ScoreRange | None = None
@@ -192,7 +200,7 @@ class ScoreStore:
         shard, row = divmod(position, self.rows_per_shard)
         return self._files.index(shard).teacher_loss(row)
 
-    def wait_for(self, shard: int, timeout_seconds: float, poll_seconds: float = 0.2) -> float:
+    def wait_for(self, shard: int, timeout_seconds: float, poll_seconds: float | None = None) -> float:
         """Wait until a shard is there; return the seconds waited.
 
         Raises:
@@ -201,14 +209,14 @@ class ScoreStore:
         """
         start = time.monotonic()
         while not self._files.is_there(shard):
-            if self._failure_path.exists():
-                raise ScoringFailed(self._failure_path.read_text())
+            if self.folder.size(FAILURE) is not None:
+                raise ScoringFailed(self.folder.read(FAILURE).decode())
             if time.monotonic() - start > timeout_seconds:
                 raise TimeoutError(
-                    f"shard {shard} of {self.path} did not come within {timeout_seconds:.0f} s; "
+                    f"shard {shard} of {self.place} did not come within {timeout_seconds:.0f} s; "
                     "raise scores.wait_seconds if the teacher is slow, or look for its error in the event log"
                 )
-            time.sleep(poll_seconds)
+            time.sleep(self.folder.poll_seconds if poll_seconds is None else poll_seconds)
         return time.monotonic() - start
 
     def wait_until_complete(self, timeout_seconds: float) -> float:
@@ -217,19 +225,15 @@ class ScoreStore:
 
     def declare_failed(self, error: str) -> None:
         """Tell all readers that no further shard will come, and why."""
-        write_atomically(self._failure_path, error.encode())
+        self.folder.write(FAILURE, error.encode())
 
     def clear_failure(self) -> None:
         """Begin again after a failure."""
-        self._failure_path.unlink(missing_ok=True)
+        self.folder.remove(FAILURE)
 
     def remove_leftovers(self) -> None:
         """Remove what processes left that were killed while they wrote; files of the last hour may still be written."""
-        now_ns = filesystem_time_ns(self.path)
-        for path in self.path.glob("*.tmp"):
-            with suppress(FileNotFoundError):  # another job may be as tidy
-                if now_ns - path.stat().st_mtime_ns > LEFTOVER_SECONDS * 1e9:
-                    path.unlink()
+        self.folder.remove_leftovers(LEFTOVER_SECONDS)
 
     def verify(self, most_bytes: float = math.inf) -> None:
         """Compare the finished shards with what was written: all files' sizes, all indexes, and the rows of as many shards,
@@ -239,9 +243,8 @@ class ScoreStore:
             ValueError: naming the first file that differs.
         """
         finished = self._files.finished()
-        for shard in finished:
-            self._files.require_whole(shard)
-        total = sum(self.shard_info(shard).row_bytes for shard in finished)
+        self._files.require_whole(finished)
+        total = sum(info.row_bytes for info in self._files.infos(finished))
         for shard in finished[:: max(1, math.ceil(total / most_bytes))]:
             for row in range(self.shard_info(shard).rows):
                 self._files.scores(shard, row)
@@ -254,7 +257,3 @@ class ScoreStore:
         unions = self.wire == "candidates"  # of K tokens and as many candidates, some of which are the same
         width, ragged = (2 * self.top_k, True) if unions else (self.top_k, self.top_mass is not None)
         return RowEncoding(width, self.vocab_size, ragged, self.identity.get("hidden_size", 0))
-
-    @property
-    def _failure_path(self) -> Path:
-        return self.path / "failed.txt"

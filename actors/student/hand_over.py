@@ -45,7 +45,7 @@ class ShareKeeper:
         rollouts = task.rollouts
         assert rollouts is not None and rollouts.heldout is not None and rollouts.heldout_store is not None
         self._shares = AdaptiveShares(Path(self._policy.shares))
-        examples, store = Path(rollouts.heldout), Path(rollouts.heldout_store)
+        examples, store = Path(rollouts.heldout), rollouts.heldout_store
         self._heldout = HeldoutPasses(task, worker, examples, store, task.top_k, rollouts.heldout_batch_rows, vocab_size)
 
     def after(self, student: nn.Module, step: int) -> None:

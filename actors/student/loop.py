@@ -45,7 +45,7 @@ def distil(task: TrainingTask, checkpoints: Checkpoints) -> WorkerResult:
     """
     worker = Worker.here(task.threads, task.gpu)
     examples = ExampleFile(Path(task.examples))
-    store = ScoreStore(Path(task.store)) if task.store and needs_teacher(task.loss) else None
+    store = ScoreStore(task.store) if task.store and needs_teacher(task.loss) else None
     sampler = StepSampler(len(examples), task.train.batch_rows, task.seed, task.train.first_epoch == "store_order")
     visits = visits_of(task, steps_in(len(examples), task.train.batch_rows, task.train.epochs))
     rows = rows_of(task, StoredRows(examples, store, task.top_k, sampler), sampler, visits, worker)

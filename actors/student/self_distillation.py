@@ -101,7 +101,7 @@ def measure(
     Raises:
         ValueError: naming a stored shard that is damaged.
     """
-    examples, alone, together = ExampleFile(Path(examples_path)), ScoreStore(Path(alone_path)), ScoreStore(Path(together_path))
+    examples, alone, together = ExampleFile(Path(examples_path)), ScoreStore(alone_path), ScoreStore(together_path)
     model, rows = _loaded(teacher, device), _rows(examples)
     singly, beside = ([store.scores_at(at) for at in range(len(rows))] for store in (alone, together))
     comparison, attention = _compare(model, rows, singly, alone.ids_below), _attention(model, teacher, rows)

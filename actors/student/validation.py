@@ -23,7 +23,7 @@ class Validator:
         self._started = time.monotonic()
         if (schedule := self._schedule) is not None:
             self._heldout = HeldoutPasses(
-                task, worker, Path(schedule.examples), Path(schedule.store), schedule.top_k, schedule.batch_rows, vocab_size,
+                task, worker, Path(schedule.examples), schedule.store, schedule.top_k, schedule.batch_rows, vocab_size,
                 schedule.ordered,
             )  # fmt: skip
 
@@ -59,7 +59,7 @@ class HeldoutPasses:
     """
 
     def __init__(
-        self, task: TrainingTask, worker: Worker, examples: Path, store: Path, top_k: int, batch_rows: int, vocab_size: int,
+        self, task: TrainingTask, worker: Worker, examples: Path, store: str, top_k: int, batch_rows: int, vocab_size: int,
         ordered: bool = False,
     ) -> None:  # fmt: skip
         self._task, self._worker, self._batch_rows, self._ordered = task, worker, batch_rows, ordered

@@ -116,7 +116,7 @@ class TeacherPool:
                     yield result
                 work.keep_up()
         except ScoringFailed as error:
-            raise TeacherFailed(f"another job that scores {store.path} gave up: {error}") from error
+            raise TeacherFailed(f"another job that scores {store.place} gave up: {error}") from error
         finally:
             for replica in self._replicas:
                 replica.in_flight.clear()
@@ -166,7 +166,7 @@ class TeacherPool:
             return
         if not replica.in_flight:
             replica.since = time.monotonic()
-        result = replica.actor.score_shard.remote(work.examples_path, work.store_path, shard, work.known)
+        result = replica.actor.score_shard.remote(work.examples_path, work.store_place, shard, work.known)
         replica.in_flight[result] = shard
 
     def _await(self, work: ScoringWork, on_wait: Callable[[int], None]) -> list[ShardResult]:

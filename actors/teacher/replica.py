@@ -81,7 +81,7 @@ class ReplicaHandle(Protocol):
         ...
 
     @property
-    def score_shard(self) -> RemoteMethod[[Path, Path, int, ScoreRange | None], ShardResult]:
+    def score_shard(self) -> RemoteMethod[[Path, str, int, ScoreRange | None], ShardResult]:
         """See ``TeacherReplica.score_shard``."""
         ...
 
@@ -109,8 +109,8 @@ class TeacherReplica:
         self._engine: TeacherEngine | None = None
         self._engine_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._opening = threading.Lock()
-        self._examples: dict[Path, ExampleFile] = {}
-        self._stores: dict[Path, ScoreStore] = {}
+        self._examples: dict[str, ExampleFile] = {}
+        self._stores: dict[str, ScoreStore] = {}
 
     def start(self, probe: Probe | None = None) -> EngineStarted:
         """Build the engine, and hold what it serves for the probe's rows against the teacher's plain forward pass.
@@ -136,7 +136,7 @@ class TeacherReplica:
         return (*scores, None)
 
     def score_shard(
-        self, examples_path: Path, store_path: Path, shard: int, known: ScoreRange | None = None
+        self, examples_path: Path, store_place: str, shard: int, known: ScoreRange | None = None
     ) -> ShardResult:
         """Score the rows of one shard and write it; the arrays stay in this process and on disk.
 
@@ -146,7 +146,7 @@ class TeacherReplica:
             ValueError: if the store wants another K or V than this teacher gives, or a score fails its check.
         """
         start = time.perf_counter()
-        examples, store = self._open(examples_path, store_path)
+        examples, store = self._open(examples_path, store_place)
         rows = [examples[position] for position in store.positions(shard)]
         scores = self.score(rows)
         info = store.write_shard(shard, rows, scores, known)
@@ -205,19 +205,19 @@ class TeacherReplica:
             raise
         return found
 
-    def _open(self, examples_path: Path, store_path: Path) -> tuple[ExampleFile, ScoreStore]:
+    def _open(self, examples_path: Path, store_place: str) -> tuple[ExampleFile, ScoreStore]:
         assert self._engine is not None, "start() comes first"
         with self._opening:
-            return self._open_alone(examples_path, store_path, self._engine.vocab_size)
+            return self._open_alone(examples_path, store_place, self._engine.vocab_size)
 
-    def _open_alone(self, examples_path: Path, store_path: Path, vocab_size: int) -> tuple[ExampleFile, ScoreStore]:
-        if store_path not in self._stores:
-            store = ScoreStore(store_path)
+    def _open_alone(self, examples_path: Path, store_place: str, vocab_size: int) -> tuple[ExampleFile, ScoreStore]:
+        if store_place not in self._stores:
+            store = ScoreStore(store_place)
             wanted, given = (store.top_k, store.vocab_size), (self._spec.top_k, vocab_size)
             if wanted != given:
                 raise ValueError(
-                    f"the store at {store_path} wants (top_k, vocab_size) {wanted}, this teacher gives {given}; "
+                    f"the store at {store_place} wants (top_k, vocab_size) {wanted}, this teacher gives {given}; "
                     "open the store for this teacher, or build the teacher for this store"
                 )
-            self._examples[store_path], self._stores[store_path] = ExampleFile(examples_path), store
-        return self._examples[store_path], self._stores[store_path]
+            self._examples[store_place], self._stores[store_place] = ExampleFile(examples_path), store
+        return self._examples[store_place], self._stores[store_place]

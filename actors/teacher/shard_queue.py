@@ -5,10 +5,12 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from actors.config.places import resolved
 from actors.examples import ExampleFile
-from actors.score_store.leases import ShardLeases
+from actors.score_store.open_leases import open_leases
 from actors.score_store.sanity import ScoreRange
-from actors.score_store.store import ScoreStore, ShardInfo
+from actors.score_store.shard_files import ShardInfo
+from actors.score_store.store import ScoreStore
 
 TRIES = 3
 """A shard on which so many replicas died is set aside."""
@@ -85,10 +87,10 @@ class ScoringWork:
 
     def __init__(self, examples_path: Path, store: ScoreStore, window: int, lease_seconds: float) -> None:
         self.examples_path = examples_path
-        self.store, self.store_path = store, store.path.resolve()
+        self.store, self.store_place = store, resolved(store.place)
         missing = store.missing_shards()
         self._queue = ShardQueue(missing, window)
-        self._leases = ShardLeases(store.path, lease_seconds)
+        self._leases = open_leases(store.folder, lease_seconds)
         self._leases.clear_away_dead(sorted(set(range(store.shard_count)) - set(missing)))
         self._asked = time.monotonic()
         self.known = store.known_range()

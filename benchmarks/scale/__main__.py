@@ -114,14 +114,14 @@ def drive(case: Case, costs: RayCosts, folder: Path) -> Outcome:
                 store = ScoreStore.open_or_create(folder / f"store{number}", IDENTITY, rows, case.shard_rows)
                 score_split(pool, folder / "rows.arrow", store, on_progress, show.waits)
                 with world.outside():
-                    assert store.complete and not list(store.path.glob("*.lease"))
+                    assert store.complete and not list(Path(store.place).glob("*.lease"))
                     once = all(world.scored[shard] == 1 for shard in range(shards))
                     faults += 0 if once else sum(world.scored[shard] != 1 for shard in range(shards))
                     faults += sum(world.begun[shard] > 1 + world.cut_off[shard] for shard in range(shards))
                     again += sum(world.begun[shard] > 1 for shard in range(shards))
                     for counter in (world.scored, world.begun, world.cut_off):
                         counter.clear()
-                    shutil.rmtree(store.path)
+                    shutil.rmtree(Path(store.place))
             with world.outside():
                 pass
     shutil.rmtree(folder / "run")

@@ -46,7 +46,7 @@ def follow(case: Case, batch_rows: int, folder: Path) -> Followed:
     with world.entered(), counted(counts):
         store = ScoreStore.open_or_create(folder / "followed", IDENTITY, rows, case.shard_rows)
         for shard in range(shards):
-            world.at((shard + 1) / case.pace, lambda shard=shard: None if write_info(store.path, shard, 1, 1) else None)  # type: ignore[misc]
+            world.at((shard + 1) / case.pace, lambda shard=shard: None if write_info(Path(store.place), shard, 1, 1) else None)  # type: ignore[misc]
         sampler = StepSampler(rows, batch_rows, seed=0, store_order_first=True)
         for key in counts:
             counts[key] = 0

@@ -33,7 +33,7 @@ class RayCosts:
 class Answers:
     """An actor that answers like a replica, and one that does not."""
 
-    async def score_shard(self, examples: Path, store: Path, shard: int, known: ScoreRange | None) -> ShardResult:
+    async def score_shard(self, examples: Path, store: str, shard: int, known: ScoreRange | None) -> ShardResult:
         """Answer at once."""
         info = ShardInfo(shard, 8, 8000, 64_000, 32_000, "0" * 64, 0.01, 2.0, NO_SPREAD, NO_SPREAD)
         return ShardResult(info, 8000, 0.4, 0.3)

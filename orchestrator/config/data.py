@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from actors.config.places import in_object_storage, resolved
 from losses.section import LARGEST_SEED, Section
 from orchestrator.config.formats import ConversationFormat, FormatConfig, InstructionFormat
 
@@ -58,7 +59,15 @@ class FilesSource(Section):
     kind: Literal["files"]
 
     path: str = Field(min_length=1)
-    """A file, or a folder of such files, taken in the order of their names."""
+    """A file, or a folder of such files, taken in the order of their names: a path, or an address in object storage
+    (``s3://bucket/rows.jsonl``, ``gs://``, ``abfs://``)."""
+
+    @field_validator("path")
+    @classmethod
+    def _a_place(cls, path: str) -> str:
+        if in_object_storage(path):
+            resolved(path)  # raises if it is no address
+        return path
 
 
 class HubSource(Section):

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from actors.config.model_kinds import CutModel, PretrainedModel, ScratchModel
 from actors.config.models import (
@@ -15,6 +15,7 @@ from actors.config.models import (
     needs_complete_store,
     needs_teacher,
 )
+from actors.config.places import in_object_storage, resolved
 from actors.config.rollouts import ResponsesConfig, RolloutsConfig
 from actors.config.tracking import TrackingConfig
 from actors.config.workers import WorkersConfig
@@ -44,6 +45,19 @@ class ExportConfig(Section):
 
     onnx: Annotated[bool, MayChange()] = False
     """Write a classifier as ``model.onnx`` beside its weights, for programs without torch. Needs ``pip install '.[onnx]'``."""
+
+    publish: Annotated[str | None, MayChange()] = None
+    """Address in object storage (``s3://bucket/folder``) where the student's folder, the report, the table and the configuration
+    are put at the end, below the run's name; null for nowhere."""
+
+    @field_validator("publish")
+    @classmethod
+    def _an_address(cls, publish: str | None) -> str | None:
+        if publish is None:
+            return None
+        if not in_object_storage(publish):
+            raise ValueError(f"{publish!r} is no address in object storage; s3://bucket/folder would do")
+        return resolved(publish)
 
 
 class RunConfig(Section):
@@ -94,6 +108,16 @@ class RunConfig(Section):
     ] = TrackingConfig()
     tune: Annotated[TuneConfig, MayChange(), NotSearchable("it is the search itself")] = TuneConfig()
     compare: Annotated[CompareConfig, MayChange(), NotSearchable("it says what is compared")] = CompareConfig()
+
+    @field_validator("output")
+    @classmethod
+    def _a_path(cls, output: str) -> str:
+        if in_object_storage(output):
+            raise ValueError(
+                f"{output!r} is in object storage, where files can be neither renamed nor added to; a folder that all nodes see, "
+                "as output=/mnt/runs, would do. The scores, most of what a run writes, may stand there: scores.root=s3://bucket/scores"
+            )
+        return output
 
     @model_validator(mode="before")
     @classmethod
@@ -285,6 +309,6 @@ class RunConfig(Section):
         return Path(self.output).expanduser().resolve() / self.name
 
     @property
-    def score_root(self) -> Path:
-        """Absolute path of the folder under which score stores are kept by their identity."""
-        return Path(self.scores.root or Path(self.output) / "scores").expanduser().resolve()
+    def score_root(self) -> str:
+        """Absolute path, or address, of the folder under which score stores are kept by their identity."""
+        return resolved(self.scores.root or str(Path(self.output) / "scores"))

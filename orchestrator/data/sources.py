@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.config.places import in_object_storage
 from orchestrator.config.data import BuiltinSource, DigitsSource, FilesSource, GradingSource, HubSource, SourceConfig
 from orchestrator.data.grading import make_graded_answers
 from orchestrator.data.synthetic import make_rows
@@ -60,6 +61,12 @@ def rows_of(source: SourceConfig, seed: int, key: str = "data.source") -> Iterat
 
 def files_of(source: FilesSource, key: str = "data.source") -> list[Path]:
     """Return the file that is named, or the files of a known kind in the folder that is named, in name order."""
+    if in_object_storage(source.path):
+        from actors.storage.fetched import fetched_files  # loads a cloud's library
+
+        if not (files := fetched_files(source.path, _is_known)):
+            raise ValueError(f"{source.path} ({key}.path) is no {_known_kinds()} file, and no folder in which one stands")
+        return files
     path = Path(source.path).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if kind_of_file(file) in READERS and file.is_file())
@@ -73,9 +80,20 @@ def files_of(source: FilesSource, key: str = "data.source") -> list[Path]:
     return [path]
 
 
+def _is_known(name: str) -> bool:
+    return kind_of_file(Path(name)) in READERS
+
+
 def source_hash(source: SourceConfig) -> str | None:
-    """Return a hash of the bytes of a source's files; None where the source is no file, or its files are gone."""
-    if source.kind != "files" or not Path(source.path).expanduser().exists():
+    """Return a hash of the bytes of a source's files, or, in object storage, of their names, sizes and times; None where the
+    source is no file, or its files are gone."""
+    if source.kind != "files":
+        return None
+    if in_object_storage(source.path):
+        from actors.storage.fetched import fingerprint
+
+        return fingerprint(source.path, _is_known)
+    if not Path(source.path).expanduser().exists():
         return None
     digest = hashlib.sha256()
     for path in files_of(source):

@@ -129,7 +129,7 @@ def measure_served(
     gpu = spec.engine.gpu and spec.engine.tensor_parallel == 1  # what one GPU cannot hold in 16 bits, none holds in 32
     task = _task(measure, spec.engine.cpus, gpu)
     measured: SelfDistillationCheck = ray.get(
-        task.remote(spec.model, str(path), *(str(store.path) for store in stores), "cuda" if gpu else "cpu")
+        task.remote(spec.model, str(path), *(store.place for store in stores), "cuda" if gpu else "cpu")
     )
     return measured
 

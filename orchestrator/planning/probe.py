@@ -153,7 +153,7 @@ def time_steps(student: _Student) -> float:
     config, train = student.config, student.train
     worker = Worker.here(int(max(1, config.workers.cpus)), config.workers.gpus > 0)
     examples = ExampleFile(Path(student.examples))
-    store = ScoreStore(Path(student.store)) if student.store else None
+    store = ScoreStore(student.store) if student.store else None
     sampler = StepSampler(len(examples), train.batch_rows, config.seed, store_order_first=True)
     rows = StoredRows(examples, store, config.scores.top_k, sampler)
     weights = StepWeights(config.loss, config.seed, store)

@@ -123,7 +123,7 @@ def read_uncertainties(run_path: Path, config: Mapping[str, Any]) -> Uncertainti
     split = "train" if "train" in pointers else "heldout"
     if split not in pointers or not (Path(pointers[split]) / "manifest.json").exists():
         return None
-    values = sampled_uncertainties(ScoreStore(Path(pointers[split])))
+    values = sampled_uncertainties(ScoreStore(pointers[split]))
     if len(values) == 0:
         return None
     loss = config["loss"]

@@ -37,7 +37,7 @@ def uncertainty_places(run_path: Path) -> Chart | None:
     files = (data / "heldout.arrow", data / "heldout_texts.jsonl", Path(pointers.get("heldout", "")) / "manifest.json")
     if not all(file.exists() for file in files):
         return None
-    store, examples = ScoreStore(Path(pointers["heldout"])), ExampleFile(files[0])
+    store, examples = ScoreStore(pointers["heldout"]), ExampleFile(files[0])
     if store.missing_shards() or store.rows != len(examples):
         return None
     tasks = [text.task for text in read_heldout_texts(files[1], examples.rows.tolist())]

@@ -54,7 +54,7 @@ def evaluate(config: RunConfig, run_dir: RunDir, models: Models, heldout_store: 
 def teacher_by_scores(config: RunConfig, run_path: Path, teacher: ModelSource, heldout_store: ScoreStore) -> Evaluation:
     """Return what the stored scores of the held-out rows say of a language model, which is not loaded."""
     parameters = count_weights(config_of(teacher), teacher.trust_remote_code)
-    store, top_k, data = str(heldout_store.path), config.scores.top_k, run_path / "data"
+    store, top_k, data = heldout_store.place, config.scores.top_k, run_path / "data"
     if isinstance(task := config.task, ClassificationTask):
         rows, labels = str(rows_of("teacher", "heldout", run_path)), tuple(label_names(task).values())
         return classes_from_scores(rows, store, str(data / "heldout_rows.jsonl"), labels, task.ordered, top_k, parameters)
@@ -100,13 +100,13 @@ def evaluate_remote(
         labels = tuple(label_names(task).values())
         classifier = ray.remote(evaluate_classifier).options(**options)
         return classifier.remote(
-            source, str(rows), str(store.path), str(data / "heldout_rows.jsonl"), labels, task.ordered, settings, top_k,
+            source, str(rows), store.place, str(data / "heldout_rows.jsonl"), labels, task.ordered, settings, top_k,
             teacher_temperature if name == "teacher" else 1.0,
         )  # fmt: skip
     tokenizer = models.tokenizer_source()
     language_model = ray.remote(evaluate_model).options(**options)
     return language_model.remote(
-        source, tokenizer, str(data / "heldout.arrow"), str(store.path), str(data / "heldout_texts.jsonl"), settings, top_k
+        source, tokenizer, str(data / "heldout.arrow"), store.place, str(data / "heldout_texts.jsonl"), settings, top_k
     )
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
 
+from actors.config.places import resolved, within
 from actors.engines.base import require_top_k
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.score_store.identity import Identity, identity_difference, identity_hash
 from actors.score_store.store import FORMAT, ScoreStore
+from actors.storage.folder import open_folder
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.config.run import RunConfig
@@ -139,22 +141,23 @@ def open_store(config: RunConfig, identity: Identity, split: Literal["train", "h
         ValueError: if that store is not complete.
     """
     if config.scores.path and split == "train":
-        return _given_store(Path(config.scores.path).expanduser().resolve(), identity)
+        return _given_store(resolved(config.scores.path), identity)
     root = config.score_root
-    folder = root / f"v{FORMAT}-{identity_hash(identity)[:16]}"  # beside it may stand what another version scored
-    if not folder.exists() and (larger := _store_with_larger_k(root, identity)):
+    name = f"v{FORMAT}-{identity_hash(identity)[:16]}"  # beside it may stand what another version scored
+    if name not in (others := open_folder(root).folders()) and (larger := _store_with_larger_k(root, others, identity)):
         return larger
-    return ScoreStore.open_or_create(folder, identity, identity["examples"]["rows"], identity["rows_per_shard"])
+    return ScoreStore.open_or_create(within(root, name), identity, identity["examples"]["rows"], identity["rows_per_shard"])
 
 
-def nearest_store(store: ScoreStore) -> tuple[Path, list[str]] | None:
-    """Return the store beside this one that holds the same rows and is most like it, with a line for each field that differs."""
+def nearest_store(root: str, store: ScoreStore) -> tuple[str, list[str]] | None:
+    """Return the place of the store below ``root`` that holds the same rows and is most like one, with a line for each field that
+    differs."""
     others = []
-    for manifest in store.path.parent.glob("*/manifest.json"):
-        with suppress(ValueError, KeyError):  # a store of another kind, or one whose own run must hear that it is damaged
-            other = ScoreStore(manifest.parent)
-            if other.path != store.path and other.identity["examples"] == store.identity["examples"]:
-                others.append((other.path, identity_difference(store.identity, other.identity)))
+    for name in open_folder(root).folders():
+        with suppress(ValueError, KeyError):  # no store or one of another kind, or one whose own run must hear that it is damaged
+            other = ScoreStore(within(root, name))
+            if other.place != store.place and other.identity["examples"] == store.identity["examples"]:
+                others.append((other.place, identity_difference(store.identity, other.identity)))
     return min(others, key=lambda other: len(other[1]), default=None)
 
 
@@ -191,7 +194,7 @@ def score_split(
             store.declare_failed(describe_failure(error))
         raise
     seconds = time.monotonic() - start
-    infos = [store.shard_info(shard) for shard in range(store.shard_count)]
+    infos = store.shard_infos()
     targets = sum(info.targets for info in infos)
     return ScoringSummary(
         tokens=tokens,
@@ -211,23 +214,23 @@ def describe_failure(error: Exception) -> str:
     return str(error) if isinstance(error, TeacherFailed) else f"{type(error).__name__}: {error}"
 
 
-def _given_store(path: Path, identity: Identity) -> ScoreStore:
-    store = ScoreStore(path)
+def _given_store(place: str, identity: Identity) -> ScoreStore:
+    store = ScoreStore(place)
     store.require(identity)
     if missing := store.missing_shards():
         raise ValueError(
-            f"the store at {path}, named by scores.path, lacks {len(missing)} of {store.shard_count} shards, the first is "
+            f"the store at {place}, named by scores.path, lacks {len(missing)} of {store.shard_count} shards, the first is "
             f"shard {missing[0]}; name a complete one, or set scores.root to have it completed"
         )
     return store
 
 
-def _store_with_larger_k(root: Path, identity: Identity) -> ScoreStore | None:
-    """Return the complete store of the least K above the one wanted, all else equal; None if there is none."""
+def _store_with_larger_k(root: str, names: Sequence[str], identity: Identity) -> ScoreStore | None:
+    """Return the complete store, of those named, of the least K above the one wanted, all else equal; None if there is none."""
     stores = []
-    for manifest in root.glob("*/manifest.json"):
-        with suppress(ValueError):  # a store of other scores, or one whose own run must hear that it is damaged
-            store = ScoreStore(manifest.parent)
+    for name in names:
+        with suppress(ValueError):  # no store or one of other scores, or one whose own run must hear that it is damaged
+            store = ScoreStore(within(root, name))
             store.require(identity)
             stores.append(store)
     return min((store for store in stores if store.complete), key=lambda store: store.top_k, default=None)

@@ -69,9 +69,9 @@ class ScoringStage:
         self.training_store = self._open("train") if needs_teacher(config.loss) and config.learns_from_data else None
         self._pool: TeacherPool | None = None
         self._beside_students = False
-        pointers = {"heldout": str(self.heldout_store.path)}
+        pointers = {"heldout": self.heldout_store.place}
         if self.training_store is not None:
-            pointers["train"] = str(self.training_store.path)
+            pointers["train"] = self.training_store.place
         write_atomically(run_dir.path / "scores.json", json.dumps(pointers, indent=1).encode())
 
     @property
@@ -108,7 +108,7 @@ class ScoringStage:
         if all(store.complete for _, store in stores):
             for split, store in stores:
                 store.verify(VERIFIED_BYTES)
-                logger.info(f"score: {split} found complete in {store.path}")
+                logger.info(f"score: {split} found complete in {store.place}")
             return facts
         # named before it is entered, so that it can be closed while engines start
         live = TeacherMetrics(self.config.name)
@@ -135,7 +135,7 @@ class ScoringStage:
 
     def _explain_new(self, split: Split, store: ScoreStore) -> None:
         """Where the same rows were scored before, say why those scores do not serve."""
-        if len(store.missing_shards()) < store.shard_count or (nearest := nearest_store(store)) is None:
+        if len(store.missing_shards()) < store.shard_count or (nearest := nearest_store(self.config.score_root, store)) is None:
             return
         path, lines = nearest
         more = f"; and {len(lines) - DIFFERENCES_SHOWN} more" if len(lines) > DIFFERENCES_SHOWN else ""

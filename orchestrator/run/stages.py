@@ -211,11 +211,11 @@ def rows_of(role: Role, split: str, folder: Path) -> Path:
 
 def train(config: RunConfig, run_dir: RunDir, models: Models, store: ScoreStore | None) -> Facts:
     """Distil the student from the store, which may still be growing."""
-    task = distillation_task(config, run_dir.path, models, store.path if store is not None else None)
+    task = distillation_task(config, run_dir.path, models, store.place if store is not None else None)
     return train_model(task, config.workers, run_dir.path / "checkpoints")
 
 
-def distillation_task(config: RunConfig, folder: Path, models: Models, store: Path | None) -> TrainingTask:
+def distillation_task(config: RunConfig, folder: Path, models: Models, store: str | None) -> TrainingTask:
     """Return the training of the student of a run whose folder is ``folder``."""
     return TrainingTask(
         name="train",
@@ -225,7 +225,7 @@ def distillation_task(config: RunConfig, folder: Path, models: Models, store: Pa
         loss=config.loss,
         train=config.train,
         examples=str(training_rows(config, folder)),
-        store=str(store) if store is not None else None,
+        store=store,
         top_k=config.scores.top_k,
         wait_seconds=config.scores.wait_seconds,
         seed=config.seed,

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -56,7 +55,7 @@ def configs_by_teacher(config: RunConfig) -> dict[str, RunConfig]:
         tree = config.model_dump(mode="json")
         tree["teacher"] = laid_over(tree["teacher"], changes)
         tree["compare"] |= {"teachers": {}, "name": "compare"}
-        tree["scores"]["root"] = str(config.score_root)
+        tree["scores"]["root"] = config.score_root
         try:
             found[teacher] = validate(tree | {"name": teacher, "output": str(config.run_dir / config.compare.name)})
         except ConfigError as error:
@@ -119,7 +118,7 @@ def taught_by(teacher: str, config: RunConfig) -> TaughtBy:
 
 def heldout_loss(config: RunConfig) -> float:
     """Return the teacher's own loss on the held-out rows, in nats per target, as it scored them."""
-    store = ScoreStore(Path(json.loads((config.run_dir / "scores.json").read_text())["heldout"]))
+    store = ScoreStore(json.loads((config.run_dir / "scores.json").read_text())["heldout"])
     targets = [len(store.uncertainty_at(position)) for position in range(store.rows)]
     losses = [store.teacher_loss_at(position) * count for position, count in enumerate(targets)]
     return sum(losses) / sum(targets)

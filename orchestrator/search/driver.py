@@ -48,9 +48,9 @@ class SharedInputs:
     """What all trials stand on."""
 
     run_folder: Path
-    training_store: Path | None
+    training_store: str | None
     """None where the student writes all rows of all trials."""
-    heldout_store: Path
+    heldout_store: str
     total_steps: int
     """Optimizer steps of a trial by the configuration itself."""
     serve_teacher: Callable[[], AbstractContextManager[ScoreService | None]] = nullcontext
@@ -77,15 +77,14 @@ def prepare_inputs(config: RunConfig, run_dir: RunDir, from_data: bool = True) -
     fetch_models(config, run_dir, models, ["train"])
     stores = json.loads((run_dir.path / "scores.json").read_text())
     for split, path in stores.items():
-        if missing := ScoreStore(Path(path)).missing_shards():
+        if missing := ScoreStore(path).missing_shards():
             raise ValueError(
                 f"the scores of {split} at {path} lack {len(missing)} shards, though this run says that it is scored; "
                 f"delete {result_path(run_dir.path, 'score')} and run again"
             )
     rows = len(ExampleFile(training_rows(config, run_dir.path)))
     total_steps = optimizer_steps(config, rows)
-    training_store = Path(stores["train"]) if "train" in stores else None
-    inputs = SharedInputs(run_dir.path, training_store, Path(stores["heldout"]), total_steps)
+    inputs = SharedInputs(run_dir.path, stores.get("train"), stores["heldout"], total_steps)
     return inputs if config.rollouts is None else replace(inputs, serve_teacher=partial(served_teacher, config, run_dir, models))
 
 

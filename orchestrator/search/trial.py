@@ -37,9 +37,9 @@ class TrialContext:
     """The run's folder, with data, models and tokenizer; one that every node sees."""
     folder: Path
     """Where trials leave their metrics and checkpoints."""
-    training_store: Path | None
+    training_store: str | None
     """The complete store of the training rows; None where the student writes all rows of all trials."""
-    heldout_store: Path
+    heldout_store: str
     """The complete store of the held-out rows."""
     rungs: int
     """How often a trial is measured."""
@@ -62,7 +62,7 @@ class TrialContext:
             trial=assignment.trial,
             steps=rung_steps(total_steps, self.rungs),
             examples=str(self.run_folder / "data" / "heldout.arrow"),
-            store=str(self.heldout_store),
+            store=self.heldout_store,
             top_k=base.scores.top_k,  # not the trial's own: all are measured alike
             batch_rows=base.evaluate.batch_rows,
             controller=self.controller,

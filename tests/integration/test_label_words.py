@@ -40,7 +40,7 @@ def test_a_language_model_teaches_a_classifier_by_its_words(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     run = tmp_path / "grading_lm_cpu"
     rows = {row["metric"]: row["values"] for row in json.loads((run / "table.json").read_text())["rows"]}
-    teacher = ScoreStore(Path(json.loads((run / "scores.json").read_text())["heldout"]))
+    teacher = ScoreStore(json.loads((run / "scores.json").read_text())["heldout"])
     assert teacher.complete and teacher.top_k == 2 and teacher.identity["label_words"]["words"] == [" wrong", " partly", " right"]
     loss = -sum(float(teacher.scores_at(row).target_logprob[0]) for row in range(20)) / 20
     assert rows["heldout_loss"][0] == pytest.approx(loss, abs=1e-5)

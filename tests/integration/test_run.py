@@ -106,7 +106,7 @@ def test_the_exported_student_is_an_ordinary_folder(undisturbed: subprocess.Comp
     assert (folder / "model.safetensors").exists()
     card = (folder / "README.md").read_text()
     identity = json.loads((output / "undisturbed" / "scores.json").read_text())["train"]
-    assert identity_hash(ScoreStore(Path(identity)).identity) in card and "held-out loss" in card
+    assert identity_hash(ScoreStore(identity).identity) in card and "held-out loss" in card
     assert len(list((output / "scores").iterdir())) == 2  # training rows and held-out rows
 
 

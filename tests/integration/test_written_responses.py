@@ -91,7 +91,7 @@ def test_what_was_written_is_counted_and_said(by_teacher: str, output: Path) -> 
 def test_the_store_holds_the_written_rows_and_the_student_learned_from_them(by_teacher: str, output: Path) -> None:
     run = output / "teacher"
     _, written, _ = files_of(run)
-    store = ScoreStore(Path(json.loads((run / "scores.json").read_text())["train"]))
+    store = ScoreStore(json.loads((run / "scores.json").read_text())["train"])
     store.verify()
     assert store.complete and store.identity["examples"] == {"hash": written.hash, "rows": len(written)}
     steps = [step["loss"] for step in read_metrics(run / "metrics" / "train.jsonl") if "loss" in step]
@@ -116,4 +116,4 @@ def test_the_student_as_it_begins_can_write_instead(output: Path) -> None:
     assert sum(one == other for one, other in zip(first, second, strict=True)) < len(own) / 10, "samples of a prompt differ"
     assert f"respond: {2 * len(own)} responses by the student" in said
     assert "the student learns few ends" in said  # random weights seldom end
-    assert ScoreStore(Path(json.loads((run / "scores.json").read_text())["train"])).complete
+    assert ScoreStore(json.loads((run / "scores.json").read_text())["train"]).complete

@@ -64,7 +64,7 @@ def whole_run(folder: Path, name: str = "my-run") -> Path:
         (run / "metrics" / f"{training}.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS) + '{"time": 1.7e9, "ev')
     store = write_store(run / "store")
-    (run / "scores.json").write_text(json.dumps({"train": str(store.path), "heldout": str(store.path)}))
+    (run / "scores.json").write_text(json.dumps({"train": str(Path(store.place)), "heldout": str(Path(store.place))}))
     (run / "data").mkdir()
     write_examples(run / "data" / "heldout.arrow", examples())
     texts = [{"row": row, "task": EVIL, "prompt": "p", "response": "r"} for row in range(len(TARGET_PROBABILITIES))]

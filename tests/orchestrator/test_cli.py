@@ -52,10 +52,10 @@ def test_verify_reads_the_stores_of_a_run_whole(capsys: pytest.CaptureFixture[st
     assert "has no score stores yet; the command score fills them" in capsys.readouterr().err
     _, store = scored_world(tmp_path / "world", rows=20)
     (tmp_path / "scored").mkdir(exist_ok=True)
-    (tmp_path / "scored" / "scores.json").write_text(json.dumps({"heldout": str(store.path)}))
+    (tmp_path / "scored" / "scores.json").write_text(json.dumps({"heldout": str(Path(store.place))}))
     assert main(command) == 0
     assert "heldout: 3 of 3 shards are there, each row as it was written" in capsys.readouterr().out
-    rows = store.path / "shard-00002.rows"
+    rows = Path(store.place) / "shard-00002.rows"
     rows.write_bytes(rows.read_bytes()[:-1] + b"?")
     assert main(command) == 2
     assert "shard-00002.rows is damaged: the checksum of its row 3" in capsys.readouterr().err

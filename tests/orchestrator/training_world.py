@@ -43,7 +43,7 @@ def task_in(folder: Path, world: Path, **changes: Any) -> TrainingTask:
     model = tiny_llama(world / "model", seed=1) if not (world / "model").exists() else world / "model"
     task = TrainingTask(
         name="train", model=ModelSource(str(model)), tokenizer=str(model), lora=None, loss=LOSS, train=TRAIN,
-        examples=str(path), store=str(store.path), top_k=8, wait_seconds=120.0, seed=5, threads=1, gpu=False,
+        examples=str(path), store=str(Path(store.place)), top_k=8, wait_seconds=120.0, seed=5, threads=1, gpu=False,
         metrics=str(folder / "metrics"), output=str(folder / "student"),
     )  # fmt: skip
     return replace(task, **changes)

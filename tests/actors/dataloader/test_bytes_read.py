@@ -15,6 +15,7 @@ from actors.examples import ExampleFile, write_examples
 from actors.records import Example, TeacherScores, example_key, tail_logmass
 from actors.score_store import shard_files
 from actors.score_store.store import ScoreStore
+from actors.storage.folder import DiskFolder
 from losses.config import AtkdLoss
 from losses.loss_state import LossState
 
@@ -48,10 +49,10 @@ def test_a_rank_of_a_thousand_reads_its_own_rows_and_the_column(
     folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = {"rows": 0, "indexes": 0}
-    real_range, real_index = shard_files.read_range, shard_files.ShardIndex
+    real_range, real_index = DiskFolder.read_range, shard_files.ShardIndex
 
-    def counted_range(path: Path, start: int, end: int) -> bytes:
-        content = real_range(path, start, end)
+    def counted_range(folder: DiskFolder, name: str, start: int, end: int) -> bytes:
+        content = real_range(folder, name, start, end)
         read["rows"] += len(content)
         return content
 
@@ -59,7 +60,7 @@ def test_a_rank_of_a_thousand_reads_its_own_rows_and_the_column(
         read["indexes"] += buffer.size
         return real_index(buffer)
 
-    monkeypatch.setattr(shard_files, "read_range", counted_range)
+    monkeypatch.setattr(DiskFolder, "read_range", counted_range)
     monkeypatch.setattr(shard_files, "ShardIndex", counted_index)
     examples, store = ExampleFile(folder / "train.arrow"), ScoreStore(folder / "store")
     rows = StoredRows(examples, store, TOP_K, StepSampler(ROWS, TRAIN.batch_rows, seed=0, store_order_first=False))
@@ -75,5 +76,5 @@ def test_a_rank_of_a_thousand_reads_its_own_rows_and_the_column(
     column = 4 * ROWS * TARGETS
     assert read["rows"] == own
     assert own + column < read["rows"] + read["indexes"] <= 1.2 * (own + column)
-    whole = sum(path.stat().st_size for path in store.path.iterdir())
+    whole = sum(path.stat().st_size for path in Path(store.place).iterdir())
     assert read["rows"] + read["indexes"] < whole / 10

@@ -45,7 +45,7 @@ def store(tmp_path: Path, examples: list[Example]) -> ScoreStore:
 
 
 def test_what_was_written_is_read_by_position(store: ScoreStore, examples: list[Example]) -> None:
-    again = begin(store.path)
+    again = begin(Path(store.place))
     assert again.complete
     for position, example in enumerate(examples):
         wanted, found = expected_scores(example, TOP_K), again.scores_at(position)
@@ -65,8 +65,8 @@ def test_shards_are_cut_and_counted(tmp_path: Path, examples: list[Example]) -> 
     info = store.shard_info(1)
     assert info.rows == 4
     assert info.targets == sum(len(example.targets) for example in examples[4:8])
-    assert info.row_bytes == (store.path / "shard-00001.rows").stat().st_size
-    assert info.index_bytes == (store.path / "shard-00001.arrow").stat().st_size
+    assert info.row_bytes == (Path(store.place) / "shard-00001.rows").stat().st_size
+    assert info.index_bytes == (Path(store.place) / "shard-00001.arrow").stat().st_size
     assert info.bytes == info.row_bytes + info.index_bytes
     tails = np.concatenate([np.exp(expected_scores(example, TOP_K).tail_logmass) for example in examples[4:8]])
     assert info.mean_tail_mass == pytest.approx(tails.mean(), abs=1e-6)
@@ -85,16 +85,16 @@ def test_another_identity_is_refused_field_by_field(store: ScoreStore) -> None:
         "tokenizer: wanted 'abc', the store has None (other ids for the tokens)",
     ]
     with pytest.raises(StoreMismatch, match="(?s)holds other scores than these.*teacher.revision: wanted 's'.*tokenizer"):
-        ScoreStore.open_or_create(store.path, wanted, ROWS, ROWS_PER_SHARD)
+        ScoreStore.open_or_create(Path(store.place), wanted, ROWS, ROWS_PER_SHARD)
 
 
 def test_a_store_serves_a_smaller_k_and_refuses_a_larger_one(store: ScoreStore, examples: list[Example]) -> None:
-    smaller = begin(store.path, top_k=3)
+    smaller = begin(Path(store.place), top_k=3)
     wanted, found = expected_scores(examples[2], 3), smaller.scores_at(2, top_k=3)
     np.testing.assert_array_equal(found.topk_ids, wanted.topk_ids)
     np.testing.assert_allclose(found.tail_logmass, wanted.tail_logmass, atol=1e-3)
     with pytest.raises(StoreMismatch, match="top_k: wanted 7, the store has 6"):
-        begin(store.path, top_k=7)
+        begin(Path(store.place), top_k=7)
     with pytest.raises(ValueError, match="top_k 7 exceeds the K=6"):
         smaller.scores_at(2, top_k=7)
 
@@ -111,23 +111,23 @@ def _edit_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None
 
 
 def test_another_format_is_refused(store: ScoreStore) -> None:
-    _edit_manifest(store.path, lambda manifest: manifest.update(format=99))
+    _edit_manifest(Path(store.place), lambda manifest: manifest.update(format=99))
     with pytest.raises(ValueError, match="has format 99, this version reads format 3"):
-        ScoreStore(store.path)
+        ScoreStore(store.place)
 
 
 def test_an_edited_identity_is_refused(store: ScoreStore) -> None:
-    _edit_manifest(store.path, lambda manifest: manifest["identity"].update(top_k=99))
+    _edit_manifest(Path(store.place), lambda manifest: manifest["identity"].update(top_k=99))
     with pytest.raises(ValueError, match="manifest.json of .* was changed"):
-        ScoreStore(store.path)
+        ScoreStore(store.place)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "shard-00001.json"])
 def test_a_truncated_json_is_named(store: ScoreStore, name: str) -> None:
-    path = store.path / name
+    path = Path(store.place) / name
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match=f"{name} is damaged: .*delete"):
-        ScoreStore(store.path).verify()
+        ScoreStore(store.place).verify()
 
 
 def flip(path: Path, offset: int) -> None:
@@ -138,8 +138,8 @@ def flip(path: Path, offset: int) -> None:
 
 @pytest.mark.parametrize("offset", [0, 400, -20])
 def test_a_flipped_byte_of_an_index_is_found_by_readers_and_by_verify(store: ScoreStore, offset: int) -> None:
-    flip(store.path / "shard-00001.arrow", offset)
-    fresh = ScoreStore(store.path)
+    flip(Path(store.place) / "shard-00001.arrow", offset)
+    fresh = ScoreStore(store.place)
     fresh.scores_at(0)
     for read in (fresh.verify, lambda: fresh.scores_at(5), lambda: fresh.uncertainty_at(5)):
         with pytest.raises(ValueError, match="shard-00001.arrow is damaged: its sha256 is .*delete shard-00001.json"):
@@ -147,8 +147,8 @@ def test_a_flipped_byte_of_an_index_is_found_by_readers_and_by_verify(store: Sco
 
 
 def test_a_flipped_byte_of_a_row_is_found_by_who_reads_the_row_and_by_verify(store: ScoreStore) -> None:
-    flip(store.path / "shard-00001.rows", -1)
-    fresh = ScoreStore(store.path)
+    flip(Path(store.place) / "shard-00001.rows", -1)
+    fresh = ScoreStore(store.place)
     fresh.scores_at(6), fresh.uncertainty_at(7)
     for read in (fresh.verify, lambda: fresh.scores_at(7)):
         with pytest.raises(ValueError, match="00001.rows is damaged: the checksum of its row 3 is .*delete shard-00001.json"):
@@ -156,12 +156,12 @@ def test_a_flipped_byte_of_a_row_is_found_by_who_reads_the_row_and_by_verify(sto
 
 
 def test_a_large_store_is_verified_in_part(store: ScoreStore) -> None:
-    flip(store.path / "shard-00001.rows", 0)
-    fresh, total = ScoreStore(store.path), sum(store.shard_info(shard).row_bytes for shard in range(3))
+    flip(Path(store.place) / "shard-00001.rows", 0)
+    fresh, total = ScoreStore(store.place), sum(store.shard_info(shard).row_bytes for shard in range(3))
     fresh.verify(most_bytes=total // 2)  # every second shard
     with pytest.raises(ValueError, match="shard-00001.rows is damaged"):
         fresh.verify(most_bytes=total)
-    (store.path / "shard-00001.rows").write_bytes(b"half")
+    (Path(store.place) / "shard-00001.rows").write_bytes(b"half")
     with pytest.raises(ValueError, match="shard-00001.rows is damaged: it has 4 bytes, .* was written; delete shard-00001.json"):
         fresh.verify(most_bytes=1)
 
@@ -169,7 +169,7 @@ def test_a_large_store_is_verified_in_part(store: ScoreStore) -> None:
 @pytest.mark.parametrize("content", [b"", b"ARROW1"])
 @pytest.mark.parametrize("kind", ["arrow", "rows"])
 def test_a_truncated_shard_is_damaged(store: ScoreStore, kind: str, content: bytes) -> None:
-    (store.path / f"shard-00001.{kind}").write_bytes(content)
+    (Path(store.place) / f"shard-00001.{kind}").write_bytes(content)
     for read in (store.verify, lambda: store.scores_at(4)):
         with pytest.raises(ValueError, match=f"shard-00001.{kind} is damaged"):
             read()
@@ -177,7 +177,7 @@ def test_a_truncated_shard_is_damaged(store: ScoreStore, kind: str, content: byt
 
 @pytest.mark.parametrize("kind", ["arrow", "rows"])
 def test_a_lost_shard_file_is_missed(store: ScoreStore, kind: str) -> None:
-    (store.path / f"shard-00001.{kind}").unlink()
+    (Path(store.place) / f"shard-00001.{kind}").unlink()
     for read in (store.verify, lambda: store.scores_at(4)):
         with pytest.raises(ValueError, match=f"shard-00001.{kind} is missing, though it was written; delete shard-00001.json"):
             read()
@@ -215,9 +215,9 @@ def test_a_full_disk_leaves_no_half_shard_and_the_next_run_completes(tmp_path: P
             write(store, examples, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(path.name for path in store.path.glob("*.json")) == ["manifest.json", "shard-00000.json"]
-    assert not list(store.path.glob("*.tmp"))
-    for shard in begin(store.path).missing_shards():
+    assert sorted(path.name for path in Path(store.place).glob("*.json")) == ["manifest.json", "shard-00000.json"]
+    assert not list(Path(store.place).glob("*.tmp"))
+    for shard in begin(Path(store.place)).missing_shards():
         write(store, examples, shard)
     store.verify()
     assert store.complete
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_no_half_shard_and_the_next_run_completes(tmp_path: P
 
 def test_a_reader_waits_for_its_shard(tmp_path: Path, examples: list[Example]) -> None:
     store = begin(tmp_path / "store")
-    writer = threading.Timer(0.2, write, (ScoreStore(store.path), examples, 0))
+    writer = threading.Timer(0.2, write, (ScoreStore(store.place), examples, 0))
     writer.start()
     assert store.wait_for(0, timeout_seconds=30, poll_seconds=0.01) > 0
     assert store.scores_at(0).key == examples[0].key
@@ -265,12 +265,12 @@ def test_a_store_keeps_only_as_many_tokens_as_hold_the_share_it_was_made_for(tmp
     assert sum(info.mean_kept * info.targets for info in infos) == pytest.approx(kept)
     assert all(whole.shard_info(shard).mean_kept == TOP_K for shard in range(whole.shard_count))
     with pytest.raises(StoreMismatch, match="top_mass: wanted 0.9, the store has 0.8"):
-        begin(store.path, top_mass=0.9)
+        begin(Path(store.place), top_mass=0.9)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"shard": 1}', '{"target_logprob": 3, "entropy": 4}'])
 def test_counts_that_were_tampered_with_are_named(store: ScoreStore, content: str) -> None:
-    (store.path / "shard-00001.json").write_text(content)
+    (Path(store.place) / "shard-00001.json").write_text(content)
     with pytest.raises(ValueError, match="shard-00001.json is damaged: .*; delete that file and run again"):
         store.shard_info(1)
 
@@ -285,13 +285,13 @@ def test_counts_that_were_tampered_with_are_named(store: ScoreStore, content: st
     ],
 )
 def test_a_manifest_that_is_none_is_named(store: ScoreStore, content: str, message: str) -> None:
-    (store.path / "manifest.json").write_text(content)
+    (Path(store.place) / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        ScoreStore(store.path)
+        ScoreStore(store.place)
 
 
 def test_a_clock_that_jumps_removes_no_file_that_is_being_written(store: ScoreStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = store.path / "shard-00002.arrow.def.tmp"
+    fresh = Path(store.place) / "shard-00002.arrow.def.tmp"
     fresh.write_bytes(b"half a shard")
     real = time.time
     monkeypatch.setattr("time.time", lambda: real() + 1e6)
@@ -300,7 +300,7 @@ def test_a_clock_that_jumps_removes_no_file_that_is_being_written(store: ScoreSt
 
 
 def test_what_a_killed_writer_left_is_removed_once_it_is_old(store: ScoreStore) -> None:
-    old, fresh = store.path / "shard-00001.arrow.abc.tmp", store.path / "shard-00002.arrow.def.tmp"
+    old, fresh = Path(store.place) / "shard-00001.arrow.abc.tmp", Path(store.place) / "shard-00002.arrow.def.tmp"
     for path in (old, fresh):
         path.write_bytes(b"half a shard")
     os.utime(old, (0, 0))

@@ -33,7 +33,7 @@ def task_in(folder: Path, **changes: Any) -> TrainingTask:
     task: dict[str, Any] = {
         "name": "train", "model": ModelSource(str(folder / "student")), "tokenizer": str(folder / "tokenizer"), "lora": None,
         "loss": CoupledLoss(kind="coupled"), "train": TrainConfig.model_validate(train), "examples": str(examples),
-        "store": str(store.path), "top_k": 8, "wait_seconds": 1.0, "seed": 0, "threads": 1, "gpu": False,
+        "store": str(Path(store.place)), "top_k": 8, "wait_seconds": 1.0, "seed": 0, "threads": 1, "gpu": False,
         "metrics": str(folder / "metrics"),
         "output": str(folder / "out"),
     }  # fmt: skip

@@ -90,7 +90,7 @@ class Run:
         if settings.get("adaptive"):
             heldout, heldout_store = scored_world(folder / "heldout", rows=5, top_k=top_k, seed=9)
             settings["shares"] = str(folder / "shares.json")
-            told = {"heldout": str(heldout), "heldout_store": str(heldout_store.path), "heldout_batch_rows": 3}
+            told = {"heldout": str(heldout), "heldout_store": str(Path(heldout_store.place)), "heldout_batch_rows": 3}
         examples, store = scored_world(folder / "world", rows=ROWS, top_k=top_k)
         self.teacher_folder = tiny_llama(folder / "teacher", seed=1)
         # With seed 2 a draw of step 6 lies within rounding of its border.
@@ -113,7 +113,7 @@ class Run:
         self.log = RolloutLog.open_or_create(folder / "log", identity, STEPS, BATCH)
         self.task = TrainingTask(
             name="train", model=student, tokenizer=str(folder / "tokenizer"), lora=self.lora, loss=loss, train=self.train,
-            examples=str(examples), store=str(store.path) if settings["student_share"] < 1 or told else None, top_k=top_k,
+            examples=str(examples), store=str(Path(store.place)) if settings["student_share"] < 1 or told else None, top_k=top_k,
             wait_seconds=60.0, seed=3, threads=1, gpu=False, metrics=str(folder / "metrics"), output=str(folder / "out"),
             rollouts=RolloutTask(
                 str(folder / "log"), str(folder / "weights"), policy, "float32", head_of=teacher if wire == "hidden" else None,

@@ -111,7 +111,7 @@ def test_it_is_measured_as_the_evaluator_measures_the_finished_model(world: Path
     folder, heard = examined
     model = AutoModelForCausalLM.from_pretrained(folder / "student").eval()
     validation = exams_of(world, None)
-    tally = predict_rows(model, ExampleFile(Path(validation.examples)), ScoreStore(Path(validation.store)), 8, 7, "student")
+    tally = predict_rows(model, ExampleFile(Path(validation.examples)), ScoreStore(validation.store), 8, 7, "student")
     assert heard[-1][2] == pytest.approx(tally.measures(), abs=1e-6)
     assert set(heard[-1][2]) == {"heldout_loss", "kl_to_teacher", "top1_agreement", "calibration_error"}
 
@@ -188,7 +188,7 @@ def rank_main(rank: int, world: Path, address: str) -> None:
         distil(task, NoCheckpoints())
         (world / f"{cut} {rank}").touch()
     validation = exams_of(world, controller)
-    rows = HeldoutRows(ExampleFile(Path(validation.examples)), ScoreStore(Path(validation.store)), 8, VOCAB)
+    rows = HeldoutRows(ExampleFile(Path(validation.examples)), ScoreStore(validation.store), 8, VOCAB)
     batch, tally = rows.batch(np.arange(7)), HeldoutMetrics()
     tally.add_logits(torch.full((len(batch.targets), VOCAB), 0.0 if rank == 0 else torch.nan), batch)
     tally.sum_over_workers(torch.device("cpu"))

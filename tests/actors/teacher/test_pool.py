@@ -41,7 +41,7 @@ def score_without_ray(examples_path: Path, store: ScoreStore, shards: Iterable[i
     replica = TeacherReplica(fake_spec(TOP_K), FakeTeacher())
     replica.start()
     for shard in shards:
-        replica.score_shard(examples_path, store.path, shard)
+        replica.score_shard(examples_path, Path(store.place), shard)
 
 
 def rooms_taken() -> int:
@@ -60,13 +60,13 @@ def test_each_row_is_scored_once_and_a_second_call_scores_nothing(
         assert sum(result.tokens for result in results) == sum(len(example.token_ids) for example in examples)
         assert_complete(store, examples)
 
-        content = (store.path / "shard-00003.rows").read_bytes()
+        content = (Path(store.place) / "shard-00003.rows").read_bytes()
         assert list(pool.score_missing(examples_path, store)) == []
         assert sorted(log.read_text().split()) == sorted(example.key for example in examples)
 
         store.discard_shard(3)
         assert [result.info.shard for result in pool.score_missing(examples_path, store)] == [3]
-    assert (store.path / "shard-00003.rows").read_bytes() == content
+    assert (Path(store.place) / "shard-00003.rows").read_bytes() == content
     assert_complete(store, examples)
 
 
@@ -115,7 +115,7 @@ def test_a_row_that_ends_every_replica_is_set_aside_and_another_start_completes_
             list(pool.score_missing(examples_path, store))
         assert log.read_text().split().count("poison") == 3
         assert store.missing_shards() == [2]
-        assert not list(store.path.glob("*.lease"))
+        assert not list(Path(store.place).glob("*.lease"))
         cure.touch()
         assert [result.info.shard for result in pool.score_missing(examples_path, store)] == [2]
     assert_complete(store, examples)
@@ -124,7 +124,7 @@ def test_a_row_that_ends_every_replica_is_set_aside_and_another_start_completes_
     _, undisturbed = fake_store(tmp_path / "undisturbed", examples, ROWS_PER_SHARD, TOP_K)
     score_without_ray(examples_path, undisturbed, range(6))
     for path in undisturbed.path.iterdir():
-        assert (store.path / path.name).read_bytes() == path.read_bytes()
+        assert (Path(store.place) / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.ray
@@ -163,7 +163,7 @@ def test_garbage_is_not_stored(local_ray: None, examples_path: Path, store: Scor
         TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher(returns=returns)) as pool,
     ):
         list(pool.score_missing(examples_path, store))
-    assert not list(store.path.glob("shard-*.[ar]*"))
+    assert not list(Path(store.place).glob("shard-*.[ar]*"))
 
 
 @pytest.mark.ray
@@ -295,7 +295,7 @@ def test_a_full_disk_is_said_and_the_next_run_completes(
         TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher(largest_file=1000)) as pool,
     ):
         list(pool.score_missing(examples_path, store))
-    assert [path.name for path in store.path.iterdir()] == ["manifest.json"]
+    assert [path.name for path in Path(store.place).iterdir()] == ["manifest.json"]
     with TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher()) as pool:
         list(pool.score_missing(examples_path, store))
     assert_complete(store, examples)

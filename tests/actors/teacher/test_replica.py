@@ -33,12 +33,12 @@ def test_a_replica_writes_its_shard_and_returns_counts(
     log = tmp_path / "scored"
     replica = TeacherReplica(fake_spec(TOP_K), FakeTeacher(log=log))
     assert replica.start().vocab_size == FAKE_VOCAB
-    result = replica.score_shard(examples_path, store.path, 5)
+    result = replica.score_shard(examples_path, Path(store.place), 5)
     assert result.info == store.shard_info(5)
     assert result.tokens == sum(len(example.token_ids) for example in examples[20:])
     assert log.read_text().split() == [example.key for example in examples[20:]]
     for shard in range(5):
-        replica.score_shard(examples_path, store.path, shard)
+        replica.score_shard(examples_path, Path(store.place), shard)
     assert_complete(store, examples)
 
 
@@ -46,7 +46,7 @@ def test_a_replica_refuses_a_store_of_another_width(examples_path: Path, store: 
     for replica in (TeacherReplica(fake_spec(4), FakeTeacher()), TeacherReplica(fake_spec(TOP_K), FakeTeacher(vocab_size=65))):
         replica.start()
         with pytest.raises(ValueError, match=r"wants \(top_k, vocab_size\) \(5, 64\), this teacher gives \((4, 64|5, 65)\)"):
-            replica.score_shard(examples_path, store.path, 0)
+            replica.score_shard(examples_path, Path(store.place), 0)
 
 
 def test_a_replica_refuses_a_k_beyond_its_vocabulary() -> None:

@@ -49,7 +49,7 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_stopped(tmp_pat
     killed.communicate()
     harmed = tmp_path / "harmed"
     harmed.touch()
-    finished = {path.name: path.stat().st_mtime_ns for path in store.path.glob("shard-*.json")}
+    finished = {path.name: path.stat().st_mtime_ns for path in Path(store.place).glob("shard-*.json")}
 
     interrupted = driver(tmp_path)
     wait_for_shards(interrupted, store, len(finished) + 2)
@@ -61,12 +61,12 @@ def test_a_driver_that_is_killed_or_interrupted_goes_on_where_it_stopped(tmp_pat
     last = driver(tmp_path)
     assert last.wait(timeout=120) == 0, last.stderr and last.stderr.read()
     assert_complete(store, examples)
-    assert {name: (store.path / name).stat().st_mtime_ns for name in finished} == finished  # not written again
+    assert {name: (Path(store.place) / name).stat().st_mtime_ns for name in finished} == finished  # not written again
     times_scored = Counter((tmp_path / "scored").read_text().split())
     redone = sum(times - 1 for times in times_scored.values())
     assert redone <= 2 * REPLICAS * WINDOW * ROWS_PER_SHARD  # for each of two ends, what the replicas held
-    for cut_short in store.path.glob("*.tmp"):  # by a kill in the middle of a write; it goes once it is an hour old
+    for cut_short in Path(store.place).glob("*.tmp"):  # by a kill in the middle of a write; it goes once it is an hour old
         os.utime(cut_short, (time.time() - 2 * LEFTOVER_SECONDS,) * 2)
     store.remove_leftovers()
-    assert not list(store.path.glob("*.tmp"))
+    assert not list(Path(store.place).glob("*.tmp"))
     assert_complete(store, examples)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.score_store.leases import ShardLeases
+from actors.score_store.leases import FileLeases
 from actors.score_store.sanity import ScoreRange
 from actors.score_store.store import ScoreStore, ScoringFailed
 from actors.teacher.shard_queue import TRIES, ScoringWork, ShardQueue
@@ -138,7 +138,7 @@ def test_a_broken_device_condemns_no_shard_while_another_works() -> None:
 def test_a_shard_of_another_job_is_passed_over_and_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actors.teacher.shard_queue.ASK_AGAIN_SECONDS", 0.0)
     path, store = fake_store(tmp_path, examples := fake_examples(ROWS), 4, TOP_K)
-    other = ShardLeases(store.path)
+    other = FileLeases(Path(store.place))
     assert other.take(0) and other.take(1)
     work = ScoringWork(path, store, window=2, lease_seconds=60.0)
     assert work.next([], proven=True, others_proven=False) == 2
@@ -154,7 +154,7 @@ def test_a_shard_of_another_job_is_passed_over_and_asked_for_again(tmp_path: Pat
 
 def test_a_shard_handed_back_is_free_for_other_jobs_and_one_set_aside_is_not(tmp_path: Path) -> None:
     path, store = fake_store(tmp_path, fake_examples(ROWS), 4, TOP_K)
-    work, other = ScoringWork(path, store, window=2, lease_seconds=60.0), ShardLeases(store.path)
+    work, other = ScoringWork(path, store, window=2, lease_seconds=60.0), FileLeases(Path(store.place))
     assert work.next([], proven=True, others_proven=False) == 0
     assert not other.take(0)
     work.died_on([0], "gone")
@@ -185,14 +185,14 @@ def test_a_shard_that_is_there_is_neither_waited_for_nor_scored_whenever_its_hol
         rows = examples[4 * shard : 4 * shard + 4]
         store.write_shard(shard, rows, [expected_scores(row, TOP_K) for row in rows])
 
-    work = ScoringWork(path, OvertakenStore(store.path), window=2, lease_seconds=60.0)
-    ended = ShardLeases(store.path)
+    work = ScoringWork(path, OvertakenStore(Path(store.place)), window=2, lease_seconds=60.0)
+    ended = FileLeases(Path(store.place))
     ended.take(0)
     write(0)  # its holder was killed before it could give the lease back
     assert work.next([], proven=True, others_proven=False) == 2
     assert not work.waits
     ended.release(0)
-    assert [lease.name for lease in store.path.glob("*.lease")] == ["shard-00002.lease"]
+    assert [lease.name for lease in Path(store.place).glob("*.lease")] == ["shard-00002.lease"]
 
 
 def test_the_rows_of_a_large_shard_are_named_as_far_as_a_message_should_go(tmp_path: Path) -> None:
@@ -220,6 +220,6 @@ def test_leases_are_refreshed_by_the_way(tmp_path: Path) -> None:
     path, store = fake_store(tmp_path, fake_examples(ROWS), 4, TOP_K)
     work = ScoringWork(path, store, window=2, lease_seconds=0.0)
     assert work.next([], proven=True, others_proven=False) == 0
-    os.utime(store.path / "shard-00000.lease", (0, 0))
+    os.utime(Path(store.place) / "shard-00000.lease", (0, 0))
     work.keep_up()
-    assert (store.path / "shard-00000.lease").stat().st_mtime > 0
+    assert (Path(store.place) / "shard-00000.lease").stat().st_mtime > 0

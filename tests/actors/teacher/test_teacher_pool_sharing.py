@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from actors.records import Example
-from actors.score_store.leases import ShardLeases
+from actors.score_store.leases import FileLeases
 from actors.score_store.store import ScoreStore
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica_set import TeacherFailed
@@ -52,7 +52,7 @@ def test_two_jobs_on_one_store_score_each_shard_once(local_ray: None, tmp_path: 
     ):
 
         def work(pool: TeacherPool, mine: list[int]) -> None:
-            mine += [result.info.shard for result in pool.score_missing(examples_path, ScoreStore(store.path))]
+            mine += [result.info.shard for result in pool.score_missing(examples_path, ScoreStore(store.place))]
             assert store.complete, "a job ends when nothing is missing"
 
         threads = [threading.Thread(target=work, args=pair) for pair in zip((one, other), yielded, strict=True)]
@@ -69,7 +69,7 @@ def test_two_jobs_on_one_store_score_each_shard_once(local_ray: None, tmp_path: 
 def test_what_another_job_finishes_is_waited_for_and_not_yielded(
     pool: TeacherPool, examples_path: Path, store: ScoreStore, examples: list[Example]
 ) -> None:
-    other = ShardLeases(store.path, LEASE_SECONDS)
+    other = FileLeases(Path(store.place), LEASE_SECONDS)
     assert other.take(1)
     waited_for: list[int] = []
 
@@ -88,11 +88,11 @@ def test_what_another_job_finishes_is_waited_for_and_not_yielded(
 def test_the_shards_of_a_job_that_fell_silent_are_taken_over(
     pool: TeacherPool, examples_path: Path, store: ScoreStore, examples: list[Example]
 ) -> None:
-    silent = ShardLeases(store.path, LEASE_SECONDS)
+    silent = FileLeases(Path(store.place), LEASE_SECONDS)
     assert silent.take(1)
     scoring = pool.score_missing(examples_path, store)
     assert sorted(next(scoring).info.shard for _ in range(5)) == [0, 2, 3, 4, 5]
-    lease = store.path / "shard-00001.lease"
+    lease = Path(store.place) / "shard-00001.lease"
     then = lease.stat().st_mtime - LEASE_SECONDS - 5
     os.utime(lease, (then, then))
     assert [result.info.shard for result in scoring] == [1]
@@ -100,7 +100,7 @@ def test_the_shards_of_a_job_that_fell_silent_are_taken_over(
 
 
 def test_a_job_that_waits_for_another_stops_with_its_failure(pool: TeacherPool, examples_path: Path, store: ScoreStore) -> None:
-    other = ShardLeases(store.path, LEASE_SECONDS)
+    other = FileLeases(Path(store.place), LEASE_SECONDS)
     assert other.take(1)
     scoring = pool.score_missing(examples_path, store)
     assert sorted(next(scoring).info.shard for _ in range(5)) == [0, 2, 3, 4, 5]
@@ -108,4 +108,4 @@ def test_a_job_that_waits_for_another_stops_with_its_failure(pool: TeacherPool, 
     with pytest.raises(TeacherFailed, match=r"^another job that scores .*store gave up: row 7 holds nan$"):
         next(scoring)
     other.release_all()
-    assert not list(store.path.glob("*.lease"))
+    assert not list(Path(store.place).glob("*.lease"))

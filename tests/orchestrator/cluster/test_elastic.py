@@ -196,11 +196,11 @@ def test_workers_become_more_when_the_teacher_is_done_and_the_student_is_the_sam
     train = TRAIN.model_copy(update={"checkpoint_every_steps": 1, "sharding": sharding})
     scored = tmp_path / "scored.json"
     task = task_in(tmp_path, training_world, train=train, teacher_done=str(scored))
-    withheld = withhold_shard(store.path, 3)  # the worker stops before step 4
+    withheld = withhold_shard(Path(store.place), 3)  # the worker stops before step 4
 
     def teacher_is_done() -> None:
         scored.touch()
-        give_back(store.path, withheld)
+        give_back(Path(store.place), withheld)
 
     scorer = when(lambda: len(losses_of(tmp_path)) == 3, teacher_is_done)
     with logged() as said:

@@ -85,7 +85,7 @@ def measured(
         replica = TeacherReplica(spec, engine_factory)
         replica.start()
         for shard in store.missing_shards():
-            replica.score_shard(folder / "rows.arrow", store.path, shard)
+            replica.score_shard(folder / "rows.arrow", Path(store.place), shard)
     teacher = replace(world.spec().model, attention=attention)
     return measure(teacher, str(folder / "rows.arrow"), str(folder / "alone"), str(folder / "together"))
 

@@ -122,7 +122,7 @@ def test_models_whose_code_is_trusted_are_finetuned_distilled_evaluated_and_expo
         for source in (models.ready("teacher"), models.ready("student"), models.distilled()):
             assert type(load_model(source)).__name__ == "OwnModel"
             found = evaluate_model(
-                source, models.tokenizer_source(), str(run_dir.path / "data" / "heldout.arrow"), str(scoring.heldout_store.path),
+                source, models.tokenizer_source(), str(run_dir.path / "data" / "heldout.arrow"), scoring.heldout_store.place,
                 str(run_dir.path / "data" / "heldout_texts.jsonl"), EvaluateConfig(generate_rows=1, max_new_tokens=2), TOP_K,
             )  # fmt: skip
             assert len(found.answers) == 1

@@ -127,7 +127,7 @@ def test_store_bytes_are_those_of_files(vocab_size: int, top_mass: float | None,
         examples, store = write_world(tmp_path, vocab_size, (20, 60))
         lengths = [len(examples[row].targets) for row in range(len(examples))]
         top_k, rows_per_shard = 64, len(examples)
-    written = sum(path.stat().st_size for path in store.path.glob("shard-*.[ar]*"))
+    written = sum(path.stat().st_size for path in Path(store.place).glob("shard-*.[ar]*"))
     scores = ScoresConfig(top_k=top_k, rows_per_shard=rows_per_shard, top_mass=top_mass)
     said = store_bytes(scores, vocab_size, len(lengths), sum(lengths))
     if top_mass is None:

@@ -144,15 +144,17 @@ def test_the_nearest_store_of_the_same_rows_is_found(tmp_path: Path, teacher: Mo
         return open_store(config, identity_of(config, teacher, examples_path))
 
     first = store_of()
-    assert nearest_store(first) is None
+    root = run_config(tmp_path).score_root
+    assert nearest_store(root, first) is None
     near, far = store_of({"dtype": "float32"}), store_of({"dtype": "float32"}, top_mass=0.9, rows_per_shard=5)
-    (near.path.parent / "broken").mkdir()
-    (near.path.parent / "broken" / "manifest.json").write_text("{")
-    assert nearest_store(first) == (near.path, ["engine.dtype: wanted 'bfloat16', the store has 'float32'"])
-    found = nearest_store(far)
-    assert found is not None and found[0] == near.path
+    (Path(root) / "broken").mkdir()
+    (Path(root) / "broken" / "manifest.json").write_text("{")
+    (Path(root) / "no_store").mkdir()
+    assert nearest_store(root, first) == (near.place, ["engine.dtype: wanted 'bfloat16', the store has 'float32'"])
+    found = nearest_store(root, far)
+    assert found is not None and found[0] == near.place
     others = identity_of(run_config(tmp_path), teacher, examples_path) | {"examples": {"hash": "others", "rows": 4}}
-    assert nearest_store(open_store(run_config(tmp_path), others)) is None
+    assert nearest_store(root, open_store(run_config(tmp_path), others)) is None
 
 
 def test_a_hub_teacher_is_named_by_its_commit(tmp_path: Path, examples_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,9 +190,9 @@ def test_a_store_stands_under_its_identity(tmp_path: Path, teacher: ModelSource,
     config, elsewhere = run_config(tmp_path), run_config(tmp_path, root=str(tmp_path / "shared"))
     identity = identity_of(config, teacher, examples_path)
     store = open_store(config, identity)
-    assert store.path == tmp_path / "runs" / "scores" / f"v{FORMAT}-{identity_hash(identity)[:16]}"
+    assert Path(store.place) == tmp_path / "runs" / "scores" / f"v{FORMAT}-{identity_hash(identity)[:16]}"
     assert (store.rows, store.rows_per_shard, store.top_k) == (ROWS, 4, TOP_K)
-    assert open_store(elsewhere, identity, "heldout").path.parent == tmp_path / "shared"
+    assert Path(open_store(elsewhere, identity, "heldout").place).parent == tmp_path / "shared"
 
 
 def test_a_complete_store_with_a_larger_k_serves(
@@ -199,10 +201,10 @@ def test_a_complete_store_with_a_larger_k_serves(
     identities = {top_k: identity_of(run_config(tmp_path, top_k=top_k), teacher, examples_path) for top_k in (3, 5, 7, 9)}
     larger, largest = (open_store(run_config(tmp_path), identities[top_k]) for top_k in (7, 9))
     fill(largest, examples)
-    assert open_store(run_config(tmp_path), identities[5]).path == largest.path
+    assert open_store(run_config(tmp_path), identities[5]).place == largest.place
     fill(larger, examples)
     found = open_store(run_config(tmp_path), identities[3])
-    assert found.path == larger.path
+    assert found.place == larger.place
     np.testing.assert_array_equal(found.scores_at(4, 3).topk_ids, expected_scores(examples[4], 3).topk_ids)
 
 
@@ -211,15 +213,15 @@ def test_a_named_store_is_read_if_it_is_the_right_one_and_complete(
 ) -> None:
     identity = identity_of(run_config(tmp_path), teacher, examples_path)
     store = open_store(run_config(tmp_path), identity)
-    config = run_config(tmp_path, path=str(store.path))
+    config = run_config(tmp_path, path=str(Path(store.place)))
     with pytest.raises(ValueError, match="named by scores.path, lacks 3 of 3 shards, the first is shard 0; .*scores.root"):
         open_store(config, identity)
     fill(store, examples)
-    assert open_store(config, identity).path == store.path
+    assert open_store(config, identity).place == store.place
     with pytest.raises(StoreMismatch, match="tokenizer: wanted 'x', the store has 'tokens'"):
         open_store(config, {**identity, "tokenizer": "x"})
     heldout = {**identity, "examples": {"hash": "other", "rows": 2}}
-    assert open_store(config, heldout, "heldout").path.parent == tmp_path / "runs" / "scores"
+    assert Path(open_store(config, heldout, "heldout").place).parent == tmp_path / "runs" / "scores"
 
 
 # ---- the stage
@@ -242,14 +244,14 @@ def test_the_stage_scores_what_is_missing_and_sums_up(
     with TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher()) as pool:
         summary = score_split(pool, examples_path, store, progress.append)
         again = score_split(pool, examples_path, store, progress.append)
-    assert store.complete and not (store.path / "failed.txt").exists()
+    assert store.complete and not (Path(store.place) / "failed.txt").exists()
     assert [(step.shards_done, step.shards_total) for step in progress] == [(2, 3), (3, 3)]
     assert progress[-1].seconds_left == 0 and progress[-1].tokens == summary.tokens
     assert (summary.shards_scored, summary.shards_found) == (2, 1)
     assert summary.tokens == sum(len(example.token_ids) for example in examples[4:])
     assert summary.tokens_per_second == pytest.approx(summary.tokens / summary.seconds)
     assert summary.targets == sum(len(example.targets) for example in examples)
-    size = sum(path.stat().st_size for path in store.path.glob("shard-*.[ar]*"))
+    size = sum(path.stat().st_size for path in Path(store.place).glob("shard-*.[ar]*"))
     assert summary.bytes_per_target == pytest.approx(size / summary.targets)
     tails = np.concatenate([np.exp(expected_scores(example, TOP_K).tail_logmass) for example in examples])
     assert summary.mean_tail_mass == pytest.approx(tails.mean(), abs=1e-6)
@@ -267,7 +269,7 @@ def test_followers_of_a_store_hear_the_teachers_own_error_and_a_later_run_comple
     ):
         score_split(pool, examples_path, store, lambda progress: None)
     with pytest.raises(ScoringFailed, match="failed on shard 1 .*the fake teacher fails on this row"):
-        ScoreStore(store.path).wait_for(1, timeout_seconds=30)
+        ScoreStore(store.place).wait_for(1, timeout_seconds=30)
     with TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher()) as pool:
         summary = score_split(pool, examples_path, store, lambda progress: None)
     assert summary.shards_found + summary.shards_scored == store.shard_count
@@ -279,7 +281,7 @@ def test_a_damaged_shard_is_named_and_nothing_is_scored_or_repaired(
     tmp_path: Path, examples_path: Path, store: ScoreStore, examples: list[Example]
 ) -> None:
     fill(store, examples)
-    path = store.path / "shard-00001.rows"
+    path = Path(store.place) / "shard-00001.rows"
     content = bytearray(path.read_bytes())
     content[100] ^= 4
     path.write_bytes(content)
@@ -287,7 +289,7 @@ def test_a_damaged_shard_is_named_and_nothing_is_scored_or_repaired(
     with pytest.raises(ValueError, match="shard-00001.rows is damaged: .*delete shard-00001.json there and run again"):
         score_split(pool, examples_path, store, lambda progress: None)
     assert path.read_bytes() == bytes(content)
-    assert "shard-00001.rows is damaged" in (store.path / "failed.txt").read_text()
+    assert "shard-00001.rows is damaged" in (Path(store.place) / "failed.txt").read_text()
     assert store.complete
 
 

@@ -147,7 +147,7 @@ def test_tokens_beyond_the_tokenizer_are_never_named(local_ray: None, tmp_path: 
     teacher.save_pretrained(tmp_path / "teacher")
     score(tmp_path)
     stores = json.loads((config_in(tmp_path).run_dir / "scores.json").read_text())
-    for store in (ScoreStore(Path(path)) for path in stores.values()):
+    for store in (ScoreStore(path) for path in stores.values()):
         assert (store.identity["vocab_size"], store.identity["ids_below"]) == (VOCAB + 28, VOCAB)
         scores = [store.scores_at(position) for position in range(store.rows)]
         assert max(int(one.topk_ids.max()) for one in scores) < VOCAB

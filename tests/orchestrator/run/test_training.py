@@ -81,11 +81,11 @@ def test_a_worker_killed_at_a_step_ends_with_the_weights_of_a_run_that_was_not(
     undisturbed = trained_here(task_in(tmp_path / "undisturbed", training_world, train=train))
     task = task_in(tmp_path, training_world, train=train)
     _, store = scored_world(training_world, ROWS)
-    withheld = withhold_shard(store.path, 3)  # the worker stops before step 4, after the checkpoint of step 3
+    withheld = withhold_shard(Path(store.place), 3)  # the worker stops before step 4, after the checkpoint of step 3
 
     def harm() -> None:
         kill_train_workers()
-        give_back(store.path, withheld)
+        give_back(Path(store.place), withheld)
 
     killer = when(lambda: len(losses_of(tmp_path)) == 3, timed(record_property, tmp_path, harm, step=4))
     weights = trained(task, tmp_path)
@@ -100,8 +100,8 @@ def test_training_waits_for_shards_that_are_still_being_scored(
 ) -> None:
     task = task_in(tmp_path, training_world)
     _, store = scored_world(training_world, ROWS)
-    withheld = withhold_shard(store.path, 2)
-    scorer = when(lambda: len(losses_of(tmp_path)) == 2, lambda: (time.sleep(1), give_back(store.path, withheld)))
+    withheld = withhold_shard(Path(store.place), 2)
+    scorer = when(lambda: len(losses_of(tmp_path)) == 2, lambda: (time.sleep(1), give_back(Path(store.place), withheld)))
     weights = trained_here(task)
     scorer.join()
     assert read_metrics(tmp_path / "metrics" / "train.jsonl")[2]["waited_seconds"] > 0.5
@@ -112,7 +112,7 @@ def test_training_stops_with_the_teachers_own_error(training_world: Path, tmp_pa
     _, store = scored_world(tmp_path / "world", ROWS)
     store.discard_shard(1)
     store.declare_failed("the teacher forgot everything")
-    task = task_in(tmp_path, training_world, store=str(store.path))
+    task = task_in(tmp_path, training_world, store=str(Path(store.place)))
     with pytest.raises(ScoringFailed, match="the teacher forgot everything"):
         trained_here(task)
     assert len(losses_of(tmp_path)) == 1

@@ -47,7 +47,7 @@ def task_with_checkpoints(folder: Path, training_world: Path) -> TrainingTask:
 def withhold(training_world: Path) -> tuple[Path, str]:
     """Let the worker stop before step 4, with the checkpoints of steps 2 and 3; return store and shard, to give it back."""
     _, store = scored_world(training_world, ROWS)
-    return store.path, withhold_shard(store.path, 3)
+    return Path(store.place), withhold_shard(Path(store.place), 3)
 
 
 def train(task: TrainingTask, folder: Path) -> list[str]:

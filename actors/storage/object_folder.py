@@ -1,0 +1,250 @@
+"""A folder in object storage, by pyarrow's filesystems: whatever a put has written is whole, and a name that is written last
+publishes the others. Listings, puts and removals must be seen at once by all, as they are on S3, Google's and Azure's storage.
+"""
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from actors.config.places import within
+from actors.storage.local_copies import FOLDER, LIMIT, LocalCopies, cache_folder
+
+logger = logging.getLogger("atkd")
+
+Result = TypeVar("Result")
+
+PATIENCE_SECONDS = 90.0
+"""For how long a request is tried again, beside the few tries of the library itself."""
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 10.0
+FETCHED_AT_ONCE = 16
+
+REFUSALS = (
+    (r"NO_SUCH_BUCKET|bucket does not exist|Bucket '.*' not found|[Cc]ontainer .*not exist|ContainerNotFound",
+     "there is no such bucket; make it, or name another"),
+    (r"INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|InvalidAccessKeyId|ExpiredToken|EXPIRED_TOKEN|UNAUTHENTICATED|AuthenticationFailed",
+     "the keys are not valid there; other ones in this node's environment would do (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+     "GOOGLE_APPLICATION_CREDENTIALS, or the role of the machine)"),
+    (r"ACCESS_DENIED|PERMISSION_DENIED|HTTP status 403|AuthorizationFailure|[Ff]orbidden",
+     "access is denied: keys are missing in this node's environment, or their owner may not list, get, put and delete "
+     "objects there"),
+    (r"PERMANENT_REDIRECT|PermanentRedirect|HTTP status 301|AuthorizationHeaderMalformed|wrong region|region.*is wrong",
+     "the bucket is in another region; AWS_REGION=… in the environment, or ?region=… at the end of the address, would do"),
+    (r"InvalidBucketName|HTTP status 400", "the address is not accepted; s3://bucket/folder would do"),
+)  # fmt: skip
+"""What storage says to those who ask in vain, and what would do; whatever else it says is taken for a passing trouble."""
+
+
+class StorageError(OSError):
+    """Object storage did not answer, or did not let a file be read or written."""
+
+
+class ObjectFolder:
+    """A folder in object storage.
+
+    Args:
+        place: its address, as ``places.resolved`` returns it.
+
+    Raises:
+        ValueError: if it cannot be used with what the environment holds.
+    """
+
+    poll_seconds = 1.0
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self._copies = LocalCopies(place)
+        address = place
+        if urlsplit(place).scheme == "s3":  # a small file by one request, and so for an error at once
+            address += ("&" if urlsplit(place).query else "?") + "allow_delayed_open=true"
+        try:
+            self._storage, self._path = self._patiently("open", lambda: fs.FileSystem.from_uri(address))
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{place} is not accepted: {error}; s3://bucket/folder would do") from error
+
+    def place_of(self, name: str) -> str:
+        """Return the address of a file."""
+        return within(self.place, name)
+
+    def begin(self) -> None:
+        """Do nothing: there are no folders, only names."""
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders within, sorted."""
+        return sorted(info.base_name for info in self._list() if info.type == fs.FileType.Directory)
+
+    def names(self) -> list[str]:
+        """Return the names of all that is there."""
+        return [info.base_name for info in self._list()]
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each file that is there, by one listing."""
+        return {info.base_name: info.size for info in self._list() if info.type == fs.FileType.File}
+
+    def size(self, name: str) -> int | None:
+        """Return a file's bytes; None if it is not there."""
+        info = self._info(name)
+        return info.size if info.type == fs.FileType.File else None
+
+    def written_ns(self, inner: str) -> dict[str, int]:
+        """Return when each file below an inner folder, or in the folder itself, was last written, in nanoseconds of the storage's
+        own clock."""
+        files = (info for info in self._list(inner) if info.type == fs.FileType.File)
+        return {info.path.removeprefix(f"{self._path}/"): info.mtime_ns for info in files}
+
+    def read(self, name: str) -> bytes:
+        """Return what a file holds now."""
+        return self._patiently(f"read {name}", lambda: self._read(name))
+
+    def read_all(self, names: Sequence[str]) -> list[bytes]:
+        """Return what some files hold now, read many at once."""
+        with ThreadPoolExecutor(FETCHED_AT_ONCE) as threads:
+            return list(threads.map(self.read, names))
+
+    def copy_of(self, name: str) -> Path:
+        """Return this node's copy of a file, made if need be.
+
+        Raises:
+            FileNotFoundError: if the file is not there.
+            ValueError: if there is no room for a copy.
+        """
+        if (copy := self._copy(name)) is None:
+            raise ValueError(
+                f"{self.place_of(name)} has {self.size(name):,} bytes, for which this node's cache, {cache_folder()}, has no "
+                f"room; {LIMIT} in its environment sets how many GiB it holds, {FOLDER} where it is"
+            )
+        return copy
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """Return the bytes of a file from ``start`` up to ``end``, from this node's copy where there is room for one."""
+        copy = self._copy(name)
+        if copy is not None:
+            try:
+                with open(copy, "rb") as file:
+                    return os.pread(file.fileno(), end - start, start)
+            except FileNotFoundError:
+                pass  # evicted since
+        return self._patiently(f"read {name}", lambda: self._read_range(name, start, end))
+
+    def mapped(self, name: str) -> pa.Buffer:
+        """Return a file as a map of this node's copy, or in memory where there is no room for one."""
+        copy = self._copy(name)
+        if copy is not None:
+            try:
+                return pa.memory_map(str(copy)).read_buffer()
+            except FileNotFoundError:
+                pass  # evicted since
+        return pa.py_buffer(self.read(name))
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Copy files to this node, many at once."""
+        with ThreadPoolExecutor(FETCHED_AT_ONCE) as threads:
+            list(threads.map(self._fetch, names))
+
+    def forget(self, names: Iterable[str]) -> bool:
+        """Drop this node's copies of files; whether there were any."""
+        return any([self._copies.drop(name) for name in names])
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put a file; it is whole or it is not there."""
+        self._patiently(f"write {name}", lambda: self._write(name, content))
+
+    def upload(self, path: Path) -> None:
+        """Put a file of the disk, of any size; it is whole or it is not there."""
+        self._patiently(f"write {path.name}", lambda: self._upload(path))
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        self._copies.drop(name)
+        self._patiently(f"remove {name}", lambda: self._remove(name))
+
+    def remove_leftovers(self, idle_seconds: float) -> None:
+        """Do nothing: an upload that was cut short is not there. Its parts go by the bucket's own rule for such."""
+
+    def _fetch(self, name: str) -> None:
+        try:
+            self._copy(name)
+        except FileNotFoundError:
+            return
+
+    def _copy(self, name: str) -> Path | None:
+        """Return this node's copy of a file, made if need be; None where there is no room for it."""
+        if (copy := self._copies.find(name)) is not None:
+            return copy
+        if (size := self.size(name)) is None:
+            raise FileNotFoundError(self.place_of(name))
+        return self._copies.keep(name, size, lambda: self.read(name))
+
+    def _list(self, inner: str = "") -> list[fs.FileInfo]:
+        """List the folder itself, or all that stands below an inner one."""
+        selector = fs.FileSelector(self._key(inner) if inner else self._path, allow_not_found=True, recursive=bool(inner))
+        return self._patiently("list files", lambda: self._storage.get_file_info(selector))
+
+    def _info(self, name: str) -> fs.FileInfo:
+        return self._patiently(f"look for {name}", lambda: self._storage.get_file_info(self._key(name)))
+
+    def _key(self, name: str) -> str:
+        return f"{self._path}/{name}"
+
+    def _read(self, name: str) -> bytes:
+        with self._storage.open_input_stream(self._key(name)) as file:
+            content: bytes = file.read()
+        return content
+
+    def _read_range(self, name: str, start: int, end: int) -> bytes:
+        with self._storage.open_input_file(self._key(name)) as file:
+            content: bytes = file.read_at(min(end, file.size()) - start, start) if start < file.size() else b""
+        return content
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self._storage.open_output_stream(self._key(name)) as file:
+            file.write(content)
+
+    def _upload(self, path: Path) -> None:
+        fs.copy_files(str(path), self._key(path.name), fs.LocalFileSystem(), self._storage, use_threads=False)
+        sent, arrived = path.stat().st_size, self._storage.get_file_info(self._key(path.name)).size
+        if sent != arrived:  # copy_files is silent about a stream that breaks in the background
+            raise OSError(f"of {sent} bytes {arrived or 0} arrived")
+
+    def _remove(self, name: str) -> None:
+        try:
+            self._storage.delete_file(self._key(name))
+        except FileNotFoundError:
+            return
+
+    def _patiently(self, what: str, request: Callable[[], Result]) -> Result:
+        """Make a request until it succeeds, is refused, or has failed for ``PATIENCE_SECONDS``.
+
+        Raises:
+            ValueError: if it is refused; naming what would do.
+            StorageError: if it fails for longer.
+        """
+        start, pause = time.monotonic(), FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return request()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                said = " ".join(str(error).split())
+                if (remedy := _remedy(said)) is not None:
+                    raise ValueError(f"{self.place}: cannot {what}: {remedy} ({said})") from error
+                if time.monotonic() - start + pause > PATIENCE_SECONDS:
+                    raise StorageError(f"{self.place}: cannot {what}, tried for {PATIENCE_SECONDS:.0f} s: {said}") from error
+                logger.warning("%s: cannot %s, trying again in %.1f s: %s", self.place, what, pause, said)
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def _remedy(said: str) -> str | None:
+    """Return what would do about a request that was refused; None for a trouble that may pass."""
+    return next((remedy for pattern, remedy in REFUSALS if re.search(pattern, said)), None)

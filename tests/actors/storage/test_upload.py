@@ -1,0 +1,66 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.storage import object_folder
+from actors.storage.folder import open_folder
+from actors.storage.object_folder import StorageError
+from actors.storage.upload import require_writable, upload
+from tests.s3_world import BUCKET, KEYS, Faults, environment, faulty_proxy, s3_server
+
+PLACE = f"s3://{BUCKET}/published"
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Iterator[Faults]:
+    settings = {**KEYS, "ATKD_CACHE": str(tmp_path / "cache")}
+    with (
+        s3_server(tmp_path) as endpoint,
+        faulty_proxy(endpoint) as (address, faults),
+        environment({**settings, "AWS_ENDPOINT_URL": address}),
+    ):
+        yield faults
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    folder = tmp_path / "student"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 60_000)  # 15 MB, in parts
+    (folder / "inner" / "more.txt").write_text("more")
+    return folder
+
+
+def test_a_folder_is_put_whole_and_what_loaders_ask_for_last(faults: Faults, student: Path) -> None:
+    upload(student, PLACE)
+    there = open_folder(f"{PLACE}/student")
+    assert there.folders() == ["inner"]
+    assert there.read("model.safetensors") == (student / "model.safetensors").read_bytes()
+    assert open_folder(f"{PLACE}/student/inner").read("more.txt") == b"more"
+    puts = [line for line in faults.seen if line.startswith("PUT")]
+    assert puts[-1].endswith("/student/config.json")
+    (student / "config.json").write_text('{"again": true}')
+    upload(student / "config.json", f"{PLACE}/student")
+    assert there.read("config.json") == b'{"again": true}'
+
+
+@pytest.mark.slow
+def test_a_file_that_is_cut_on_its_way_is_not_there(faults: Faults, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_folder, "PATIENCE_SECONDS", 0.0)
+    faults.cut_uploads = 1000
+    there, path = open_folder(f"{PLACE}/student"), student / "model.safetensors"
+    with pytest.raises(StorageError, match=rf"{PLACE}/student: cannot write model.safetensors, .*: of 15360000 bytes 0 arrived"):
+        upload(path, there.place)
+    with pytest.raises(StorageError, match=rf"{PLACE}/student: cannot write in_parts, tried for 0 s"):
+        there.write("in_parts", path.read_bytes())
+    faults.cut_uploads = 0
+    assert there.names() == []
+
+
+def test_where_nothing_can_be_put_is_told_before(faults: Faults) -> None:
+    require_writable(PLACE)
+    assert open_folder(PLACE).names() == []
+    with pytest.raises(ValueError, match="s3://no-such-bucket/a: cannot write seen-.*: there is no such bucket"):
+        require_writable("s3://no-such-bucket/a")
