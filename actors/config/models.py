@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from actors.config.benchmarks import BenchmarksConfig, require_models_that_load
 from actors.config.judge import JudgeConfig, require_answers_to_judge
 from actors.config.passes import PassesConfig
-from actors.config.places import resolved
+from actors.config.places import in_object_storage, resolved
 from actors.config.workers import CustomResources, NodeLabels, Replicas
 from losses.config import AtkdLoss, LossConfig
 from losses.section import MayChange, Searchable, Section
@@ -193,8 +193,9 @@ class ScoresConfig(Section):
     def _one_place(self) -> "ScoresConfig":
         if self.root and self.path:
             raise ValueError("root and path exclude each other: path names one store, root a folder of stores")
-        for place in filter(None, (self.root, self.path)):
-            resolved(place)  # raises if it is none
+        for place in (self.root, self.path):
+            if place and in_object_storage(place):
+                resolved(place)  # raises if it is no address
         return self
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from actors.config.networks import IMAGE_NETWORKS
 from actors.examples import ExampleFile
+from actors.files import write_atomically
 from actors.model_source import ModelSource
 from actors.models import load_classifier
 from actors.networks.classifier import SmallClassifier, class_logits, images_of
@@ -26,6 +27,7 @@ from actors.networks.text import TextRnnNetwork, mean_over_tokens
 logger = logging.getLogger("atkd")
 
 FILE = "model.onnx"
+HEADING = "## As ONNX"
 PACKAGES = ("onnx", "onnxruntime")
 OPSET = 18
 MOST_APART = 1e-4
@@ -70,7 +72,15 @@ def add_onnx(source: ModelSource, heldout: Path) -> dict[str, Any]:
     """Write ``model.onnx`` as ``write_onnx`` does; log what it is like, and return it in plain fields."""
     written = write_onnx(source, heldout)
     logger.info(f"onnx: {written.line()}")
+    _tell_on_card(Path(source.name) / "README.md", written)
     return asdict(written)
+
+
+def _tell_on_card(card: Path, written: OnnxFile) -> None:
+    """Say on a model's card, if it has one, that the file is there, and how near it is to the weights."""
+    text = card.read_text() if card.exists() else HEADING
+    if HEADING not in text:
+        write_atomically(card, f"{text.rstrip()}\n\n{HEADING}\n\nFor programs without torch: {written.line()}.\n".encode())
 
 
 def write_onnx(source: ModelSource, heldout: Path) -> OnnxFile:

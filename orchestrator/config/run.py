@@ -155,7 +155,9 @@ class RunConfig(Section):
         said: dict[str, tuple[Any, Any]] = {
             "responses": (self.responses, None), "rollouts": (self.rollouts, None), "student.lora": (self.student.lora, None),
             "evaluate.judge": (self.evaluate.judge, None), "evaluate.benchmarks": (self.evaluate.benchmarks, None),
-            "evaluate.teacher": (self.evaluate.teacher, "model"), "scores.top_mass": (self.scores.top_mass, None),
+            "evaluate.teacher": (self.evaluate.teacher, "model"), "evaluate.answer_pattern": (self.evaluate.answer_pattern, None),
+            "evaluate.max_new_tokens": (self.evaluate.max_new_tokens, EvaluateConfig().max_new_tokens),
+            "scores.top_mass": (self.scores.top_mass, None),
             "data.without_answer": (self.data.without_answer, "refuse"), "train.packing": (self.train.packing, False),
         }  # fmt: skip
         for role, side in (("teacher", self.teacher), ("student", self.student)):

@@ -179,6 +179,8 @@ def test_a_finished_run_gets_its_classifier_as_onnx(finished: RunConfig) -> None
     facts = json.loads((finished.run_dir / "stages" / "onnx.json").read_text())
     assert (finished.run_dir / "student" / "model.onnx").stat().st_size == facts["bytes"]
     assert facts["largest_gap"] < 1e-4 and "export: done before" in said
+    card = (finished.run_dir / "student" / "README.md").read_text()
+    assert f"## As ONNX\n\nFor programs without torch: model.onnx has {facts['bytes']:,} bytes" in card
     assert [line for line in said if line.startswith("onnx: model.onnx has ")] and [
         line for line in said if line.startswith("onnx: done in")
     ]

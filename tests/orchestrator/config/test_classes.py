@@ -80,6 +80,8 @@ def test_a_configuration_survives_being_written_and_read(tree: dict[str, Any], t
         (["evaluate.judge={model: judge}"], r"evaluate\.judge is for language models, .*; evaluate\.judge=null would do"),
         (["evaluate.benchmarks={tasks: [arc_easy]}"], r"evaluate\.benchmarks is for .*; evaluate\.benchmarks=null would do"),
         (["evaluate.teacher=scores"], r"evaluate\.teacher is for language models, .*; evaluate\.teacher=model would do"),
+        (["evaluate.max_new_tokens=8"], r"evaluate\.max_new_tokens is for .*; evaluate\.max_new_tokens=64 would do"),
+        (["evaluate.answer_pattern=(x)"], r"evaluate\.answer_pattern is for .*; evaluate\.answer_pattern=null would do"),
         (["scores.top_mass=0.9"], r"scores\.top_mass is for language models, .*; scores\.top_mass=null would do"),
         (["data.without_answer=drop"], r"data\.without_answer is for .*; data\.without_answer=refuse would do"),
         (["data.special_tokens=strip"], r"data\.special_tokens is for .*; data\.special_tokens=split would do"),

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from actors.config.places import in_object_storage, resolved, within
+from orchestrator.config.load import ConfigError, load_config
 
 
 def test_paths_become_absolute_and_addresses_lose_the_slash_at_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +32,24 @@ def test_what_is_no_address_is_refused_and_a_key_not_repeated(place: str, messag
     with pytest.raises(ValueError, match=message) as refused:
         resolved(place)
     assert "secret@" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output=s3://bucket/runs", r"output: 's3://bucket/runs' is in object storage, .* output=/mnt/runs, would do"),
+        ("scores.root=ftp://host/a", r"scores: ftp://host/a begins with ftp://; a path, or an address of s3, gs, .* would do"),
+        ("scores.path=s3:///a", r"scores: s3:///a names no bucket; s3://bucket/folder would do"),
+        ("data.source={kind: files, path: 'hdfs://a/b'}", r"data.source.*path: hdfs://a/b begins with hdfs://; a path, or an a"),
+        ("export.publish=/mnt/students", r"export.publish: '/mnt/students' is no address in object storage; s3://bucket/folder"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_with_its_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("configs/tiny_cpu.yaml", [override])
+
+
+def test_addresses_are_kept_as_they_are_and_a_slash_at_the_end_is_not() -> None:
+    overrides = ["scores.root=s3://bucket/scores/", "export.publish=gs://bucket/students/"]
+    config = load_config("configs/tiny_cpu.yaml", overrides)
+    assert (config.score_root, config.export.publish) == ("s3://bucket/scores", "gs://bucket/students")
