@@ -1,6 +1,6 @@
 """Rows a second, and memory, of the preparation of a data set: from a file of lines to token ids and loss masks.
 
-    python -m benchmarks.prepare [--rows 10000 100000 1000000] [--words 60] [--folder .]
+    python -m benchmarks.prepare [--rows 10000 100000 1000000] [--words 60] [--processes 1] [--folder .]
 
 Rows are made up, one like the other, with so many words of prompt and response; the tokenizer is trained on the built-in tasks
 before. Each size is prepared in a process of its own. Its own memory is what belongs to no file, and counts from when its
@@ -38,14 +38,17 @@ def write_lines(path: Path, rows: int, words: int) -> None:
             file.write(json.dumps({"instruction": f"{row}: {prompt}", "response": response, "input": ""}) + "\n")
 
 
-def prepared(path: Path, tokenizer: Path, folder: Path) -> Cost:
+def prepared(path: Path, tokenizer: Path, folder: Path, processes: int) -> Cost:
     """Prepare the rows of a file; return what that took."""
     read = AutoTokenizer.from_pretrained(tokenizer)
     few = DataConfig.model_validate({"source": {"kind": "builtin", "rows": 50}, "heldout_rows": 10})
     prepare_data(few, lambda texts: read, folder / "few")
     data = DataConfig.model_validate(
-        {"source": {"kind": "files", "path": str(path)}, "max_tokens": 100_000, "heldout_rows": HELDOUT_ROWS}
-    )
+        {
+            "source": {"kind": "files", "path": str(path)}, "max_tokens": 100_000, "heldout_rows": HELDOUT_ROWS,
+            "processes": processes,
+        }
+    )  # fmt: skip
     watch = Watch()
     watch.take("prepare", lambda: prepare_data(data, lambda texts: read, folder / "data"))
     return watch.costs[0]
@@ -56,6 +59,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--words", type=int, default=60, help="of a row")
+    parser.add_argument("--processes", type=int, default=1, help="that render and tokenize; the memory is the first one's")
     parser.add_argument("--folder", type=Path, default=Path())
     arguments = parser.parse_args(words)
     lines, own = [], []
@@ -67,7 +71,7 @@ def main(words: list[str] | None = None) -> int:
             write_lines(folder / "rows.jsonl", rows, arguments.words)
             size = (folder / "rows.jsonl").stat().st_size
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                cost = pool.submit(prepared, folder / "rows.jsonl", folder / "tokenizer", folder).result()
+                cost = pool.submit(prepared, folder / "rows.jsonl", folder / "tokenizer", folder, arguments.processes).result()
             own.append(cost.own_mib)
             pace = f"{rows / cost.seconds:,.0f}"
             lines.append([f"{rows:,}", f"{size / MIB:,.0f}", f"{cost.seconds:.1f}", pace, f"{cost.own_mib:,.0f}"])

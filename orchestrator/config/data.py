@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from actors.config.places import in_object_storage, resolved
-from losses.section import LARGEST_SEED, Section
+from losses.section import LARGEST_SEED, MayChange, Section
 from orchestrator.config.formats import ConversationFormat, FormatConfig, InstructionFormat
 
 TASK_KINDS = (
@@ -157,6 +157,10 @@ class DataConfig(Section):
 
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Draws the held-out rows and shuffles the training rows, once."""
+
+    processes: Annotated[int, MayChange()] = Field(default=1, ge=1)
+    """Processes of the driver's machine that render and tokenize training rows; what comes of it is the same with any number.
+    Each takes some seconds to start, and some hundred MiB: for hundreds of thousands of rows."""
 
     @model_validator(mode="before")
     @classmethod

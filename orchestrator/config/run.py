@@ -158,7 +158,8 @@ class RunConfig(Section):
             "evaluate.teacher": (self.evaluate.teacher, "model"), "evaluate.answer_pattern": (self.evaluate.answer_pattern, None),
             "evaluate.max_new_tokens": (self.evaluate.max_new_tokens, EvaluateConfig().max_new_tokens),
             "scores.top_mass": (self.scores.top_mass, None),
-            "data.without_answer": (self.data.without_answer, "refuse"), "train.packing": (self.train.packing, False),
+            "data.without_answer": (self.data.without_answer, "refuse"), "data.processes": (self.data.processes, 1),
+            "train.packing": (self.train.packing, False),
         }  # fmt: skip
         for role, side in (("teacher", self.teacher), ("student", self.student)):
             if side.finetune is not None:

@@ -7,8 +7,9 @@ grow with them; the held-out rows are held.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -16,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from actors.examples import ExampleFile, write_examples
 from actors.files import write_atomically
 from actors.records import Example
+from orchestrator.cluster.processes import map_in_order
 from orchestrator.config.data import DataConfig
 from orchestrator.data.counts import DataCounts, SplitTally, count_data
-from orchestrator.data.mixture import SpooledRows, read_splits
+from orchestrator.data.mixture import NumberedRow, SpooledRows, read_splits
 from orchestrator.data.shown_rows import RowsToShow
-from orchestrator.data.templates import render_rows, texts_to_learn
+from orchestrator.data.templates import RenderedRows, render_rows, texts_to_learn
 from orchestrator.data.tokenization import TokenizedRows, tokenize
 from orchestrator.data.tokenizers import tokenizer_hash
 
@@ -75,19 +77,24 @@ class TrainingRows:
 
     def examples(self) -> Iterator[Example]:
         """Yield the rows that are used, tokenized."""
-        for start in range(0, len(self.rows), ROWS_AT_ONCE):
-            some = list(self.rows[start : start + ROWS_AT_ONCE])
-            rendered = render_rows(some, self.data, self.tokenizer)
-            used = tokenize(rendered.rows, self.tokenizer, self.data)
+        blocks = (list(self.rows[start : start + ROWS_AT_ONCE]) for start in range(0, len(self.rows), ROWS_AT_ONCE))
+        work = partial(_rendered_and_tokenized, data=self.data, tokenizer=self.tokenizer)
+        for some, (rendered, used) in map_in_order(work, blocks, self.data.processes, "data.processes"):
             self.tally.add(rendered, used)
             self.shown.look(some, used)
             self.met |= self.heldout_keys & {example.key for example in used.examples}
             yield from used.examples
 
 
+def _rendered_and_tokenized(
+    rows: Sequence[NumberedRow], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[RenderedRows, TokenizedRows]:
+    rendered = render_rows(rows, data, tokenizer)
+    return rendered, tokenize(rendered.rows, tokenizer, data)
+
+
 def _all_at_once(rows: SpooledRows, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenizedRows, SplitTally]:
-    rendered, tally = render_rows(list(rows), data, tokenizer), SplitTally()
-    used = tokenize(rendered.rows, tokenizer, data)
+    (rendered, used), tally = _rendered_and_tokenized(list(rows), data, tokenizer), SplitTally()
     tally.add(rendered, used)
     return used, tally
 

@@ -153,26 +153,23 @@ def read_json(path: Path) -> list[Row]:
     return [_require_object(value, f"{path}: item {index} of the list") for index, value in enumerate(values)]
 
 
-def read_csv(path: Path) -> list[Row]:
-    """Return a row for each record under the header; every cell is the text that stands there, an empty one is ""."""
+def read_csv(path: Path) -> Iterator[Row]:
+    """Yield a row for each record under the header; every cell is the text that stands there, an empty one is ""."""
     with _unpacked(path) as file:
-        text = _decode(file.read(), path, line=1)
-    if "\0" in text:
-        raise ValueError(f"{path}:{text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL; save the file as UTF-8 text")
-    records = _csv_records(text, path)
-    line, names = next(records, (1, []))
-    for name in names:
-        if not name.strip() or names.count(name) > 1:
-            fault = f"the column {name!r} stands twice" if name.strip() else f"column {names.index(name) + 1} has no name"
-            raise ValueError(f"{path}:{line}: {fault}; the first line of a CSV file names each column once: instruction,response")
-    rows = []
-    for line, cells in records:
-        if len(cells) != len(names):
-            raise ValueError(
-                f"{path}:{line}: holds {len(cells)} cells where the header names {len(names)} ({', '.join(names)}); {QUOTED}"
-            )
-        rows.append(dict(zip(names, cells, strict=True)))
-    return rows
+        records = _csv_records(_csv_lines(file, path), path)
+        line, names = next(records, (1, []))
+        for name in names:
+            if not name.strip() or names.count(name) > 1:
+                fault = f"the column {name!r} stands twice" if name.strip() else f"column {names.index(name) + 1} has no name"
+                raise ValueError(
+                    f"{path}:{line}: {fault}; the first line of a CSV file names each column once: instruction,response"
+                )
+        for line, cells in records:
+            if len(cells) != len(names):
+                raise ValueError(
+                    f"{path}:{line}: holds {len(cells)} cells where the header names {len(names)} ({', '.join(names)}); {QUOTED}"
+                )
+            yield dict(zip(names, cells, strict=True))
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
@@ -235,9 +232,24 @@ def _decode(content: bytes, path: Path, line: int) -> str:
         raise ValueError(f"{path}:{line}: byte {content[error.start]:#04x} is no UTF-8; save the file as UTF-8") from error
 
 
-def _csv_records(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+def _csv_lines(file: io.BufferedIOBase, path: Path) -> Iterator[str]:
+    """Yield the lines of a file as text, with their ends."""
+    number = 1
+    try:
+        for line in io.TextIOWrapper(file, "utf-8-sig", newline=""):
+            if "\0" in line:
+                raise ValueError(f"{path}:{number}: holds a NUL; save the file as UTF-8 text")
+            yield line
+            number += line.count("\n")
+    except UnicodeDecodeError:
+        with _unpacked(path) as again:  # whoever reads some at a time does not know the line
+            _decode(again.read(), path, line=1)
+        raise
+
+
+def _csv_records(lines: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the line in which each record begins, and its cells; blank lines are no records."""
-    reader, before = csv.reader(io.StringIO(text, newline=""), strict=True), csv.field_size_limit(LONGEST_CELL)
+    reader, before = csv.reader(lines, strict=True), csv.field_size_limit(LONGEST_CELL)
     try:
         while True:
             line = reader.line_num + 1

@@ -55,4 +55,4 @@ def test_requests_of_a_shard_are_few(storage: Faults) -> None:
         another.scores_at(position)
     assert counted(storage) == {"GET": 1, "HEAD": 1}
     assert not reader.is_there(1)  # a look of who waits
-    assert counted(storage) == {"HEAD": 1, "LIST": 1}
+    assert counted(storage) == {"HEAD": 1}

@@ -84,6 +84,7 @@ def test_a_configuration_survives_being_written_and_read(tree: dict[str, Any], t
         (["evaluate.answer_pattern=(x)"], r"evaluate\.answer_pattern is for .*; evaluate\.answer_pattern=null would do"),
         (["scores.top_mass=0.9"], r"scores\.top_mass is for language models, .*; scores\.top_mass=null would do"),
         (["data.without_answer=drop"], r"data\.without_answer is for .*; data\.without_answer=refuse would do"),
+        (["data.processes=2"], r"data\.processes is for language models, .*; data\.processes=1 would do"),
         (["data.special_tokens=strip"], r"data\.special_tokens is for .*; data\.special_tokens=split would do"),
         ([PACKED], r"train\.packing is for language models, and the task is classification; train\.packing=false would do"),
         ([f"teacher.finetune.{PACKED}"], r"teacher\.finetune\.train\.packing is for language models, .*=false would do"),

@@ -47,6 +47,21 @@ def test_some_at_a_time_and_all_at_once_leave_the_same_bytes(
         assert (tmp_path / "some" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_several_processes_leave_the_same_bytes_and_raise_the_same_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = config(tmp_path, 300)
+    together = alone.model_copy(update={"processes": 2})
+    monkeypatch.setattr(dataset, "ROWS_AT_ONCE", 64)
+    whole = prepare_data(alone, lambda texts: trained(), tmp_path / "alone")
+    assert prepare_data(together, lambda texts: trained(), tmp_path / "together") == whole
+    for name in FILES:
+        assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    refusing = together.model_copy(update={"without_answer": "refuse"})
+    with pytest.raises(ValueError, match=r"row \d+: "):
+        prepare_data(refusing, lambda texts: trained(), tmp_path / "refused")
+
+
 def test_the_order_is_that_of_one_shuffled_list(tmp_path: Path) -> None:
     data = config(tmp_path, 50)
     numbers = list(range(len(read_training_rows(data))))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.config.data import BuiltinSource, FilesSource, HubSource
-from orchestrator.data.sources import LONGEST_CELL, read_file, read_rows, source_hash
+from orchestrator.data.sources import LONGEST_CELL, read_file, read_rows, rows_of_file, source_hash
 from orchestrator.data.synthetic import make_rows
 
 ROWS: list[dict[str, Any]] = [{"question": f"{n}?", "answer": f"é {n}", "n": n} for n in range(5)]
@@ -217,6 +217,13 @@ def test_what_is_wrong_with_csv_names_file_and_line(tmp_path: Path, content: byt
 def test_a_long_cell_is_a_text_like_any_other(tmp_path: Path) -> None:
     text = "long, " * 400_000
     assert read(write(tmp_path / "a.csv", f'x\n"{text}"\n')) == [{"x": text}]
+
+
+def test_csv_is_read_as_rows_are_taken(tmp_path: Path) -> None:
+    rows = rows_of_file(write(tmp_path / "a.csv", "x,y\n" + "1,2\n" * 50_000 + "3\n"))
+    assert [next(rows) for _ in range(50_000)][-1] == {"x": "1", "y": "2"}
+    with pytest.raises(ValueError, match=r"a\.csv:50002: holds 1 cells where the header names 2"):
+        next(rows)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
