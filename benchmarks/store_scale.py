@@ -32,8 +32,8 @@ from actors.dataloader.step_weights import StepWeights
 from actors.dataloader.store_split import RankedSplit, split_store
 from actors.examples import ExampleFile, write_examples
 from actors.format import MIB
-from actors.score_store import shard_files
 from actors.score_store.store import ScoreStore
+from actors.storage.folder import DiskFolder
 from benchmarks.bars import Bar, print_table, report
 from benchmarks.store_scale_world import TOP_K, Size, rows_of, write_store
 from losses.config import AtkdLoss
@@ -138,7 +138,7 @@ def rank_store(folder: Path, size: Size) -> list[Cost]:
         assert batch.are_scored()
         weights.of_step(batch, [[list(range(len(batch)))]], step, LossState.first(IN_STEP))
 
-    with patch.object(shard_files, "read_range", side_effect=AssertionError("ranking reads no scores")):
+    with patch.object(DiskFolder, "read_range", side_effect=AssertionError("ranking reads no scores")):
         watch.take(f"rank the first step, {size.batch_rows:,} rows", lambda: rank(1))
         watch.take("rank the second step", lambda: rank(2))
     own = range(0, size.rows, max(1, size.rows // LOOKED_AT))
@@ -173,7 +173,7 @@ def split_whole_store(folder: Path, size: Size) -> tuple[list[Cost], int]:
         assert isinstance(one, RankedSplit), "ranked by uncertainty"
         found.append(one)
 
-    with patch.object(shard_files, "read_range", side_effect=AssertionError("splitting reads no scores")):
+    with patch.object(DiskFolder, "read_range", side_effect=AssertionError("splitting reads no scores")):
         watch.take("split the store for scope dataset", split)
     last = found[0]
     border = np.array([last.border], np.uint32).view(np.float32)[0]

@@ -1,7 +1,6 @@
 """What those who follow a growing store ask of the file system."""
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from actors.dataloader.sampler import StepSampler
 from actors.dataloader.scored_rows import FileRows
 from actors.examples import ExampleFile, write_examples
 from actors.score_store.store import MOST_SHARDS, ScoreStore
+from actors.storage.folder import DiskFolder
 from benchmarks.scale.world import IDENTITY, Case, World, write_info
 from benchmarks.store_scale_world import rows_of
 
@@ -68,6 +68,6 @@ def counted(counts: dict[str, int]) -> Iterator[None]:
 
         return call
 
-    looks, listings = counting("looks", Path.exists), counting("listings", os.scandir)
-    with patch.object(Path, "exists", lambda path, **named: looks(path, **named)), patch.object(os, "scandir", listings):
+    looks, listings = counting("looks", DiskFolder.size), counting("listings", DiskFolder.names)
+    with patch.object(DiskFolder, "size", looks), patch.object(DiskFolder, "names", listings):
         yield

@@ -252,7 +252,7 @@ class Actor:
         world.at(ready, lambda: world.answer(ref, EngineStarted(1000)))
         return ref
 
-    def _score(self, examples_path: Path, folder: Path, shard: int, known: object) -> Ref:
+    def _score(self, examples_path: Path, place: str, shard: int, known: object) -> Ref:
         world, ref = self.world, Ref()
         world.calls += 1
         world.owed += world.costs.call
@@ -260,7 +260,7 @@ class Actor:
         tokens = world.draw_tokens()
         self._free = max(world.now, self._free) + tokens / world.case.speed
         self.under_way[ref] = shard
-        world.at(self._free, lambda: world.finish(self, ref, folder, shard, tokens))
+        world.at(self._free, lambda: world.finish(self, ref, Path(place), shard, tokens))
         return ref
 
     def _close(self) -> Ref:

@@ -218,7 +218,7 @@ def read_hub(source: HubSource, key: str = "data.source") -> Iterator[Row]:
     yield from dataset
 
 
-def _unpacked(path: Path) -> io.BufferedIOBase:
+def _unpacked(path: Path) -> gzip.GzipFile | io.BufferedReader:
     """Open a file, or what a .gz file holds."""
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
@@ -232,7 +232,7 @@ def _decode(content: bytes, path: Path, line: int) -> str:
         raise ValueError(f"{path}:{line}: byte {content[error.start]:#04x} is no UTF-8; save the file as UTF-8") from error
 
 
-def _csv_lines(file: io.BufferedIOBase, path: Path) -> Iterator[str]:
+def _csv_lines(file: gzip.GzipFile | io.BufferedReader, path: Path) -> Iterator[str]:
     """Yield the lines of a file as text, with their ends."""
     number = 1
     try:
