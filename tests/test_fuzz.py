@@ -201,7 +201,7 @@ def test_rows_made_to_hurt_are_refused_with_the_name_of_their_file(tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scored_world(tmp_path_factory.mktemp("fuzz"), 12)[1].path
+    return Path(scored_world(tmp_path_factory.mktemp("fuzz"), 12)[1].place)
 
 
 @pytest.fixture(scope="module")
