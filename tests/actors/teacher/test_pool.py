@@ -123,7 +123,7 @@ def test_a_row_that_ends_every_replica_is_set_aside_and_another_start_completes_
     (tmp_path / "undisturbed").mkdir()
     _, undisturbed = fake_store(tmp_path / "undisturbed", examples, ROWS_PER_SHARD, TOP_K)
     score_without_ray(examples_path, undisturbed, range(6))
-    for path in undisturbed.path.iterdir():
+    for path in Path(undisturbed.place).iterdir():
         assert (Path(store.place) / path.name).read_bytes() == path.read_bytes()
 
 
