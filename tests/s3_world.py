@@ -177,3 +177,11 @@ def faulty_proxy(endpoint: str) -> Iterator[tuple[str, Faults]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def faulty_storage(folder: Path, endpoint: str) -> Iterator[Faults]:
+    """Have this process use an S3 server through a proxy, with its copies in a folder; yield the proxy's faults."""
+    settings = {**KEYS, "ATKD_CACHE": str(folder / "cache"), "ATKD_CACHE_GIB": "1"}
+    with faulty_proxy(endpoint) as (address, faults), environment({**settings, "AWS_ENDPOINT_URL": address}):
+        yield faults

@@ -10,19 +10,14 @@ from actors.score_store.open_leases import open_leases
 from actors.score_store.store import ScoreStore
 from tests.actors.score_store.test_object_store import ROWS, begin, write
 from tests.fakes import fake_examples
-from tests.s3_world import BUCKET, KEYS, Faults, environment, faulty_proxy, s3_server
+from tests.s3_world import BUCKET, Faults, faulty_storage, s3_server
 
 PLACE = f"s3://{BUCKET}/counted"
 
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[Faults]:
-    settings = {**KEYS, "ATKD_CACHE": str(tmp_path / "cache")}
-    with (
-        s3_server(tmp_path) as endpoint,
-        faulty_proxy(endpoint) as (address, storage),
-        environment({**settings, "AWS_ENDPOINT_URL": address}),
-    ):
+    with s3_server(tmp_path) as endpoint, faulty_storage(tmp_path, endpoint) as storage:
         yield storage
 
 

@@ -7,19 +7,14 @@ from actors.storage import object_folder
 from actors.storage.folder import open_folder
 from actors.storage.object_folder import StorageError
 from actors.storage.upload import require_writable, upload
-from tests.s3_world import BUCKET, KEYS, Faults, environment, faulty_proxy, s3_server
+from tests.s3_world import BUCKET, Faults, faulty_storage, s3_server
 
 PLACE = f"s3://{BUCKET}/published"
 
 
 @pytest.fixture
 def faults(tmp_path: Path) -> Iterator[Faults]:
-    settings = {**KEYS, "ATKD_CACHE": str(tmp_path / "cache")}
-    with (
-        s3_server(tmp_path) as endpoint,
-        faulty_proxy(endpoint) as (address, faults),
-        environment({**settings, "AWS_ENDPOINT_URL": address}),
-    ):
+    with s3_server(tmp_path) as endpoint, faulty_storage(tmp_path, endpoint) as faults:
         yield faults
 
 
