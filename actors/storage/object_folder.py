@@ -153,13 +153,14 @@ class ObjectFolder:
         """Drop this node's copies of files; whether there were any."""
         return any([self._copies.drop(name) for name in names])
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes | pa.Buffer) -> None:
         """Put a file; it is whole or it is not there."""
         self._patiently(f"write {name}", lambda: self._write(name, content))
 
     def upload(self, path: Path) -> None:
-        """Put a file of the disk, of any size; it is whole or it is not there."""
-        self._patiently(f"write {path.name}", lambda: self._upload(path))
+        """Put a file of the disk, of any size, by way of a map of it; what was there before stays until all has arrived."""
+        content = pa.memory_map(str(path)).read_buffer() if path.stat().st_size else b""  # an empty file cannot be mapped
+        self.write(path.name, content)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -209,15 +210,10 @@ class ObjectFolder:
             content: bytes = file.read_at(min(end, file.size()) - start, start) if start < file.size() else b""
         return content
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, content: bytes | pa.Buffer) -> None:
+        # Not copy_files, which is silent about an upload that breaks in the background; closing a stream is not.
         with self._storage.open_output_stream(self._key(name)) as file:
             file.write(content)
-
-    def _upload(self, path: Path) -> None:
-        fs.copy_files(str(path), self._key(path.name), fs.LocalFileSystem(), self._storage, use_threads=False)
-        sent, arrived = path.stat().st_size, self._storage.get_file_info(self._key(path.name)).size
-        if sent != arrived:  # copy_files is silent about a stream that breaks in the background
-            raise OSError(f"of {sent} bytes {arrived or 0} arrived")
 
     def _remove(self, name: str) -> None:
         try:
