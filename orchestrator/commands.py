@@ -6,7 +6,7 @@ from pathlib import Path
 
 from actors.config.places import within
 from actors.score_store.store import ScoreStore
-from actors.storage.upload import require_writable, upload
+from actors.storage.transfers import require_writable, upload
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.doctor import diagnose
 from orchestrator.models.models import Models

@@ -1,15 +1,19 @@
 """A folder of files that are whole or not there, wherever it stands."""
 
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
 from actors.config.places import in_object_storage, resolved
 from actors.files import filesystem_time_ns, write_atomically
+
+if TYPE_CHECKING:
+    from pyarrow import fs  # loads the clouds' libraries
 
 
 class Folder(Protocol):
@@ -19,6 +23,11 @@ class Folder(Protocol):
     """Its path or address."""
     poll_seconds: float
     """Between two looks of whoever waits for a file."""
+
+    def opened(self) -> "tuple[str, fs.FileSystem | None]":
+        """Return the folder's path and the filesystem in which it is one, for libraries that speak to pyarrow's; None for the
+        machine's own."""
+        ...
 
     def place_of(self, name: str) -> str:
         """Return the path or the address of a file."""
@@ -92,6 +101,10 @@ class Folder(Protocol):
         """Remove a file, if it is there."""
         ...
 
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder within and all that is in it, as far as it is there."""
+        ...
+
     def remove_leftovers(self, idle_seconds: float) -> None:
         """Remove what processes left that were killed while they wrote, and that has not changed for so long."""
         ...
@@ -104,6 +117,10 @@ class DiskFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.place = path, str(path)
+
+    def opened(self) -> "tuple[str, fs.FileSystem | None]":
+        """Return the folder's path; it is in the machine's own filesystem."""
+        return self.place, None
 
     def place_of(self, name: str) -> str:
         """Return the path of a file."""
@@ -126,7 +143,9 @@ class DiskFolder:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file that is there."""
-        return {entry.name: entry.stat().st_size for entry in os.scandir(self.path) if entry.is_file()}
+        with suppress(FileNotFoundError):
+            return {entry.name: entry.stat().st_size for entry in os.scandir(self.path) if entry.is_file()}
+        return {}
 
     def size(self, name: str) -> int | None:
         """Return a file's bytes; None if it is not there."""
@@ -166,6 +185,10 @@ class DiskFolder:
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         (self.path / name).unlink(missing_ok=True)
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder within and all that is in it, as far as it is there and can be removed."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
 
     def remove_leftovers(self, idle_seconds: float) -> None:
         """Remove temporary files that have not changed for so long, by the clock of the filesystem."""

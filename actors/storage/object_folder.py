@@ -5,6 +5,7 @@ publishes the others. Listings, puts and removals must be seen at once by all, a
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ PATIENCE_SECONDS = 90.0
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 10.0
 FETCHED_AT_ONCE = 16
+READ_BYTES = 8 << 20
 
 REFUSALS = (
     (r"NO_SUCH_BUCKET|bucket does not exist|Bucket '.*' not found|[Cc]ontainer .*not exist|ContainerNotFound",
@@ -70,6 +72,10 @@ class ObjectFolder:
             self._storage, self._path = self._patiently("open", lambda: fs.FileSystem.from_uri(address))
         except pa.ArrowInvalid as error:
             raise ValueError(f"{place} is not accepted: {error}; s3://bucket/folder would do") from error
+
+    def opened(self) -> tuple[str, fs.FileSystem]:
+        """Return the folder's path and the filesystem in which it is one, for libraries that speak to pyarrow's."""
+        return self._path, self._storage
 
     def place_of(self, name: str) -> str:
         """Return the address of a file."""
@@ -162,10 +168,22 @@ class ObjectFolder:
         content = pa.memory_map(str(path)).read_buffer() if path.stat().st_size else b""  # an empty file cannot be mapped
         self.write(path.name, content)
 
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file of any size to a path on the disk, outside of the node's copies.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
+        self._patiently(f"read {name}", lambda: self._download(name, path))
+
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         self._copies.drop(name)
         self._patiently(f"remove {name}", lambda: self._remove(name))
+
+    def remove_folder(self, name: str) -> None:
+        """Remove all that stands below a name, as far as it is there."""
+        self._patiently(f"remove {name}", lambda: self._remove_folder(name))
 
     def remove_leftovers(self, idle_seconds: float) -> None:
         """Do nothing: an upload that was cut short is not there. Its parts go by the bucket's own rule for such."""
@@ -205,6 +223,10 @@ class ObjectFolder:
             content: bytes = file.read()
         return content
 
+    def _download(self, name: str, path: Path) -> None:
+        with self._storage.open_input_stream(self._key(name)) as file, open(path, "wb") as copy:
+            shutil.copyfileobj(file, copy, READ_BYTES)
+
     def _read_range(self, name: str, start: int, end: int) -> bytes:
         with self._storage.open_input_file(self._key(name)) as file:
             content: bytes = file.read_at(min(end, file.size()) - start, start) if start < file.size() else b""
@@ -218,6 +240,12 @@ class ObjectFolder:
     def _remove(self, name: str) -> None:
         try:
             self._storage.delete_file(self._key(name))
+        except FileNotFoundError:
+            return
+
+    def _remove_folder(self, name: str) -> None:
+        try:
+            self._storage.delete_dir(self._key(name))
         except FileNotFoundError:
             return
 

@@ -56,6 +56,10 @@ class Worker:
         torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
         return bool(answer)
 
+    def barrier(self) -> None:
+        """Return once all workers have called it."""
+        self.any(False)
+
     def sum_over_workers(self, sums: LossSums) -> LossSums:
         """Return the sums of all workers together."""
         if self.world_size == 1:

@@ -2,12 +2,15 @@
 
 Each worker writes down the checksums of its files, and a reader compares them. A kill leaves no half checkpoint that counts,
 since Ray Train takes one up only when all workers have handed theirs in. What is found here is what happened to the files later:
-cut short, flipped, gone.
+cut short, flipped, gone. A training's checkpoints stand in one folder, on a disk that all nodes see or in object storage.
 """
 
 import hashlib
 import json
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -16,12 +19,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from actors.config.places import in_object_storage, within
+from actors.storage.folder import Folder, open_folder
 from actors.student.checkpoint import Progress, load_checkpoint, save_checkpoint
 from actors.student.ranks import Worker
 
+PREFIX = "checkpoint_"
+"""How Ray Train's names of checkpoints begin; the rest is the time, so that they sort by age."""
 CHECKSUMS = "checksums-{rank}.json"
-DAMAGED = "damaged.txt"
-BOOK = "damaged.jsonl"
+SET_ASIDE = "damaged-{checkpoint}.txt"
+"""Stands beside a checkpoint that is damaged, says why, and stays when that is deleted."""
 
 
 class Checkpoints(Protocol):
@@ -39,27 +46,52 @@ class Checkpoints(Protocol):
 
 
 class RayTrainCheckpoints:
-    """Kept by Ray Train, which starts the workers again from the latest. One that is damaged gives way to the one before."""
+    """Kept by Ray Train, which starts the workers again from the latest. One that is damaged gives way to the one before.
+
+    Args:
+        place: path or address of the training's folder.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._folder = open_folder(place)
 
     def load(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, worker: Worker) -> Progress | None:
         """Put the latest whole checkpoint into the three and return where it stands; None if there is none."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        latest = ray.train.get_checkpoint()
+        if latest is None:
             return None
-        latest = Path(checkpoint.path)
-        before = [path for path in latest.parent.glob("checkpoint_*") if path.is_dir() and path.name < latest.name]
-        for folder in (latest, *sorted(before, reverse=True)):
-            if self._is_whole(folder, worker):
-                return load_checkpoint(folder, student, optimizer, schedule)
+        for name in reversed(checkpoints_up_to(Path(latest.path).name, self._folder)):
+            with self._at_hand(name, worker) as copy:
+                if self._is_whole(name, copy, worker):
+                    return load_checkpoint(copy, student, optimizer, schedule)
         return None
 
-    @staticmethod
-    def _is_whole(folder: Path, worker: Worker) -> bool:
+    @contextmanager
+    def _at_hand(self, name: str, worker: Worker) -> Iterator[Path]:
+        """Have a checkpoint on a disk of this node; all workers call it together, and those of a node share a copy."""
+        place = within(self._folder.place, name)
+        if not self._remote:
+            yield Path(place)
+            return
+        from actors.storage.transfers import download  # loads the clouds' libraries, which a folder on a disk does not need
+
+        copy = Path(tempfile.gettempdir()) / f"atkd-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
+        first = ray.train.get_context().get_local_rank() == 0
+        if first:
+            shutil.rmtree(copy, ignore_errors=True)  # of a worker that was killed here
+            download(place, copy)
+        worker.barrier()
+        yield copy
+        worker.barrier()
+        if first:
+            shutil.rmtree(copy, ignore_errors=True)
+
+    def _is_whole(self, name: str, copy: Path, worker: Worker) -> bool:
         """Look at a checkpoint together, and set it aside if any worker finds its part damaged."""
-        why = damage(folder, worker.rank, worker.world_size)
+        why = damage(copy, worker.rank, worker.world_size)
         if worker.any(bool(why)):
             if why:
-                set_aside(folder, why)
+                set_aside(self._folder, name, why)
             return False
         return True
 
@@ -70,7 +102,21 @@ class RayTrainCheckpoints:
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(Path(folder), student, optimizer, schedule, progress, worker.rank)
             write_checksums(Path(folder), worker.rank, worker.world_size)
-            ray.train.report({"step": progress.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            part = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"step": progress.step}, part, checkpoint_upload_fn=self._upload if self._remote else None)
+
+    @property
+    def _remote(self) -> bool:
+        return in_object_storage(self._folder.place)
+
+    def _upload(self, part: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Put a worker's part of a checkpoint into object storage: Ray Train's own copying is silent about uploads that break."""
+        from actors.storage.transfers import upload
+
+        place = within(self._folder.place, name)
+        for path in sorted(Path(part.path).iterdir()):
+            upload(path, place)
+        return ray.train.Checkpoint(*open_folder(place).opened())
 
 
 class NoCheckpoints:
@@ -97,8 +143,6 @@ def damage(folder: Path, rank: int, world_size: int) -> str:
 
     All of ``world_size`` readers together look at all files; as many may read as like, however many wrote.
     """
-    if (folder / DAMAGED).exists():
-        return (folder / DAMAGED).read_text()
     try:
         workers = json.loads((folder / CHECKSUMS.format(rank=0)).read_text())["workers"]
         of_each = [json.loads((folder / CHECKSUMS.format(rank=writer)).read_text()) for writer in range(workers)]
@@ -114,22 +158,22 @@ def damage(folder: Path, rank: int, world_size: int) -> str:
     return ""
 
 
-def set_aside(folder: Path, why: str) -> None:
-    """Mark a checkpoint as damaged, so that no later start looks at it again; its files stay, for Ray Train to delete.
-
-    The training's folder keeps a line about it when the checkpoint is gone.
-    """
-    (folder / DAMAGED).write_text(why)
-    with open(folder.parent / BOOK, "a") as file:
-        file.write(json.dumps({"checkpoint": folder.name, "damage": why}) + "\n")
+def checkpoints_up_to(latest: str, folder: Folder) -> list[str]:
+    """Return the names of a training's checkpoints up to the latest that counts, oldest first, without those set aside."""
+    aside = {line.split(":")[0] for line in damaged_checkpoints(folder)}
+    return [name for name in folder.folders() if name.startswith(PREFIX) and name <= latest and name not in aside]
 
 
-def damaged_checkpoints(folder: Path) -> list[str]:
-    """Return a line for each checkpoint of a training that was set aside: its name, and what is wrong with it."""
-    if not (folder / BOOK).exists():
-        return []
-    found = [json.loads(line) for line in (folder / BOOK).read_text().splitlines()]
-    return [f"{one['checkpoint']}: {one['damage']}" for one in found]
+def set_aside(folder: Folder, checkpoint: str, why: str) -> None:
+    """Mark a training's checkpoint as damaged, so that no start looks at it again; its files stay, for Ray Train to delete."""
+    folder.write(SET_ASIDE.format(checkpoint=checkpoint), why.encode())
+
+
+def damaged_checkpoints(folder: Folder) -> list[str]:
+    """Return a line for each checkpoint of a training that was set aside, oldest first: its name, and what is wrong with it."""
+    before, after = SET_ASIDE.split("{checkpoint}")
+    marks = sorted(name for name in folder.sizes() if name.startswith(before) and name.endswith(after))
+    return [f"{name[len(before) : -len(after)]}: {folder.read(name).decode()}" for name in marks]
 
 
 def _checksum(path: Path) -> str:

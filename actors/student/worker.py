@@ -2,11 +2,21 @@
 
 from contextlib import suppress
 from pathlib import Path
+from typing import TypedDict
 
 from actors.student.task import TrainingDiverged, TrainingTask, WorkerResult
 
 
-def train_worker(config: dict[str, TrainingTask]) -> WorkerResult:
+class TrainLoopConfig(TypedDict):
+    """What Ray Train hands each worker."""
+
+    task: TrainingTask
+    """What is to be trained."""
+    checkpoints: str
+    """Path or address of the training's folder of checkpoints."""
+
+
+def train_worker(config: TrainLoopConfig) -> WorkerResult:
     """Run one worker to the end of its task, or as far as it gets.
 
     Ray Train ends all workers when one raises, and starts them again. An error that trying again cannot mend is returned by a
@@ -23,7 +33,7 @@ def train_worker(config: dict[str, TrainingTask]) -> WorkerResult:
     if (error := read_fatal_error(task)) is not None:
         return WorkerResult(error=error)
     try:
-        return distil(task, RayTrainCheckpoints())
+        return distil(task, RayTrainCheckpoints(config["checkpoints"]))
     except (ScoringFailed, TrainingDiverged, TimeoutError, ValueError) as error:
         alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
         if alone or isinstance(error, TrainingDiverged):

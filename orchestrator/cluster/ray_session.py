@@ -90,7 +90,7 @@ def ray_for(config: RunConfig) -> Iterator[None]:
         require_places(config, read_nodes())
         if begun_here and cluster_address():
             require_gpu_nodes(config)
-        require_shared([str(config.run_dir), config.score_root])
+        require_shared([str(config.run_dir), config.score_root, *([config.checkpoints] if config.checkpoints else [])])
         yield
 
 

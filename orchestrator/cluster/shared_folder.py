@@ -51,7 +51,7 @@ def _unseen(place: str, blind: Sequence[str], nodes: int) -> str:
     where = f"{place} is not seen by {len(blind)} of {nodes} nodes ({', '.join(blind)})"
     if in_object_storage(place):
         return f"{where}: what a node needs to read and write there must stand in its own environment, or be its machine's role"
-    return f"{where}: output and scores.root must be on storage that all nodes share, at the same path"
+    return f"{where}: output, scores.root and checkpoints must be on storage that all nodes share, at the same path"
 
 
 def _trouble(place: str, token: str) -> str | None:

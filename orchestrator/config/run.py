@@ -30,34 +30,12 @@ from orchestrator.config.classes import (
 )
 from orchestrator.config.compare import CompareConfig
 from orchestrator.config.data import DataConfig
+from orchestrator.config.export import ExportConfig
 from orchestrator.config.neighbours import require_neighbours_teach
 from orchestrator.config.own_text import require_own_text
 from orchestrator.config.sides import StudentConfig, TeacherConfig, TokenizerConfig
 from orchestrator.config.task import ClassificationTask, LanguageModelTask, TaskConfig
 from orchestrator.config.tune import TuneConfig
-
-
-class ExportConfig(Section):
-    """The student's folder, as it is given to others."""
-
-    dtype: Literal["as_loaded", "float32", "bfloat16", "float16"] = "as_loaded"
-    """Type of the stored weights; ``as_loaded`` is that of the model the student began as. Evaluation loads what is stored."""
-
-    onnx: Annotated[bool, MayChange()] = False
-    """Write a classifier as ``model.onnx`` beside its weights, for programs without torch. Needs ``pip install '.[onnx]'``."""
-
-    publish: Annotated[str | None, MayChange()] = None
-    """Address in object storage (``s3://bucket/folder``) where the student's folder, the report, the table and the configuration
-    are put at the end, below the run's name; null for nowhere."""
-
-    @field_validator("publish")
-    @classmethod
-    def _an_address(cls, publish: str | None) -> str | None:
-        if publish is None:
-            return None
-        if not in_object_storage(publish):
-            raise ValueError(f"{publish!r} is no address in object storage; s3://bucket/folder would do")
-        return resolved(publish)
 
 
 class RunConfig(Section):
@@ -100,6 +78,10 @@ class RunConfig(Section):
     student: Annotated[StudentConfig, NotSearchable("all trials begin with the same student; student.lora alone can vary")]
     loss: Annotated[LossConfig, Searchable()] = AtkdLoss(kind="atkd")
     train: Annotated[TrainConfig, Searchable()] = TrainConfig()
+    checkpoints: Annotated[str | None, NotSearchable("trials keep none")] = None
+    """Folder below which trainings keep their checkpoints: a path, or an address in object storage (``s3://bucket/folder``, ``gs://``,
+    ``abfs://``); null for the run's own folder."""
+
     workers: Annotated[WorkersConfig, MayChange(), NotSearchable("it says where a student learns, not what")] = WorkersConfig()
     evaluate: Annotated[EvaluateConfig, NotSearchable("trials are compared by what it measures")] = EvaluateConfig()
     export: Annotated[ExportConfig, NotSearchable("trials export nothing")] = ExportConfig()
@@ -115,9 +97,15 @@ class RunConfig(Section):
         if in_object_storage(output):
             raise ValueError(
                 f"{output!r} is in object storage, where files can be neither renamed nor added to; a folder that all nodes see, "
-                "as output=/mnt/runs, would do. The scores, most of what a run writes, may stand there: scores.root=s3://bucket/scores"
+                "as output=/mnt/runs, would do. The scores and the checkpoints, most of what a run writes, may stand there: "
+                "scores.root=s3://bucket/scores checkpoints=s3://bucket/checkpoints"
             )
         return output
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _a_place(cls, checkpoints: str | None) -> str | None:
+        return None if checkpoints is None else resolved(checkpoints)
 
     @model_validator(mode="before")
     @classmethod

@@ -4,6 +4,7 @@ config.yaml     the whole configuration, defaults included
 events.jsonl    a line for whatever happened; run.log has the lines of the terminal
 stages/         a file for each finished stage, with what it made
 data/ tokenizer/ models/ scores.json metrics/ checkpoints/ evaluation/ student/ table.json report.html
+checkpoints.json in the place of checkpoints/ where those stand elsewhere
 """
 
 import copy
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from actors.config.places import within
 from actors.config.tracking import require_installed
 from actors.files import write_atomically
 from losses.section import MayChange, marked
@@ -118,6 +121,16 @@ class RunDir:
         logger.debug(json.dumps({key: value for key, value in line.items() if key != "time"}))
         with open(self.path / "events.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def checkpoints(self, root: str | None) -> str:
+        """Return where trainings keep their checkpoints: below a root under a name that only this run has, or in its folder."""
+        if root is None:
+            return str(self.path / "checkpoints")
+        pointer = self.path / "checkpoints.json"
+        if not pointer.exists():  # drawn, since another folder of the same name may have left some there
+            write_atomically(pointer, json.dumps({"place": within(root, f"{self.path.name}-{uuid.uuid4().hex[:12]}")}).encode())
+        place: str = json.loads(pointer.read_text())["place"]
+        return place
 
     def close(self) -> None:
         """Let another process take the folder."""

@@ -173,7 +173,8 @@ def finetune(role: Role, config: RunConfig, run_dir: RunDir, models: Models) -> 
     """Train a role's model on the data itself, as the paper's teachers are."""
     fitting = models.side(role).finetune
     assert fitting is not None
-    return train_model(finetuning_task(role, config, run_dir.path, models), fitting.workers, run_dir.path / "checkpoints")
+    task = finetuning_task(role, config, run_dir.path, models)
+    return train_model(task, fitting.workers, run_dir.checkpoints(config.checkpoints))
 
 
 def finetuning_task(role: Role, config: RunConfig, folder: Path, models: Models) -> TrainingTask:
@@ -212,7 +213,7 @@ def rows_of(role: Role, split: str, folder: Path) -> Path:
 def train(config: RunConfig, run_dir: RunDir, models: Models, store: ScoreStore | None) -> Facts:
     """Distil the student from the store, which may still be growing."""
     task = distillation_task(config, run_dir.path, models, store.place if store is not None else None)
-    return train_model(task, config.workers, run_dir.path / "checkpoints")
+    return train_model(task, config.workers, run_dir.checkpoints(config.checkpoints))
 
 
 def distillation_task(config: RunConfig, folder: Path, models: Models, store: str | None) -> TrainingTask:

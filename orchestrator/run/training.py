@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import signal
 import threading
 import time
@@ -25,11 +24,13 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.config.passes import pass_size
+from actors.config.places import within
 from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
 from actors.placement import worker_request
+from actors.storage.folder import Folder, open_folder
 from actors.student.task import TrainingTask, WorkerResult
-from actors.student.train_checkpoints import damaged_checkpoints
+from actors.student.train_checkpoints import PREFIX, damaged_checkpoints
 from actors.student.worker import fatal_error_path, read_fatal_error, train_worker
 from losses.config import AtkdLoss
 from orchestrator.cluster.elastic import NO_TRY_OF_ITS_OWN, train_in_turns
@@ -47,8 +48,9 @@ class TrainingFailed(RuntimeError):
     """The workers gave up; the message is theirs."""
 
 
-def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -> dict[str, float]:
-    """Train until the model is written to ``task.output``; resume from the latest checkpoint in ``checkpoints``.
+def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: str | Path) -> dict[str, float]:
+    """Train until the model is written to ``task.output``; resume from the latest checkpoint below ``checkpoints``, a path or
+    an address.
 
     Returns:
         Steps, seconds of the steps themselves, tokens a second, seconds spent waiting for scores, first and last loss.
@@ -59,15 +61,16 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -
     metrics = Path(task.metrics) / f"{task.name}.jsonl"
     if task.output is not None and Path(task.output).exists():  # written by rename, after the last step
         return summarize(read_metrics(metrics))
-    drop_uncounted_checkpoints(checkpoints / task.name)
+    place = within(str(checkpoints), task.name)
+    drop_uncounted_checkpoints(open_folder(place))
     fatal_error_path(task).unlink(missing_ok=True)  # of an earlier start
     with (
-        _telling_damage(task, checkpoints / task.name),
+        _telling_damage(task, open_folder(place)),
         logged_progress(task.name, lambda: _progress(task), PROGRESS_SECONDS),
         _keyboard_interrupt(),
     ):
         try:
-            ending = _train(task, workers, checkpoints)
+            ending = _train(task, workers, str(checkpoints))
         except (WorkerGroupError, TrainingFailedError) as failure:
             if (error := read_fatal_error(task)) is not None:
                 raise TrainingFailed(error) from failure
@@ -83,7 +86,7 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -
             raise TrainingFailed(f"{task.name}: Ray Train's controller died ({str(failure).splitlines()[0]})") from failure
     if ending.error:
         raise TrainingFailed(ending.error)
-    drop_uncounted_checkpoints(checkpoints / task.name)
+    drop_uncounted_checkpoints(open_folder(place))
     return summarize(read_metrics(metrics))
 
 
@@ -101,7 +104,7 @@ def _remedy(task: TrainingTask, cause: BaseException) -> str:
     return f"; {section}.sharding=fsdp with more workers would do, under another name"
 
 
-def _train(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -> WorkerResult:
+def _train(task: TrainingTask, workers: WorkersConfig, checkpoints: str) -> WorkerResult:
     """Train by as many workers as are wanted, which Ray Train starts again, or by as many as there is room for."""
     failures = task.train.max_failures
     if not workers.elastic:
@@ -116,16 +119,18 @@ def _train(task: TrainingTask, workers: WorkersConfig, checkpoints: Path) -> Wor
     )
 
 
-def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: Path, failures: FailureConfig) -> WorkerResult:
+def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: str, failures: FailureConfig) -> WorkerResult:
     """Have Ray Train train; a training of the same name and place resumes from its latest checkpoint."""
+    path, filesystem = open_folder(checkpoints).opened()
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"task": task},
+        train_loop_config={"task": task, "checkpoints": within(checkpoints, task.name)},
         torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo", timeout_s=task.train.collective_seconds),
         scaling_config=scaling_of(workers, count),
         run_config=RunConfig(
             name=task.name,
-            storage_path=str(checkpoints),
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=failures,
             checkpoint_config=CheckpointConfig(num_to_keep=task.train.keep_checkpoints),
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -135,16 +140,19 @@ def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: Pa
     return ending
 
 
-def drop_uncounted_checkpoints(folder: Path) -> None:
+def drop_uncounted_checkpoints(folder: Folder) -> None:
     """Delete checkpoints that no training would take up: whoever wrote them was killed before Ray Train counted them."""
-    counted_file = folder / COUNTED
     try:
-        counted = json.dumps(json.loads(counted_file.read_text())) if counted_file.exists() else ""
+        book = folder.read(COUNTED)
+    except FileNotFoundError:
+        book = b"{}"
+    try:
+        counted = json.dumps(json.loads(book))
     except ValueError:
         return  # Ray Train says what is wrong with it
-    for path in folder.glob("checkpoint_*/"):
-        if path.name not in counted:
-            shutil.rmtree(path, ignore_errors=True)
+    for name in folder.folders():
+        if name.startswith(PREFIX) and name not in counted:
+            folder.remove_folder(name)
 
 
 def scaling_of(workers: WorkersConfig, count: int) -> ScalingConfig:
@@ -173,7 +181,7 @@ def summarize(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 @contextmanager
-def _telling_damage(task: TrainingTask, folder: Path) -> Iterator[None]:
+def _telling_damage(task: TrainingTask, folder: Folder) -> Iterator[None]:
     """Log afterwards which checkpoints the workers skipped."""
     before = len(damaged_checkpoints(folder))
     try:

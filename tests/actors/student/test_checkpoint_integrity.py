@@ -1,12 +1,12 @@
 """What is found of a checkpoint that something happened to after it was written."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from actors.student.train_checkpoints import damage, damaged_checkpoints, set_aside, write_checksums
+from actors.storage.folder import DiskFolder
+from actors.student.train_checkpoints import checkpoints_up_to, damage, damaged_checkpoints, set_aside, write_checksums
 
 
 def checkpoint(folder: Path, workers: int = 2) -> Path:
@@ -84,11 +84,15 @@ def test_every_single_byte_of_every_file_counts(tmp_path: Path) -> None:
 
 
 def test_what_was_set_aside_is_not_looked_at_again_and_is_remembered(tmp_path: Path) -> None:
-    assert damaged_checkpoints(tmp_path) == []
-    folder = checkpoint(tmp_path)
-    set_aside(folder, "progress.json is gone")
-    assert damage(folder, 1, 2) == "progress.json is gone", "though it is whole"
-    for path in folder.iterdir():
-        path.unlink()
-    assert damaged_checkpoints(tmp_path) == ["checkpoint_1: progress.json is gone"]
-    assert json.loads((tmp_path / "damaged.jsonl").read_text())["checkpoint"] == "checkpoint_1"
+    folder = DiskFolder(tmp_path)
+    assert damaged_checkpoints(folder) == []
+    for number in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint_{number}").mkdir()
+    (tmp_path / "another").mkdir()
+    set_aside(folder, "checkpoint_2", "progress.json is gone")
+    assert checkpoints_up_to("checkpoint_3", folder) == ["checkpoint_1", "checkpoint_3"]
+    folder.remove_folder("checkpoint_2")
+    assert damaged_checkpoints(folder) == ["checkpoint_2: progress.json is gone"]
+    set_aside(folder, "checkpoint_1", "its list is")
+    assert checkpoints_up_to("checkpoint_4", folder) == ["checkpoint_3", "checkpoint_4"]
+    assert damaged_checkpoints(folder) == ["checkpoint_1: its list is", "checkpoint_2: progress.json is gone"]

@@ -62,6 +62,17 @@ def test_responses_cannot_change_but_who_serves_the_writer_may(tmp_path: Path) -
     RunDir.open(changed(f"output={tmp_path}", written, "responses.engine.cpus=2", "responses.engine.replicas=3")).close()
 
 
+def test_checkpoints_elsewhere_stand_under_a_name_that_no_other_folder_has(tmp_path: Path) -> None:
+    drawn = []
+    for place in (tmp_path / "one", tmp_path / "another"):
+        with RunDir.open(changed(f"output={place}")) as run_dir:
+            assert run_dir.checkpoints(None) == str(place / "small" / "checkpoints")
+            drawn.append(run_dir.checkpoints("s3://bucket/checkpoints"))
+        with RunDir.open(changed(f"output={place}")) as run_dir:
+            assert run_dir.checkpoints("s3://bucket/checkpoints") == drawn[-1]
+    assert len(set(drawn)) == 2 and all(one.startswith("s3://bucket/checkpoints/small-") for one in drawn)
+
+
 def test_two_processes_cannot_hold_one_folder(tmp_path: Path) -> None:
     config = changed(f"output={tmp_path}")
     with RunDir.open(config), pytest.raises(RunDirError, match="another process works in .*small; wait for it"):

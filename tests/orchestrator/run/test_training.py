@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from actors.config.models import LoraAdapter, OptimizerConfig
 from actors.monitors.metrics_log import read_metrics
 from actors.score_store.store import ScoringFailed
+from actors.storage.folder import DiskFolder
 from actors.student.checkpoint import Progress, load_checkpoint, save_checkpoint
 from actors.student.loop import distil
 from actors.student.ranks import Worker
@@ -126,7 +127,8 @@ def test_failures_that_trying_again_cannot_mend_are_told_and_not_raised(
         raise failure("for a reason")
 
     monkeypatch.setattr("actors.student.loop.distil", fails)
-    assert train_worker({"task": task_in(tmp_path, training_world)}) == WorkerResult(error=f"{failure.__name__}: for a reason")
+    ending = train_worker({"task": task_in(tmp_path, training_world), "checkpoints": str(tmp_path)})
+    assert ending == WorkerResult(error=f"{failure.__name__}: for a reason")
 
 
 @pytest.mark.ray
@@ -233,15 +235,15 @@ def test_checkpoints_that_a_kill_kept_from_counting_are_deleted(tmp_path: Path) 
         (folder / "deep").mkdir(parents=True)
     book = {"checkpoint_results": [{"checkpoint_dir_name": folders[1].name}], "pending_training_results": [[0, folders[2].name]]}
     (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(book))
-    drop_uncounted_checkpoints(tmp_path)
+    drop_uncounted_checkpoints(DiskFolder(tmp_path))
     assert sorted(tmp_path.glob("checkpoint_*/")) == folders[1:3]
 
     (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(book)[:-5])
-    drop_uncounted_checkpoints(tmp_path)
+    drop_uncounted_checkpoints(DiskFolder(tmp_path))
     assert sorted(tmp_path.glob("checkpoint_*/")) == folders[1:3], "a list that cannot be read is no reason to delete"
 
     (tmp_path / "checkpoint_manager_snapshot.json").unlink()
-    drop_uncounted_checkpoints(tmp_path)
+    drop_uncounted_checkpoints(DiskFolder(tmp_path))
     assert not list(tmp_path.glob("checkpoint_*/")), "killed before the first one counted"
 
 

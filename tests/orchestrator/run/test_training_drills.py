@@ -16,6 +16,7 @@ from actors.config.workers import WorkersConfig
 from actors.dataloader.sampler import layout_of
 from actors.examples import ExampleFile, write_examples
 from actors.records import Example, example_key
+from actors.storage.folder import DiskFolder
 from actors.student.task import TrainingTask
 from actors.student.train_checkpoints import damaged_checkpoints
 from orchestrator.run.training import TrainingFailed, train_model
@@ -81,7 +82,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert not uncounted.exists()
     (line,) = [line for line in said if "damaged" in line]
     assert "a checkpoint was damaged and passed over" in line and ".safetensors is not as it was written" in line
-    assert len(damaged_checkpoints(tmp_path / "checkpoints" / "train")) == 1
+    assert len(damaged_checkpoints(DiskFolder(tmp_path / "checkpoints" / "train"))) == 1
     assert losses_of(tmp_path) == losses_of(undisturbed[0])
     assert_same(weights_of(task), undisturbed[1], tolerance=0)
 

@@ -6,7 +6,7 @@ import pytest
 from actors.storage import object_folder
 from actors.storage.folder import open_folder
 from actors.storage.object_folder import StorageError
-from actors.storage.upload import require_writable, upload
+from actors.storage.transfers import download, require_writable, upload
 from tests.s3_world import BUCKET, Faults, faulty_storage, s3_server
 
 PLACE = f"s3://{BUCKET}/published"
@@ -41,6 +41,17 @@ def test_a_folder_is_put_whole_and_what_loaders_ask_for_last(faults: Faults, stu
     (student / "config.json").write_text('{"again": true}')
     upload(student / "config.json", f"{PLACE}/student")
     assert there.read("config.json") == b'{"again": true}'
+
+
+def test_a_folder_comes_back_as_it_was_put_though_answers_break(faults: Faults, student: Path, tmp_path: Path) -> None:
+    upload(student, PLACE)
+    faults.cut_answers = 3
+    download(f"{PLACE}/student", tmp_path / "back")
+    assert faults.cut_answers == 0
+    there, here = (
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} for folder in (student, tmp_path / "back")
+    )
+    assert here == there
 
 
 @pytest.mark.slow

@@ -1,0 +1,55 @@
+"""What the two kinds of folder have in common, where they stand on a disk and in object storage."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from actors.config.places import within
+from actors.storage.folder import Folder, open_folder
+from tests.s3_world import BUCKET, faulty_storage, s3_server
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(params=["disk", "storage"])
+def folder(request: pytest.FixtureRequest, endpoint: str, tmp_path: Path) -> Iterator[Folder]:
+    if request.param == "disk":
+        yield open_folder(tmp_path / "here")
+        return
+    with faulty_storage(tmp_path, endpoint):
+        yield open_folder(f"s3://{BUCKET}/{tmp_path.name}")
+
+
+def test_a_folder_that_is_not_there_holds_nothing(folder: Folder) -> None:
+    assert folder.sizes() == {} and folder.folders() == []
+    folder.remove_folder("inner")
+    folder.remove("name")
+
+
+def test_an_inner_folder_goes_with_all_that_is_in_it_and_with_nothing_else(folder: Folder) -> None:
+    folder.begin()
+    for name in ("inner", "inner_too"):
+        inner = open_folder(within(folder.place, name))
+        inner.begin()
+        inner.write("one", b"1")
+        inner.write("two", b"22")
+    folder.write("inner.txt", b"text")
+    assert folder.folders() == ["inner", "inner_too"]
+    folder.remove_folder("inner")
+    assert folder.folders() == ["inner_too"] and folder.sizes() == {"inner.txt": 4}
+    assert open_folder(within(folder.place, "inner_too")).sizes() == {"one": 1, "two": 2}
+    assert open_folder(within(folder.place, "inner")).sizes() == {}
+
+
+def test_what_is_opened_for_another_library_is_the_same_folder(folder: Folder) -> None:
+    folder.begin()
+    folder.write("name", b"content")
+    path, filesystem = folder.opened()
+    with (filesystem or fs.LocalFileSystem()).open_input_stream(f"{path}/name") as file:
+        assert file.read() == b"content"
