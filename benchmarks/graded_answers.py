@@ -1,12 +1,13 @@
 """A set for graders: word problems with answers that models wrote, graded by the worked answer that comes with each problem.
 
     python -m orchestrator predict RUN questions.jsonl --model teacher --temperature 1 --output answers.jsonl
-    python -m benchmarks.graded_answers questions.jsonl answers.jsonl [more.jsonl ...] --output graded.jsonl
+    python -m benchmarks.graded_answers questions.jsonl answers.jsonl --output graded.jsonl
 
-The first file is one of GSM8K: ``question``, and ``answer`` with its calculations as ``<<2*3=6>>`` and its result behind ``####``.
-An answer is ``right`` if it gives the same result, ``partly`` if it does not and reaches another number that the worked answer
-calculates, and ``wrong`` otherwise. A number that the question states is nothing that was reached. Each line of the output holds
-``question``, ``key`` (calculations and result of the worked answer), ``answer`` and ``grade``. Equal answers to a question are one.
+The first file is one of GSM8K: ``question``, and ``answer`` with its calculations as ``<<2*3=6>>`` and its result after
+``####``. An answer is ``right`` if it gives the same result, ``partly`` if it does not and reaches another number that the
+worked answer calculates, and ``wrong`` otherwise. A number that the question states is nothing that was reached. Each line of
+the output holds ``question``, ``key`` (calculations and result of the worked answer), ``answer`` and ``grade``; equal answers
+to one question count once.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from actors.config.places import in_object_storage, resolved
 from actors.files import filesystem_time_ns, write_atomically
 
 if TYPE_CHECKING:
-    from pyarrow import fs  # loads the clouds' libraries
+    from actors.storage.object_folder import FileSystem  # loads the clouds' libraries
 
 
 class Folder(Protocol):
@@ -24,7 +24,7 @@ class Folder(Protocol):
     poll_seconds: float
     """Between two looks of whoever waits for a file."""
 
-    def opened(self) -> "tuple[str, fs.FileSystem | None]":
+    def opened(self) -> "tuple[str, FileSystem | None]":
         """Return the folder's path and the filesystem in which it is one, for libraries that speak to pyarrow's; None for the
         machine's own."""
         ...
@@ -118,7 +118,7 @@ class DiskFolder:
     def __init__(self, path: Path) -> None:
         self.path, self.place = path, str(path)
 
-    def opened(self) -> "tuple[str, fs.FileSystem | None]":
+    def opened(self) -> "tuple[str, FileSystem | None]":
         """Return the folder's path; it is in the machine's own filesystem."""
         return self.place, None
 

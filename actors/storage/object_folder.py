@@ -22,6 +22,7 @@ from actors.storage.local_copies import FOLDER, LIMIT, LocalCopies, cache_folder
 logger = logging.getLogger("atkd")
 
 Result = TypeVar("Result")
+FileSystem = fs.FileSystem
 
 PATIENCE_SECONDS = 90.0
 """For how long a request is tried again, beside the few tries of the library itself."""
@@ -73,7 +74,7 @@ class ObjectFolder:
         except pa.ArrowInvalid as error:
             raise ValueError(f"{place} is not accepted: {error}; s3://bucket/folder would do") from error
 
-    def opened(self) -> tuple[str, fs.FileSystem]:
+    def opened(self) -> tuple[str, FileSystem]:
         """Return the folder's path and the filesystem in which it is one, for libraries that speak to pyarrow's."""
         return self._path, self._storage
 

@@ -13,12 +13,14 @@ from actors.config.places import in_object_storage, within
 from actors.monitors.metrics_log import read_metrics
 from actors.storage.folder import Folder, open_folder
 from actors.student.train_checkpoints import damaged_checkpoints
-from tests.integration.test_run import begun, finish
+from tests.integration.test_run import begun, command
 from tests.s3_world import BUCKET, Faults, faulty_storage, s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-SETTINGS = ("teacher.engine.kind=transformers", "train.epochs=3", "train.checkpoint_every_steps=2")
+SETTINGS = (
+    "teacher.engine.kind=transformers", "train.epochs=3", "train.checkpoint_every_steps=2", "workers={count: 2, cpus: 1}",
+)  # fmt: skip
 ELSEWHERE = f"checkpoints=s3://{BUCKET}/checkpoints"
 
 
@@ -29,9 +31,16 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
         yield faults
 
 
+def trained(output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Do what is left of a run up to its training."""
+    arguments = ["train" if word == "run" else word for word in command(output, *overrides, *SETTINGS)]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+
+
 def harm_latest(training: Folder) -> str:
-    """Change a byte of the latest checkpoint; return its name."""
-    latest = [name for name in training.folders() if name.startswith("checkpoint_")][-1]
+    """Change a byte of the latest checkpoint that counts; return its name."""
+    counted = training.read("checkpoint_manager_snapshot.json").decode()
+    latest = [name for name in training.folders() if name in counted][-1]
     folder = open_folder(within(training.place, latest))
     weights = next(name for name in folder.names() if name.endswith(".safetensors"))
     content = bytearray(folder.read(weights))
@@ -42,7 +51,7 @@ def harm_latest(training: Folder) -> str:
 
 def test_a_run_resumes_from_the_whole_one_before_and_learns_the_same(faults: Faults, tmp_path: Path) -> None:
     scores = f"scores.root={tmp_path / 'scores'}"
-    undisturbed = finish(tmp_path / "disk", scores, *SETTINGS)
+    undisturbed = trained(tmp_path / "disk", scores)
     assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
 
     output = tmp_path / "storage"
@@ -57,7 +66,7 @@ def test_a_run_resumes_from_the_whole_one_before_and_learns_the_same(faults: Fau
     harmed = harm_latest(training)
 
     faults.slow_down, faults.cut_uploads, faults.cut_answers = 3, 3, 1
-    second: subprocess.CompletedProcess[str] = finish(output, scores, ELSEWHERE, *SETTINGS)
+    second = trained(output, scores, ELSEWHERE)
     assert second.returncode == 0, second.stderr[-3000:]
     assert (faults.slow_down, faults.cut_uploads, faults.cut_answers) == (0, 0, 0), "the line was as bad as it should be"
     (damage,) = damaged_checkpoints(training)
@@ -74,6 +83,6 @@ def test_a_run_resumes_from_the_whole_one_before_and_learns_the_same(faults: Fau
 
 
 def test_storage_that_cannot_be_written_is_told_before_anything_starts(faults: Faults, tmp_path: Path) -> None:
-    failed = finish(tmp_path, "checkpoints=s3://no-such-bucket/checkpoints", *SETTINGS)
+    failed = trained(tmp_path, "checkpoints=s3://no-such-bucket/checkpoints")
     assert failed.returncode == 2
     assert "s3://no-such-bucket/checkpoints: cannot write" in failed.stderr and "there is no such bucket" in failed.stderr

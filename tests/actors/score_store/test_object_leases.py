@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,12 @@ from actors.score_store.object_leases import ObjectLeases
 from actors.score_store.open_leases import open_leases
 from actors.storage.folder import open_folder
 from actors.storage.object_folder import ObjectFolder
-from tests.s3_world import BUCKET, faulty_storage, s3_server
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as endpoint:
-        yield endpoint
+from tests.s3_world import BUCKET, Faults
 
 
 @pytest.fixture
-def place(endpoint: str, tmp_path: Path) -> Iterator[str]:
-    with faulty_storage(tmp_path, endpoint):
-        yield f"s3://{BUCKET}/{tmp_path.name}/store"
+def place(faults: Faults, tmp_path: Path) -> str:
+    return f"s3://{BUCKET}/{tmp_path.name}/store"
 
 
 def leases_of(place: str, seconds: float = 60.0) -> ObjectLeases:

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +13,10 @@ from actors.storage import object_folder
 from actors.storage.folder import open_folder
 from actors.storage.object_folder import ObjectFolder, StorageError
 from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples
-from tests.s3_world import BUCKET, KEYS, Faults, environment, faulty_storage, s3_server
+from tests.s3_world import BUCKET, KEYS, Faults, environment, s3_server
 
 ROWS, ROWS_PER_SHARD, TOP_K = 10, 4, 6
 IDENTITY = {"teacher": "t", "top_k": TOP_K, "vocab_size": FAKE_VOCAB}
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def faults(endpoint: str, tmp_path: Path) -> Iterator[Faults]:
-    with faulty_storage(tmp_path, endpoint) as faults:
-        yield faults
 
 
 @pytest.fixture

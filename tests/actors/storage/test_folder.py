@@ -1,6 +1,5 @@
 """What the two kinds of folder have in common, where they stand on a disk and in object storage."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,22 +7,12 @@ from pyarrow import fs
 
 from actors.config.places import within
 from actors.storage.folder import Folder, open_folder
-from tests.s3_world import BUCKET, faulty_storage, s3_server
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as endpoint:
-        yield endpoint
+from tests.s3_world import BUCKET, Faults
 
 
 @pytest.fixture(params=["disk", "storage"])
-def folder(request: pytest.FixtureRequest, endpoint: str, tmp_path: Path) -> Iterator[Folder]:
-    if request.param == "disk":
-        yield open_folder(tmp_path / "here")
-        return
-    with faulty_storage(tmp_path, endpoint):
-        yield open_folder(f"s3://{BUCKET}/{tmp_path.name}")
+def folder(request: pytest.FixtureRequest, faults: Faults, tmp_path: Path) -> Folder:
+    return open_folder(tmp_path / "here" if request.param == "disk" else f"s3://{BUCKET}/{tmp_path.name}")
 
 
 def test_a_folder_that_is_not_there_holds_nothing(folder: Folder) -> None:

@@ -41,6 +41,7 @@ def test_what_is_no_address_is_refused_and_a_key_not_repeated(place: str, messag
         ("scores.root=ftp://host/a", r"scores: ftp://host/a begins with ftp://; a path, or an address of s3, gs, .* would do"),
         ("scores.path=s3:///a", r"scores: s3:///a names no bucket; s3://bucket/folder would do"),
         ("data.source={kind: files, path: 'hdfs://a/b'}", r"data.source.*path: hdfs://a/b begins with hdfs://; a path, or an a"),
+        ("checkpoints=hdfs://a/b", r"checkpoints: hdfs://a/b begins with hdfs://; a path, or an address of s3, gs, .* would do"),
         ("export.publish=/mnt/students", r"export.publish: '/mnt/students' is no address in object storage; s3://bucket/folder"),
     ],
 )
