@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from actors.storage.local_copies import FOLDER, LIMIT, LocalCopies, cache_folder
 logger = logging.getLogger("atkd")
 
 Result = TypeVar("Result")
-FileSystem = fs.FileSystem
+FileSystem: TypeAlias = fs.FileSystem
 
 PATIENCE_SECONDS = 90.0
 """For how long a request is tried again, beside the few tries of the library itself."""
