@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ TORCH_EXPLAINS = {"forward", "backward"}
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 
+@cache
 def tree_of(source: str) -> ast.Module:
     return ast.parse((ROOT / source).read_text(), source)
 
