@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.examples import ExampleFile, example_key, write_examples
-from actors.records import Example
+from actors.examples import ExampleFile, write_examples
+from actors.records import Example, example_key
 from benchmarks.beside_trl import Collator, main
 
 ROWS = (([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 3], [0, 1]), ([4, 4, 4], [0, 1, 0]))
