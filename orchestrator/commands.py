@@ -81,9 +81,8 @@ def doctor(config: RunConfig) -> int:
     """Print a line for each check of a run before its teacher scores; return 1 if one failed.
 
     Raises:
-        ValueError: of a run of classification, or as the stages before the scoring do.
+        ValueError: if no predictions are taught, or as the stages before the scoring do.
     """
-    require_language_models(config, "doctor")
     if config.teacher.similar_tokens is not None:
         raise ValueError(
             "doctor looks whether served predictions are the teacher's, and with teacher.similar_tokens none are taught; the "
@@ -156,19 +155,9 @@ def plan(config: RunConfig, options: PlanOptions) -> int:
     Raises:
         ValueError: naming what is missing or cannot be.
     """
-    require_language_models(config, "plan")
     made = make_plan(config, options)
     if options.as_json:
         print(json.dumps(as_plain(made), indent=1))
     else:
         print_plan(made)
     return 0 if made.fits else 1
-
-
-def require_language_models(config: RunConfig, command: str) -> None:
-    """Raise if a run is of classification, of which a command knows nothing."""
-    if config.classes:
-        raise ValueError(
-            f"{command} is for language models, and task.kind is classification; the command run would do, whose stage prepare "
-            "checks rows and models before any device is taken"
-        )

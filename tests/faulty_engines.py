@@ -10,6 +10,7 @@ import torch
 
 from actors.engines.base import TeacherEngine, TeacherSpec, scores_from_likeliest
 from actors.engines.build import build_engine
+from actors.engines.classifier import ClassifierEngine
 from actors.engines.transformers import TransformersEngine
 from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores
@@ -84,6 +85,35 @@ class RepeatingEngine(TransformersEngine):
 
 
 class CrowdedEngine(TransformersEngine):
+    """Lets a row's scores depend on how many rows stand beside it."""
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        found = super().score(examples)
+        return found if len(found) == 1 else [replace(one, target_logprob=one.target_logprob - 0.05) for one in found]
+
+
+class RolledLabels(ClassifierEngine):
+    """Gives each label the log-probability of the one before it."""
+
+    def _scores_of(self, example: Example, logprobs: torch.Tensor) -> TeacherScores:
+        return super()._scores_of(example, logprobs.roll(1))
+
+
+class HotLabels(ClassifierEngine):
+    """Divides logits by a temperature that the teacher does not have."""
+
+    def _scores_of(self, example: Example, logprobs: torch.Tensor) -> TeacherScores:
+        return super()._scores_of(example, (logprobs / 1.25).log_softmax(dim=0))
+
+
+class SwappedLabels(ClassifierEngine):
+    """Gives a row's other labels the log-probabilities of each other."""
+
+    def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+        return [replace(scores, topk_ids=scores.topk_ids[:, ::-1].copy()) for scores in super().score(examples)]
+
+
+class CrowdedLabels(ClassifierEngine):
     """Lets a row's scores depend on how many rows stand beside it."""
 
     def score(self, examples: Sequence[Example]) -> list[TeacherScores]:

@@ -19,10 +19,9 @@ from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.models import load_model, vocab_size_of
 from actors.records import Example, TeacherScores
-from actors.score_store.encoding import STEPS_PER_NAT
 from actors.score_store.store import ScoreStore
 from actors.student.causal_lm import CausalStudent
-from actors.teacher.parity import ScoreParity, classes, compare, named_logprobs
+from actors.teacher.parity import ScoreParity, compare, entropies, largest_difference, named_logprobs
 from actors.teacher.reference_pass import compare_row, forward_pass
 from losses.config import CoupledLoss
 from losses.distillation import LossSums
@@ -110,7 +109,7 @@ def measure(
         model.set_attn_implementation("eager")
         eager_target_error = _compare(model, rows, singly, alone.ids_below).mean_target_error
         model.set_attn_implementation(attention.used)
-    entropies = [float(_entropy(scores).mean()) for scores in beside]
+    row_entropies = [float(entropies(scores).mean()) for scores in beside]
     likeliest = np.concatenate([named_logprobs(scores).max(axis=1) for scores in beside])
     self_divergence, self_refusal = _self_divergence(model, examples, alone)
     return SelfDistillationCheck(
@@ -119,10 +118,10 @@ def measure(
         eager_target_error=eager_target_error,
         self_divergence=self_divergence,
         self_refusal=self_refusal,
-        batch_error=max(_distance(one, other) for one, other in zip(singly, beside, strict=True)),
+        batch_error=max(largest_difference(one, other) for one, other in zip(singly, beside, strict=True)),
         likeliest_spread=float(likeliest.max() - likeliest.min()),
-        lowest_row_entropy=min(entropies),
-        highest_row_entropy=max(entropies),
+        lowest_row_entropy=min(row_entropies),
+        highest_row_entropy=max(row_entropies),
         teacher_loss=-float(np.concatenate([scores.target_logprob for scores in beside]).mean(dtype=np.float64)),
         largest_topk_id=max(int(scores.topk_ids.max()) for scores in beside),
     )
@@ -145,18 +144,6 @@ def _compare(
     model: PreTrainedModel, rows: Sequence[Example], served: Sequence[TeacherScores], ids_below: int | None
 ) -> ScoreParity:
     return compare([compare_row(forward_pass(model, row), scores, ids_below) for row, scores in zip(rows, served, strict=True)])
-
-
-def _entropy(scores: TeacherScores) -> np.ndarray:
-    """float64 [N], entropy over target, top-K and tail, in nats."""
-    logprobs = classes(scores)
-    return -(np.exp(logprobs) * np.maximum(logprobs, np.finfo(np.float64).min)).sum(axis=1)
-
-
-def _distance(one: TeacherScores, other: TeacherScores) -> float:
-    """Largest difference of log-probabilities in nats; the top-K by rank, since tokens that tie may change places."""
-    apart = np.abs(named_logprobs(one) - named_logprobs(other))
-    return float(max(apart[:, 0].max(), apart[:, 1:].max() - 1 / STEPS_PER_NAT))
 
 
 def _self_divergence(model: PreTrainedModel, examples: ExampleFile, store: ScoreStore) -> tuple[float, str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.records import LOWEST_COMPARED, Example, TeacherScores
+from actors.score_store.encoding import STEPS_PER_NAT
 
 LEAST_LIKELY = -8.0
 """Nats: targets that the reference finds less likely are set aside. In 16 bits their errors are larger than those of others, and
@@ -120,6 +121,21 @@ def named_logprobs(scores: TeacherScores) -> np.ndarray:
 def classes(scores: TeacherScores) -> np.ndarray:
     """Return float64 [N, K+2], log-probabilities of target, top-K and tail."""
     return np.concatenate([named_logprobs(scores), scores.tail_logmass[:, None].astype(np.float64)], axis=1)
+
+
+def entropies(scores: TeacherScores) -> np.ndarray:
+    """Return float64 [N], the entropy over target, top-K and tail, in nats."""
+    logprobs = classes(scores)
+    return -(np.exp(logprobs) * np.maximum(logprobs, np.finfo(np.float64).min)).sum(axis=1)
+
+
+def largest_difference(one: TeacherScores, other: TeacherScores) -> float:
+    """Return the largest difference of log-probabilities in nats; the top-K by rank, since tokens that tie may change places.
+
+    Stored top-K log-probabilities are rounded, so that the least difference may take them a step apart; a step is taken off.
+    """
+    apart = np.abs(named_logprobs(one) - named_logprobs(other))
+    return float(max(apart[:, 0].max(), apart[:, 1:].max() - 1 / STEPS_PER_NAT))
 
 
 def _likely(expected: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ def write_prompts(config: RunConfig, models: Models, tokenizer: PreTrainedTokeni
     """
     require_language_model(models)
     prompts = PromptTokens(config, tokenizer)
-    window, hashes, longest = _window(config, models), dict[str, str](), 0
+    window, hashes, longest = prompt_window(config, models), dict[str, str](), 0
     for split, rows in zip(("train", "heldout"), read_splits(config.data), strict=True):
         by_number, prepared = {row.number: row for row in rows}, ExampleFile(folder / f"{split}.arrow")
         asked, digest = [], hashlib.blake2b(digest_size=16)
@@ -203,7 +203,7 @@ def require_apart(texts: Sequence[str], words: Sequence[Tokens]) -> None:
             )
 
 
-def _window(config: RunConfig, models: Models) -> int | None:
+def prompt_window(config: RunConfig, models: Models) -> int | None:
     """Return how many tokens prompt and word may have; vLLM needs room for one more."""
     by_vllm = config.teacher.engine.kind == "vllm"
     window = window_of(config_of(models.named("teacher"), "teacher.model.name"), by_vllm)

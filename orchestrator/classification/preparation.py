@@ -1,7 +1,8 @@
 """The first stage of a run of classification: rows with labels, tokenizers, and the models that are made for them."""
 
 import logging
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from actors.config.networks import SoftLabels
 from actors.format import plural
 from orchestrator.classification.label_file import read_label_table
 from orchestrator.classification.label_words import AskedRows, write_prompts
-from orchestrator.classification.rows import Tokenizers, prepare_classes
+from orchestrator.classification.rows import ClassCounts, Tokenizers, prepare_classes
 from orchestrator.config.run import RunConfig
 from orchestrator.config.task import ClassificationTask
 from orchestrator.data.mixture import source_hashes
@@ -33,31 +34,53 @@ def prepare_run(config: RunConfig, folder: Path, models: Models) -> dict[str, An
     assert isinstance(config.task, ClassificationTask)
     for role in ROLES:
         models.named(role).require_safetensors()
+    read = read_rows(config, folder, models)
+    merged = models.merge_adapter("teacher") if config.teacher.label_words is not None else None
+    remarks = [*read.remarks, *([merged] if merged else [])]
+    remarks += make_classifiers(models, config.task, read.tokenizers.by_role, read.counts.image_shape)
+    for line in "\n".join(remarks).splitlines():  # rows that are shown have several
+        logger.info(f"prepare: {line}")
+    return {"counts": asdict(read.counts), "source_sha256": source_hashes(config.data), "answer_ends": [], "remarks": remarks}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRows:
+    """What was written of the rows of a run, before there are models."""
+
+    counts: ClassCounts
+    """What became of them."""
+    tokenizers: "RunTokenizers"
+    """Who reads texts."""
+    remarks: list[str]
+    """The same in words."""
+
+
+def read_rows(config: RunConfig, folder: Path, models: Models) -> ReadRows:
+    """Turn the rows of a run into features and labels, and into prompts where a language model answers them; make no models.
+
+    Raises:
+        ValueError: naming the row or the key, if rows, labels, words or the table are none, or a model does not take the rows.
+    """
+    assert isinstance(config.task, ClassificationTask)
     if isinstance(soft_labels := config.teacher.model, SoftLabels) and soft_labels.table is not None:
         read_label_table(Path(soft_labels.table).expanduser(), [str(label) for label in config.task.labels])  # or refused
     tokenizers = RunTokenizers(models)
     counts = prepare_classes(config.data, config.task, tokenizers.of_texts, folder / "data")
     remarks = counts.lines(config.data)
     if config.teacher.label_words is not None:
-        asked, said = _ask(config, folder, models, tokenizers)
-        counts, remarks = replace(counts, teacher_longest=asked.longest), remarks + said
-    remarks += make_classifiers(models, config.task, tokenizers.by_role, counts.image_shape)
+        tokenizer = tokenizers.by_role["teacher"]
+        assert tokenizer is not None, "a language model has one"
+        asked = write_prompts(config, models, tokenizer, folder / "data")
+        counts = replace(counts, teacher_longest=asked.longest)
+        answers = words_in_words(config.teacher.label_words.texts(config.task.labels), asked)
+        remarks.append(f"the teacher answers prompts of up to {asked.longest - 1} tokens with {answers}")
     require_windows(models, {"student": counts.longest - 1, "teacher": counts.teacher_longest - 1})
-    for line in "\n".join(remarks).splitlines():  # rows that are shown have several
-        logger.info(f"prepare: {line}")
-    return {"counts": asdict(counts), "source_sha256": source_hashes(config.data), "answer_ends": [], "remarks": remarks}
+    return ReadRows(counts, tokenizers, remarks)
 
 
-def _ask(config: RunConfig, folder: Path, models: Models, tokenizers: "RunTokenizers") -> tuple[AskedRows, list[str]]:
-    """Write the rows as a language model is asked for their labels; return what was written, and remarks."""
-    settings, tokenizer = config.teacher.label_words, tokenizers.by_role["teacher"]
-    assert settings is not None and isinstance(config.task, ClassificationTask) and tokenizer is not None
-    merged = models.merge_adapter("teacher")
-    asked = write_prompts(config, models, tokenizer, folder / "data")
-    words = zip(settings.texts(config.task.labels), asked.token_ids, strict=True)
-    answers = ", ".join(f"{word!r} ({plural(len(ids), 'token')})" for word, ids in words)
-    remark = f"the teacher answers prompts of up to {asked.longest - 1} tokens with {answers}"
-    return asked, [merged, remark] if merged else [remark]
+def words_in_words(texts: Sequence[str], asked: AskedRows) -> str:
+    """Return the words of labels, and how many tokens each has."""
+    return ", ".join(f"{word!r} ({plural(len(ids), 'token')})" for word, ids in zip(texts, asked.token_ids, strict=True))
 
 
 class RunTokenizers:

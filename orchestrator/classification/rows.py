@@ -69,6 +69,12 @@ class ClassCounts:
         return [rows, f"training rows by label: {labels}", *self.shown_rows]
 
 
+def read_counts(folder: Path) -> ClassCounts:
+    """Return the counts of the rows that were prepared in a folder."""
+    content = json.loads((folder / "summary.json").read_text())["counts"]
+    return ClassCounts(**{**content, "image_shape": tuple(content["image_shape"])})
+
+
 Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
 """The student's, and the teacher's where it is another; None for images and where there is no other."""
 

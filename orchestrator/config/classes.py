@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from actors.config.model_kinds import CutModel, ScratchModel
+from actors.config.models import EvaluateConfig
 from actors.config.networks import IMAGE_NETWORKS, TEXT_NETWORKS, SoftLabels
 from orchestrator.config.data import DataConfig
 from orchestrator.config.formats import OF_CLASSES, ImageFormat
@@ -40,7 +41,20 @@ def with_class_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
     loss = values.get("loss")
     if isinstance(loss, Mapping) and loss.get("kind") in DISTILLS:  # all labels are named: there is no tail
         values = {**values, "loss": {"tail": "renormalize", **loss}}
+    evaluate = values.get("evaluate")
+    if isinstance(evaluate, Mapping) and evaluate.get("generate_rows", 0) is None:  # none is answered, as without the key
+        values = {**values, "evaluate": {key: value for key, value in evaluate.items() if key != "generate_rows"}}
     return values
+
+
+def rows_said_to_answer(evaluate: EvaluateConfig) -> int:
+    """Return how many rows a user wants to be answered; 0 where the number is a default.
+
+    A section that names all of its keys was written by a run, defaults included, so that the default there is nobody's wish.
+    """
+    fields, said = type(evaluate).model_fields, evaluate.model_fields_set
+    written = said >= set(fields) and evaluate.generate_rows == fields["generate_rows"].default
+    return evaluate.generate_rows if "generate_rows" in said and not written else 0
 
 
 def require_language_models(data: DataConfig, teacher: TeacherConfig, student: StudentConfig) -> None:

@@ -26,6 +26,7 @@ from orchestrator.config.classes import (
     require_classification,
     require_language_models,
     require_metrics_of_the_task,
+    rows_said_to_answer,
     with_class_defaults,
 )
 from orchestrator.config.compare import CompareConfig
@@ -145,6 +146,7 @@ class RunConfig(Section):
             "evaluate.judge": (self.evaluate.judge, None), "evaluate.benchmarks": (self.evaluate.benchmarks, None),
             "evaluate.teacher": (self.evaluate.teacher, "model"), "evaluate.answer_pattern": (self.evaluate.answer_pattern, None),
             "evaluate.max_new_tokens": (self.evaluate.max_new_tokens, EvaluateConfig().max_new_tokens),
+            "evaluate.generate_rows": (rows_said_to_answer(self.evaluate), 0),
             "scores.top_mass": (self.scores.top_mass, None),
             "data.without_answer": (self.data.without_answer, "refuse"), "data.processes": (self.data.processes, 1),
             "train.packing": (self.train.packing, False),
@@ -154,8 +156,8 @@ class RunConfig(Section):
                 said[f"{role}.finetune.train.packing"] = (side.finetune.train.packing, False)
         if self.data.special_tokens in ("strip", "refuse"):
             said["data.special_tokens"] = (self.data.special_tokens, "split")
-        words = {None: "null", False: "false"}
-        return {key: words.get(neutral, neutral) for key, (value, neutral) in said.items() if value != neutral}
+        words = {"None": "null", "False": "false"}
+        return {key: words.get(str(neutral), neutral) for key, (value, neutral) in said.items() if value != neutral}
 
     def _language_models_agree(self) -> None:
         kinds = (self.teacher.model.kind, self.student.model.kind)

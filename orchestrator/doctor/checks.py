@@ -5,12 +5,14 @@ failed line. V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from actors.attention import ATTENTION_TOLERANCE
 from actors.student.self_distillation import AttentionFound, SelfDistillationCheck
+from actors.teacher.class_parity import ClassParity
 from orchestrator.data.tokenizers import require_same_tokens
 from orchestrator.run.score_parity import Finding, Tolerance, check_raw, check_served
 
@@ -88,6 +90,11 @@ def check_scores(found: SelfDistillationCheck, tolerance: Tolerance, teacher_voc
         check_loss(found, tolerance),
         check_teacher(found, teacher_vocab),
     ]
+    return explained(findings)
+
+
+def explained(findings: Sequence[Finding]) -> list[Finding]:
+    """Return findings of which a failure that another one explains is called unclear."""
     failed = {finding.check for finding in findings if finding.state == "FAILED"}
     return [_explained(finding, failed) for finding in findings]
 
@@ -143,7 +150,7 @@ def check_values(found: SelfDistillationCheck, student_vocab: int) -> Finding:
     return Finding("scores", "FAILED", numbers, advice)
 
 
-def check_batch(found: SelfDistillationCheck, tolerance: Tolerance) -> Finding:
+def check_batch(found: SelfDistillationCheck | ClassParity, tolerance: Tolerance) -> Finding:
     """Check whether a row's scores depend on the rows beside it."""
     numbers = f"a row alone and among others differs by at most {found.batch_error:.1e} nats (may {tolerance.largest:g})"
     if found.batch_error <= tolerance.largest:

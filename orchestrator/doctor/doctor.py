@@ -5,29 +5,25 @@ It measures here; ``checks`` draws the conclusions.
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import ray
 from transformers import PreTrainedTokenizerBase
 
 from actors.engines.base import EngineFactory, TeacherSpec
 from actors.engines.build import build_engine
-from actors.environment import task_environment
-from actors.examples import ExampleFile, spread_over_lengths, write_examples
+from actors.examples import ExampleFile, spread_over_lengths
 from actors.model_source import ModelSource
 from actors.records import Example
-from actors.score_store.store import ScoreStore
 from actors.student.self_distillation import AttentionFound, SelfDistillationCheck, measure, measure_attention
-from actors.teacher.pool import TeacherPool
-from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import load_tokenizer
-from orchestrator.doctor.checks import check_attention, check_pair, check_refused, check_scores, check_tokens
+from orchestrator.doctor.checks import check_attention, check_pair, check_scores, check_tokens
+from orchestrator.doctor.class_doctor import diagnose_classes
 from orchestrator.doctor.run_checks import check_devices, check_ends, check_export, check_rows
+from orchestrator.doctor.serving import measured_on, on_gpu, rows_path, score_probe
 from orchestrator.models.models import ROLES, Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.pipeline import run_stages
 from orchestrator.run.run_dir import RunDir
@@ -51,7 +47,7 @@ def diagnose(config: RunConfig, engine_factory: EngineFactory = build_engine) ->
     devices = check_devices(config)
     if devices.state != "ok":
         return [devices]
-    if all(side.model.kind == "pretrained" for side in (config.teacher, config.student)):
+    if not config.classes and all(side.model.kind == "pretrained" for side in (config.teacher, config.student)):
         models = Models(config, config.run_dir)
         teacher, student = (models.own_tokenizer(role) for role in ROLES)
         if differing := check_pair(teacher, student):
@@ -60,7 +56,8 @@ def diagnose(config: RunConfig, engine_factory: EngineFactory = build_engine) ->
         stages = run_stages(config, run_dir, overlap=False)
         while next(stages) != "finetune":  # the Ray that stages begin lives as long as they are not let go
             pass
-        findings = [devices, *_diagnose_finetuned(config, run_dir, Models(config, run_dir.path), engine_factory)]
+        diagnose_rest = diagnose_classes if config.classes else _diagnose_finetuned
+        findings = [devices, *diagnose_rest(config, run_dir, Models(config, run_dir.path), engine_factory)]
         run_dir.event("diagnosed", findings=[asdict(finding) for finding in findings])
         return findings
 
@@ -110,44 +107,18 @@ def measure_served(
     The way is that of a run: actor, engine, checks, shards on disk, and back. ``folder`` must be one that every node sees.
     Return a finding where the scores do not pass the checks that every shard passes.
     """
-    path = _rows_path(folder)
-    write_examples(path, rows)
-    identity = {"top_k": spec.top_k, "vocab_size": vocab_size, "ids_below": spec.ids_below or vocab_size}
-    stores = [
-        ScoreStore.open_or_create(folder / name, identity, len(rows), rows_per_shard)
-        for name, rows_per_shard in (("alone", 1), ("together", len(rows)))
-    ]
-    with TeacherPool(spec, engine_factory=engine_factory) as pool:
-        try:
-            for store in stores:
-                for _ in pool.score_missing(path, store):
-                    pass
-        except TeacherFailed as error:
-            if not isinstance(error.__cause__, ValueError):
-                raise
-            return check_refused(str(error.__cause__))
-    gpu = spec.engine.gpu and spec.engine.tensor_parallel == 1  # what one GPU cannot hold in 16 bits, none holds in 32
-    task = _task(measure, spec.engine.cpus, gpu)
-    measured: SelfDistillationCheck = ray.get(
-        task.remote(spec.model, str(path), *(store.place for store in stores), "cuda" if gpu else "cpu")
-    )
+    stores = score_probe(spec, rows, folder, vocab_size, engine_factory)
+    if isinstance(stores, Finding):
+        return stores
+    given = (spec.model, str(rows_path(folder)), *stores)
+    measured: SelfDistillationCheck = measured_on(measure, spec.engine.cpus, on_gpu(spec), *given)
     return measured
 
 
 def measure_student(config: RunConfig, student: ModelSource, folder: Path) -> AttentionFound:
     """Compare the student's attention with its definition where it would be trained, on rows that ``measure_served`` left."""
     workers = config.workers
-    gpu = workers.gpus > 0
-    task = _task(measure_attention, workers.cpus, gpu)
-    found: AttentionFound = ray.get(task.remote(student, str(_rows_path(folder)), "cuda" if gpu else "cpu"))
-    return found
-
-
-def _rows_path(folder: Path) -> Path:
-    return folder / "rows.arrow"
-
-
-def _task(measuring: Callable[..., Any], cpus: float, gpu: bool) -> Any:
-    return ray.remote(measuring).options(
-        name="doctor", num_cpus=cpus, num_gpus=int(gpu), runtime_env={"env_vars": task_environment(cpus, gpu)}
+    found: AttentionFound = measured_on(
+        measure_attention, workers.cpus, workers.gpus > 0, student, str(rows_path(folder))
     )
+    return found

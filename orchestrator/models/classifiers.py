@@ -95,6 +95,8 @@ def has_own_head(models: Models, role: Role, task: ClassificationTask) -> bool:
 def window_of_classifier(settings: PreTrainedConfig) -> int | None:
     """Return how many tokens a classifier reads at most; None where nothing limits them."""
     window: int | None = getattr(settings, "max_position_embeddings", None)
+    if window is not None and window < 0:  # XLNet's way to say that nothing does
+        return None
     if window is not None and settings.model_type in OFFSET_POSITIONS:
         window -= settings.pad_token_id + 1
     return window

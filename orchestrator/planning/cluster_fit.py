@@ -201,15 +201,16 @@ def evaluator_problems(config: RunConfig, place: TargetCluster, estimator: Estim
     found = []
     for role in ROLES:
         wanted = gpu_bytes_of(estimator.evaluator(config, role))
-        if wanted > place.gpu_bytes and not (role == "teacher" and config.evaluate.teacher == "scores"):
-            remedy = "; evaluate.teacher=scores takes its measures from the store" if role == "teacher" else ""
+        if wanted > place.gpu_bytes and not (role == "teacher" and not config.loads_teacher_to_measure):
+            from_store = role == "teacher" and not config.classes
+            remedy = "; evaluate.teacher=scores takes its measures from the store" if from_store else ""
             found.append(f"evaluate: {_too_large(f'the evaluator with the {role}', wanted, place)}{remedy}")
     return found
 
 
 def teacher_problems(config: RunConfig, place: TargetCluster, estimator: Estimator) -> list[str]:
     """Return why a replica does not fit its GPUs: vLLM's share must hold what it knows of, the rest what it does not."""
-    engine, shape, longest = config.teacher.engine, estimator.shapes["teacher"], estimator.work.longest
+    engine, shape, longest = config.teacher.engine, estimator.shapes["teacher"], estimator.asked.longest
     if not engine.gpu or not place.gpus:
         return []
     memory = estimator.replica(config)

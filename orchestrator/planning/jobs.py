@@ -85,14 +85,18 @@ class Estimator:
     Args:
         config: names the models; variants differ in how they are trained and served.
         work: the rows.
+        asked: the texts that the teacher reads to score them, where these are others.
+        scored: the same, those of a row together.
     """
 
-    def __init__(self, config: RunConfig, work: Workload) -> None:
-        self.work = work
+    def __init__(
+        self, config: RunConfig, work: Workload, asked: Workload | None = None, scored: Workload | None = None
+    ) -> None:
+        self.work, self.asked, self.scored = work, asked or work, scored or work
         self._config = config
-        self.shapes: dict[Role, ModelShape] = {role: shape_of(meta_model(config, role, work)) for role in ROLES}
         self._saved: dict[tuple[object, ...], int] = {}
-        self._passes: dict[tuple[TrainConfig, int, bool], Passes] = {}
+        self._passes: dict[tuple[TrainConfig, int, Training], Passes] = {}
+        self.shapes: dict[Role, ModelShape] = {role: self._shape_of(role) for role in ROLES}
 
     def rows(self, job: Job) -> Workload:
         """Return the rows that a training learns from."""
@@ -100,7 +104,7 @@ class Estimator:
 
     def passes(self, job: Job) -> Passes:
         """Return the forward passes of a training."""
-        key = (job.train, job.workers.count, job.name == "train")
+        key = (job.train, job.workers.count, job.name)
         if key not in self._passes:
             self._passes[key] = passes_of(self.rows(job), job.train, job.workers.count, self._config.seed)
         return self._passes[key]
@@ -122,7 +126,7 @@ class Estimator:
 
     def replica(self, config: RunConfig, device_bytes: float | None = None) -> Memory:
         """Return what a replica of the teacher takes on each of its devices."""
-        work = self.work
+        work = self.asked
         most = int(work.targets.max()) * work.longest // int(work.lengths.max())
         return replica_memory(self.shapes["teacher"], config.teacher.engine, work.longest, most, device_bytes)
 
@@ -140,6 +144,13 @@ class Estimator:
         train = store_bytes(config.scores, vocab_size, work.rows, work.train_targets)
         heldout = store_bytes(config.scores, vocab_size, config.data.planned_heldout_rows, work.heldout_targets)
         return {"train": train, "heldout": heldout}
+
+    def remarks(self) -> list[str]:
+        """Return what could not be estimated, and what a number here does not say."""
+        return []
+
+    def _shape_of(self, role: Role) -> ModelShape:
+        return shape_of(meta_model(self._config, role, self.work))
 
     def _traced(self, job: Job, passes: Passes, checkpointing: bool) -> int:
         key = (job.role, job.lora, passes.rows, passes.tokens, job.train.precision, job.train.sharding, checkpointing)

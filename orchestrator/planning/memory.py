@@ -5,7 +5,7 @@ decoder keeps for its backward pass is found by running it on torch's meta devic
 B rows, T tokens of a row, N targets, n targets of a chunk, V vocabulary, H hidden size, K top-k.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ SHARD_HEADER_BYTES = 1_900
 """Of a shard's index: schema, footer and padding of the Arrow file."""
 INDEX_ROW_BYTES = 16 + 8 + 4 + 8 + 8
 """Of a row in a shard's index: its key, size, checksum, the teacher's loss, and where its targets begin."""
-PRODUCTS = (F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm)
-"""What autocast does in 16 bits, as far as decoders use it."""
+PRODUCTS = (F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, F.conv1d, F.conv2d)
+"""What autocast does in 16 bits, as far as decoders and classifiers use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,8 @@ def training_memory(
     states = FLOAT * 2 * passes.targets * shape.hidden_size
     flowing = FLOAT * tokens * shape.hidden_size + SIZES[train.precision] * tokens * shape.intermediate_size
     anew = max(0, recomputed - FLOAT * tokens * shape.hidden_size)  # a block's input is among what was saved
-    largest = FLOAT * max(shape.head_weights if head else 0, shape.hidden_size * shape.intermediate_size) // shards
+    feed_forward = shape.hidden_size * shape.intermediate_size
+    largest = FLOAT * max(shape.head_weights if head else 0, feed_forward, shape.largest_matrix) // shards
     stepping = trained if workers.gpus else min(2 * largest, 2 * trained)  # AdamW: all weights at once, or one after the other
     always = {
         "weights": FLOAT * (shape.weights // shards) + SIZES[train.precision] * gathered,
@@ -115,6 +116,14 @@ def saved_bytes(model: PreTrainedModel, rows: int, tokens: int, bfloat16: bool) 
         bfloat16: whether the pass runs under autocast.
     """
     device = torch.device("meta")
+    token_ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+    mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device=device)  # as the library makes it of [B, T]
+    decoder = plain_model(model).get_decoder()
+    return kept_bytes(model, lambda: decoder(input_ids=token_ids, attention_mask=mask, use_cache=False), bfloat16)
+
+
+def kept_bytes(model: PreTrainedModel, forward: Callable[[], Any], bfloat16: bool) -> int:
+    """Return how many bytes a forward pass of a model keeps for its backward pass, the weights aside."""
     weights = [weight.untyped_storage() for weight in model.parameters()]
     known, kept = {id(storage) for storage in weights}, {}
 
@@ -124,10 +133,8 @@ def saved_bytes(model: PreTrainedModel, rows: int, tokens: int, bfloat16: bool) 
             kept[id(storage)] = storage  # held, so that no other storage gets its id
         return tensor
 
-    token_ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
-    mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device=device)  # as the library makes it of [B, T]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _AsOnADevice(bfloat16):
-        plain_model(model).get_decoder()(input_ids=token_ids, attention_mask=mask, use_cache=False)
+        forward()
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -7,6 +7,8 @@ from actors.config.models import TrainConfig
 from actors.format import plural
 from orchestrator.cluster.ray_session import demand
 from orchestrator.config.run import RunConfig
+from orchestrator.planning.class_models import ClassEstimator
+from orchestrator.planning.class_rows import read_class_rows, said_class_rows
 from orchestrator.planning.cluster_fit import (
     TargetCluster,
     given_place,
@@ -123,21 +125,21 @@ def make_plan(config: RunConfig, asked: PlanOptions) -> Plan:
     """
     place = _place(asked, config)
     asked_config, config = config, planned_config(with_steady_workers(config), place)
-    work = _work(config, asked)
-    remarks = _remarks(asked_config, place, work)
-    estimator = Estimator(config, work)
+    estimator = _estimator(config, asked)
+    work = estimator.work
     gpu_flops = asked.gpu_tflops * 1e12
     assumed = assumed_rates(config, estimator, gpu_flops)
     rates = probe(config, estimator, assumed) if asked.probe else assumed
     found = problems(config, place, estimator)
     nearest = nearest_plan(config, place, estimator) if found else None
-    pipe = pipeline_of(work, config.scores, visited(config), config.loss, rates)
+    pipe = pipeline_of(work, config.scores, visited(config), config.loss, rates, estimator.scored)
     shards = max(1, len(pipe.shard_tokens))
     memory = {"scoring": estimator.replica(config, place.gpu_bytes or None)}
     for name, (role, engine) in samplers(config).items():
         memory[name] = estimator.sampler(role, engine, place.gpu_bytes or None)
     memory |= {job.name: estimator.training(job) for job in trainings(config)}
     replicas = settled_replicas(config, place, shards)
+    remarks = (*_remarks(asked_config, place, work), *estimator.remarks())
     if config.rollouts is not None:
         row_tokens = work.train_tokens / work.rows
         remarks += rollout_pace(config, estimator.shapes, row_tokens, rates, replicas, gpu_flops).lines()
@@ -177,8 +179,9 @@ def _remarks(config: RunConfig, place: TargetCluster, work: Workload) -> tuple[s
         )
     if not place.gpus:
         return tuple(lines)
+    computes = config.teacher.model.kind != "soft_labels"
     sides = (
-        ("the teacher", config.teacher.engine.gpu, "teacher.engine.gpu=true"),
+        ("the teacher", config.teacher.engine.gpu or not computes, "teacher.engine.gpu=true"),
         ("the student", config.workers.gpus > 0, "workers.gpus=1"),
     )
     none = [f"{side} takes no GPU in this configuration; {key} would give it one" for side, takes, key in sides if not takes]
@@ -187,11 +190,11 @@ def _remarks(config: RunConfig, place: TargetCluster, work: Workload) -> tuple[s
 
 def assumed_rates(config: RunConfig, estimator: Estimator, gpu_flops: float) -> Rates:
     """Return the rates of one replica and one worker by arithmetic."""
-    job = trainings(config)[-1]
+    job, measurable = trainings(config)[-1], "" if config.classes else "; --probe measures"
     return Rates(
-        scoring_rate(estimator.shapes["teacher"], estimator.work, config.teacher.engine, gpu_flops),
+        scoring_rate(estimator.shapes["teacher"], estimator.asked, config.teacher.engine, gpu_flops),
         training_rate(estimator.shape(job), estimator.work, job.train, job.workers, estimator.passes(job), gpu_flops),
-        "assumed: operations over an assumed share of the devices' speed; --probe measures",
+        f"assumed: operations over an assumed share of the devices' speed{measurable}",
     )  # fmt: skip
 
 
@@ -205,6 +208,23 @@ def _place(asked: PlanOptions, config: RunConfig) -> TargetCluster:
     if asked.gpu_memory is None:
         raise ValueError(f"--gpus {asked.gpus} needs --gpu-memory, the GiB of each; 80 for an A100 or H100")
     return given_place(asked.gpus, asked.gpu_memory, asked.gpus_per_node)
+
+
+def _estimator(config: RunConfig, asked: PlanOptions) -> Estimator:
+    if not config.classes:
+        return Estimator(config, _work(config, asked))
+    if asked.probe:
+        raise ValueError(
+            "--probe measures language models, and task.kind is classification; without it the speeds are assumed, and the plan "
+            "says of what"
+        )
+    if asked.row_targets not in (None, 1):
+        raise ValueError(f"--row-targets {asked.row_targets:g}: a row of classification has one, its label; leave it out")
+    if asked.rows is None and asked.row_tokens is None:
+        return ClassEstimator(config, read_class_rows(config))
+    if asked.rows is None or asked.row_tokens is None:
+        raise ValueError("--rows and --row-tokens go together; say both, or none to have the data read")
+    return ClassEstimator(config, said_class_rows(config, asked.rows, asked.row_tokens))
 
 
 def _work(config: RunConfig, asked: PlanOptions) -> Workload:
@@ -241,12 +261,12 @@ def _nearest_pace(
         return None
     config = nearest.config
     other = assumed_rates(config, estimator, gpu_flops)
-    scaled = replace(
+    scaled = other if rates is assumed else replace(
         rates,
         scoring=rates.scoring * other.scoring / assumed.scoring,
         training=rates.training * other.training / assumed.training,
     )
-    pipe = pipeline_of(estimator.work, config.scores, visited(config), config.loss, scaled)
+    pipe = pipeline_of(estimator.work, config.scores, visited(config), config.loss, scaled, estimator.scored)
     return pace(pipe, settled_replicas(config, place, max(1, len(pipe.shard_tokens))), config.workers.count)
 
 

@@ -1,5 +1,6 @@
 """A plan for people, as tables and lines, and for machines, as plain fields."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -50,7 +51,7 @@ def as_plain(made: Plan) -> dict[str, Any]:
             for name, memory in made.memory.items()
         },
         "store_bytes": dict(made.store),
-        "tokens_per_second": {"replica": made.rates.scoring, "worker": made.rates.training, "source": made.rates.source},
+        "tokens_per_second": {"replica": _finite(made.rates.scoring), "worker": made.rates.training, "source": made.rates.source},
         "seconds": {
             **made.finetune_seconds, "score": made.pace.scoring_seconds, "epoch": made.pace.epoch_seconds,
             "first_epoch": made.pace.first_epoch_seconds, "score_and_train": made.pace.seconds, "run": made.seconds,
@@ -66,6 +67,11 @@ def as_plain(made: Plan) -> dict[str, Any]:
         "assumptions": list(made.assumptions),
         "remarks": list(made.remarks),
     }  # fmt: skip
+
+
+def _finite(rate: float) -> float | None:
+    """Return a rate as JSON has it, which knows no infinity: a table is looked up in no time."""
+    return rate if math.isfinite(rate) else None
 
 
 def print_plan(made: Plan, console: Console | None = None) -> None:
@@ -90,10 +96,16 @@ def print_plan(made: Plan, console: Console | None = None) -> None:
 
 def data_lines(made: Plan) -> list[str]:
     """Return lines about the rows and the size of the stores."""
-    work = made.work
+    work, scored = made.work, made.estimator.scored
+    lines = [
+        f"data: {work.rows:,} rows, {work.train_tokens:,} {work.unit}, {work.train_targets:,} targets, longest {work.longest} "
+        f"{work.unit} ({work.source})",
+    ]
+    if scored.train_tokens != work.train_tokens:
+        longest = made.estimator.asked.longest
+        lines.append(f"the teacher reads {scored.train_tokens:,} {scored.unit} to score them, longest {longest} {scored.unit}")
     return [
-        f"data: {work.rows:,} rows, {work.train_tokens:,} tokens, {work.train_targets:,} targets, longest {work.longest} tokens "
-        f"({work.source})",
+        *lines,
         f"store: {size(made.store['train'])} for the training rows, {size(made.store['heldout'])} for the held-out rows",
     ]
 
@@ -101,7 +113,9 @@ def data_lines(made: Plan) -> list[str]:
 def time_lines(made: Plan) -> list[str]:
     """Return lines about how long each part takes, and what waits for what."""
     paced, rates = made.pace, made.rates
-    lines = [f"speed: a replica scores {rates.scoring:,.0f} tokens/s, a worker learns {rates.training:,.0f} ({rates.source})"]
+    unit = made.work.unit
+    scores = f"scores {rates.scoring:,.0f} {unit}/s" if math.isfinite(rates.scoring) else "looks its table up"
+    lines = [f"speed: a replica {scores}, a worker learns {rates.training:,.0f} {unit}/s ({rates.source})"]
     lines += [f"{name.replace('_', ' the ')}: {duration(seconds)}" for name, seconds in made.finetune_seconds.items()]
     waited = paced.first_epoch_seconds - paced.epoch_seconds * min(1.0, made.pipeline.epochs)
     return [
@@ -153,7 +167,7 @@ def _table(console: Console, *columns: str) -> Table:
 
 
 def _models_table(made: Plan, console: Console) -> Table:
-    shown = _table(console, "", "parameters", "blocks", "hidden size", "vocabulary")
+    shown = _table(console, "", "parameters", "blocks", "hidden size", "vocabulary, or labels")
     for role, shape in made.estimator.shapes.items():
         shown.add_row(role, *(f"{count:,}" for count in (shape.weights, shape.layers, shape.hidden_size, shape.vocab_size)))
     return shown

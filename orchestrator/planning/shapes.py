@@ -7,6 +7,7 @@ import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -25,6 +26,10 @@ from orchestrator.data.mixture import source_key
 from orchestrator.models.model_checks import RowLimits, require_models_fit, row_limits
 from orchestrator.models.models import Models
 from orchestrator.run.responses import require_room_for_answers, training_rows
+
+PREPARED, READ_NOW = "the rows that this run has prepared", "the data, read for this plan"
+SAID = "what you said of the rows; the longest as long as data.max_tokens allows"
+"""Where numbers about rows come from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,10 @@ class ModelShape:
     """Whether input and output embeddings are one matrix."""
     trains_head: bool
     """Whether the output head learns."""
+    largest_matrix: int = 0
+    """Weights of the largest matrix, where it is neither the head nor in a feed-forward layer."""
+    token_flops: float | None = None
+    """Operations of a forward pass for one token, where they were counted; None where they follow from the numbers above."""
 
     @property
     def block_weights(self) -> int:
@@ -85,6 +94,8 @@ class Workload:
     """Where these numbers come from, in words."""
     own: "Workload | None" = None
     """The data's own rows, from which models are fine-tuned, where a model writes the responses to them."""
+    unit: str = "tokens"
+    """What is called a token here: of images each number is one."""
 
     @property
     def rows(self) -> int:
@@ -128,17 +139,22 @@ def read_workload(config: RunConfig) -> Workload:
             model cannot take the rows.
     """
     if _was_prepared(config):
-        return _counted(config, config.run_dir, "the rows that this run has prepared")
+        return _counted(config, config.run_dir, PREPARED)
+    require_rows_here(config, "say --rows, --row-tokens and --row-targets, or run the command prepare first")
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        models = Models(config, Path(folder))
+        prepare_data(config.data, models.tokenizer_for, Path(folder) / "data")
+        return _counted(config, Path(folder), READ_NOW)
+
+
+def require_rows_here(config: RunConfig, remedy: str) -> None:
+    """Raise if rows are on the hub, where reading them is no matter of seconds; ``remedy`` says what would do."""
     for key, share in config.data.training_sources.items():
         if share.source.kind == "hub":
             raise ValueError(
                 f"{source_key(key)}.name {share.source.name!r} is on the hub and this run has not prepared it, so its rows are "
-                "not known; say --rows, --row-tokens and --row-targets, or run the command prepare first"
+                f"not known; {remedy}"
             )
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        models = Models(config, Path(folder))
-        prepare_data(config.data, models.tokenizer_for, Path(folder) / "data")
-        return _counted(config, Path(folder), "the data, read for this plan")
 
 
 def workload_of(config: RunConfig, rows: int, row_tokens: float, row_targets: float) -> Workload:
@@ -147,13 +163,7 @@ def workload_of(config: RunConfig, rows: int, row_tokens: float, row_targets: fl
     Raises:
         ValueError: if a row has more tokens than ``data.max_tokens``, or not more tokens than targets.
     """
-    if rows < 1:
-        raise ValueError(f"--rows {rows} is no number of training rows; 1 is the least")
-    if not 2 <= row_tokens <= config.data.max_tokens:
-        raise ValueError(
-            f"--row-tokens {row_tokens:g} must lie between 2 and data.max_tokens {config.data.max_tokens}, since longer rows "
-            f"are dropped or cut; data.max_tokens={math.ceil(row_tokens)} would keep them"
-        )
+    require_said(config, rows, row_tokens)
     if not 1 <= row_targets < row_tokens:
         raise ValueError(
             f"--row-targets {row_targets:g} must be at least 1 and below --row-tokens {row_tokens:g}: nothing predicts the "
@@ -162,15 +172,26 @@ def workload_of(config: RunConfig, rows: int, row_tokens: float, row_targets: fl
     require_models_fit(config, Models(config, config.run_dir), RowLimits(math.ceil(row_tokens), 0, -1))
     heldout = config.data.planned_heldout_rows
     said = Workload(
-        lengths=_spread(rows, row_tokens),
-        targets=_spread(rows, row_targets),
+        lengths=spread_evenly(rows, row_tokens),
+        targets=spread_evenly(rows, row_targets),
         heldout_tokens=round(heldout * row_tokens),
         heldout_targets=round(heldout * row_targets),
         longest=config.data.max_tokens,
         vocab_size=None,
-        source="what you said of the rows; the longest as long as data.max_tokens allows",
+        source=SAID,
     )
     return with_responses(config, said, said.lengths - said.targets, longest_prompt=config.data.max_tokens)
+
+
+def require_said(config: RunConfig, rows: int, row_tokens: float) -> None:
+    """Raise if there are no rows, or they are longer than the configuration lets them be."""
+    if rows < 1:
+        raise ValueError(f"--rows {rows} is no number of training rows; 1 is the least")
+    if not 2 <= row_tokens <= config.data.max_tokens:
+        raise ValueError(
+            f"--row-tokens {row_tokens:g} must lie between 2 and data.max_tokens {config.data.max_tokens}, since longer rows "
+            f"are dropped or cut; data.max_tokens={math.ceil(row_tokens)} would keep them"
+        )
 
 
 def with_responses(config: RunConfig, work: Workload, prompts: np.ndarray, longest_prompt: int) -> Workload:
@@ -193,7 +214,7 @@ def with_responses(config: RunConfig, work: Workload, prompts: np.ndarray, longe
     )
 
 
-def _spread(rows: int, mean: float) -> np.ndarray:
+def spread_evenly(rows: int, mean: float) -> np.ndarray:
     """Return int64 [rows] whose mean is as near to ``mean`` as whole numbers allow."""
     edges: np.ndarray = np.round(np.arange(rows + 1) * mean).astype(np.int64)
     return np.diff(edges)
@@ -201,12 +222,17 @@ def _spread(rows: int, mean: float) -> np.ndarray:
 
 def _was_prepared(config: RunConfig) -> bool:
     """Whether the run's folder holds the rows of this very data."""
+    settings, now = prepared_settings(config), config.model_dump(mode="json")
+    return bool(settings) and all(settings.get(section) == now[section] for section in ("data", "tokenizer", "responses"))
+
+
+def prepared_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration, dumped, by which the run's folder was prepared; nothing where it was not."""
     folder = config.run_dir
     if not (folder / "stages" / "prepare.json").is_file() or not (folder / "config.yaml").is_file():
-        return False
-    settings = yaml.safe_load((folder / "config.yaml").read_text())
-    now = config.model_dump(mode="json")
-    return all(settings.get(section) == now[section] for section in ("data", "tokenizer", "responses"))
+        return {}
+    settings: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
+    return settings
 
 
 def _counted(config: RunConfig, folder: Path, source: str) -> Workload:

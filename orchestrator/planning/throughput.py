@@ -5,6 +5,7 @@ write a store and workers that follow it. V vocabulary, H hidden size.
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,8 @@ def forward_flops(shape: ModelShape, work: Workload, head_on_targets: bool) -> f
     Args:
         head_on_targets: whether the output head is multiplied by the targets alone, not by every token.
     """
+    if shape.token_flops is not None:
+        return shape.token_flops
     share = work.train_targets / work.train_tokens if head_on_targets else 1.0
     return blocks_flops(shape, mean_context(work.lengths)) + head_flops(shape, share)
 
@@ -59,14 +62,17 @@ def training_flops(shape: ModelShape, work: Workload, train: TrainConfig, contex
 
     ``context`` are the tokens over which attention is computed (``Passes``).
     """
+    if shape.token_flops is not None:
+        return 3 * shape.token_flops
     again = blocks_flops(shape, context) if train.gradient_checkpointing else 0.0
     return learning_flops(shape, context, work.train_targets / work.train_tokens) + again
 
 
 def scoring_rate(shape: ModelShape, work: Workload, engine: EngineConfig, gpu_flops: float = GPU_FLOPS) -> float:
-    """Return the tokens a second that a replica is assumed to score."""
+    """Return the tokens a second that a replica is assumed to score; infinite where nothing is computed."""
+    flops = forward_flops(shape, work, head_on_targets=engine.kind == "vllm")
     speed = engine.tensor_parallel * gpu_speed(engine.dtype, gpu_flops) * SCORING_SHARE if engine.gpu else cpus_flops(engine.cpus)
-    return speed / forward_flops(shape, work, head_on_targets=engine.kind == "vllm")
+    return speed / flops if flops else math.inf
 
 
 def training_rate(
@@ -142,15 +148,18 @@ class Pipeline:
     """Of one replica and of one worker."""
 
 
-def pipeline_of(work: Workload, scores: ScoresConfig, train: TrainConfig, loss: LossConfig, rates: Rates) -> Pipeline:
-    """Cut the rows as scoring and training do."""
+def pipeline_of(
+    work: Workload, scores: ScoresConfig, train: TrainConfig, loss: LossConfig, rates: Rates, scored: Workload | None = None
+) -> Pipeline:
+    """Cut the rows as scoring and training do; ``scored`` are the rows as the teacher reads them, where that is otherwise."""
+    scored = scored or work
     ends = np.minimum(np.arange(1, -(-work.rows // train.batch_rows) + 1) * train.batch_rows, work.rows)
     shard_starts = np.arange(0, work.rows, scores.rows_per_shard)
     step_starts = np.arange(0, work.rows, train.batch_rows)
     taught = needs_teacher(loss)
     return Pipeline(
-        shard_tokens=np.add.reduceat(work.lengths, shard_starts) if taught else np.zeros(0, dtype=np.int64),
-        heldout_tokens=work.heldout_tokens,
+        shard_tokens=np.add.reduceat(scored.lengths, shard_starts) if taught else np.zeros(0, dtype=np.int64),
+        heldout_tokens=scored.heldout_tokens,
         step_tokens=np.add.reduceat(work.lengths, step_starts),
         step_rows=np.diff(np.concatenate([[0], ends])),
         step_shard=(ends - 1) // scores.rows_per_shard,

@@ -55,7 +55,7 @@ class Finding:
     check: str
     """Name of the check."""
     state: State
-    """``unclear``: nothing can be concluded as long as another check fails."""
+    """``unclear``: nothing can be concluded as long as another check fails, or what was found may be meant so."""
     numbers: str
     """What was measured."""
     advice: str = ""

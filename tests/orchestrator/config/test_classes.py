@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.commands import doctor, plan
 from orchestrator.config.load import ConfigError, apply_override, dump_config, load_config, validate
 from orchestrator.config.run import RunConfig
-from orchestrator.planning.plan import PlanOptions
 from tests.orchestrator.config.test_run import changed as language_models
 
 TEXTS: dict[str, Any] = {
@@ -52,6 +50,17 @@ def test_what_is_said_of_them_stays_as_it_is_said() -> None:
     assert changed(TEXTS, "loss.kind=hard_label").loss.kind == "hard_label"
 
 
+@pytest.mark.parametrize("said", ["0", "null"])
+def test_that_no_row_is_answered_may_be_said(said: str, tmp_path: Path) -> None:
+    config = changed(TEXTS, f"evaluate.generate_rows={said}")
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml", ["evaluate.batch_rows=3"]).evaluate.generate_rows == config.evaluate.generate_rows
+    with pytest.raises(ConfigError, match=r"evaluate\.generate_rows is for language models"):
+        load_config(tmp_path / "again.yaml", ["evaluate.generate_rows=3"])
+    with pytest.raises(ConfigError, match=r"evaluate\.generate_rows"):
+        language_models("evaluate.generate_rows=null")
+
+
 @pytest.mark.parametrize("tree", [TEXTS, IMAGES], ids=["texts", "images"])
 def test_a_configuration_survives_being_written_and_read(tree: dict[str, Any], tmp_path: Path) -> None:
     config = changed(tree)
@@ -81,6 +90,8 @@ def test_a_configuration_survives_being_written_and_read(tree: dict[str, Any], t
         (["evaluate.benchmarks={tasks: [arc_easy]}"], r"evaluate\.benchmarks is for .*; evaluate\.benchmarks=null would do"),
         (["evaluate.teacher=scores"], r"evaluate\.teacher is for language models, .*; evaluate\.teacher=model would do"),
         (["evaluate.max_new_tokens=8"], r"evaluate\.max_new_tokens is for .*; evaluate\.max_new_tokens=64 would do"),
+        (["evaluate.generate_rows=100"], r"evaluate\.generate_rows is for .*; evaluate\.generate_rows=0 would do"),
+        (["evaluate.generate_rows=7"], r"evaluate\.generate_rows is for language models, and the task is classification"),
         (["evaluate.answer_pattern=(x)"], r"evaluate\.answer_pattern is for .*; evaluate\.answer_pattern=null would do"),
         (["scores.top_mass=0.9"], r"scores\.top_mass is for language models, .*; scores\.top_mass=null would do"),
         (["data.without_answer=drop"], r"data\.without_answer is for .*; data\.without_answer=refuse would do"),
@@ -167,12 +178,3 @@ def test_what_images_and_soft_labels_do_not_go_with_is_refused(overrides: list[s
 def test_language_models_have_no_classifiers_and_no_labels(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         language_models(override)
-
-
-def test_plan_and_doctor_are_for_language_models() -> None:
-    with pytest.raises(
-        ValueError, match=r"^plan is for language models, and task\.kind is classification; the command run would"
-    ):
-        plan(changed(TEXTS), PlanOptions())
-    with pytest.raises(ValueError, match=r"^doctor is for language models, and task\.kind is classification"):
-        doctor(changed(IMAGES))
