@@ -25,6 +25,8 @@ from orchestrator.doctor.class_doctor import diagnose_classes
 from orchestrator.doctor.run_checks import check_devices, check_ends, check_export, check_rows
 from orchestrator.doctor.serving import measured_on, on_gpu, rows_path, score_probe
 from orchestrator.models.models import ROLES, Models, ids_below, named_below, vocab_size_of
+from orchestrator.run.benchmarking import require_benchmarks
+from orchestrator.run.judging import require_judge
 from orchestrator.run.pipeline import run_stages
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import pin_revision
@@ -42,7 +44,7 @@ def diagnose(config: RunConfig, engine_factory: EngineFactory = build_engine) ->
 
     Raises:
         TeacherFailed: if the teacher cannot be served at all.
-        ValueError: as the stages ``prepare`` and ``fit`` do.
+        ValueError: as the stages ``prepare`` and ``fit`` do; or if the run's judge or benchmarks could not be asked.
     """
     devices = check_devices(config)
     if devices.state != "ok":
@@ -53,6 +55,8 @@ def diagnose(config: RunConfig, engine_factory: EngineFactory = build_engine) ->
         if differing := check_pair(teacher, student):
             return [devices, differing]
     with RunDir.open(config) as run_dir:
+        require_judge(config, run_dir)
+        require_benchmarks(config, run_dir)
         stages = run_stages(config, run_dir, overlap=False)
         while next(stages) != "finetune":  # the Ray that stages begin lives as long as they are not let go
             pass

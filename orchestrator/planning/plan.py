@@ -172,6 +172,16 @@ def _remarks(config: RunConfig, place: TargetCluster, work: Workload) -> tuple[s
         for job in trainings(config)
         if job.workers.elastic
     ]
+    if (measured := config.evaluate.benchmarks) is not None:
+        lines.append(
+            f"evaluate.benchmarks: {plural(len(measured.tasks), 'task')}, {plural(len(measured.models), 'model')}; how long that "
+            "takes is in none of the hours"
+        )
+    if (judge := config.evaluate.judge) is not None:
+        lines.append(
+            f"evaluate.judge: {judge.model} is asked about the models' answers; how long that takes, and what it costs, is in "
+            "none of the hours"
+        )
     if config.responses is not None:
         lines.append(
             f"respond: the {config.responses.writer} writes {work.rows:,} responses of at most {config.responses.max_new_tokens} "

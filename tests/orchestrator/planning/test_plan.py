@@ -216,6 +216,15 @@ def test_gpus_that_stay_idle_are_spoken_of() -> None:
     )
 
 
+def test_benchmarks_and_a_judge_are_in_none_of_the_hours() -> None:
+    measured = made(pair("evaluate.benchmarks={tasks: [gsm8k, mmlu]}", "evaluate.judge={model: wise}"), gpus=12, gpu_memory=80.0)
+    assert measured.remarks == (
+        "evaluate.benchmarks: 2 tasks, 3 models; how long that takes is in none of the hours",
+        "evaluate.judge: wise is asked about the models' answers; how long that takes, and what it costs, is in none of the "
+        "hours",
+    )
+
+
 def test_an_evaluator_that_one_gpu_does_not_hold_is_a_problem_with_a_way_out() -> None:
     plan = made(pair("evaluate={gpus: 1, batch_rows: 64}"), gpus=12, gpu_memory=10.0)
     assert list(plan.problems) == [

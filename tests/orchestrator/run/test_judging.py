@@ -206,13 +206,14 @@ def test_a_run_looks_at_its_judge_before_its_time_is_spent(tmp_path: Path) -> No
     assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize("command", ["run", "doctor"])
 def test_a_judge_that_is_not_there_ends_a_run_before_its_rows_are_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serving(rating) as server:
         pass
     settings = f"{{model: m, base_url: {server.url}, api_key_variable: null, retries: 0}}"
-    assert main(["run", "configs/tiny_cpu.yaml", f"output={tmp_path}", f"evaluate.judge={settings}"]) == 2
+    assert main([command, "configs/tiny_cpu.yaml", f"output={tmp_path}", f"evaluate.judge={settings}"]) == 2
     assert f"nothing answers at {server.url} (no connection" in capsys.readouterr().err
     assert not (tmp_path / "tiny_cpu" / "data").exists()
 
