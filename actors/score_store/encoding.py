@@ -5,6 +5,9 @@ A top-K log-probability is stored as a uint16 count of 1/2048 nats below zero: a
 Target and tail keep float32. With the uncertainty, which stands in the shard's index, that is 4 K + 12 bytes a target, or
 5 K + 12. A store that keeps fewer than K tokens where they hold enough mass says how many in 2 bytes a target, and stores no
 others. Hidden states, if they are kept, are 16 bits each.
+
+An exact store keeps the top-K in float32 too, 2 K bytes a target more. Scores of classes are stored so: a row has one target and
+few classes, and unlikely ones matter once a temperature divides them.
 """
 
 from dataclasses import dataclass
@@ -39,17 +42,19 @@ class RowEncoding:
     """Whether ``NO_TOKEN`` is left out."""
     hidden_size: int = 0
     """H, if hidden states are kept; else 0."""
+    exact: bool = False
+    """Whether log-probabilities of the top-K come back bit for bit, in float32, and not in steps of 1/2048 nat."""
 
     def encode(self, scores: TeacherScores) -> bytes:
         """Return a row's scores, its key aside, column after column."""
         assert self.vocab_size <= 1 << 24, "ids are stored in 24 bits"
         kept = scores.topk_ids != NO_TOKEN  # [N, K]
         assert self.ragged or kept.all(), "all K tokens of each target are there"
-        ids, steps = scores.topk_ids[kept], encode_logprobs(scores.topk_logprobs[kept])
+        ids, logprobs = scores.topk_ids[kept], scores.topk_logprobs[kept]
         columns = [scores.target_logprob.astype("<f4"), scores.tail_logmass.astype("<f4")]
         if self.ragged:
             columns.append(kept.sum(axis=1).astype("<u2"))
-        columns += [steps, (ids & 0xFFFF).astype("<u2")]
+        columns += [logprobs.astype("<f4") if self.exact else encode_logprobs(logprobs), (ids & 0xFFFF).astype("<u2")]
         if self.wide_ids:
             columns.append((ids >> 16).astype("u1"))
         if self.hidden_size:
@@ -63,7 +68,7 @@ class RowEncoding:
         target_logprob, tail_logmass = fields.next("<f4", targets), fields.next("<f4", targets)
         counts = fields.next("<u2", targets) if self.ragged else np.full(targets, self.top_k)
         tokens = int(counts.sum())
-        logprobs = decode_logprobs(fields.next("<u2", tokens))
+        logprobs = fields.next("<f4", tokens).astype(np.float32) if self.exact else decode_logprobs(fields.next("<u2", tokens))
         ids = fields.next("<u2", tokens).astype(np.int32)
         if self.wide_ids:
             ids |= fields.next("u1", tokens).astype(np.int32) << 16

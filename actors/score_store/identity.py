@@ -9,6 +9,7 @@ Identity = Mapping[str, Any]
 """Plain, nested fields that together say what the scores mean: teacher, tokenizer, examples, K, engine."""
 
 OPAQUE = {
+    "exact": "one keeps log-probabilities in float32, the other rounds them",
     "examples.hash": "other rows or another order of them, another prompt or chat template, or another cut into tokens",
     "teacher.weights_sha256": "other weights",
     "tokenizer": "other ids for the tokens",

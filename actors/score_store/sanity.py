@@ -109,9 +109,10 @@ def require_rows_differ(rows: Sequence[Example], scores: Sequence[TeacherScores]
     """
     if len(rows) < 2:
         return
-    first = _likeliest(rows[0], scores[0])
+    whole = all(np.isneginf(score.tail_logmass).all() for score in scores)
+    first = _likeliest(rows[0], scores[0], whole)
     for row, score in zip(rows, scores, strict=True):
-        here = _likeliest(row, score)
+        here = _likeliest(row, score, whole)
         if (here.token != first.token[0]).any() or np.abs(here.logprobs - first.logprobs[0]).max() > SAME_NATS:
             return
     contexts = {row.token_ids[:position].tobytes() for row in rows for position in row.target_positions}
@@ -130,13 +131,15 @@ class _Likeliest:
     token: np.ndarray
     """int32 [N], the likeliest token."""
     logprobs: np.ndarray
-    """float32 [N, K], log-probabilities of the K likeliest, descending."""
+    """float32 [N, K], log-probabilities of the likeliest, descending; [N, K + 1] where there are no others, as of classes."""
 
 
-def _likeliest(row: Example, scores: TeacherScores) -> _Likeliest:
+def _likeliest(row: Example, scores: TeacherScores, whole: bool) -> _Likeliest:
+    """Return the likeliest tokens; all of target and top-K if these are ``whole``, else one fewer: the target may be any other."""
     everything = np.concatenate([scores.target_logprob[:, None], scores.topk_logprobs], axis=1)
     token = np.where(scores.target_logprob > scores.topk_logprobs[:, 0], row.targets, scores.topk_ids[:, 0])
-    return _Likeliest(token, -np.sort(-everything, axis=1)[:, :-1])
+    descending = -np.sort(-everything, axis=1)
+    return _Likeliest(token, descending if whole else descending[:, :-1])
 
 
 def _entropies(scores: TeacherScores) -> np.ndarray:

@@ -59,6 +59,7 @@ class ScoreStore:
             self.top_mass: float | None = self.identity.get("top_mass")
             self.wire: str = self.identity.get("wire", "top_k")
             self.vocab_size: int = self.identity["vocab_size"]
+            self.exact: bool = self.identity.get("exact", False)
             self.ids_below: int = self.identity.get("ids_below", self.vocab_size)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{manifest_place} is damaged: {type(error).__name__}: {error}; {remedy}") from error
@@ -256,4 +257,4 @@ class ScoreStore:
     def _encoding(self) -> RowEncoding:
         unions = self.wire == "candidates"  # of K tokens and as many candidates, some of which are the same
         width, ragged = (2 * self.top_k, True) if unions else (self.top_k, self.top_mass is not None)
-        return RowEncoding(width, self.vocab_size, ragged, self.identity.get("hidden_size", 0))
+        return RowEncoding(width, self.vocab_size, ragged, self.identity.get("hidden_size", 0), self.exact)

@@ -17,7 +17,6 @@ from actors.model_source import ModelSource
 from actors.models import load_model
 from actors.networks.classifier import class_logits
 from actors.records import LOWEST_COMPARED, Example, TeacherScores
-from actors.score_store.encoding import STEPS_PER_NAT
 from actors.score_store.store import ScoreStore
 from actors.teacher.parity import ComparedRow, ScoreParity, compare, entropies, largest_difference, named_logprobs
 
@@ -30,8 +29,8 @@ class ClassParity(ScoreParity):
     """Numbers about served scores of labels, over the rows. Reference: the teacher in float32, one row at a time."""
 
     others_error: float
-    """Largest difference in nats between served and reference log-probabilities of all other labels, the rounding of stored
-    ones taken off; labels that the reference finds less likely than ``LOWEST_COMPARED`` are left out."""
+    """Largest difference in nats between served and reference log-probabilities of all other labels; those that the reference
+    finds less likely than ``LOWEST_COMPARED`` are left out."""
 
     batch_error: float
     """Largest difference in nats between a row scored alone and among the others (``largest_difference``)."""
@@ -59,7 +58,7 @@ def measure_classes(
         teacher: the model that was served, its logits divided by nothing.
         words: of a language model that answers with them; empty for a classifier.
         examples_path: the rows as the teacher reads them.
-        alone_path: a complete store of their scores, each row scored by itself.
+        alone_path: a complete, exact store of their scores, each row scored by itself.
         together_path: another, all rows scored at once.
         device: where the reference is computed; 4 bytes a weight must fit there.
 
@@ -67,6 +66,7 @@ def measure_classes(
         ValueError: naming a stored shard that is damaged.
     """
     examples, alone, together = ExampleFile(Path(examples_path)), ScoreStore(alone_path), ScoreStore(together_path)
+    assert alone.exact and together.exact, "no rounding is taken off"
     model = load_model(exact(teacher)).eval().to(device)
     rows = [examples[position] for position in range(len(examples))]
     singly, beside = ([store.scores_at(at) for at in range(len(rows))] for store in (alone, together))
@@ -75,7 +75,7 @@ def measure_classes(
     return ClassParity(
         **asdict(compare([_compared(row, scores, of) for row, scores, of in zip(rows, singly, expected, strict=True)])),
         others_error=max(_others_error(scores, of) for scores, of in zip(singly, expected, strict=True)),
-        batch_error=max(largest_difference(one, other) for one, other in zip(singly, beside, strict=True)),
+        batch_error=max(largest_difference(one, other, exact=True) for one, other in zip(singly, beside, strict=True)),
         lowest_entropy=min(found),
         highest_entropy=max(found),
         spread=float(np.sqrt(np.mean([named_logprobs(scores).var() for scores in singly]))),
@@ -110,7 +110,7 @@ def _of_word(model: PreTrainedModel, prompt: np.ndarray, word: Sequence[int]) ->
 def _others_error(served: TeacherScores, expected: np.ndarray) -> float:
     reference = expected[served.topk_ids[0]]
     apart = np.abs(served.topk_logprobs[0] - reference)[reference > LOWEST_COMPARED]
-    return float(np.maximum(0.0, apart.max(initial=0.0) - 0.5 / STEPS_PER_NAT))
+    return float(apart.max(initial=0.0))
 
 
 def _compared(row: Example, served: TeacherScores, expected: np.ndarray) -> ComparedRow:

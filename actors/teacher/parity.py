@@ -129,13 +129,18 @@ def entropies(scores: TeacherScores) -> np.ndarray:
     return -(np.exp(logprobs) * np.maximum(logprobs, np.finfo(np.float64).min)).sum(axis=1)
 
 
-def largest_difference(one: TeacherScores, other: TeacherScores) -> float:
+def largest_difference(one: TeacherScores, other: TeacherScores, *, exact: bool = False) -> float:
     """Return the largest difference of log-probabilities in nats; the top-K by rank, since tokens that tie may change places.
 
-    Stored top-K log-probabilities are rounded, so that the least difference may take them a step apart; a step is taken off.
+    Args:
+        one: stored scores of a row.
+        other: the same row's in another store.
+        exact: whether the stores keep them as they are. Elsewhere those of the top-K are rounded, so that the least difference
+            may take them a step apart, and a step is taken off.
     """
     apart = np.abs(named_logprobs(one) - named_logprobs(other))
-    return float(max(apart[:, 0].max(), apart[:, 1:].max() - 1 / STEPS_PER_NAT))
+    step = 0.0 if exact else 1 / STEPS_PER_NAT
+    return float(max(apart[:, 0].max(), apart[:, 1:].max() - step))
 
 
 def _likely(expected: np.ndarray) -> np.ndarray:

@@ -10,10 +10,11 @@ from itertools import combinations
 
 import numpy as np
 
+from actors.config.models import DType
 from actors.format import plural
 from actors.teacher.class_parity import ClassParity
 from orchestrator.doctor.checks import check_batch, explained
-from orchestrator.run.score_parity import MASS_TOLERANCE, Finding, Tolerance, check_raw, check_served
+from orchestrator.run.score_parity import MASS_TOLERANCE, TOLERANCES, Finding, Tolerance, check_raw, check_served
 
 RARE_ROWS = 10
 """Training rows below which a label is called rare; or it has less than ``RARE_SHARE`` of an even share."""
@@ -23,8 +24,9 @@ FLAT = 0.05
 """Share of log C: of distributions nearer to the uniform one than this, little can be learned."""
 HARD = 1e-3
 """Nats: distributions of less entropy say no more than the labels."""
-LEAST_SPREAD = 0.02
-"""Nats: below this the steps in which scores are stored, 1/2048, are more than a hundredth of what a slope is measured on."""
+LEAST_SPREAD: dict[DType, float] = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.02}
+"""Nats, by the type of the engine's weights: on what lies nearer together no slope is measured. Two passes in float32 are at
+most about 1e-5 apart, a hundredth of it; those in 16 bits more, a table's up to 0.01."""
 SHARPEN = {
     "autoencoder": "a lower teacher.model.temperature, or a higher teacher.model.diagonal_boost",
     "uniform": "a lower teacher.model.smoothing", "file": "a sharper teacher.model.table",
@@ -114,18 +116,19 @@ def check_table(logprobs: np.ndarray, labels: Sequence[str], similarity: str) ->
 
 
 def check_class_scores(
-    found: ClassParity, tolerance: Tolerance, classes: int, *, of_words: bool, of_table: bool
+    found: ClassParity, dtype: DType, classes: int, *, of_words: bool, of_table: bool
 ) -> list[Finding]:
     """Check what was measured of served scores; a failure that another one explains is called unclear.
 
     Args:
         found: the numbers.
-        tolerance: of the engine's type.
+        dtype: of the engine's weights.
         classes: C.
         of_words: whether a language model answers with label words, whose engine can be another.
         of_table: whether the teacher is a table, which is given the label.
     """
-    findings = [check_batch(found, tolerance), _check_raw(found), _check_served(found, tolerance)]
+    tolerance = TOLERANCES[dtype]
+    findings = [check_batch(found, tolerance), _check_raw(found, LEAST_SPREAD[dtype]), _check_served(found, tolerance)]
     if not of_words:
         findings = [_without_engines(finding) for finding in findings]
     if not of_table:
@@ -133,9 +136,9 @@ def check_class_scores(
     return explained(findings)
 
 
-def _check_raw(found: ClassParity) -> Finding:
+def _check_raw(found: ClassParity, least_spread: float) -> Finding:
     """Check mass and slope; of distributions that are nearly uniform the slope is rounding, and only the mass says something."""
-    if found.spread >= LEAST_SPREAD or not found.mass_error <= MASS_TOLERANCE:
+    if found.spread >= least_spread or not found.mass_error <= MASS_TOLERANCE:
         return check_raw(found)
     return Finding(
         "raw", "ok", f"mass off by at most {found.mass_error:.1e}; labels are {found.spread:.1e} nats apart, too near for a slope"

@@ -30,7 +30,7 @@ from orchestrator.models.classifiers import window_of_classifier
 from orchestrator.models.models import ROLES, Models, config_of
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import pin_revision
-from orchestrator.run.score_parity import TOLERANCES, Finding
+from orchestrator.run.score_parity import Finding
 from orchestrator.run.stages import rows_of
 
 logger = logging.getLogger("atkd")
@@ -68,14 +68,13 @@ def diagnose_classes(config: RunConfig, run_dir: RunDir, models: Models, engine_
     )
     with ray_for(config), tempfile.TemporaryDirectory(prefix="doctor-", dir=run, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        stores = score_probe(spec, rows, folder, config.classes, engine_factory)
+        stores = score_probe(spec, rows, folder, config.classes, engine_factory, exact=True)
         if isinstance(stores, Finding):
             return [*findings, stores]
         given = (spec.model, words, str(rows_path(folder)), *stores)
         found: ClassParity = measured_on(measure_classes, spec.engine.cpus, on_gpu(spec), *given)
         findings.append(check_export(config, models, run))
-    tolerance = TOLERANCES[spec.engine.dtype]
-    return findings + check_class_scores(found, tolerance, config.classes, of_words=bool(words), of_table=is_table)
+    return findings + check_class_scores(found, spec.engine.dtype, config.classes, of_words=bool(words), of_table=is_table)
 
 
 def spread_over_labels(examples: ExampleFile, count: int) -> list[Example]:

@@ -23,17 +23,21 @@ def rows_path(folder: Path) -> Path:
 
 
 def score_probe(
-    spec: TeacherSpec, rows: Sequence[Example], folder: Path, vocab_size: int, engine_factory: EngineFactory
-) -> list[str] | Finding:
+    spec: TeacherSpec, rows: Sequence[Example], folder: Path, vocab_size: int, engine_factory: EngineFactory, *,
+    exact: bool = False,
+) -> list[str] | Finding:  # fmt: skip
     """Score rows alone, and together, in the teacher's pool; return the places of the two stores. Needs Ray.
 
-    ``folder`` must be one that every node sees. Return a finding where the scores do not pass the checks that every shard passes.
+    ``folder`` must be one that every node sees; ``exact`` says whether the stores keep log-probabilities as they are, as a run
+    does with those of classes. Return a finding where the scores do not pass the checks that every shard passes.
 
     Raises:
         TeacherFailed: if the teacher cannot be served.
     """
     write_examples(rows_path(folder), rows)
     identity = {"top_k": spec.top_k, "vocab_size": vocab_size, "ids_below": spec.ids_below or vocab_size}
+    if exact:
+        identity["exact"] = True
     stores = [
         ScoreStore.open_or_create(folder / name, identity, len(rows), rows_per_shard)
         for name, rows_per_shard in (("alone", 1), ("together", len(rows)))

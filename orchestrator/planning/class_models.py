@@ -73,15 +73,15 @@ class ClassEstimator(Estimator):
         return _forward_memory(shape, rows, self.read_by(role).longest, size, size * shape.weights)
 
     def store(self, config: RunConfig) -> dict[str, int]:
-        """Return the bytes of the stores: of each row its label's log-probability and the C - 1 others'.
+        """Return the bytes of the stores: of each row its label's log-probability and the C - 1 others', all in float32.
 
         A teacher that is calibrated has two stores of the held-out rows.
         """
         train, heldout = self.work.rows, self.work.heldout_targets
         twice = 2 if config.teacher.calibrate else 1
         return {
-            "train": store_bytes(config.scores, config.classes, train, train),
-            "heldout": twice * store_bytes(config.scores, config.classes, heldout, heldout),
+            "train": store_bytes(config.scores, config.classes, train, train, exact=True),
+            "heldout": twice * store_bytes(config.scores, config.classes, heldout, heldout, exact=True),
         }
 
     def remarks(self) -> list[str]:

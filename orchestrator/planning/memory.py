@@ -283,10 +283,18 @@ def evaluator_memory(shape: ModelShape, evaluate: EvaluateConfig, longest: int) 
     return Memory(parts, "while the longest rows are predicted")
 
 
-def store_bytes(scores: ScoresConfig, vocab_size: int, rows: int, targets: int) -> int:
-    """Return the bytes of a store's shards, as ``actors/score_store/encoding.py`` writes them; with ``top_mass`` at most."""
-    ids = 2 if vocab_size <= 1 << 16 else 3
+def store_bytes(scores: ScoresConfig, vocab_size: int, rows: int, targets: int, *, exact: bool = False) -> int:
+    """Return the bytes of a store's shards, as ``actors/score_store/encoding.py`` writes them; with ``top_mass`` at most.
+
+    Args:
+        scores: K, and the rows of a shard.
+        vocab_size: V, or the number of classes.
+        rows: of the store.
+        targets: of them.
+        exact: whether log-probabilities of the top-K are float32, as those of classes are.
+    """
+    ids, logprob = 2 if vocab_size <= 1 << 16 else 3, FLOAT if exact else 2
     ragged = scores.top_mass is not None
-    a_target = scores.top_k * (2 + ids) + 3 * FLOAT + (2 if ragged else 0)
+    a_target = scores.top_k * (logprob + ids) + 3 * FLOAT + (2 if ragged else 0)
     shards = -(-rows // scores.rows_per_shard)
     return targets * a_target + rows * INDEX_ROW_BYTES + shards * SHARD_HEADER_BYTES

@@ -87,7 +87,8 @@ def store_identity(
 ) -> dict[str, Any]:
     """Return everything the scores of ``examples`` depend on, in plain fields.
 
-    A teacher in a local folder is named by its content, never by its path; one on the hub by name and commit.
+    A teacher in a local folder is named by its content, never by its path; one on the hub by name and commit. That scores of
+    classes are kept exactly is said there alone: stores of language models are named as if there were no other way.
 
     Raises:
         ValueError: if K is not below the vocabulary size V, or a local folder holds no weights.
@@ -103,6 +104,7 @@ def store_identity(
         "vocab_size": vocab_size,
         "ids_below": min(ids_below, vocab_size),
         "rows_per_shard": config.scores.rows_per_shard,
+        **({"exact": True} if config.classes else {}),
         "engine": {
             "kind": engine.kind,
             "version": _engine_version(engine.kind),

@@ -25,7 +25,7 @@ def test_a_teacher_of_labels_is_measured_by_its_scores(tmp_path: Path) -> None:
     write_examples(tmp_path / "rows.arrow", examples)
     groups = ["even", "odd"] * (ROWS // 2)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"group": group}) + "\n" for group in groups))
-    identity = {"top_k": CLASSES - 1, "top_mass": None, "vocab_size": CLASSES}
+    identity = {"top_k": CLASSES - 1, "top_mass": None, "vocab_size": CLASSES, "exact": True}
     store = ScoreStore.open_or_create(tmp_path / "store", identity, ROWS, ROWS)
     scores = [scores_from_logits(one, np.tile(logits[row], (3, 1)), CLASSES - 1) for row, one in enumerate(examples)]
     store.write_shard(0, examples, scores)

@@ -1,3 +1,4 @@
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,36 @@ def test_a_logprob_is_kept_to_a_quarter_of_a_milli_nat(values: list[float]) -> N
 def test_lower_logprobs_stay_at_the_lowest_and_rounding_above_zero_at_zero() -> None:
     decoded = decode_logprobs(encode_logprobs(np.float32([-32.5, -1000.0, 1e-6])))
     np.testing.assert_allclose(decoded, [-31.9995, -31.9995, 0.0], atol=1e-4)
+
+
+def test_rows_of_language_models_are_these_bytes() -> None:
+    """What stores hold that were written before: a change of one byte makes them unreadable."""
+    target, tail, logprobs = [-0.5, -3.25], [-5.5, -np.inf], [[-1.1, -2.3, -40.0], [-0.1, -4.0003, -7.77]]
+    floats = struct.pack("<4f", *target, *tail)
+    steps = [2253, 4710, 65_535, 205, 8193, 15_913]  # of 1/2048 nat; the third is lower than the lowest
+    scores = TeacherScores(
+        "k", np.float32(target), np.int32([[4, 70_000, 9], [1, 2, 3]]), np.float32(logprobs), np.float32(tail)
+    )
+    wanted = floats + struct.pack("<6H", *steps) + struct.pack("<6H", 4, 70_000 - 65_536, 9, 1, 2, 3) + bytes([0, 1, 0, 0, 0, 0])
+    assert RowEncoding(3, 152_000, ragged=False).encode(scores) == wanted
+    scores.topk_ids[0], scores.topk_logprobs[0, 2] = [4, 70, NO_TOKEN], -np.inf
+    wanted = floats + struct.pack("<2H", 2, 3) + struct.pack("<5H", *steps[:2], *steps[3:]) + struct.pack("<5H", 4, 70, 1, 2, 3)
+    assert RowEncoding(3, 60_000, ragged=True).encode(scores) == wanted
+
+
+@given(st.data(), st.integers(2, 300), st.booleans())
+def test_all_labels_of_a_row_come_back_bit_for_bit(data: st.DataObject, classes: int, ragged: bool) -> None:
+    unlikely = st.floats(-1000.0, 0.0, width=32) | st.sampled_from([-50.0, -31.9996, -32.0, -1e-30, 0.0])
+    values = np.float32(data.draw(st.lists(unlikely, min_size=classes, max_size=classes)))
+    label = data.draw(st.integers(0, classes - 1))
+    others = np.array([other for other in np.argsort(-values) if other != label], dtype=np.int32)
+    scores = TeacherScores("k", values[[label]], others[None], values[others][None], np.float32([-np.inf]))
+    encoding = RowEncoding(classes - 1, classes, ragged, exact=True)
+    found = again(encoding, scores)
+    assert found.topk_logprobs.dtype == np.float32 and found.topk_logprobs.tobytes() == scores.topk_logprobs.tobytes()
+    assert found.target_logprob.tobytes() == scores.target_logprob.tobytes()
+    np.testing.assert_array_equal(found.topk_ids, scores.topk_ids)
+    assert len(encoding.encode(scores)) == 6 * classes + 2 + 2 * ragged  # and 4 in the index
 
 
 def again(encoding: RowEncoding, scores: TeacherScores) -> TeacherScores:

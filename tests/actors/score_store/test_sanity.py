@@ -106,6 +106,24 @@ def test_a_teacher_that_is_sure_of_other_tokens_each_time_is_right() -> None:
     require_rows_differ(rows, sure)
 
 
+@pytest.mark.parametrize(("unlikely", "alike"), [((1e-6, 2e-6, 1e-5), False), ((1e-6, 1e-6, 1e-6), True)])
+def test_a_teacher_of_two_labels_is_judged_by_both(unlikely: tuple[float, ...], alike: bool) -> None:
+    rows = fake_examples(3)
+    sure = [
+        TeacherScores(
+            row.key, np.full(1, np.log1p(-mass), np.float32), np.ones((1, 1), np.int32),
+            np.full((1, 1), np.log(mass), np.float32), np.full(1, -np.inf, np.float32),
+        )
+        for row, mass in zip(rows, unlikely, strict=True)
+    ]  # fmt: skip
+    labelled = [Example(np.array([row.row, 0], np.int32), np.array([False, True]), row.key, row.row) for row in rows]
+    if alike:
+        with pytest.raises(ValueError, match="the teacher does not read its input"):
+            require_rows_differ(labelled, sure)
+    else:
+        require_rows_differ(labelled, sure)
+
+
 def test_a_store_writes_nothing_of_a_shard_that_is_off(tmp_path: Path) -> None:
     rows = fake_examples(3 * ROWS, longest=8)
     _, store = fake_store(tmp_path, rows, ROWS, TOP_K)

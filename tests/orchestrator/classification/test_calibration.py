@@ -49,21 +49,26 @@ def test_a_teacher_that_is_always_right_or_never_ends_at_the_bounds() -> None:
     assert "right about every held-out row" in in_words({**words, "temperature": COLDEST})[1]
 
 
-def test_stored_scores_are_measured_before_and_after(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scale", [1, 14])
+def test_stored_scores_are_measured_before_and_after(scale: int, tmp_path: Path) -> None:
+    """With labels of -50 nats too, which count once they are divided by 42."""
     logits, labels = drawn(3.0)
+    logits *= scale
     mask, examples = np.array([False, True]), []
     for row, label in enumerate(labels):
         token_ids = np.array([row, label], dtype=np.int32)
         examples.append(Example(token_ids, mask, example_key(token_ids, mask), row))
     write_examples(tmp_path / "rows.arrow", examples)
-    identity = {"top_k": CLASSES - 1, "top_mass": None, "vocab_size": CLASSES}
+    identity = {"top_k": CLASSES - 1, "top_mass": None, "vocab_size": CLASSES, "exact": True}
     store = ScoreStore.open_or_create(tmp_path / "store", identity, ROWS, ROWS)
     scores = [scores_from_logits(one, np.tile(logits[row], (2, 1)), CLASSES - 1) for row, one in enumerate(examples)]
     store.write_shard(0, examples, scores)
     found = calibration_of(ExampleFile(tmp_path / "rows.arrow"), store)
-    assert found["rows"] == ROWS
+    exact = torch.tensor(logits).log_softmax(dim=1)
+    assert found["rows"] == ROWS and (float(exact.min()) < -50) == (scale > 1)
+    assert found["temperature"] == pytest.approx(fit_temperature(exact, torch.tensor(labels)), rel=1e-5)
     for when, temperature in (("before", 1.0), ("after", found["temperature"])):
-        assert found[when]["heldout_loss"] == pytest.approx(log_loss(logits, labels, temperature), abs=1e-3)
+        assert found[when]["heldout_loss"] == pytest.approx(log_loss(logits, labels, temperature), rel=1e-5)
     assert found["after"]["heldout_loss"] < found["before"]["heldout_loss"]
     assert found["after"]["calibration_error"] < found["before"]["calibration_error"]
     assert in_words(found)[0].startswith(f"the teacher's logits are divided by {found['temperature']:.3g}: on 200 ")

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.config.models import DType
 from actors.teacher.class_parity import ClassParity
 from orchestrator.doctor.class_checks import check_class_scores, check_labels, check_table, check_words
-from orchestrator.run.score_parity import TOLERANCES, Finding
+from orchestrator.run.score_parity import Finding
 
 SOUND = ClassParity(
     rows=8, targets=8, set_aside=0, largest_target_error=1e-6, furthest_row=7, mean_target_error=1e-7, high_target_error=5e-7,
@@ -19,8 +20,8 @@ SOUND = ClassParity(
 LABELS = ["wrong", "partly", "right"]
 
 
-def judged(found: ClassParity, of_words: bool = False, of_table: bool = False) -> list[Finding]:
-    return check_class_scores(found, TOLERANCES["float32"], 3, of_words=of_words, of_table=of_table)
+def judged(found: ClassParity, of_words: bool = False, of_table: bool = False, dtype: DType = "float32") -> list[Finding]:
+    return check_class_scores(found, dtype, 3, of_words=of_words, of_table=of_table)
 
 
 @pytest.mark.parametrize(
@@ -44,8 +45,11 @@ def test_a_number_beyond_its_bound_is_one_finding(numbers: dict[str, Any], check
 
 
 def test_of_nearly_uniform_labels_the_slope_is_rounding() -> None:
-    raw = judged(replace(SOUND, spread=0.01, slope=0.8, correlation=0.9))[1]
-    assert raw.line() == "ok raw: mass off by at most 1.0e-05; labels are 1.0e-02 nats apart, too near for a slope"
+    raw = judged(replace(SOUND, spread=9e-4, slope=0.8, correlation=0.9))[1]
+    assert raw.line() == "ok raw: mass off by at most 1.0e-05; labels are 9.0e-04 nats apart, too near for a slope"
+    near = replace(SOUND, spread=0.01, slope=0.8)
+    assert judged(near)[1].state == "FAILED", "in float32 it says something"
+    assert judged(near, dtype="bfloat16")[1].line().endswith("labels are 1.0e-02 nats apart, too near for a slope")
 
 
 def test_a_table_is_not_asked_what_it_knows_and_words_have_engines() -> None:

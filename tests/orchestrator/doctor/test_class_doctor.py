@@ -33,7 +33,7 @@ from orchestrator.doctor.class_doctor import check_class_rows, spread_over_label
 from orchestrator.doctor.doctor import diagnose
 from orchestrator.models.models import Models
 from orchestrator.run.run_dir import RunDir
-from orchestrator.run.score_parity import TOLERANCES, Finding
+from orchestrator.run.score_parity import Finding
 from tests.faulty_engines import CrowdedLabels, HotLabels, RolledLabels, SwappedLabels
 from tests.integration.test_classification import tiny_bert
 from tests.integration.test_label_words import language_model
@@ -52,14 +52,14 @@ def rows_of_labels(count: int, features: Any) -> list[Example]:
     return rows
 
 
-def network(folder: Path, kind: str) -> TeacherSpec:
+def network(folder: Path, kind: str, scale: float = 1.0) -> TeacherSpec:
     """A network, or a table, in a folder, and how it is served."""
     torch.manual_seed(1)
     shape = (1, 4, 4) if kind.startswith("image") else ()
     settings = {"kind": kind} if kind == "label_table" else {"kind": kind, "dropout": 0.0} if not shape else {"kind": kind}
     model = SmallClassifier(SmallClassifierConfig(settings, 20, shape, num_labels=CLASSES)).eval()
     for weight in model.parameters():
-        weight.data = torch.randn(CLASSES, CLASSES).log_softmax(dim=1) if kind == "label_table" else 2 * weight.data
+        weight.data = (scale * torch.randn(CLASSES, CLASSES)).log_softmax(dim=1) if kind == "label_table" else 2 * weight.data
     save_model(model, None, folder / kind)
     return TeacherSpec(ENGINE, ModelSource(str(folder / kind), classes=CLASSES), CLASSES - 1, 20)
 
@@ -76,7 +76,7 @@ def measured(spec: TeacherSpec, rows: list[Example], folder: Path, engine_factor
     write_examples(folder / "rows.arrow", rows)
     classes = spec.top_k + 1
     for name, rows_per_shard in (("alone", 1), ("together", len(rows))):
-        identity = {"top_k": spec.top_k, "vocab_size": classes}
+        identity = {"top_k": spec.top_k, "vocab_size": classes, "exact": True}
         store = ScoreStore.open_or_create(folder / name, identity, len(rows), rows_per_shard)
         replica = TeacherReplica(spec, engine_factory)
         replica.start()
@@ -87,7 +87,7 @@ def measured(spec: TeacherSpec, rows: list[Example], folder: Path, engine_factor
 
 
 def judged(found: ClassParity, of_words: bool = False) -> dict[str, Finding]:
-    findings = check_class_scores(found, TOLERANCES["float32"], CLASSES, of_words=of_words, of_table=False)
+    findings = check_class_scores(found, "float32", CLASSES, of_words=of_words, of_table=False)
     return {finding.check: finding for finding in findings}
 
 
@@ -95,7 +95,7 @@ def judged(found: ClassParity, of_words: bool = False) -> dict[str, Finding]:
 def test_what_is_served_of_labels_is_a_plain_forward_pass(kind: str, tmp_path: Path) -> None:
     found = measured(network(tmp_path, kind), rows_for(kind), tmp_path)
     assert {judged(found)[name].state for name in ("batch", "raw", "served")} == {"ok"}
-    assert found.largest_target_error < 1e-5 and found.others_error < 1e-5 and abs(found.slope - 1) < 5e-3
+    assert found.largest_target_error < 1e-5 and found.others_error < 1e-5 and abs(found.slope - 1) < 1e-4
     assert found.rows == 8 and found.spread > 0.05
 
 
@@ -140,6 +140,27 @@ def test_a_fault_fails_the_check_that_is_there_for_it(fault: Any, check: str, sa
     found = judged(measured(network(tmp_path, "text_cnn"), rows_for("text_cnn"), tmp_path, fault))
     assert [name for name, finding in found.items() if finding.state == "FAILED"] == [check]
     assert said in found[check].line()
+
+
+def test_differences_smaller_than_a_step_of_other_stores_are_measured(tmp_path: Path) -> None:
+    """The others' log-probabilities are not rounded, and nothing is taken off for it."""
+
+    class Trembling(ClassifierEngine):
+        def score(self, examples: Sequence[Example]) -> list[TeacherScores]:
+            off = np.float32(1e-4 if len(examples) == 1 else -2e-4)
+            return [replace(one, topk_logprobs=one.topk_logprobs + off) for one in super().score(examples)]
+
+    found = measured(network(tmp_path, "text_cnn"), rows_for("text_cnn"), tmp_path, Trembling)
+    assert found.others_error == pytest.approx(1e-4, abs=1e-5) and found.batch_error == pytest.approx(3e-4, abs=1e-5)
+
+
+def test_a_temperature_is_told_of_a_table_that_is_nearly_uniform(tmp_path: Path) -> None:
+    spec = network(tmp_path, "label_table", scale=3e-3)
+    found = measured(spec, rows_for("label_table"), tmp_path)
+    assert 1e-3 < found.spread < 5e-3 and judged(found)["raw"].state == "ok" and abs(found.slope - 1) < 1e-3
+    (tmp_path / "hot").mkdir()
+    hot = judged(measured(spec, rows_for("label_table"), tmp_path / "hot", HotLabels))["raw"]
+    assert hot.state == "FAILED" and "slope 0.80" in hot.numbers
 
 
 def test_the_rows_that_are_tried_are_of_all_labels(tmp_path: Path) -> None:

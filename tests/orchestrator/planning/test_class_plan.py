@@ -267,7 +267,7 @@ def test_store_bytes_are_those_of_files(tmp_path: Path) -> None:
     config = texts(tmp_path, "scores.rows_per_shard=1000", "data.source.rows=2050")
     models = prepared(config)
     examples = ExampleFile(config.run_dir / "data" / "train.arrow")
-    store = ScoreStore.open_or_create(tmp_path / "store", {"top_k": 2, "top_mass": None, "vocab_size": 3}, 2000, 1000)
+    store = ScoreStore.open_or_create(tmp_path / "store", {"top_k": 2, "vocab_size": 3, "exact": True}, 2000, 1000)
     spec = TeacherSpec(config.teacher.engine, models.begun("teacher"), 2, int(examples.lengths.max()))
     engine = ClassifierEngine(spec)
     for shard in store.missing_shards():

@@ -23,6 +23,7 @@ from orchestrator.planning.memory import (
     weights_bytes,
 )
 from orchestrator.planning.shapes import Passes, shape_of
+from tests.actors.score_store.test_class_store import distributions, labelled, scores_of, store_in
 from tests.worlds import VOCAB, random_examples, scored_world
 
 SETTINGS = LlamaConfig(
@@ -134,6 +135,20 @@ def test_store_bytes_are_those_of_files(vocab_size: int, top_mass: float | None,
         assert said == pytest.approx(written, rel=0.05)
     else:
         assert written < said, "what the mass leaves out is not known before"
+
+
+@pytest.mark.parametrize("classes", [5, 77])
+def test_store_bytes_of_classes_are_those_of_files(classes: int, tmp_path: Path) -> None:
+    rows, logprobs = labelled(np.arange(400) % classes), distributions(np.random.default_rng(0), 400, classes, 1.0)
+    store = store_in(tmp_path, 400, 200, classes)
+    for shard in (0, 1):
+        mine = store.positions(shard)
+        store.write_shard(shard, [rows[row] for row in mine], [scores_of(rows[row], logprobs[row]) for row in mine])
+    written = sum(path.stat().st_size for path in Path(store.place).glob("shard-*.[ar]*"))
+    said = store_bytes(ScoresConfig(top_k=classes - 1, rows_per_shard=200), classes, 400, 400, exact=True)
+    assert said == pytest.approx(written, rel=0.05)
+    of_rows = sum(store.shard_info(shard).row_bytes for shard in (0, 1))
+    assert of_rows + 4 * 400 == 400 * (6 * classes + 6), "what docs/plan.md says, of which 4 bytes stand in the index"
 
 
 def test_a_replica_on_gpus_takes_vllms_share_and_scores_beside_it() -> None:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from actors.teacher.replica_set import TeacherFailed
 from orchestrator.config.run import RunConfig
 from orchestrator.run.score_identity import ScoringProgress, nearest_store, open_store, pin_revision, score_split, store_identity
 from tests.fakes import FAKE_VOCAB, FakeTeacher, expected_scores, fake_examples, fake_spec
+from tests.orchestrator.config.test_classes import TEXTS, changed
 
 ROWS, TOP_K = 10, 5
 
@@ -103,6 +107,39 @@ def test_whatever_changes_the_scores_changes_the_identity(tmp_path: Path, teache
     assert line == "tokenizer: wanted 'other tokens', the store has 'tokens' (other ids for the tokens)"
     other = store_identity(run_config(tmp_path), teacher, "tokens", write_examples_of(tmp_path, 3), FAKE_VOCAB, FAKE_VOCAB)
     assert "another prompt or chat template" in identity_difference(other, before)[0]
+
+
+def test_a_language_model_is_named_by_these_fields_and_classes_by_one_more(
+    tmp_path: Path, teacher: ModelSource, examples_path: Path
+) -> None:
+    before = identity_of(run_config(tmp_path), teacher, examples_path)
+    assert json.dumps(before) == json.dumps({  # in this order, so that the hash, and the folder's name, stay what they are
+        "teacher": {
+            "weights_sha256": sha256(sha256((Path(teacher.name) / "model.safetensors").read_bytes()).digest()).hexdigest(),
+            "config": {"vocab_size": FAKE_VOCAB},
+        },
+        "tokenizer": "tokens", "examples": {"hash": ExampleFile(examples_path).hash, "rows": ROWS},
+        "top_k": TOP_K, "top_mass": None, "vocab_size": FAKE_VOCAB, "ids_below": FAKE_VOCAB, "rows_per_shard": 4,
+        "engine": {
+            "kind": "transformers", "version": version("transformers"), "dtype": "bfloat16", "logprobs": "raw",
+            "quantization": None,
+        },
+    })  # fmt: skip
+    graded = changed(TEXTS, f"output={tmp_path / 'runs'}", "scores.rows_per_shard=4", "teacher.engine.dtype=bfloat16")
+    rounded = {**before, "top_k": 2, "vocab_size": 3, "ids_below": 3}
+    exact = store_identity(graded, teacher, "tokens", ExampleFile(examples_path), 3, 3)
+    assert exact == {**rounded, "exact": True} and identity_hash(exact) != identity_hash(rounded)
+    old = open_store(graded, rounded)
+    fill_classes(old)
+    new = open_store(graded, exact)
+    assert new.missing_shards() and nearest_store(graded.score_root, new) == (old.place, identity_difference(exact, rounded))
+
+
+def fill_classes(store: ScoreStore) -> None:
+    examples = [replace(one, token_ids=one.token_ids % 3) for one in fake_examples(ROWS)]
+    for shard in store.missing_shards():
+        rows = [examples[position] for position in store.positions(shard)]
+        store.write_shard(shard, rows, [expected_scores(row, 2, vocab_size=3) for row in rows])
 
 
 def write_examples_of(folder: Path, rows: int) -> ExampleFile:
