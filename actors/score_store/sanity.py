@@ -135,7 +135,7 @@ class _Likeliest:
 
 
 def _likeliest(row: Example, scores: TeacherScores, whole: bool) -> _Likeliest:
-    """Return the likeliest tokens; all of target and top-K if these are ``whole``, else one fewer: the target may be any other."""
+    """Return the likeliest tokens: target and top-K if they are ``whole``, else one fewer, as the target may be any other."""
     everything = np.concatenate([scores.target_logprob[:, None], scores.topk_logprobs], axis=1)
     token = np.where(scores.target_logprob > scores.topk_logprobs[:, 0], row.targets, scores.topk_ids[:, 0])
     descending = -np.sort(-everything, axis=1)
