@@ -90,7 +90,7 @@ def test_a_config_is_frozen() -> None:
         (["loss={teaching: atkd, easy_ratio: 0.3}"], r"loss\.teaching: is now loss\.kind$"),
         (["teacher.fit={train: {}}"], r"teacher\.fit: is now teacher\.finetune$"),
         (["student.fit=null"], r"student\.fit: is now student\.finetune$"),
-        (["bogus=1"], r"bogus: there is no such key; there are compare, data, evaluate, "),
+        (["bogus=1"], r"bogus: there is no such key; there are checkpoints, compare, data, evaluate, "),
         (["data.source={kind: files}"], r"data\.source\.path: is missing"),
         (["data.source.rows=50"], r"data\.source: needs 'kind', which says what it is; got \{'rows': 50\}"),
         (["data.source={kind: builtin, tasks: [sing]}"], r"data\.source.*no task is called 'sing'; there are add,"),

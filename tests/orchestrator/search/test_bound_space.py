@@ -102,7 +102,7 @@ def test_a_space_of_whole_numbers_and_adapters() -> None:
         ({"train.learning_rate": [1]}, r"there is no such key; there is train\.optimizer\.learning_rate"),
         ({"loss.teaching": ["atkd"]}, r"loss\.teaching: is now loss\.kind"),
         ({"loss": [{"teaching": "atkd"}]}, r"loss\.teaching: is now loss\.kind"),
-        ({"bogus.x": [1]}, r"bogus: there is no such key; there are compare, data, evaluate"),
+        ({"bogus.x": [1]}, r"bogus: there is no such key; there are checkpoints, compare, data, evaluate"),
         ({"loss.easy_ratio": {"low": 0.5, "high": 1.5}},
          r"tune\.space, with loss\.easy_ratio=1\.5: .*\n  loss\.easy_ratio: Input should be less than or equal to 1; got 1\.5"),
         ({"loss.easy_ratio": [0.3, "many"]}, r"with loss\.easy_ratio='many': .*\n.* should be a valid number"),
