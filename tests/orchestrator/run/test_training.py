@@ -173,6 +173,7 @@ class KeptHere:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("cut", [{"micro_batch_rows": 3, "gradient_checkpointing": True}, PACKED])
 def test_a_training_goes_on_from_its_checkpoint_with_other_passes(
     undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, cut: dict[str, Any]
