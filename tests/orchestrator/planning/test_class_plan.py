@@ -4,31 +4,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, XLNetConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, XLNetConfig
 
 from actors.engines.base import TeacherSpec
 from actors.engines.classifier import ClassifierEngine
 from actors.examples import ExampleFile
 from actors.format import GIB
 from actors.models import load_model
-from actors.networks.classifier import SmallClassifier, SmallClassifierConfig, class_logits
+from actors.networks.classifier import SmallClassifier, SmallClassifierConfig
 from actors.score_store.store import ScoreStore
 from orchestrator.classification.label_words import read_asked
 from orchestrator.classification.preparation import prepare_run
 from orchestrator.cli import main
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import ROLES, Models
-from orchestrator.planning.class_models import class_shape, saved_by_classifier
 from orchestrator.planning.class_rows import read_class_rows
 from orchestrator.planning.cluster_fit import gpu_bytes_of
 from orchestrator.planning.jobs import trainings
 from orchestrator.planning.plan import Plan, PlanOptions, make_plan
 from orchestrator.planning.report import as_plain, time_lines
-from orchestrator.planning.shapes import Workload
 from orchestrator.run.run_dir import RunDir
 from orchestrator.run.stages import rows_of
 from tests.integration.test_classification import blots, tiny_bert
@@ -184,69 +179,6 @@ def test_pretrained_classifiers_are_counted_from_their_configuration_alone(tmp_p
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"has no label 'wrong'; its labels are a, b"):
         planned(made.model_copy(update={"name": "other"}))
-
-
-def rows_of_shape(model: SmallClassifier, count: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    token_ids = torch.zeros(count, tokens, dtype=torch.long)
-    return token_ids, torch.ones_like(token_ids), torch.arange(1, count + 1) * tokens - 1
-
-
-def kept_by(model: torch.nn.Module, forward: Any) -> int:
-    """Bytes that a real model keeps for its backward pass."""
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-@pytest.mark.parametrize("kind", ["text_mlp", "text_cnn", "text_rnn", "image_cnn", "image_resnet"])
-def test_activations_of_networks_are_those_that_real_ones_keep(kind: str) -> None:
-    shape, tokens = ((1, 8, 8), 65) if kind.startswith("image") else ((), 30)
-    settings = SmallClassifierConfig({"kind": kind}, 100, shape, num_labels=3)
-    real = SmallClassifier(settings).train()
-    measured = kept_by(real, lambda: class_logits(real, *rows_of_shape(real, 16, tokens)))
-    with torch.device("cpu" if kind == "text_rnn" else "meta"):
-        shapes = SmallClassifier(settings).train()
-    assert saved_by_classifier(shapes, 16, tokens, bfloat16=False) == pytest.approx(measured, rel=0.05)
-
-
-def test_activations_of_a_transformer_are_those_that_a_real_one_keeps() -> None:
-    settings = BertConfig(
-        vocab_size=60, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, num_labels=3,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    real = BertForSequenceClassification(settings).train()
-    mask = torch.ones(6, 20, dtype=torch.long)
-    mask[0, 12:] = 0
-    measured = kept_by(real, lambda: real(input_ids=torch.zeros(6, 20, dtype=torch.long), attention_mask=mask))
-    with torch.device("meta"):
-        shapes = BertForSequenceClassification(settings).train()
-    assert saved_by_classifier(shapes, 6, 21, bfloat16=False) == pytest.approx(measured, rel=0.05)
-
-
-def of_length(tokens: int) -> Workload:
-    return Workload(np.full(10, tokens), np.ones(10, np.int64), 0, 0, tokens, 100, "made up")
-
-
-def test_operations_of_networks_are_those_of_their_products() -> None:
-    def counted(network: dict[str, Any], tokens: int, shape: tuple[int, ...] = ()) -> float | None:
-        with torch.device("meta"):
-            model = SmallClassifier(SmallClassifierConfig(network, 100, shape, num_labels=3))
-        return class_shape(model, of_length(tokens)).token_flops
-
-    hidden, output = 16 * 32, 32 * 3
-    assert counted({"kind": "text_mlp"}, 20) == 2 * (hidden + output) / 20
-    filters = sum((19 + kernel - 1) * kernel * 16 * 16 for kernel in (1, 2, 3))  # padded on both sides; the label is not read
-    assert counted({"kind": "text_cnn"}, 20) == 2 * (filters + 3 * 16 * 3) / 20
-    convolutions = 64 * 9 * 1 * 4 + 16 * 9 * 4 * 8  # 8 x 8 places, and then 4 x 4
-    assert counted({"kind": "image_cnn", "channels": 4}, 65, (1, 8, 8)) == 2 * (convolutions + 8 * 3) / 65
 
 
 def test_where_activations_cannot_be_told_it_is_said(tmp_path: Path) -> None:
