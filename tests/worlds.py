@@ -1,5 +1,7 @@
 """Small worlds for tests: models of a few thousand weights, rows of random tokens, and what a random teacher says of them."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,12 @@ def random_examples(rows: int, seed: int, longest: int = LONGEST) -> list[Exampl
         loss_mask = np.arange(length) >= generator.integers(1, length)
         examples.append(Example(token_ids, loss_mask, example_key(token_ids, loss_mask), row))
     return examples
+
+
+def heldout_texts(responses: Sequence[str]) -> str:
+    """The lines of held-out rows as text, with these responses."""
+    rows = [{"row": row, "task": None, "prompt": "?", "response": response} for row, response in enumerate(responses)]
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def scores_from_logits(example: Example, logits: np.ndarray, top_k: int) -> TeacherScores:

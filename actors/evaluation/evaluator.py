@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.config.models import EvaluateConfig
-from actors.dataloader.collator import PADDING, MicroBatch
+from actors.dataloader.collator import MicroBatch
 from actors.dataloader.scored_rows import all_rows
 from actors.evaluation.answer_ends import read_answer_ends
 from actors.evaluation.answers import AnswerComparison, GeneratedAnswer, HeldoutText, read_heldout_texts
 from actors.evaluation.class_metrics import ClassView
+from actors.evaluation.generation import generate_answers
 from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows, batches_by_length
 from actors.evaluation.token_view import TokenView, view_tokens
 from actors.examples import ExampleFile
@@ -126,7 +127,9 @@ def evaluate_model(
     started = time.perf_counter()
     heldout = predict_rows(network, examples, store, top_k, evaluate.batch_rows, model.name)
     predicted = time.perf_counter()
-    generated = generate_answers(network, tokenizer, examples, texts, evaluate, ends)
+    prompts = [examples[position].last_prompt for position in range(len(texts))]
+    with torch.inference_mode():
+        generated = generate_answers(network, tokenizer, prompts, evaluate, ends)
     answers = [comparison.compare(text, answer) for text, answer in zip(texts, generated, strict=True)]
     rouge = [answer.rouge_l for answer in answers if answer.rouge_l is not None]
     metrics = Metrics(
@@ -219,35 +222,3 @@ def target_logits(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
         return model(**inputs).logits[rows, columns]
     kept = columns.unique()  # ascending
     return model(**inputs, logits_to_keep=kept).logits[rows, torch.searchsorted(kept, columns)]
-
-
-@torch.inference_mode()
-def generate_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: ExampleFile, texts: list[HeldoutText],
-    evaluate: EvaluateConfig, ends: tuple[int, ...],
-) -> list[str]:  # fmt: skip
-    """Return the greedy answers to the prompts of the first ``len(texts)`` rows, in their order, as far as a token of ``ends``.
-
-    A prompt is all tokens of its row before the last stretch of targets: the last answer of a conversation is asked for.
-    """
-    if not texts:
-        return []
-    # A model's own generation settings may sample or penalise repetition; what is not said here must not come from there.
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=evaluate.max_new_tokens, eos_token_id=list(ends), pad_token_id=PADDING
-    )
-    prompts = [examples[position].last_prompt for position in range(len(texts))]
-    answers = [""] * len(prompts)
-    for positions in batches_by_length(np.array([len(prompt) for prompt in prompts]), evaluate.batch_rows):
-        chosen = [prompts[position] for position in positions]
-        width = max(len(prompt) for prompt in chosen)
-        token_ids = torch.full((len(chosen), width), PADDING)
-        attention_mask = torch.zeros_like(token_ids)
-        for index, prompt in enumerate(chosen):
-            token_ids[index, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            attention_mask[index, width - len(prompt) :] = 1
-        generated = model.generate(token_ids.to(model.device), attention_mask=attention_mask.to(model.device))
-        for position, tokens in zip(positions, generated[:, width:].tolist(), strict=True):
-            length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-            answers[position] = tokenizer.decode(tokens[:length], skip_special_tokens=True)
-    return answers

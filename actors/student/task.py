@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from actors.config.models import LoraAdapter, TrainConfig
+from actors.config.models import EvaluateConfig, LoraAdapter, TrainConfig
 from actors.config.tracking import TrackingConfig
 from actors.config.workers import WorkersConfig
 from actors.dataloader.row_sources import RowPolicy
@@ -24,6 +24,18 @@ class ValidationController(Protocol):
     def measured(self) -> RemoteMethod[[int, int, int, Mapping[str, float | None], float], bool]:
         """Take trial, rung, step, measures and seconds; return whether the trial continues."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSchedule:
+    """What the student of a trial answers when it has learned."""
+
+    texts: str
+    """The held-out rows as text."""
+    tokenizer: ModelSource
+    """Where the tokenizer is loaded from."""
+    evaluate: EvaluateConfig
+    """How many of their prompts it answers, and how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,8 @@ class ValidationSchedule:
     """Decides."""
     ordered: bool = False
     """Whether the labels of a classifier are grades."""
+    answers: AnswerSchedule | None = None
+    """What the student answers after the last of the steps; None for nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,20 @@ from pathlib import Path
 
 import ray
 import torch
+import torch.distributed
 from torch import nn
+from transformers import AutoTokenizer
 
+from actors.evaluation.answer_ends import read_answer_ends
+from actors.evaluation.answers import AnswerComparison, read_heldout_texts
+from actors.evaluation.generation import generate_answers
 from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows, batches_by_length
 from actors.examples import ExampleFile
+from actors.models import plain_model
 from actors.score_store.store import ScoreStore
 from actors.student.model import autocast, undistributed
 from actors.student.ranks import Worker
-from actors.student.task import TrainingTask
+from actors.student.task import AnswerSchedule, TrainingTask
 
 
 class Validator:
@@ -26,6 +32,8 @@ class Validator:
                 task, worker, Path(schedule.examples), schedule.store, schedule.top_k, schedule.batch_rows, vocab_size,
                 schedule.ordered,
             )  # fmt: skip
+            asked = schedule.answers
+            self._answers = None if asked is None else HeldoutAnswers(task, worker, schedule.examples, asked)
 
     def goes_on(self, student: nn.Module, step: int) -> bool:
         """Validate the student if that is due after this step; return whether training continues. All workers call it.
@@ -37,6 +45,8 @@ class Validator:
             return True
         counted = self._heldout.counted(student)
         measures = {**counted.measures(), **counted.of_labels()}
+        if self._answers is not None and step == self._schedule.steps[-1]:
+            measures |= self._answers.measures(student)
         told = True
         if self._worker.rank == 0:
             rung, seconds = self._schedule.steps.index(step), time.monotonic() - self._started
@@ -90,3 +100,49 @@ class HeldoutPasses:
             heldout.sum_over_workers(self._worker.device)
         heldout.require_finite(self._task.name)
         return heldout
+
+
+class HeldoutAnswers:
+    """Answers of a student in training to held-out prompts, shared out among its workers.
+
+    Args:
+        task: of the training.
+        worker: this one, which holds the whole student.
+        examples: the held-out rows as token ids.
+        schedule: which prompts, and how they are answered.
+
+    Raises:
+        ValueError: if texts and examples do not belong together, or a reference has no answer.
+    """
+
+    def __init__(self, task: TrainingTask, worker: Worker, examples: str, schedule: AnswerSchedule) -> None:
+        self._task, self._worker, self._evaluate = task, worker, schedule.evaluate
+        rows, source = ExampleFile(Path(examples)), schedule.tokenizer
+        texts = read_heldout_texts(Path(schedule.texts), rows.rows.tolist())[: self._evaluate.generate_rows]
+        self._comparison = AnswerComparison(self._evaluate.answer_pattern)
+        self._comparison.require_answers(texts)
+        mine = range(worker.rank, len(texts), worker.world_size)
+        self._texts, self._prompts = [texts[row] for row in mine], [rows[row].last_prompt for row in mine]
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+        self._ends = read_answer_ends(Path(source.name), self._tokenizer)
+
+    @torch.no_grad()
+    def measures(self, student: nn.Module) -> dict[str, float | None]:
+        """Return exact match and Rouge-L of the answers, as an evaluation has them. All workers call it together."""
+        module = undistributed(student)
+        module.eval()
+        # Rows that grow by a token a pass would be compiled anew for each length.
+        with torch.compiler.set_stance("force_eager"), autocast(self._task.train, self._worker.device):
+            texts = generate_answers(plain_model(module.model), self._tokenizer, self._prompts, self._evaluate, self._ends)
+        module.train()
+        answers = [self._comparison.compare(*both) for both in zip(self._texts, texts, strict=True)]
+        rouge = [answer.rouge_l for answer in answers if answer.rouge_l is not None]
+        correct = sum(answer.correct for answer in answers)
+        sums = torch.tensor([len(answers), correct, len(rouge), sum(rouge)], dtype=torch.float64)
+        if self._worker.world_size > 1:
+            sums = sums.to(self._worker.device)
+            torch.distributed.all_reduce(sums)
+        answered, right, compared, rouge_sum = sums.tolist()
+        return {"exact_match": right / answered, "rouge_l": rouge_sum / compared if compared else None}

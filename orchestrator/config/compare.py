@@ -59,6 +59,9 @@ class CompareConfig(Section):
     metric: str = "heldout_loss"
     """What arms are compared by; which way is better is known."""
 
+    answers: bool = False
+    """As in the section ``tune``."""
+
     concurrent: int | Literal["auto"] = "auto"
     """Trainings at a time; ``auto``: as many as there are devices for."""
 

@@ -36,7 +36,7 @@ from orchestrator.config.neighbours import require_neighbours_teach
 from orchestrator.config.own_text import require_own_text
 from orchestrator.config.sides import StudentConfig, TeacherConfig, TokenizerConfig
 from orchestrator.config.task import ClassificationTask, LanguageModelTask, TaskConfig
-from orchestrator.config.tune import TuneConfig
+from orchestrator.config.tune import TuneConfig, require_answered
 
 
 class RunConfig(Section):
@@ -127,6 +127,8 @@ class RunConfig(Section):
                     "serve; export.onnx=false would do"
                 )
         require_metrics_of_the_task(self.task, {"tune": self.tune.metric, "compare": self.compare.metric})
+        require_answered("tune", self.tune.metric, self.tune.answers, self.evaluate, self.train)
+        require_answered("compare", self.compare.metric, self.compare.answers, self.evaluate, self.train)
         if needs_complete_store(self.loss) and self.scores.overlap:
             raise ValueError(
                 "loss.scope dataset ranks tokens over the complete store, so training cannot overlap with scoring: "
@@ -150,6 +152,7 @@ class RunConfig(Section):
             "scores.top_mass": (self.scores.top_mass, None),
             "data.without_answer": (self.data.without_answer, "refuse"), "data.processes": (self.data.processes, 1),
             "train.packing": (self.train.packing, False),
+            "tune.answers": (self.tune.answers, False), "compare.answers": (self.compare.answers, False),
         }  # fmt: skip
         for role, side in (("teacher", self.teacher), ("student", self.student)):
             if side.finetune is not None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from actors.config.models import EvaluateConfig, TrainConfig
 from losses.section import LARGEST_SEED, Section
 from orchestrator.config.schedulers import SchedulerConfig, name_of
 from tune_spaces.registry import space_named
@@ -18,12 +19,16 @@ METRICS: dict[str, Direction] = {
     "kl_to_teacher": "min",
     "top1_agreement": "max",
     "calibration_error": "min",
+    "exact_match": "max",
+    "rouge_l": "max",
     "accuracy": "max",
     "macro_f1": "max",
     "weighted_kappa": "max",
 }
-"""What is measured of each trial on the held-out rows, at every rung, and which way is better. Generated answers are not among
-them: they cost more than a rung may."""
+"""What is measured of each trial on the held-out rows, and which way is better."""
+
+OF_ANSWERS = ("exact_match", "rouge_l")
+"""Those of them that are measured at the last rung alone: answers cost more than a rung may."""
 
 OF_LABELS = ("accuracy", "macro_f1", "weighted_kappa")
 """Those of them that only classifiers have; the last only those of grades."""
@@ -58,6 +63,9 @@ class TuneConfig(Section):
 
     metric: str = "heldout_loss"
     """What trials are compared by; which way is better is known."""
+
+    answers: bool = False
+    """Have each student answer held-out prompts at its end, as the section ``evaluate`` says: exact match and Rouge-L."""
 
     concurrent: int | Literal["auto"] = "auto"
     """Trials at a time; ``auto``: as many as there are devices for."""
@@ -100,6 +108,11 @@ class TuneConfig(Section):
         if scheduler != "none" and self.rungs == 1:
             raise ValueError(
                 f"scheduler {scheduler} stops trials between rungs, and rungs is 1: set rungs to 2 or more, or scheduler to none"
+            )
+        if scheduler != "none" and self.metric in OF_ANSWERS:
+            raise ValueError(
+                f"scheduler {scheduler} stops trials by {self.metric}, and answers are given at the last rung alone: set "
+                "scheduler to none, or metric to heldout_loss"
             )
         if not isinstance(self.scheduler, str) and self.scheduler.grace_period >= self.rungs:
             raise ValueError(
@@ -157,3 +170,27 @@ def require_count(concurrent: Any) -> Any:
     if concurrent != "auto" and (not isinstance(concurrent, int) or isinstance(concurrent, bool) or concurrent < 1):
         raise ValueError(f"{concurrent!r} is no number of trials; 1 or auto would do")
     return concurrent
+
+
+def require_answered(
+    section: Literal["tune", "compare"], metric: str, answers: bool, evaluate: EvaluateConfig, train: TrainConfig
+) -> None:
+    """Raise if students of trials are to answer and cannot, or are compared by answers that they do not give.
+
+    Raises:
+        ValueError: naming the key, its value and one that would do.
+    """
+    if metric in OF_ANSWERS and not answers:
+        raise ValueError(
+            f"{section}.metric {metric} is measured of answers, and {section}.answers is false; {section}.answers=true would do"
+        )
+    if answers and evaluate.generate_rows == 0:
+        raise ValueError(
+            f"{section}.answers is true, and evaluate.generate_rows is 0: no prompt would be answered; "
+            "evaluate.generate_rows=100 would do"
+        )
+    if answers and train.sharding == "fsdp":
+        raise ValueError(
+            f"{section}.answers is true, and with train.sharding fsdp no worker holds a whole student that could answer; "
+            f"train.sharding=replicate would do, or {section}.answers=false"
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 from ray.exceptions import RayError
 from transformers import PreTrainedTokenizerBase
 
+from actors.evaluation.answers import AnswerComparison, read_heldout_texts
 from actors.examples import ExampleFile
 from actors.format import plural
 from actors.hub_files import NodeDownloads, nodes_for
@@ -60,12 +61,24 @@ def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
     remarks += require_models_fit(config, models, row_limits(config, data))
     remarks += [merged for role in ROLES if (merged := models.merge_adapter(role))]
     require_room_for_answers(config, models, longest_prompt(ExampleFile(data / "train.arrow")))
+    require_references(config, data)
     for line in "\n".join(remarks).splitlines():  # rows that are shown have several
         logger.info(f"prepare: {line}")
     return {
         "counts": asdict(counts), "source_sha256": source_hashes(config.data),
         "answer_ends": list(ends.ids), "remarks": remarks,
     }  # fmt: skip
+
+
+def require_references(config: RunConfig, data: Path) -> None:
+    """Raise if a response to which answers are to be compared has no answer that ``evaluate.answer_pattern`` finds.
+
+    Raises:
+        ValueError: naming the first such row.
+    """
+    rows = ExampleFile(data / "heldout.arrow").rows.tolist()
+    texts = read_heldout_texts(data / "heldout_texts.jsonl", rows)[: config.evaluate.generate_rows]
+    AnswerComparison(config.evaluate.answer_pattern).require_answers(texts)
 
 
 def describe_ends(ids: Sequence[int], ignored: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -9,7 +9,7 @@ from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.compare import ARMS
 from orchestrator.config.load import ConfigError
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tune import rung_steps
+from orchestrator.config.tune import OF_ANSWERS, rung_steps
 from orchestrator.run.run_dir import RunDir
 from orchestrator.search.bound_space import BoundSpace, require_searchable, require_trials
 from orchestrator.search.controller import Assignment, ControllerHandle
@@ -143,6 +143,7 @@ def run_all(
         bound, inputs, folder, spec, RuleScheduler(StoppingRule("none", settings.direction)), queue_of,
         in_process=settings.trials_in == "reused_process",
         concurrent=None if settings.concurrent == "auto" else settings.concurrent,
+        answers=settings.answers and (baseline is not None or settings.metric in OF_ANSWERS),  # a rate is chosen by the metric
     )  # fmt: skip
 
 

@@ -83,7 +83,8 @@ class SearchController:
             if trial.ended is not None:  # one that was interrupted begins anew, and its rungs with it
                 self._rungs[trial.number] = [dict(rung.metrics) for rung in trial.rungs]
                 for number, rung in enumerate(self._rungs[trial.number]):
-                    self._scheduler.take_down(trial.number, number, self._value_of(rung))
+                    if spec.metric in rung:
+                        self._scheduler.take_down(trial.number, number, self._value_of(rung))
                 last = len(trial.rungs) - 1
                 self._outcomes[trial.number] = Outcome(trial.ended.status, trial.metrics.get(spec.metric), last)
 
@@ -109,7 +110,7 @@ class SearchController:
         if trial in self._outcomes or rung < len(so_far):
             return trial not in self._outcomes and trial not in self._stopped
         assert rung == len(so_far), f"trial {trial} comes to rung {rung} and was measured at {len(so_far)}"
-        goes_on = self._decided(trial, rung, self._value_of(measures))
+        goes_on = self._spec.metric not in measures or self._decided(trial, rung, self._value_of(measures))  # answers come last
         self._ledger.rung(trial, rung, step, measures, "continue" if goes_on else "stop", seconds)
         so_far.append(dict(measures))
         if not goes_on:

@@ -171,6 +171,7 @@ def begin_ledger(folder: Path, spec: SearchSpec) -> Search:
 def run_search(
     bound: BoundSpace, inputs: SharedInputs, folder: Path, spec: SearchSpec, scheduler: Scheduler,
     queue_of: Callable[[ControllerHandle, Path], TrialQueue], *, in_process: bool, concurrent: int | None,
+    answers: bool = False,
 ) -> Search:  # fmt: skip
     """Run the trials to their end under a controller, saying how far they are; return what the ledger then holds.
 
@@ -184,7 +185,7 @@ def run_search(
     stores = (inputs.training_store, inputs.heldout_store)
     with inputs.serve_teacher() as teacher:
         trial_context = TrialContext(
-            bound, inputs.run_folder, folder / "trials", *stores, len(spec.rungs), in_process, controller, teacher
+            bound, inputs.run_folder, folder / "trials", *stores, len(spec.rungs), in_process, controller, answers, teacher
         )
         at_once = min(most_at_once(workers, samplers), concurrent or spec.trials)
         logger.info(f"{spec.kind}: {spec.trials} trials of {spec.total_steps} steps, {at_once} at a time")

@@ -14,7 +14,7 @@ import torch
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import read_metrics
 from actors.student.loop import distil
-from actors.student.task import TrainingTask, ValidationSchedule
+from actors.student.task import AnswerSchedule, TrainingTask, ValidationSchedule
 from actors.student.train_checkpoints import NoCheckpoints
 from actors.teacher.service import ScoreService
 from orchestrator.config.tune import rung_steps
@@ -47,6 +47,8 @@ class TrialContext:
     """Train in the trial's own process, which is kept for the next trial, or in Ray Train workers."""
     controller: ControllerHandle
     """Handle of the ``SearchController``."""
+    answers: bool = False
+    """Whether students answer held-out prompts at their end."""
     teacher: ScoreService | None = None
     """Scores what the students of trials write."""
 
@@ -57,6 +59,7 @@ class TrialContext:
             ValueError: if it has fewer steps than there are rungs.
         """
         config, base = self.space.config_of(assignment.point), self.space.config
+        models = Models(config, self.run_folder)
         total_steps = optimizer_steps(config, len(ExampleFile(training_rows(config, self.run_folder))))
         validation = ValidationSchedule(
             trial=assignment.trial,
@@ -67,9 +70,10 @@ class TrialContext:
             batch_rows=base.evaluate.batch_rows,
             controller=self.controller,
             ordered=base.ordered,
+            answers=self._answers(models) if self.answers else None,
         )
         folder = self.trial_folder(assignment.trial)
-        models, store = Models(config, self.run_folder), self.training_store if config.learns_from_data else None
+        store = self.training_store if config.learns_from_data else None
         return replace(
             distillation_task(config, self.run_folder, models, store),
             name=_name_of(assignment.trial),
@@ -79,6 +83,11 @@ class TrialContext:
             validation=validation,
             rollouts=rollout_task(config, folder, self.run_folder, models),
         )
+
+    def _answers(self, models: Models) -> AnswerSchedule:
+        """Return what each student answers, in the manner of the run's evaluation."""
+        texts = self.run_folder / "data" / "heldout_texts.jsonl"
+        return AnswerSchedule(str(texts), models.tokenizer_source(), self.space.config.evaluate)
 
     def rollouts(self, assignment: Assignment, task: TrainingTask) -> AbstractContextManager[None]:
         """Return what writes rows beside the training of a trial; nothing where it has no rollouts."""

@@ -49,6 +49,7 @@ def tune(config: RunConfig) -> Path:
             bound, inputs, folder, spec, scheduler_of(settings), queue_of,
             in_process=settings.trials_in == "reused_process",
             concurrent=None if settings.concurrent == "auto" else settings.concurrent,
+            answers=settings.answers,
         )  # fmt: skip
         note_cost(config, run_dir, folder)
     write_results(search, bound, folder)

@@ -26,7 +26,7 @@ from orchestrator.search.ledger import Ledger, Search
 from orchestrator.search.schedulers import RuleScheduler, StoppingRule, scheduler_of
 from orchestrator.search.trial import TrialContext
 from orchestrator.search.tune import source_of, spec_of
-from tests.worlds import VOCAB, random_examples, scores_from_logits, tiny_llama
+from tests.worlds import VOCAB, heldout_texts, random_examples, scores_from_logits, tiny_llama
 
 TRAIN_ROWS, HELDOUT_ROWS, TOP_K = 32, 7, 8
 RATE = "train.optimizer.learning_rate"
@@ -82,6 +82,7 @@ def unscored_run(folder: Path, **sections: Any) -> RunConfig:
         (run_dir.path / "data").mkdir()
         write_examples(run_dir.path / "data" / "train.arrow", random_examples(TRAIN_ROWS, seed=3))
         write_examples(run_dir.path / "data" / "heldout.arrow", random_examples(HELDOUT_ROWS, seed=4))
+        (run_dir.path / "data" / "heldout_texts.jsonl").write_text(heldout_texts(["w1 w2"] * HELDOUT_ROWS))
         models = Models(config, run_dir.path)
         teacher = models.begun("teacher")  # the student may be one that is not there
         load_tokenizer(teacher.name, None, teacher.trust_remote_code).save_pretrained(models.tokenizer_folder)
@@ -118,7 +119,7 @@ def search(config: RunConfig, folder: Path, at_once: int = 2) -> Search:
 
     return run_search(
         bound, ground, folder, spec, scheduler_of(tune), queue_of,
-        in_process=tune.trials_in == "reused_process", concurrent=at_once,
+        in_process=tune.trials_in == "reused_process", concurrent=at_once, answers=tune.answers,
     )  # fmt: skip
 
 

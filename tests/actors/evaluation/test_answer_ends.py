@@ -29,8 +29,7 @@ from actors.evaluation.answer_ends import (
     stop_as_evaluated,
     write_answer_ends,
 )
-from actors.evaluation.answers import HeldoutText
-from actors.evaluation.evaluator import generate_answers
+from actors.evaluation.generation import generate_answers
 from actors.examples import ExampleFile, write_examples
 from actors.model_source import ModelSource
 from actors.records import Example, example_key
@@ -161,11 +160,12 @@ def test_evaluation_stops_at_the_end_of_the_turn(exported: Path) -> None:
     assert ends == (2, 0)
     model = AutoModelForCausalLM.from_pretrained(exported)
     write_examples(exported.parent / "heldout.arrow", chat_rows(tokenizer))
-    texts = [HeldoutText(row, None, question, answer) for row, (question, answer) in enumerate(TALK.items())]
     settings = EvaluateConfig(max_new_tokens=12)
-    answers = generate_answers(model, tokenizer, ExampleFile(exported.parent / "heldout.arrow"), texts, settings, ends)
+    heldout = ExampleFile(exported.parent / "heldout.arrow")
+    prompts = [heldout[row].last_prompt for row in range(len(heldout))]
+    answers = generate_answers(model, tokenizer, prompts, settings, ends)
     assert answers == list(TALK.values())
-    at_eos_alone = generate_answers(model, tokenizer, ExampleFile(exported.parent / "heldout.arrow"), texts, settings, (0,))
+    at_eos_alone = generate_answers(model, tokenizer, prompts, settings, (0,))
     assert at_eos_alone != answers, "what stands behind the end of the turn would be part of the answer"
 
 

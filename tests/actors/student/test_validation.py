@@ -14,19 +14,19 @@ import torch.distributed
 import torch.multiprocessing
 from transformers import AutoModelForCausalLM
 
-from actors.config.models import LoraAdapter, OptimizerConfig, TrainConfig
-from actors.evaluation.evaluator import predict_rows
+from actors.config.models import EvaluateConfig, LoraAdapter, OptimizerConfig, TrainConfig
+from actors.evaluation.evaluator import evaluate_model, predict_rows
 from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows
 from actors.examples import ExampleFile
 from actors.model_source import ModelSource
 from actors.monitors.metrics_log import read_metrics
 from actors.score_store.store import ScoreStore
 from actors.student.loop import distil
-from actors.student.task import TrainingTask, ValidationSchedule
+from actors.student.task import AnswerSchedule, TrainingTask, ValidationSchedule
 from actors.student.train_checkpoints import NoCheckpoints
 from losses.config import AtkdLoss
 from tests.actors.witness import Witness
-from tests.worlds import VOCAB, scored_world, tiny_llama
+from tests.worlds import VOCAB, heldout_texts, scored_world, tiny_llama
 
 TRAIN = TrainConfig(
     epochs=2, batch_rows=8, micro_batch_rows=3, optimizer=OptimizerConfig(learning_rate=3e-3), checkpoint_every_steps=1
@@ -34,6 +34,7 @@ TRAIN = TrainConfig(
 STEPS = (2, 5, 6)  # of six
 ADAPTERS = LoraAdapter(rank=2, dropout=0.3)
 CUTS: tuple[Any, ...] = ("replicate", "fsdp")
+ANSWERED = EvaluateConfig(batch_rows=2, generate_rows=5, max_new_tokens=4)  # an odd number: two ranks have unequal shares
 
 
 def exams_of(world: Path, controller: Any) -> ValidationSchedule:
@@ -47,6 +48,12 @@ def exams_of(world: Path, controller: Any) -> ValidationSchedule:
         batch_rows=3,
         controller=controller,
     )
+
+
+def with_answers(validation: ValidationSchedule, world: Path) -> ValidationSchedule:
+    """The same, with answers at the end."""
+    answers = AnswerSchedule(str(world / "texts.jsonl"), ModelSource(str(world / "model")), ANSWERED)
+    return replace(validation, answers=answers)
 
 
 def task_in(folder: Path, world: Path, **changes: Any) -> TrainingTask:
@@ -87,6 +94,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("validation")
     scored_world(folder, rows=24)
     scored_world(folder / "heldout", rows=7, seed=9)
+    word_list = " ".join(f"w{word}" for word in range(VOCAB))  # Rouge-L is then above 0, whatever the answer
+    (folder / "texts.jsonl").write_text(heldout_texts([word_list] * 7))
     config = tiny_llama(folder / "model", seed=1) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.3}))
     return folder
@@ -117,10 +126,35 @@ def test_it_is_measured_as_the_evaluator_measures_the_finished_model(world: Path
 
 
 @pytest.mark.ray
+def test_its_answers_are_measured_at_the_end_as_the_evaluator_measures_them(
+    world: Path, examined: tuple[Path, list[Any]], witness: Any, tmp_path: Path
+) -> None:
+    heldout, student = exams_of(world, None), ModelSource(str(examined[0] / "student"))
+
+    def evaluated(texts: Path) -> Any:
+        tokenizer = ModelSource(str(world / "model"))
+        return evaluate_model(student, tokenizer, heldout.examples, heldout.store, str(texts), ANSWERED, 8)
+
+    first = [answer.generated for answer in evaluated(world / "texts.jsonl").answers]
+    assert any(first), "it answers something"
+    references = [first[0], f"{first[1]} w5", "w1", "w1 w2", first[4], "w1", "w1"]  # right, half right and wrong ones
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(heldout_texts(references))
+    expected = evaluated(texts).metrics
+    assert 0 < expected.exact_match < 1 and 0 < expected.rouge_l < 1
+    validation = with_answers(exams_of(world, witness), tmp_path)
+    validation = replace(validation, answers=replace(validation.answers, tokenizer=ModelSource(str(world / "model"))))
+    heard = heard_of(witness, task_in(tmp_path, world, output=None, validation=validation))
+    assert [("exact_match" in measures) for _, _, measures in heard] == [False, False, True]
+    assert heard[-1][2]["exact_match"] == expected.exact_match
+    assert heard[-1][2]["rouge_l"] == pytest.approx(expected.rouge_l)
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize("lora", [None, ADAPTERS], ids=["all weights", "adapters"])
 def test_exams_change_nothing(witness: Any, world: Path, tmp_path: Path, lora: LoraAdapter | None) -> None:
     """Bit for bit, with dropout; the second runs in a process in which a student was trained before, as a trial does."""
-    for name, validation in (("plain", None), ("examined", exams_of(world, witness))):
+    for name, validation in (("plain", None), ("examined", with_answers(exams_of(world, witness), world))):
         assert bool(heard_of(witness, task_in(tmp_path / name, world, lora=lora, validation=validation))) == (name == "examined")
         torch.rand(11)  # another trial of the process draws, too
     plain, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "examined")
@@ -171,6 +205,12 @@ class Kept(NoCheckpoints):
 # ---- two ranks
 
 
+def of_cut(cut: str, world: Path, controller: Any) -> ValidationSchedule:
+    """Replicas answer too, at their last exam, which is their second."""
+    validation = replace(exams_of(world, controller), steps=STEPS[:2])
+    return with_answers(validation, world) if cut == "replicate" else validation
+
+
 def rank_main(rank: int, world: Path, address: str) -> None:
     """What each of two processes does: a student a cut, stopped at its second exam; and logits that the second finds spoiled."""
     torch.set_num_threads(1)
@@ -183,7 +223,7 @@ def rank_main(rank: int, world: Path, address: str) -> None:
     for cut in CUTS:
         train = TRAIN.model_copy(update={"sharding": cut})
         task = task_in(
-            world / cut, world, model=ModelSource(str(world / "plain")), train=train, validation=exams_of(world, controller)
+            world / cut, world, model=ModelSource(str(world / "plain")), train=train, validation=of_cut(cut, world, controller)
         )
         distil(task, NoCheckpoints())
         (world / f"{cut} {rank}").touch()
@@ -215,7 +255,7 @@ def test_two_ranks_measure_what_one_does_and_stop_together(
     two_ranks: tuple[Path, list[Any]], witness: Any, cut: str, tmp_path: Path
 ) -> None:
     world, heard = two_ranks
-    task = task_in(tmp_path, world, model=ModelSource(str(world / "plain")), validation=exams_of(world, witness))
+    task = task_in(tmp_path, world, model=ModelSource(str(world / "plain")), validation=of_cut(cut, world, witness))
     alone = heard_of(witness, task, last_rung=1)
     mine = heard[2 * CUTS.index(cut) :][:2]
     for (rung, step, measures), (expected_rung, expected_step, expected) in zip(mine, alone, strict=True):
@@ -223,6 +263,7 @@ def test_two_ranks_measure_what_one_does_and_stop_together(
         assert measures == pytest.approx(expected, abs=1e-6)
     assert steps_of(world / cut) == steps_of(tmp_path) == [1, 2, 3, 4, 5]
     assert all((world / f"{cut} {rank}").exists() for rank in (0, 1))
+    assert cut == "fsdp" or 0 < mine[-1][2]["rouge_l"] < 1
     torch.testing.assert_close(weights_of(world / cut), weights_of(tmp_path), atol=1e-5, rtol=0)
 
 

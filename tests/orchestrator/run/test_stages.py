@@ -1,12 +1,14 @@
-"""Which models a stage loads on the cluster, and for whom."""
+"""Which models a stage loads on the cluster, and for whom; what is asked of the rows when they are prepared."""
 
 from pathlib import Path
 
 import pytest
 
+from actors.examples import write_examples
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models
-from orchestrator.run.stages import finetuning_task, loads_of
+from orchestrator.run.stages import finetuning_task, loads_of, require_references
+from tests.worlds import heldout_texts, random_examples
 
 
 def config_with(**sections: object) -> RunConfig:
@@ -83,3 +85,11 @@ def test_a_teacher_that_is_fine_tuned_is_stored_in_the_type_that_is_served(tmp_p
 def test_a_teacher_that_is_evaluated_from_its_scores_is_not_loaded_for_that(tmp_path: Path) -> None:
     config = config_with(evaluate={"teacher": "scores"})
     assert [role for role, _, _ in loads_of("evaluate", config, Models(config, tmp_path))] == ["student"]
+
+
+def test_a_reference_without_an_answer_is_told_when_the_rows_are_prepared(tmp_path: Path) -> None:
+    write_examples(tmp_path / "heldout.arrow", random_examples(2, seed=1))
+    (tmp_path / "heldout_texts.jsonl").write_text(heldout_texts(["so it is 7", "none"]))
+    require_references(config_with(evaluate={"answer_pattern": r"(\d+)", "generate_rows": 1}), tmp_path)
+    with pytest.raises(ValueError, match=r"row 1: evaluate.answer_pattern .* finds no answer in its response 'none'"):
+        require_references(config_with(evaluate={"answer_pattern": r"(\d+)"}), tmp_path)

@@ -35,7 +35,9 @@ def ended(search: Search) -> list[tuple[str | None, int, str]]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_comparison_from_its_learning_rates_to_more_seeds(local_ray: None, tmp_path: Path) -> None:
-    config = scored_run(tmp_path, compare=COMPARE)
+    """Students answer at the end of what is compared; the rates before are chosen by what is measured without."""
+    evaluate = {"generate_rows": 4, "max_new_tokens": 3}
+    config = scored_run(tmp_path, compare={**COMPARE, "answers": True}, evaluate=evaluate)
     with logged() as said:
         folder = compare(config)
     rates, search = (read_ledger(path / "ledger.jsonl") for path in (folder / "learning_rates", folder))
@@ -47,16 +49,19 @@ def test_a_comparison_from_its_learning_rates_to_more_seeds(local_ray: None, tmp
         assert f"compare: {arm} learns with {best:g}" in said
     assert ended(search) == [("forward_kl", 0, "completed"), ("atkd", 0, "completed")]
     assert {path.name for path in folder.iterdir()} >= {"trials.csv", "cost.json", "best.yaml"}
+    measured = [["rouge_l" in rung.metrics for rung in trial.rungs] for trial in search.trials]
+    assert measured == [[False, True]] * 2 and all("rouge_l" not in trial.metrics for trial in rates.trials)
+    assert "exact match of answers" in write_search_report(folder).read_text()
     assert load_config(str(folder / "best.yaml")).loss.kind in ("coupled", "atkd")
 
-    compare(comparing(config, seeds=2))
+    compare(comparing(config, seeds=2, answers=True))
     more = read_ledger(folder / "ledger.jsonl")
     assert ended(more) == [(arm, seed, "completed") for seed in (0, 1) for arm in COMPARE["arms"]], "arms share each seed"
     assert more.trials[:2] == search.trials, "what was done was not done again"
     assert len({more.value(trial) for trial in more.trials}) == 4
     assert read_ledger(folder / "learning_rates" / "ledger.jsonl").trials == rates.trials
 
-    compare(comparing(config, seeds=2))  # nothing is left to do
+    compare(comparing(config, seeds=2, answers=True))  # nothing is left to do
     assert read_ledger(folder / "ledger.jsonl").trials == more.trials
     with pytest.raises(ValueError, match=r"this is the ledger of another search:\n  space.decoupled: .* here, None there"):
         compare(comparing(config, arms=["forward_kl", "decoupled", "atkd"]))

@@ -67,6 +67,18 @@ DECIDED = {
 }
 
 
+def test_what_is_measured_at_the_last_rung_alone_stops_no_trial_before(tmp_path: Path) -> None:
+    controller = judge_in(tmp_path, "none", "max", "rouge_l")
+    controller.begin(Assignment(0, {"a": 1}, seed=7))
+    assert all(controller.measured(0, rung, RUNGS[rung], {"heldout_loss": 1.0}, 1.0) for rung in (0, 1))
+    assert controller.measured(0, 2, 12, {"heldout_loss": 1.0, "rouge_l": 0.25}, 1.0)
+    assert controller.ended(0, 12, 100) == Outcome("completed", 0.25, 2)
+    again = SearchController(tmp_path / "ledger.jsonl", read_ledger(tmp_path / "ledger.jsonl").spec, RuleScheduler(
+        StoppingRule("median", "max")
+    ))  # fmt: skip
+    assert again.ended(0, 12, 100) == Outcome("completed", 0.25, 2)
+
+
 def test_trials_are_stopped_as_asha_says_and_the_last_rung_stops_none(tmp_path: Path) -> None:
     controller = judge_in(tmp_path)
     outcomes = [live(controller, trial) for trial in range(6)]
