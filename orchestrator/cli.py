@@ -89,6 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         from orchestrator import commands
 
+        if options.command not in ("verify", "judge"):
+            from orchestrator.models.models import renew_copies
+
+            renew_copies(config)
         if options.command in PIPELINE:
             return commands.run(config, PIPELINE[options.command][0])
         if options.command == "plan":

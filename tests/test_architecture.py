@@ -36,7 +36,8 @@ PACKAGES = (
     "orchestrator.run", "orchestrator.classification", "orchestrator.judging", "orchestrator.models", "orchestrator.data",
     "orchestrator.cluster", "orchestrator.config",
     "actors.student", "actors.rollouts", "actors.teacher", "actors.evaluation", "actors.monitors", "actors.engines",
-    "actors.dataloader", "actors.score_store", "actors.storage", "actors", "actors.networks", "actors.config",
+    "actors.dataloader", "actors.score_store", "actors.model_cache", "actors.storage", "actors", "actors.networks",
+    "actors.config",
     "losses", "tune_spaces",
 )  # fmt: skip
 """From the top down: a file imports from its own package and from those below it. A room's own files stand beside its folders."""

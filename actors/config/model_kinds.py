@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from actors.config.networks import Network, SoftLabels
+from actors.config.places import in_object_storage, resolved
 from losses.section import Section
 
 Attention = Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
@@ -18,7 +19,8 @@ class PretrainedModel(Section):
     kind: Literal["pretrained"]
 
     name: str = Field(min_length=1)
-    """Hub name (``Qwen/Qwen2.5-0.5B``) or path of a folder."""
+    """Hub name (``Qwen/Qwen2.5-0.5B``), path of a folder, or address of one in object storage (``s3://bucket/model``), of which
+    each node makes a copy."""
 
     revision: str | None = None
     """Commit, tag or branch on the hub."""
@@ -29,6 +31,20 @@ class PretrainedModel(Section):
     attention: Attention = "auto"
     """How transformers computes attention, in training, evaluation, the float32 reference and the engine ``transformers``; vLLM
     chooses for itself. ``auto`` is the library's own choice where that computes the model as it is defined, else ``eager``."""
+
+    @field_validator("name")
+    @classmethod
+    def _address_can_be_used(cls, name: str) -> str:
+        return resolved(name) if in_object_storage(name) else name
+
+    @model_validator(mode="after")
+    def _revision_is_of_the_hub(self) -> "PretrainedModel":
+        if self.revision is not None and in_object_storage(self.name):
+            raise ValueError(
+                f"revision {self.revision} is a commit of the hub, and {self.name} stands in object storage; revision null would "
+                "do"
+            )
+        return self
 
 
 class ScratchModel(Section):

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 
 FOLDER, LIMIT = "ATKD_CACHE", "ATKD_CACHE_GIB"
 DEFAULT_GIB = 50.0
@@ -107,6 +108,8 @@ class LocalCopies:
         for path in self._root.glob("*/*"):
             with suppress(FileNotFoundError):
                 facts = path.stat()
+                if not S_ISREG(facts.st_mode):
+                    continue  # whole models stand here too
                 yield facts.st_mtime, facts.st_size, path
 
     @contextmanager

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from actors.config.model_kinds import PretrainedModel
+from actors.config.places import in_object_storage
 from actors.evaluation.answer_ends import AnswerEnds, settle_answer_ends, write_answer_ends
 from actors.lora import load_adapter
 from actors.model_source import ModelSource
@@ -19,6 +20,7 @@ from orchestrator.data.chat_templates import with_default_args
 from orchestrator.data.tokenizers import ids_of, load_tokenizer, require_same_tokens, train_tokenizer
 from orchestrator.models.layer_cut import cut_settings, layers_of, named_layers
 from orchestrator.models.model_files import base_of_adapter, stored_dtype
+from orchestrator.models.stored_models import renew, stored_model
 
 Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = ("teacher", "student")
@@ -50,7 +52,7 @@ class Models:
             return replace(self.named("teacher"), name=str(self._folder / f"{role}_cut"), revision=None)
         if not isinstance(model, PretrainedModel):
             return self.made(role)
-        local = Path(model.name).expanduser()
+        local = self._folder_of(role, model)
         name = str(local.resolve()) if local.is_dir() else model.name
         source = ModelSource(name, model.revision, model.trust_remote_code, model.attention, self.classes_of(role))
         base = base_of_adapter(local, f"{role}.model.name")
@@ -115,8 +117,14 @@ class Models:
         model = self.side(role).model
         if model.kind != "pretrained":
             return None
-        folder = Path(model.name).expanduser()
+        folder = self._folder_of(role, model)
         return folder.resolve() if base_of_adapter(folder, f"{role}.model.name") is not None else None
+
+    def _folder_of(self, role: Role, model: PretrainedModel) -> Path:
+        """Return the folder that a model's name means, of an address a copy; of a name of the hub one that is not there."""
+        if in_object_storage(model.name):
+            return stored_model(model.name, f"{role}.model.name")
+        return Path(model.name).expanduser()
 
     def export_dtype(self) -> str:
         """Return the type in which the student's weights are stored in the end."""
@@ -208,6 +216,17 @@ class Models:
         if self.config.teacher.model.kind == "scratch":
             return len(tokenizer)
         return max(len(tokenizer), vocab_size_of(self.begun("teacher")))
+
+
+def renew_copies(config: RunConfig) -> None:
+    """Make this node's copies of models in object storage what stands there now.
+
+    Raises:
+        ValueError: naming the key of a model that cannot be copied.
+    """
+    for role, side in (("teacher", config.teacher), ("student", config.student)):
+        if isinstance(side.model, PretrainedModel) and in_object_storage(side.model.name):
+            renew(side.model.name, f"{role}.model.name")
 
 
 def ids_below(models: Models) -> int:

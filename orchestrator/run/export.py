@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.config.model_kinds import PretrainedModel, ScratchModel, TeacherModel
 from actors.config.networks import SoftLabels
+from actors.config.places import in_object_storage
 from actors.evaluation.answer_ends import read_answer_ends
 from actors.evaluation.benchmark_figures import BenchmarkFigure, BenchmarkResult
 from actors.files import write_atomically
@@ -264,7 +265,7 @@ def without_places(value: Any) -> Any:
 
 
 def _is_place(name: str) -> bool:
-    return name.startswith(("/", "~", "./", "../"))
+    return in_object_storage(name) or name.startswith(("/", "~", "./", "../"))
 
 
 def _pipeline_of(config: RunConfig) -> str:

@@ -13,9 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from actors.evaluation.answers import AnswerComparison, read_heldout_texts
 from actors.examples import ExampleFile
 from actors.format import plural
-from actors.hub_files import NodeDownloads, nodes_for
+from actors.model_cache.hub import HubFiles
+from actors.model_cache.nodes import NodeDownloads, nodes_for
+from actors.model_cache.object_storage import StoredModelFiles, copied_from
 from actors.model_source import ModelSource
 from actors.placement import (
+    Node,
     ResourceRequest,
     evaluator_need,
     read_nodes,
@@ -109,9 +112,9 @@ def require_same_source(config: RunConfig, prepared: Facts) -> None:
 
 
 def fetch_models(config: RunConfig, run_dir: RunDir, models: Models, stages: Sequence[str]) -> None:
-    """Bring the hub's models that stages load, unless the stage is done, to the nodes on which they may be loaded.
+    """Bring models of the hub and of object storage that stages load to the nodes on which they may be, if there is work to do.
 
-    Each node's cache gets them once, and replicas, workers and evaluators find them there. Local folders need nothing.
+    Each node's cache gets them once, and replicas, workers and evaluators find them there. Other folders need nothing.
 
     Raises:
         ValueError: naming the key of a model that cannot be fetched, and what would do.
@@ -119,14 +122,21 @@ def fetch_models(config: RunConfig, run_dir: RunDir, models: Models, stages: Seq
     requests: dict[tuple[Role, ModelSource], list[ResourceRequest]] = {}
     for stage in stages:
         for role, source, request in loads_of(stage, config, models) if run_dir.result(stage) is None else ():
-            if not Path(source.name).is_dir():
+            if not Path(source.name).is_dir() or copied_from(Path(source.name)) is not None:
                 requests.setdefault((role, source), []).append(request)
     for (role, source), wanted in requests.items():
-        commit = pin_revision(source).revision
-        assert commit is not None, "a model of the hub has one"
-        with NodeDownloads(source, commit, nodes_for(wanted, read_nodes())) as downloads:
+        with downloads_of(source, nodes_for(wanted, read_nodes())) as downloads:
             if downloads.fetching:
                 _fetch(role, source, downloads, run_dir)
+
+
+def downloads_of(source: ModelSource, nodes: Sequence[Node]) -> NodeDownloads:
+    """Return the files of a model of the hub, or of which this node has a copy, on several nodes."""
+    if (stored := copied_from(Path(source.name))) is not None:
+        return NodeDownloads(StoredModelFiles, (stored, source.name), nodes)
+    commit = pin_revision(source).revision
+    assert commit is not None, "a model of the hub has one"
+    return NodeDownloads(HubFiles, (source, commit), nodes)
 
 
 def loads_of(stage: str, config: RunConfig, models: Models) -> list[tuple[Role, ModelSource, ResourceRequest]]:
@@ -172,6 +182,11 @@ def _fetch(role: Role, source: ModelSource, downloads: NodeDownloads, run_dir: R
         with logged_progress(f"fetch {role}", look, FETCH_PROGRESS_SECONDS):
             fetched = downloads.fetch()
     except RuntimeError as error:
+        if (stored := copied_from(Path(source.name))) is not None:
+            raise ValueError(
+                f"{role}.model.name {stored.address} could not be copied to {source.name} {error}; the right to read it in that "
+                "node's own environment, or a folder that all nodes see, would do"
+            ) from error
         raise ValueError(
             f"{role}.model.name {source.name!r} is not in the cache of every node, and could not be fetched {error}; a network "
             f"there, HF_TOKEN for a model that asks who fetches it, or a folder that all nodes see ({role}.model.name=/a/folder) "

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from actors.score_store.store import ScoreStore
 from actors.storage.fetched import fetched_files
 from actors.storage.folder import open_folder
+from actors.storage.transfers import upload
 from orchestrator.config.data import TASK_KINDS
 from orchestrator.data.synthetic import make_rows
 from tests.integration.test_run import TINY
@@ -63,9 +64,17 @@ def test_a_run_reads_scores_and_publishes_there_and_another_finds_the_scores(sto
         (folder / copy.name).write_bytes(copy.read_bytes())
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
 
-    second = orchestrator("run", tmp_path, "name=another", "train.epochs=1")
+    upload(run / "models" / "teacher_finetuned", f"s3://{BUCKET}/models")
+    teacher, student = (f"s3://{BUCKET}/{place}" for place in ("models/teacher_finetuned", "finished/tiny_cpu/student"))
+    second = orchestrator(
+        "run", tmp_path, "name=another", "train.epochs=1", "tokenizer=null",
+        f"teacher={{model: {{kind: pretrained, name: '{teacher}'}}, engine: {{kind: transformers}}}}",
+        f"student={{model: {{kind: pretrained, name: '{student}'}}}}",
+    )  # fmt: skip
     assert second.returncode == 0, second.stderr[-3000:]
-    assert "score: train found complete in s3://" in (tmp_path / "another" / "run.log").read_text()
+    log = (tmp_path / "another" / "run.log").read_text()
+    assert "score: train found complete in s3://" in log, "the same teacher, wherever it stands"
+    assert f"from {teacher} to {storage}" in log and f"from {student} to {storage}" in log
     verified = orchestrator("verify", tmp_path)
     assert verified.returncode == 0 and f"in {pointers['train']}" in verified.stdout
     changed = open_folder(f"s3://{BUCKET}/data")

@@ -12,7 +12,8 @@ import pytest
 
 from actors.config.models import EngineConfig, EvaluateConfig
 from actors.config.workers import WorkersConfig
-from actors.hub_files import is_whole, nodes_for
+from actors.model_cache.hub import is_whole
+from actors.model_cache.nodes import nodes_for
 from actors.placement import Node, evaluator_need, replica_request, worker_request
 from tests.fake_hub import FakeHub, fake_hub
 from tests.worlds import tiny_llama
@@ -33,11 +34,11 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 
 
 def world(hub: FakeHub, cache: Path, *words: object, url: str | None = None) -> Any:
-    """Run ``tests.actors.hub_world`` against the hub."""
+    """Run ``tests.actors.model_cache.hub_world`` against the hub."""
     surroundings = {
         **os.environ, "HF_ENDPOINT": url or hub.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.actors.hub_world", *map(str, words)]
+    command = [sys.executable, "-m", "tests.actors.model_cache.hub_world", *map(str, words)]
     done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

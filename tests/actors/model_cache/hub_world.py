@@ -1,9 +1,9 @@
 """Fetches from a hub in a process of its own, since huggingface_hub reads its address when it is imported.
 
-``test_hub_files`` runs this. What it prints last is JSON.
+``test_hub`` runs this. What it prints last is JSON.
 
-    python -m tests.actors.hub_world alone MODEL      without Ray: what one node's cache says before and after
-    python -m tests.actors.hub_world nodes MODEL A B  on three pretended nodes: two with the cache A, one with B
+    python -m tests.actors.model_cache.hub_world alone MODEL      without Ray: what one node's cache says before and after
+    python -m tests.actors.model_cache.hub_world nodes MODEL A B  on three pretended nodes: two with the cache A, one with B
 """
 
 import json
@@ -15,7 +15,8 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.hub_files import HubFiles, NodeDownloads
+from actors.model_cache.hub import HubFiles
+from actors.model_cache.nodes import NodeDownloads
 from actors.model_source import ModelSource
 from actors.placement import read_nodes
 from tests.actors.fake_cluster_world import SMALL
@@ -45,10 +46,10 @@ def on_nodes(model: ModelSource, caches: list[str]) -> dict[str, Any]:
         nodes = [node for node in read_nodes() if node.name.startswith("with")]
         found = []
         for _ in range(2):
-            with NodeDownloads(model, COMMIT, nodes) as downloads:
+            with NodeDownloads(HubFiles, (model, COMMIT), nodes) as downloads:
                 found.append({"fetching": len(downloads.fetching), "bytes": [one.bytes for one in downloads.fetch()]})
                 found[-1]["progress"] = downloads.progress() if downloads.fetching else (0, 0)
-        with NodeDownloads(ModelSource("nobody/has-this"), COMMIT, nodes[:1]) as downloads:
+        with NodeDownloads(HubFiles, (ModelSource("nobody/has-this"), COMMIT), nodes[:1]) as downloads:
             try:
                 downloads.fetch()
             except RuntimeError as error:
