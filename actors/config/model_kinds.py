@@ -153,6 +153,11 @@ TeacherModel = Annotated[PretrainedModel | ScratchModel | Network | SoftLabels, 
 StudentModel = Annotated[PretrainedModel | ScratchModel | CutModel | Network, Field(discriminator="kind")]
 
 
+def is_drawn(model: Section) -> bool:
+    """Whether a run draws a model's weights from nothing but a shape: a language model from scratch, or a small network."""
+    return isinstance(model, ScratchModel | Network)
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -76,7 +76,9 @@ class RunConfig(Section):
     scores: Annotated[
         ScoresConfig, NotSearchable("it says how the scores are kept, and a search shares one store; scores.top_k alone can vary")
     ] = ScoresConfig()
-    student: Annotated[StudentConfig, NotSearchable("all trials begin with the same student; student.lora alone can vary")]
+    student: Annotated[
+        StudentConfig, NotSearchable("it is fine-tuned once for all trials; student.lora can vary, and of some student.model")
+    ]
     loss: Annotated[LossConfig, Searchable()] = AtkdLoss(kind="atkd")
     train: Annotated[TrainConfig, Searchable()] = TrainConfig()
     checkpoints: Annotated[str | None, NotSearchable("trials keep none")] = None

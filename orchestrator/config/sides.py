@@ -76,11 +76,13 @@ class TeacherConfig(Section):
 class StudentConfig(Section):
     """The small model."""
 
-    model: StudentModel
+    model: Annotated[
+        StudentModel, Searchable("where it is made from nothing, by `kind: scratch` or a small network, and is not fine-tuned")
+    ]
     """Which model, what shape of one, or which layers of the teacher."""
 
     finetune: FinetuneConfig | None = None
     """Train it on the data first; for students made from scratch, which otherwise know no language."""
 
-    lora: Annotated[LoraAdapter | None, Searchable("the student itself is the same in all trials")] = None
+    lora: Annotated[LoraAdapter | None, Searchable("where the student is a language model")] = None
     """Train adapters instead of all weights."""

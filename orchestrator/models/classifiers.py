@@ -1,5 +1,6 @@
 """The classifiers of a run: drawn from a shape, given a head of the run's labels, and checked against them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,14 +23,15 @@ def label_names(task: ClassificationTask) -> dict[int, str]:
 
 
 def make_classifiers(
-    models: Models, task: ClassificationTask, tokenizers: dict[Role, PreTrainedTokenizerBase | None], image_shape: tuple[int, ...]
-) -> list[str]:
+    models: Models, task: ClassificationTask, tokenizers: Mapping[Role, PreTrainedTokenizerBase | None],
+    image_shape: tuple[int, ...],
+) -> list[str]:  # fmt: skip
     """Draw the weights of networks, and give pretrained models without a head of the run's labels one; return remarks.
 
     Args:
         models: of the run.
         task: with the labels.
-        tokenizers: by role; None for images.
+        tokenizers: of the roles whose models are made; None for images.
         image_shape: of the images; empty for texts.
 
     Raises:
@@ -38,7 +40,7 @@ def make_classifiers(
     remarks = []
     for seed, role in enumerate(ROLES, start=models.config.seed):
         shape, folder = models.side(role).model, Path(models.made(role).name)
-        if isinstance(shape, SoftLabels) or folder.exists() or not models.classes_of(role):
+        if role not in tokenizers or isinstance(shape, SoftLabels) or folder.exists() or not models.classes_of(role):
             continue
         torch.manual_seed(seed)
         tokenizer = tokenizers[role]

@@ -1,6 +1,6 @@
 """Which model stands where in a run: as it begins, fine-tuned, and distilled."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -27,10 +27,17 @@ ROLES: tuple[Role, ...] = ("teacher", "student")
 
 
 class Models:
-    """The models and the tokenizer of one run, by role."""
+    """The models and the tokenizer of one run, by role.
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
+    Args:
+        config: of the run, or of a trial.
+        folder: of the run.
+        drawn_student: folder of a student that is drawn for one trial alone; None for the run's own.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, drawn_student: Path | None = None) -> None:
         self.config = config
+        self.drawn_student = drawn_student
         self.tokenizer_folder = folder / "tokenizer"
         self.student_folder = folder / "student"
         self.students_own_tokens: list[str] = []
@@ -60,7 +67,8 @@ class Models:
 
     def made(self, role: Role) -> ModelSource:
         """Return the folder of a model that this run draws, or gives a classification head."""
-        folder = str(self._folder / f"{role}_scratch")
+        drawn = self.drawn_student if role == "student" else None
+        folder = str(drawn or self._folder / f"{role}_scratch")
         if isinstance(self.side(role).model, PretrainedModel):
             return replace(self.named(role), name=folder, revision=None)
         return ModelSource(folder, classes=self.config.classes)
@@ -175,12 +183,12 @@ class Models:
         write_answer_ends(ends, tokenizer, self.tokenizer_folder)
         return ends
 
-    def make_scratch_models(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def make_scratch_models(self, tokenizer: PreTrainedTokenizerBase, roles: Sequence[Role] = ROLES) -> None:
         """Draw the weights of the models that are made from scratch."""
         for seed, role in enumerate(ROLES, start=self.config.seed):
             shape = self.side(role).model
             folder = Path(self.begun(role).name)
-            if shape.kind == "scratch" and not folder.exists():
+            if role in roles and shape.kind == "scratch" and not folder.exists():
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 model = scratch_model(shape, tokenizer, self._vocab_size(tokenizer), self.config.longest_text, seed)
                 save_model(model, tokenizer, folder)

@@ -16,9 +16,10 @@ from orchestrator.reports.compare_report import compare_headline, compare_parts
 from orchestrator.reports.page import Column, Grid, PageSection, write_page
 from orchestrator.reports.provenance import about_run
 from orchestrator.reports.tune_report import tune_headline, tune_parts
+from orchestrator.run.results_table import written
 from orchestrator.search.analysis import numeric_axes
 from orchestrator.search.ledger import Search, Trial, read_ledger
-from orchestrator.search.results import axes_of, label_of, metrics_of, ranked, written_metric, written_setting
+from orchestrator.search.results import axes_of, label_of, metrics_of, ranked, sizes_of, written_metric, written_setting
 
 LEDGER, COST, REPORT = "ledger.jsonl", "cost.json", "report.html"
 TITLES = {"tune": "search", "compare": "comparison"}
@@ -84,9 +85,9 @@ def subtitle(search: Search) -> str:
 def trials_part(search: Search) -> PageSection:
     """Return all trials, best first."""
     compares = search.spec.kind == "compare"
-    metrics, axes = metrics_of(search), [] if compares else axes_of(search)
-    numbers = {"seed", *metrics, *(axis.path for axis in numeric_axes(search))}
-    names = [*(["arm", "seed"] if compares else axes), *metrics]
+    metrics, axes, sizes = metrics_of(search), [] if compares else axes_of(search), sizes_of(search)
+    numbers = {"seed", "parameters", *metrics, *(axis.path for axis in numeric_axes(search))}
+    names = [*(["arm", "seed"] if compares else axes), *(["parameters"] if sizes else []), *metrics]
     columns = (
         Column("trial", True), *(Column(name, name in numbers) for name in names), Column("steps", True), Column("time", True),
         Column("status"),
@@ -97,6 +98,7 @@ def trials_part(search: Search) -> PageSection:
         settings = [begun.arm or "", str(begun.seed)] if compares else [
             written_setting(point[path]) if path in point else "" for path in axes
         ]  # fmt: skip
+        settings += [written(sizes.get(trial.number), "count")] if sizes else []
         measured = [written_metric(metric, trial.metrics.get(metric)) for metric in metrics]
         end = [f"{trial.step:,}", duration(trial.seconds), search.status(trial)]
         rows.append((str(trial.number), *settings, *measured, *end))

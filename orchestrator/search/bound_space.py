@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from actors.config.model_kinds import is_drawn
 from losses.section import NotSearchable, Searchable, marked
+from orchestrator.config.classes import is_of_images
 from orchestrator.config.load import ConfigError, validate
 from orchestrator.config.run import RunConfig
 from tune_spaces.ranges import Dimension
@@ -54,6 +56,7 @@ class BoundSpace:
                 _set(tree, path, copy.deepcopy(point[path]))
             trial = validate(tree)
             require_same_samplers(self.config, trial)
+            require_drawn_alike(self.config, trial)
             return trial
         except ConfigError as error:
             values = ", ".join(f"{path}={value!r}" for path, value in point.items())
@@ -118,6 +121,19 @@ def require_same_samplers(config: RunConfig, trial: RunConfig) -> None:
         )
 
 
+def require_drawn_alike(config: RunConfig, trial: RunConfig) -> None:
+    """Raise if the student of a trial is neither the run's own nor one that the trial can draw.
+
+    Raises:
+        ConfigError: with what would do.
+    """
+    if trial.student.model != config.student.model and not is_drawn(trial.student.model):
+        raise ConfigError(
+            f"student.model.kind is {trial.student.model.kind}, whose weights come from elsewhere, and trials that do not begin "
+            f"with the run's own student draw theirs: {_drawn_kind(config)} would do"
+        )
+
+
 def require_trials(config: RunConfig, section: Literal["tune", "compare"]) -> None:
     """Raise if trials would have several workers in one process, or a number of them that changes.
 
@@ -167,6 +183,8 @@ def require_searchable(config: RunConfig, path: str, origin: str = "tune.space")
             f"{origin} cannot vary seed: it draws and fine-tunes models of this run as well, and all trials share them; it can "
             "where both models are pretrained, none is fine-tuned, and none writes responses"
         )
+    if f"{path}.".startswith("student.model."):
+        _require_draws_student(config, f"{origin} cannot vary {path}")
     if any(f"{path}.".startswith(f"{section}.") for section in SEARCHABLE):
         return
     reason = next((reason for section, reason in NOT_SEARCHABLE.items() if f"{path}.".startswith(f"{section}.")), None)
@@ -176,7 +194,34 @@ def require_searchable(config: RunConfig, path: str, origin: str = "tune.space")
 
 def _models_are_taken_as_they_are(config: RunConfig) -> bool:
     sides = (config.teacher, config.student)
-    return config.responses is None and all(side.model.kind != "scratch" and side.finetune is None for side in sides)
+    as_they_are = ("pretrained", "cut")
+    return config.responses is None and all(side.model.kind in as_they_are and side.finetune is None for side in sides)
+
+
+def _require_draws_student(config: RunConfig, refused: str) -> None:
+    """Trials draw students from nothing but a shape and the seed: what else a student has been through, all of them share."""
+    model, responses = config.student.model, config.responses
+    if not is_drawn(model):
+        raise ConfigError(
+            f"{refused}: student.model.kind is {model.kind}, whose weights come from elsewhere, and all trials begin with the "
+            f"same; a student made from nothing can vary, as student.model.kind={_drawn_kind(config)}"
+        )
+    if config.student.finetune is not None:
+        raise ConfigError(
+            f"{refused}: student.finetune trains the run's own student before the trials begin, and one of another shape would "
+            "begin without that; student.finetune=null would do, with more train.epochs"
+        )
+    if responses is not None and responses.writer == "student":
+        raise ConfigError(
+            f"{refused}: responses.writer is student, and the rows of all trials are those that the run's own student wrote; "
+            "responses.writer=teacher would do"
+        )
+
+
+def _drawn_kind(config: RunConfig) -> str:
+    if not config.classes:
+        return "scratch"
+    return "image_cnn" if is_of_images(config.data) else "text_cnn"
 
 
 def _require_stored(config: RunConfig, dimension: Dimension) -> None:

@@ -57,7 +57,7 @@ class ControllerHandle(ValidationController, Protocol):
         ...
 
     @property
-    def ended(self) -> RemoteMethod[[int, int, int, str | None], Outcome]:
+    def ended(self) -> RemoteMethod[[int, int, int, str | None, int | None], Outcome]:
         """See ``SearchController.ended``."""
         ...
 
@@ -128,7 +128,9 @@ class SearchController:
         self._scheduler.take_down(trial, rung, value)  # nothing is left that could be stopped
         return True
 
-    def ended(self, trial: int, step: int, student_tokens: int, error: str | None = None) -> Outcome:
+    def ended(
+        self, trial: int, step: int, student_tokens: int, error: str | None = None, parameters: int | None = None
+    ) -> Outcome:
         """Take down that a trial is over, by its own end, the controller's word or an error."""
         if trial in self._outcomes:
             return self._outcomes[trial]
@@ -136,7 +138,7 @@ class SearchController:
         status: FinalStatus = "failed" if error is not None else "stopped" if trial in self._stopped else "completed"
         measures = rungs[-1] if rungs else {}
         seconds = time.monotonic() - self._begun_at[trial]
-        self._ledger.ended(trial, status, step, measures, seconds, student_tokens, error)
+        self._ledger.ended(trial, status, step, measures, seconds, student_tokens, error, parameters)
         self._outcomes[trial] = Outcome(status, measures.get(self._spec.metric), len(rungs) - 1)
         return self._outcomes[trial]
 

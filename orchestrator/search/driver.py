@@ -144,7 +144,7 @@ class TrialQueue:
     def over(self, trial: int, died: bool) -> None:
         """Record that a trial is over; ``died`` if its process ended before it could say how."""
         steps, tokens = spent(self._folder, trial) if died else (0, 0)  # else it said so itself, and that stands
-        outcome: Outcome = ray.get(self._controller.ended.remote(trial, steps, tokens, DIED))
+        outcome: Outcome = ray.get(self._controller.ended.remote(trial, steps, tokens, DIED, None))
         self._source.tell(self._under_way.pop(trial).point, outcome)
 
     def _new(self) -> Assignment | None:

@@ -219,12 +219,13 @@ class Ledger:
         seconds: float,
         student_tokens: int,
         error: str | None = None,
+        parameters: int | None = None,
     ) -> None:
-        """A trial came to its end; ``error`` says what it failed of."""
+        """A trial came to its end; ``error`` says what it failed of, ``parameters`` how many its student has."""
         self._append(
             Ended(
                 trial=trial, status=status, step=step, metrics=dict(metrics), seconds=seconds, student_tokens=student_tokens,
-                error=_encodable(error),
+                error=_encodable(error), parameters=parameters,
             )
         )  # fmt: skip
 

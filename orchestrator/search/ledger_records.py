@@ -130,6 +130,9 @@ class Ended(Line):
     error: str | None = None
     """What it failed of."""
 
+    parameters: int | None = None
+    """How many its student has, where the run draws them; None where it does not, or it failed before."""
+
 
 AnyLine = SearchSpec | Begun | Rung | Ended
 

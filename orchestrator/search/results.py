@@ -68,6 +68,12 @@ def metrics_of(search: Search) -> list[str]:
     return list(dict.fromkeys([search.spec.metric, *(name for trial in search.trials for name in trial.metrics)]))
 
 
+def sizes_of(search: Search) -> dict[int, int]:
+    """Return how many parameters the student of each trial has, by its number; empty where all have as many."""
+    sizes = {trial.number: trial.ended.parameters for trial in search.trials if trial.ended and trial.ended.parameters}
+    return sizes if len(set(sizes.values())) > 1 else {}
+
+
 def label_of(metric: str) -> str:
     """Return what a metric is called, with its unit where it is known."""
     return LABELS.get(metric, metric)
@@ -89,8 +95,8 @@ def trial_table(search: Search) -> pa.Table:
     """Return a row for each trial, best first.
 
     Columns: ``rank`` (1 is best; null unless completed), ``trial``, ``arm``, ``seed``, ``status``, ``step``, each metric, each
-    path that points set (``point.seed`` for ``seed``), ``seconds``, ``student_tokens``, ``error``. A path whose values are not
-    all numbers is a text column.
+    path that points set (``point.seed`` for ``seed``), ``parameters`` where students differ in size, ``seconds``,
+    ``student_tokens``, ``error``. A path whose values are not all numbers is a text column.
     """
     trials = ranked(search)
     completed = {trial.number: rank for rank, trial in enumerate(completed_trials(search), start=1)}
@@ -106,6 +112,8 @@ def trial_table(search: Search) -> pa.Table:
         columns[metric] = pa.array([trial.metrics.get(metric) for trial in trials], pa.float64())
     for path in axes_of(search):
         columns[f"point.{path}" if path in columns else path] = _column([trial.begun.point.get(path) for trial in trials])
+    if sizes := sizes_of(search):
+        columns["parameters"] = pa.array([sizes.get(trial.number) for trial in trials], pa.int64())
     columns["seconds"] = pa.array([trial.seconds for trial in trials], pa.float64())
     columns["student_tokens"] = pa.array([trial.ended and trial.ended.student_tokens for trial in trials], pa.int64())
     columns["error"] = pa.array([search.error(trial) for trial in trials], pa.string())
@@ -133,9 +141,10 @@ def print_trial_table(search: Search, console: Console | None = None) -> None:
     console = console or Console()
     console = console if console.is_terminal else Console(file=console.file, width=PLAIN_WIDTH)
     metrics, axes, compares = metrics_of(search), axes_of(search), search.spec.kind == "compare"
+    sizes = sizes_of(search)
     shown = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     shown.add_column("trial", justify="right")
-    for heading in ["arm", "seed"] if compares else axes:
+    for heading in [*(["arm", "seed"] if compares else axes), *(["parameters"] if sizes else [])]:
         shown.add_column(Text(heading), justify="left" if heading == "arm" else "right", overflow="fold")
     for metric in metrics:
         shown.add_column(metric, justify="right", overflow="fold")
@@ -146,6 +155,7 @@ def print_trial_table(search: Search, console: Console | None = None) -> None:
         settings = [trial.begun.arm or "", str(trial.begun.seed)] if compares else [
             written_setting(point[path]) if path in point else "" for path in axes
         ]  # fmt: skip
+        settings += [written(sizes.get(trial.number), "count")] if sizes else []
         measured = [written_metric(metric, trial.metrics.get(metric)) for metric in metrics]
         cells = [str(trial.number), *settings, *measured, str(trial.step), search.status(trial)]
         shown.add_row(*map(Text, cells))

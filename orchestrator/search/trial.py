@@ -18,6 +18,7 @@ from actors.student.task import AnswerSchedule, TrainingTask, ValidationSchedule
 from actors.student.train_checkpoints import NoCheckpoints
 from actors.teacher.service import ScoreService
 from orchestrator.config.tune import rung_steps
+from orchestrator.models.drawn_student import draw_student, models_of_trial
 from orchestrator.models.models import Models
 from orchestrator.run.responses import training_rows
 from orchestrator.run.rollouts import RolloutStage, optimizer_steps, rollout_task, rollouts_folder
@@ -52,6 +53,15 @@ class TrialContext:
     teacher: ScoreService | None = None
     """Scores what the students of trials write."""
 
+    def models(self, assignment: Assignment) -> Models:
+        """Return the models of a trial, which may have a student of its own."""
+        config, base = self.space.config_of(assignment.point), self.space.config
+        return models_of_trial(config, base, self.run_folder, self.drawn_student(assignment.trial))
+
+    def draw_student(self, assignment: Assignment) -> int | None:
+        """Draw the student of a trial if it has one of its own, and return how many weights it has; None if it is not drawn."""
+        return draw_student(self.models(assignment), Models(self.space.config, self.run_folder))
+
     def task(self, assignment: Assignment) -> TrainingTask:
         """Return the training of a trial, with its validation.
 
@@ -59,7 +69,7 @@ class TrialContext:
             ValueError: if it has fewer steps than there are rungs.
         """
         config, base = self.space.config_of(assignment.point), self.space.config
-        models = Models(config, self.run_folder)
+        models = self.models(assignment)
         total_steps = optimizer_steps(config, len(ExampleFile(training_rows(config, self.run_folder))))
         validation = ValidationSchedule(
             trial=assignment.trial,
@@ -94,7 +104,7 @@ class TrialContext:
         if task.rollouts is None:
             return nullcontext()
         config, folder = self.space.config_of(assignment.point), self.trial_folder(assignment.trial)
-        stage = RolloutStage(config, self.run_folder, Models(config, self.run_folder), task.rollouts, task.seed)
+        stage = RolloutStage(config, self.run_folder, self.models(assignment), task.rollouts, task.seed)
         teacher = self.teacher
         assert teacher is not None, "a search whose trials may have rollouts has one"
         return stage.in_background(lambda: nullcontext(teacher), folder, folder)
@@ -102,6 +112,10 @@ class TrialContext:
     def trial_folder(self, trial: int) -> Path:
         """Return where a trial leaves its metrics."""
         return _folder_of(self.folder, trial)
+
+    def drawn_student(self, trial: int) -> Path:
+        """Return where a trial keeps the first weights of a student of its own while it runs."""
+        return self.trial_folder(trial) / "student"
 
     def checkpoints_folder(self, trial: int) -> Path:
         """Return where Ray Train keeps the checkpoints of a trial while it runs."""
@@ -115,14 +129,16 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> None:
     """
     number: int = config["trial"]
     assignment: Assignment = ray.get(context.controller.assignment.remote(number))
-    error = None
+    error = parameters = None
     shutil.rmtree(context.trial_folder(number), ignore_errors=True)  # of one that was interrupted: its measures are void
     try:
+        parameters = context.draw_student(assignment)
         _train(context, assignment)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
-    outcome: Outcome = ray.get(context.controller.ended.remote(number, *spent(context.folder, number), error))
-    for folder in (context.checkpoints_folder(number), rollouts_folder(context.trial_folder(number))):
+    outcome: Outcome = ray.get(context.controller.ended.remote(number, *spent(context.folder, number), error, parameters))
+    own = rollouts_folder(context.trial_folder(number))
+    for folder in (context.drawn_student(number), context.checkpoints_folder(number), own):
         shutil.rmtree(folder, ignore_errors=True)
     _tidy_up()
     ray.tune.report({"status": outcome.status, "value": outcome.value})

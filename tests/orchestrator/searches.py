@@ -25,8 +25,9 @@ def measures(loss: float, step: int) -> dict[str, float]:
 
 
 def run_trial(
-    ledger: Ledger, number: int, point: Mapping[str, Any], loss: float, rungs: int = 4, seed: int = 0, arm: str | None = None
-) -> None:
+    ledger: Ledger, number: int, point: Mapping[str, Any], loss: float, rungs: int = 4, seed: int = 0, arm: str | None = None,
+    parameters: int | None = None,
+) -> None:  # fmt: skip
     """Write a trial that is measured at ``rungs`` rungs: completed if at all four, stopped else."""
     ledger.begun(number, point, seed, arm)
     for rung, step in enumerate(RUNGS[:rungs]):
@@ -34,7 +35,7 @@ def run_trial(
         ledger.rung(number, rung, step, measures(loss, step), decision, 10.0 * (rung + 1))
     step = RUNGS[rungs - 1]
     status = "completed" if rungs == len(RUNGS) else "stopped"
-    ledger.ended(number, status, step, measures(loss, step), 10.0 * rungs + 1, step * 1000)
+    ledger.ended(number, status, step, measures(loss, step), 10.0 * rungs + 1, step * 1000, parameters=parameters)
 
 
 def fail_trial(

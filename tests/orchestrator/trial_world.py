@@ -86,6 +86,7 @@ def unscored_run(folder: Path, **sections: Any) -> RunConfig:
         models = Models(config, run_dir.path)
         teacher = models.begun("teacher")  # the student may be one that is not there
         load_tokenizer(teacher.name, None, teacher.trust_remote_code).save_pretrained(models.tokenizer_folder)
+        models.make_scratch_models(models.tokenizer())
         run_dir.finish("prepare", {"counts": {}, "source_sha256": {}, "seconds": 0.0})
     return config
 

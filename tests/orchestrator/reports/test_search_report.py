@@ -100,6 +100,16 @@ def test_the_page_of_a_grid_search(tmp_path: Path) -> None:
         assert words in page.text, words
 
 
+def test_students_of_several_sizes_are_told_apart(tmp_path: Path) -> None:
+    ledger = begin(tmp_path)
+    for number, size in enumerate((17_731, 9_123, None)):
+        run_trial(ledger, number, {"student.model.width": 16 - number}, 2.0 + number, parameters=size)
+    rows = [part for part in content_of(ledger).split("<tr>") if part.startswith("<td") and "completed" in part]
+    assert "parameters" in Page(content_of(ledger)).text
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row)[:3] for row in rows]
+    assert cells == [["0", "16", "17,731"], ["1", "15", "9,123"], ["2", "14", "–"]]
+
+
 def test_texts_stay_texts(tmp_path: Path) -> None:
     for folder, ledger in (("a", tuned_on_a_grid(tmp_path / "a")), ("b", begin(tmp_path / "b", kind="compare", baseline=EVIL))):
         if folder == "b":

@@ -87,7 +87,7 @@ ON_POLICY: dict[str, Any] = {
     "arms": ["forward_kl", "off", "on"],
     "own_arms": {
         "off": {"rollouts": None, "loss": {"kind": "coupled"}},
-        "on": {"rollouts.student_share": 1.0, "loss": {"kind": "coupled", "divergence": "reverse_kl"}},
+        "on": {"rollouts.student_share": 1.0, "loss": {"kind": "coupled", "divergence": "reverse_kl"}, "student.model.layers": 2},
     },
     "baseline": "off", "seeds": 1, "rungs": 2,
 }  # fmt: skip
@@ -97,8 +97,10 @@ ON_POLICY: dict[str, Any] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["reused_process", pytest.param("ray_train", marks=pytest.mark.drill)])
 def test_arms_with_and_without_text_of_their_students(local_ray: None, tmp_path: Path, place: str) -> None:
-    """One teacher scores for all; what a trial writes is its own, drawn by its seed."""
-    config = scored_run(tmp_path, rollouts=ROLLOUTS, compare={**ON_POLICY, "trials_in": place}, workers={"cpus": 0.5})
+    """One teacher scores for all; what a trial writes is its own, drawn by its seed, and by a student of its arm's shape."""
+    student = {"model": {"kind": "scratch", "hidden_size": 16, "layers": 1, "heads": 2}}
+    compares = {**ON_POLICY, "trials_in": place}
+    config = scored_run(tmp_path, rollouts=ROLLOUTS, compare=compares, workers={"cpus": 0.5}, student=student)
     folder = compare(config)
     found = read_ledger(folder / "ledger.jsonl")
     assert ended(found) == [("forward_kl", 0, "completed"), ("off", 0, "completed"), ("on", 0, "completed")]
@@ -108,6 +110,9 @@ def test_arms_with_and_without_text_of_their_students(local_ray: None, tmp_path:
     written = sum(line["tokens"] for number in (0, 2) for line in steps[number])
     assert json.loads((folder / "cost.json").read_text())["written_tokens_scored"] == written
     assert not list((folder / "trials").glob("*/rollouts/*")), "what was written goes with its trial"
+    sizes = [trial.ended.parameters or 0 for trial in found.trials if trial.ended]
+    block = 16 * (4 * 16 + 3 * 48) + 2 * 16
+    assert sizes[0] == sizes[1] == sizes[2] - block and not list((folder / "trials").glob("*/student"))
     best = load_config(str(folder / "best.yaml"))
     assert (best.rollouts is None) == (best_trial(found).begun.arm == "off")  # type: ignore[union-attr]
     page = write_search_report(folder).read_text()

@@ -31,6 +31,7 @@ ENDED = st.fixed_dictionaries(
     {
         "status": st.sampled_from(["completed", "stopped", "failed"]), "step": st.integers(0, 500), "metrics": METRICS,
         "seconds": st.floats(0, 1e6), "student_tokens": st.integers(0, 10**12), "error": st.none() | st.text(),
+        "parameters": st.none() | st.integers(0, 10**12),
     }
 )  # fmt: skip
 EVENT = st.one_of(st.tuples(st.just(name), fields) for name, fields in (("begun", BEGUN), ("rung", RUNG), ("ended", ENDED)))

@@ -80,6 +80,23 @@ def test_both_files_hold_every_trial(tmp_path: Path) -> None:
     assert from_csv["heldout_loss"].to_pylist() == columns["heldout_loss"]
 
 
+def of_several_sizes(folder: Path, *sizes: int | None) -> Path:
+    ledger = begin(folder)
+    for number, size in enumerate(sizes):
+        run_trial(ledger, number, {"student.model.width": number}, 2.0 + number, parameters=size)
+    return ledger.path
+
+
+def test_sizes_are_shown_where_students_differ_in_them(tmp_path: Path) -> None:
+    (tmp_path / "same").mkdir()
+    differ, same = of_several_sizes(tmp_path, 1234, 567_890, None), of_several_sizes(tmp_path / "same", 1234, 1234)
+    assert trial_table(read_ledger(differ))["parameters"].to_pylist() == [1234, 567_890, None]
+    rows = [line.split() for line in printed(differ).splitlines()]
+    assert rows[0][:3] == ["trial", "student.model.width", "parameters"] and rows[2][:3] == ["1", "1", "567,890"]
+    assert rows[3][:3] == ["2", "2", "–"]
+    assert "parameters" not in trial_table(read_ledger(same)).column_names and "parameters" not in printed(same)
+
+
 def test_a_ledger_without_trials_is_an_empty_table(tmp_path: Path) -> None:
     ledger = begin(tmp_path)
     write_trial_tables(read_ledger(ledger.path), tmp_path)

@@ -25,6 +25,7 @@ from orchestrator.search.samplers import ListSampler
 from orchestrator.search.schedulers import RuleScheduler, StoppingRule
 from orchestrator.search.tune import spec_of
 from tests.orchestrator.trial_world import RATE, ground_of, measures_of, scored_run, trial_context
+from tests.worlds import VOCAB
 
 POINTS = [
     {RATE: 3e-3, "student.lora": {"rank": 2, "dropout": 0.2}},
@@ -57,6 +58,21 @@ def test_the_task_of_a_trial_is_that_of_its_point(config: RunConfig, tmp_path: P
     assert task.validation is not None
     assert task.validation.steps == (2, 5, 8), "rungs of its own length"
     assert task.validation.top_k == config.scores.top_k, "all trials are measured alike"
+
+
+def test_a_trial_of_another_shape_begins_with_a_student_of_its_own_and_all_else_is_as_it_was(tmp_path: Path) -> None:
+    shape = {"kind": "scratch", "hidden_size": 16, "layers": 1, "heads": 2}
+    context = trial_context(scored_run(tmp_path, student={"model": shape}), tmp_path / "search")
+    plain, own, other = (Assignment(3, point, seed=9) for point in (
+        {}, {"student.model.hidden_size": 16}, {"student.model.hidden_size": 32}
+    ))  # fmt: skip
+    assert context.task(own) == context.task(plain), "the run's own shape"
+    sizes = [context.draw_student(one) for one in (plain, own, other)]
+    assert sizes[0] == sizes[1] == VOCAB * 16 + 16 * (4 * 16 + 3 * 48) + 3 * 16
+    assert sizes[2] == VOCAB * 32 + 32 * (4 * 32 + 3 * 96) + 3 * 32
+    task = context.task(other)
+    assert task.model.name == str(tmp_path / "search" / "trials" / "0003" / "student")
+    assert replace(task, model=context.task(plain).model) == context.task(plain)
 
 
 def test_a_trial_learns_from_written_responses_and_is_as_long_as_they_are(config: RunConfig, tmp_path: Path) -> None:

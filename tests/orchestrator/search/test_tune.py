@@ -12,16 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.csv
 import pytest
 import ray
 from ray.util import placement_group_table
 
 from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
-from orchestrator.config.load import load_config
+from actors.student.loop import distil
+from actors.student.train_checkpoints import NoCheckpoints
+from orchestrator.config.load import load_config, validate
 from orchestrator.config.run import RunConfig
+from orchestrator.data.grading import GRADES
+from orchestrator.models.models import Models
+from orchestrator.run.pipeline import run
+from orchestrator.run.stages import distillation_task
 from orchestrator.search.ledger import read_ledger
 from orchestrator.search.ray_tune import most_at_once
+from orchestrator.search.results import best_trial
 from orchestrator.search.tune import tune
 from tests.logs import logged
 from tests.orchestrator.trial_world import RATE, config_in, scored_run, search
@@ -174,6 +182,52 @@ def test_the_command_searches_goes_on_and_ends_in_a_configuration_that_run_accep
     other = config.model_copy(update={"tune": config.tune.model_copy(update={"space": {RATE: [1e-3, 6e-3]}})})
     with pytest.raises(ValueError, match="this is the ledger of another search"):
         tune(other)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_students_of_several_widths_are_drawn_for_their_trials_and_the_best_one_can_be_run(
+    local_ray: None, tmp_path: Path
+) -> None:
+    """A run of ``best.yaml`` learns as the best trial did, step by step, so that it begins with the same weights."""
+    soft = {label: {other: 0.8 if other == label else 0.1 for other in GRADES} for label in GRADES}
+    (tmp_path / "soft.json").write_text(json.dumps(soft))
+    config = validate({
+        "name": "widths", "output": str(tmp_path), "tokenizer": {"vocab_size": 300},
+        "task": {"kind": "classification", "labels": list(GRADES), "field": "grade"},
+        "data": {
+            "source": {"kind": "builtin_grading", "rows": 160}, "heldout_rows": 40,
+            "format": {"kind": "text", "text": "{{ answer }}"},
+        },
+        "teacher": {"model": {"kind": "soft_labels", "similarity": "file", "table": str(tmp_path / "soft.json")}},
+        "student": {"model": {"kind": "text_mlp", "width": 4, "hidden": 8}},
+        "loss": {"kind": "coupled"},
+        "train": {"epochs": 2, "batch_rows": 24, "micro_batch_rows": 24, "optimizer": {"learning_rate": 1e-2}},
+        "tune": {
+            "space": {"student.model.width": [2, 4, 16]}, "search": "grid", "rungs": 2, "scheduler": "none",
+            "trials_in": "reused_process", "concurrent": 1,
+        },
+    })  # fmt: skip
+    folder = tune(config)
+    found = read_ledger(folder / "ledger.jsonl")
+    assert [found.status(trial) for trial in found.trials] == ["completed"] * 3, [found.error(trial) for trial in found.trials]
+    sizes = {2: 300 * 2 + 3 * 8 + 9 * 3, 4: 300 * 4 + 5 * 8 + 9 * 3, 16: 300 * 16 + 17 * 8 + 9 * 3}  # embedding, hidden, output
+    table = pyarrow.csv.read_csv(folder / "trials.csv").to_pydict()
+    assert dict(zip(table["student.model.width"], table["parameters"], strict=True)) == sizes
+    assert not list(folder.glob("trials/*/student*")), "no trial's student is kept"
+    assert len({trial.metrics["heldout_loss"] for trial in found.trials}) == 3
+
+    best = best_trial(found)
+    assert best is not None and best.begun.point["student.model.width"] != 4, "not the run's own"
+    again = load_config(folder / "best.yaml")
+    run(again, until="score")
+    store = json.loads((again.run_dir / "scores.json").read_text())["train"]
+    distil(distillation_task(again, again.run_dir, Models(again, again.run_dir), store), NoCheckpoints())
+    name = f"{best.number:04d}"
+    steps = [read_metrics(path) for path in (
+        again.run_dir / "metrics" / "train.jsonl", folder / "trials" / name / f"trial_{name}.jsonl"
+    )]  # fmt: skip
+    assert len(steps[0]) == 10 and [step["loss"] for step in steps[0]] == [step["loss"] for step in steps[1]]
 
 
 def pid_of(folder: Path, trial: int) -> int:
