@@ -49,6 +49,7 @@ def harm_latest(training: Folder) -> str:
     return latest
 
 
+@pytest.mark.drill
 def test_a_run_resumes_from_the_whole_one_before_and_learns_the_same(faults: Faults, tmp_path: Path) -> None:
     scores = f"scores.root={tmp_path / 'scores'}"
     undisturbed = trained(tmp_path / "disk", scores)

@@ -90,6 +90,7 @@ def test_a_replica_that_dies_is_replaced_and_the_store_is_the_same(
 
 
 @pytest.mark.ray
+@pytest.mark.drill
 def test_a_replica_that_hangs_is_replaced(
     local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example], tmp_path: Path, record_property: Record
 ) -> None:
@@ -248,6 +249,7 @@ def test_an_engine_that_died_inside_a_living_replica_is_replaced(
 
 
 @pytest.mark.ray
+@pytest.mark.drill
 def test_a_device_that_fails_is_a_death_of_its_replica_and_may_not_be_free_at_once(
     local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example], tmp_path: Path, record_property: Record
 ) -> None:

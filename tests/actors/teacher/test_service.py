@@ -74,7 +74,7 @@ def test_a_row_is_scored_again_for_who_names_other_candidates(local_ray: None, t
     assert log.read_text().split() == [example.key] * 3
 
 
-@pytest.mark.parametrize("way", ["engine_dies_on_call", "hangs_on_call"])
+@pytest.mark.parametrize("way", ["engine_dies_on_call", pytest.param("hangs_on_call", marks=pytest.mark.drill)])
 def test_rows_of_a_replica_that_is_lost_are_scored_by_another(local_ray: None, tmp_path: Path, way: str) -> None:
     examples = fake_examples(24)
     teacher = replace(FakeTeacher(only_once=tmp_path / "lost", seconds_per_call=0.02), **{way: 2})
@@ -90,6 +90,7 @@ def test_rows_of_a_replica_that_is_lost_are_scored_by_another(local_ray: None, t
         assert counts(service)["replicas"] == 2  # another stands in its place
 
 
+@pytest.mark.drill
 def test_a_row_that_ends_every_replica_or_raises_fails_alone(local_ray: None, tmp_path: Path) -> None:
     examples, log = fake_examples(9), tmp_path / "log"
     teacher = FakeTeacher(poison_key=examples[4].key, fails_on_key=examples[2].key, log=log)

@@ -61,7 +61,7 @@ def test_a_student_learns_and_its_steps_are_logged(undisturbed: tuple[Path, dict
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.drill)])
 def test_workers_and_accumulation_do_not_change_the_trajectory(
     undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path, workers: int
 ) -> None:
