@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from actors.config.model_kinds import CutModel, ScratchModel
-from actors.config.models import EvaluateConfig
+from actors.config.models import EvaluateConfig, TrainConfig
 from actors.config.networks import IMAGE_NETWORKS, TEXT_NETWORKS, SoftLabels
 from orchestrator.config.data import DataConfig
 from orchestrator.config.formats import OF_CLASSES, ImageFormat
@@ -13,6 +13,7 @@ from orchestrator.config.task import ClassificationTask, TaskConfig
 from orchestrator.config.tune import OF_LABELS
 
 NETWORKS = (*TEXT_NETWORKS, *IMAGE_NETWORKS)
+WITHOUT_BLOCKS = ("text_mlp", "text_rnn")
 DISTILLS = ("coupled", "decoupled", "target_only", "diversity_only", "atkd")
 
 
@@ -135,6 +136,36 @@ def require_classification(
             "tokenizer is trained for a student made from scratch that reads text, and this one "
             + ("brings its own" if reads_text else "sees images") + "; tokenizer=null would do"
         )  # fmt: skip
+
+
+def require_networks_can_train(train: TrainConfig, teacher: TeacherConfig, student: StudentConfig) -> None:
+    """Raise if a small network is to be trained in a way that it has no blocks for.
+
+    Raises:
+        ValueError: naming the key, the value and one that would do.
+    """
+    trained: list[tuple[str, TrainConfig, TeacherConfig | StudentConfig]] = [("train", train, student)]
+    trained += [
+        (f"{role}.finetune.train", side.finetune.train, side)
+        for role, side in (("teacher", teacher), ("student", student)) if side.finetune is not None
+    ]  # fmt: skip
+    for section, settings, side in trained:
+        kind = side.model.kind
+        if kind in NETWORKS and settings.gradient_checkpointing:
+            raise ValueError(
+                f"{section}.gradient_checkpointing true computes blocks of a large model twice, and {kind} has none such; "
+                f"{section}.gradient_checkpointing=false would do"
+            )
+        if kind in WITHOUT_BLOCKS and settings.sharding == "fsdp":
+            raise ValueError(
+                f"{section}.sharding fsdp shards a model block by block, and {kind} has no blocks; {section}.sharding=replicate "
+                "would do"
+            )
+        if kind in WITHOUT_BLOCKS and settings.compile:
+            raise ValueError(
+                f"{section}.compile true compiles a model block by block, and {kind} has no blocks; {section}.compile=false "
+                "would do"
+            )
 
 
 def _require_words(teacher: TeacherConfig, label_words: LabelWords, task: ClassificationTask) -> None:

@@ -26,6 +26,7 @@ from orchestrator.config.classes import (
     require_classification,
     require_language_models,
     require_metrics_of_the_task,
+    require_networks_can_train,
     rows_said_to_answer,
     with_class_defaults,
 )
@@ -120,6 +121,7 @@ class RunConfig(Section):
         if isinstance(self.task, ClassificationTask):
             unfit = self._set_for_language_models()
             require_classification(self.task, self.data, self.teacher, self.student, self.tokenizer, unfit)
+            require_networks_can_train(self.train, self.teacher, self.student)
         else:
             require_language_models(self.data, self.teacher, self.student)
             self._language_models_agree()

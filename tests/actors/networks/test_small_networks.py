@@ -13,6 +13,7 @@ from actors.model_source import ModelSource
 from actors.models import load_model, save_model
 from actors.networks.classifier import SmallClassifier, SmallClassifierConfig, class_logits
 from actors.teacher.reference_pass import count_weights
+from orchestrator.config.classes import WITHOUT_BLOCKS
 
 VOCAB, CLASSES, IMAGE = 30, 4, (2, 6, 5)
 TEXTS: list[dict[str, Any]] = [
@@ -214,3 +215,11 @@ def test_a_table_answers_by_the_label_alone() -> None:
     model.network.logprobs.data = torch.arange(16.0).view(4, 4)
     assert class_logits(model, *batch(ROWS, LABELS))[:, 0].tolist() == [8.0, 0.0, 12.0]
     assert isinstance(model.network, nn.Module) and not any(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [*TEXTS, *IMAGES], ids=kind_of)
+def test_networks_have_blocks_as_the_configuration_has_it(shape: dict[str, Any]) -> None:
+    model = network(shape)
+    assert any(isinstance(module, nn.ModuleList) for module in model.modules()) == (shape["kind"] not in WITHOUT_BLOCKS)
+    with pytest.raises(ValueError, match="does not support gradient checkpointing"):
+        model.gradient_checkpointing_enable()

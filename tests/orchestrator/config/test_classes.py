@@ -178,3 +178,18 @@ def test_what_images_and_soft_labels_do_not_go_with_is_refused(overrides: list[s
 def test_language_models_have_no_classifiers_and_no_labels(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         language_models(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.gradient_checkpointing=true", r"train\.gradient_checkpointing true .* text_mlp has none .*=false would do"),
+        ("train.sharding=fsdp", r"train\.sharding fsdp .* text_mlp has no blocks; train\.sharding=replicate would do"),
+        ("train.compile=true", r"train\.compile true .* text_mlp has no blocks; train\.compile=false would do"),
+        ("teacher.finetune.train.gradient_checkpointing=true", r"teacher\.finetune\.train\.gradient_check.* true .* text_cnn"),
+    ],
+)
+def test_a_network_without_blocks_is_not_trained_by_blocks(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        changed(TEXTS, override)
+    changed(TEXTS, "teacher.finetune.train.sharding=fsdp")  # a text_cnn has blocks
