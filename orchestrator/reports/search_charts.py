@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from orchestrator.reports.svg import INK, SERIES, STYLE, svg_of
 
@@ -18,6 +18,7 @@ Mode = Literal["min", "max"]
 Look = Literal["completed", "stopped", "failed", "unfinished", "best", "arm"]
 
 WIDTH, HEIGHT = 5.4, 2.9
+MOST_TICKS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,33 @@ def differences_chart(
             axes.annotate(words, (0, 1.0), (points, 1), axes.get_xaxis_transform(), "offset points", ha=side, va="bottom")
         _dress_arms(axes, list(means), label)
         return svg_of(figure, name)
+
+
+def size_chart(name: str, trials: Sequence[tuple[int, float]], label: str, mode: Mode) -> str:
+    """Return an SVG with a dot for each trial, given by its student's parameters and its value.
+
+    A line joins those that no smaller student, and none of their size, does as well as.
+    """
+    front = frontier(trials, mode)
+    with chart(name) as (figure, axes):
+        axes.plot(*zip(*trials, strict=True), "o", color=INK, alpha=0.4, markersize=4)
+        axes.plot(*zip(*front, strict=True), "o-", color=SERIES[0], markersize=5, linewidth=1.5, drawstyle="steps-post")
+        axes.set(xlabel="parameters of the student", ylabel=label, xscale="log")
+        axes.grid(True, axis="both")
+        axes.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        sizes = sorted({size for size, _ in trials})
+        axes.set_xticks(sizes if len(sizes) <= MOST_TICKS else [sizes[0], sizes[len(sizes) // 2], sizes[-1]])
+        return svg_of(figure, name)
+
+
+def frontier(trials: Sequence[tuple[int, float]], mode: Mode) -> list[tuple[int, float]]:
+    """Return the trials, by size, that are better than all that are smaller or as large."""
+    sign, kept = 1 if mode == "min" else -1, list[tuple[int, float]]()
+    for size, value in sorted(trials, key=lambda trial: (trial[0], sign * trial[1])):
+        if not kept or sign * value < sign * kept[-1][1]:
+            kept.append((size, value))
+    return kept
 
 
 def _dress_arms(axes: Axes, arms: Sequence[str], label: str) -> None:

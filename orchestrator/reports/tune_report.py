@@ -8,7 +8,7 @@ import yaml
 from markupsafe import Markup
 
 from orchestrator.reports.page import Chart, Column, Grid, Headline, PageSection
-from orchestrator.reports.search_charts import Trace, trace_chart
+from orchestrator.reports.search_charts import Trace, size_chart, trace_chart
 from orchestrator.reports.setting_charts import heat_map, parallel_chart
 from orchestrator.search.analysis import (
     Snapshot,
@@ -21,7 +21,15 @@ from orchestrator.search.analysis import (
     where_all_were,
 )
 from orchestrator.search.ledger import Search, Trial
-from orchestrator.search.results import axes_of, best_trial, completed_trials, describe_best, label_of, written_metric
+from orchestrator.search.results import (
+    axes_of,
+    best_trial,
+    completed_trials,
+    describe_best,
+    label_of,
+    sizes_of,
+    written_metric,
+)
 from orchestrator.search.statistics import FEWEST_FOR_CORRELATION
 
 HARDLY = 0.1
@@ -58,6 +66,7 @@ def tune_parts(search: Search) -> list[PageSection]:
     """Return the parts of the page between the best trial and the table of all."""
     parts = [
         PageSection("Settings", charts=tuple(setting_charts(search))),
+        PageSection("Size", charts=tuple(size_charts(search))),
         PageSection("Learning", charts=tuple(learning_charts(search))),
     ]
     return [*(part for part in parts if part.charts), importance_part(search)]
@@ -103,6 +112,17 @@ def parallel_charts(search: Search, snapshot: Snapshot, shown: list[Trial], rows
     )  # fmt: skip
     note = f"{_who(snapshot, search)} A line for each, from the best (blue, thick) to the worst (orange)."
     return [Chart(f"All numeric settings, {when}", Markup(drawing), note)]
+
+
+def size_charts(search: Search) -> list[Chart]:
+    """Return how good completed trials are by the size of their students; none where all are of one size."""
+    sizes, values = sizes_of(search), at_the_end(search).values
+    trials = [(sizes[number], value) for number, value in values.items() if number in sizes]
+    if len({size for size, _ in trials}) < 2:
+        return []
+    drawing = size_chart("sizes", trials, label_of(search.spec.metric), search.spec.mode)
+    note = f"{len(trials)} completed trials. The line joins those that no student of their size or less is better than."
+    return [Chart("What a larger student brings", Markup(drawing), note)]
 
 
 def learning_charts(search: Search) -> list[Chart]:

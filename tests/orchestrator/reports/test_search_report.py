@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from orchestrator.config.load import apply_override
-from orchestrator.reports.search_charts import Trace, trace_chart
+from orchestrator.reports.search_charts import Trace, frontier, trace_chart
 from orchestrator.reports.search_report import read_cost, write_search_report
 from orchestrator.reports.setting_charts import heat_map, parallel_chart, short_names
 from orchestrator.reports.tune_report import overrides_of
@@ -108,6 +108,16 @@ def test_students_of_several_sizes_are_told_apart(tmp_path: Path) -> None:
     assert "parameters" in Page(content_of(ledger)).text
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row)[:3] for row in rows]
     assert cells == [["0", "16", "17,731"], ["1", "15", "9,123"], ["2", "14", "–"]]
+    page = Page(content_of(ledger))
+    assert "What a larger student brings" in page.text and "2 completed trials. The line joins" in page.text
+    require_closed(content_of(ledger))
+    assert "What a larger student brings" not in content_of(tuned_on_a_grid(tmp_path / "one size"))
+
+
+def test_no_smaller_student_is_as_good_as_one_on_the_line() -> None:
+    trials = [(10, 3.0), (10, 2.5), (20, 2.5), (30, 2.0), (40, 2.2)]
+    assert frontier(trials, "min") == [(10, 2.5), (30, 2.0)]
+    assert frontier(trials, "max") == [(10, 3.0)]
 
 
 def test_texts_stay_texts(tmp_path: Path) -> None:
