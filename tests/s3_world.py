@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 from urllib.parse import urlsplit
 
@@ -83,6 +84,12 @@ class Faults:
     """Puts of files of which half arrives before the connection breaks."""
     refuse: tuple[int, str] | None = None
     """Status and code of the error that all requests get."""
+    answer_seconds: float = 0.0
+    """How late each answer is."""
+    at_once: int = 0
+    """Requests that wait for their answers now."""
+    most_at_once: int = 0
+    """The most of them since this was set to 0."""
     old_listings: bool = False
     """Answer listings as they were when this was set."""
     seen: list[str] = field(default_factory=list)
@@ -110,6 +117,15 @@ def faulty_proxy(endpoint: str) -> Iterator[tuple[str, Faults]]:
             return
 
         def answer(self) -> None:
+            faults.at_once += 1
+            faults.most_at_once = max(faults.most_at_once, faults.at_once)
+            time.sleep(faults.answer_seconds)
+            try:
+                self.answer_now()
+            finally:
+                faults.at_once -= 1
+
+        def answer_now(self) -> None:
             faults.seen.append(f"{self.command} {self.path}")
             is_listing = self.command == "GET" and "list-type" in self.path
             is_file = not is_listing and self.path.count("/") > 1
@@ -185,3 +201,17 @@ def faulty_storage(folder: Path, endpoint: str) -> Iterator[Faults]:
     settings = {**KEYS, "ATKD_CACHE": str(folder / "cache"), "ATKD_CACHE_GIB": "1"}
     with faulty_proxy(endpoint) as (address, faults), environment({**settings, "AWS_ENDPOINT_URL": address}):
         yield faults
+
+
+def main() -> int:
+    """Run a command beside an S3 server with one bucket, whose answers come some milliseconds late.
+
+    python -m tests.s3_world MILLISECONDS COMMAND ...
+    """
+    with TemporaryDirectory() as folder, s3_server(Path(folder)) as endpoint, faulty_storage(Path(folder), endpoint) as faults:
+        faults.answer_seconds = float(sys.argv[1]) / 1000
+        return subprocess.run(sys.argv[2:], check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

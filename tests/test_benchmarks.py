@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from actors.config.model_kinds import ScratchModel
 from actors.config.models import TrainConfig
 from actors.examples import ExampleFile, write_examples
 from actors.models import save_model, scratch_model
-from benchmarks import batches, losses, onnx_rows, parity, prepare, rounding, store_scale, truncation, wires
+from benchmarks import batches, lease_rate, losses, onnx_rows, parity, prepare, rounding, store_scale, truncation, wires
 from benchmarks.bars import Bar, alternating_seconds, median_ratio, peak_bytes, print_table, report
 from benchmarks.scale import __main__ as scale
 from benchmarks.scale.followers import follow
@@ -237,3 +238,12 @@ def test_preparation_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert prepare.main(["--rows", "600", "900", "--words", "8", "--folder", str(tmp_path)]) == 0
     lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert lines[-2:] == ["600", "900"] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_leases_are_taken_and_given_back_on_a_disk_and_in_storage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lease_rate.main([str(tmp_path), "--shards", "6", "--replicas", "1", "4"])
+    assert "| 4 " in capsys.readouterr().out and not list(tmp_path.iterdir())
+    inner = [sys.executable, "-m", "benchmarks.lease_rate", "s3://scores/rate", "--shards", "6", "--replicas", "4"]
+    done = subprocess.run([sys.executable, "-m", "tests.s3_world", "5", *inner], capture_output=True, text=True, timeout=300)
+    assert "bar shards/s, 4 replicas measured" in done.stdout, done.stderr

@@ -12,15 +12,19 @@ import socket
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from actors.files import filesystem_time_ns
 
 logger = logging.getLogger("atkd")
+
+Result = TypeVar("Result")
 
 LEASE_SECONDS = 60.0
 """A lease that was not refreshed for so long is stale: another job may take it over."""
@@ -54,7 +58,7 @@ class _Seen:
 
 
 class HeldLeases(ABC):
-    """The leases one job holds on the shards of one store. For one thread.
+    """The leases one job holds on the shards of one store. For one thread, but where there are ``threads`` to take them in.
 
     Args:
         place: the store's, for messages.
@@ -65,6 +69,8 @@ class HeldLeases(ABC):
         self.place, self.lease_seconds = place, lease_seconds
         self.host, self.holder = _this_host(), uuid.uuid4().hex
         self.held: set[int] = set()
+        self.threads: ThreadPoolExecutor | None = None
+        """Where leases are asked for over a network: threads in which several may be taken at a time."""
         self._refreshed = time.monotonic()
 
     @abstractmethod
@@ -88,15 +94,23 @@ class HeldLeases(ABC):
         if time.monotonic() - self._refreshed < self.lease_seconds / REFRESHES:
             return
         self._refreshed = time.monotonic()
-        for shard in sorted(self.held):
-            if not self.keep_alive(shard):
+        held = sorted(tuple(self.held))  # others may be taken meanwhile
+        for shard, alive in zip(held, self._for_each(self.keep_alive, held), strict=True):
+            if not alive:
                 logger.warning("another job took over the lease of shard %d of %s and may score it too", shard, self.place)
                 self.held.discard(shard)
 
+    def release_soon(self, shard: int) -> None:
+        """Give back the lease of a shard that is not taken again; who gives it need not wait for that."""
+        self.release(shard)
+
     def release_all(self) -> None:
-        """Give all leases back."""
-        for shard in sorted(self.held):
-            self.release(shard)
+        """Give all leases back, and take no more."""
+        list(self._for_each(self.release, sorted(tuple(self.held))))
+
+    def _for_each(self, work: Callable[[int], Result], shards: Sequence[int]) -> Iterable[Result]:
+        """Do work for each shard, many at once where there are threads."""
+        return map(work, shards) if self.threads is None else self.threads.map(work, shards)
 
     def lease(self) -> Lease:
         """Return what a lease says that is taken now."""

@@ -7,16 +7,19 @@ which each claim just put tells the time. As with files, a lease only saves work
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
 from actors.score_store.leases import LEASE_SECONDS, HeldLeases, Lease, is_of_dead_process
 from actors.storage.object_folder import ObjectFolder
 
 LEASES = "leases"
+AT_ONCE = 16
+"""Requests at a time. One takes some 30 ms, a shard eight of them, and a driver feeds many replicas."""
 
 
 class ObjectLeases(HeldLeases):
-    """The leases one job holds on the shards of one store in object storage. For one thread.
+    """The leases one job holds on the shards of one store in object storage; several may be taken at a time, each in its thread.
 
     Args:
         folder: the store's folder.
@@ -26,6 +29,8 @@ class ObjectLeases(HeldLeases):
     def __init__(self, folder: ObjectFolder, lease_seconds: float = LEASE_SECONDS) -> None:
         super().__init__(folder.place, lease_seconds)
         self._folder = folder
+        self.threads = self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="leases")
+        self._releases: list[Future[None]] = []
 
     def take(self, shard: int) -> bool:
         """Take a shard's lease, from a holder that is dead if need be; False if another job holds it or wants it too."""
@@ -47,6 +52,21 @@ class ObjectLeases(HeldLeases):
         """Give a shard's lease back."""
         self.held.discard(shard)
         self._folder.remove(self._claim(shard))
+
+    def release_soon(self, shard: int) -> None:
+        """Give a shard's lease back in a thread; should an earlier one not have gone, raise what it raised."""
+        for done in [release for release in self._releases if release.done()]:
+            self._releases.remove(done)
+            done.result()
+        self.held.discard(shard)
+        self._releases.append(self._pool.submit(self.release, shard))
+
+    def release_all(self) -> None:
+        """Give all leases back, and take no more."""
+        super().release_all()
+        self._pool.shutdown()
+        for release in self._releases:
+            release.result()
 
     def clear_away_dead(self, shards: Iterable[int]) -> None:
         """Remove all claims on some finished shards: whoever claims one of these sees that it is finished."""

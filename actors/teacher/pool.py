@@ -103,7 +103,7 @@ class TeacherPool:
                 the other job's words if the store is declared failed; and, after all other shards are scored, with the
                 shards set aside because replicas died on them, their rows and last errors. Another call tries those again.
         """
-        work = ScoringWork(examples_path.resolve(), store, WINDOW, self._lease_seconds)
+        work = ScoringWork(examples_path.resolve(), store, WINDOW, self._lease_seconds, ahead=len(list(self._replicas)))
         try:
             shown = -math.inf
             while work.waits or any(replica.in_flight for replica in self._replicas):

@@ -3,7 +3,10 @@
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, wait
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from actors.config.places import resolved
 from actors.examples import ExampleFile
@@ -16,6 +19,8 @@ TRIES = 3
 """A shard on which so many replicas died is set aside."""
 ASK_AGAIN_SECONDS = 0.5
 """How often a shard that another job holds is asked for again."""
+Claim = Literal["ours", "there", "held by another"]
+"""What became of a shard whose lease was asked for."""
 ROWS_NAMED = 32
 """Rows of a shard that a message names one by one."""
 
@@ -71,6 +76,10 @@ class ShardQueue:
                 assert len(shards) == 1, "suspects are tried alone"
                 self.set_aside[shard] = error
 
+    def upcoming(self, count: int) -> list[int]:
+        """Return the shards above suspicion that come next, at most so many."""
+        return list(islice(self._fresh, count))
+
     def put_off(self, shard: int) -> None:
         """Keep a shard that cannot be handed out now."""
         self._put_off.append(shard)
@@ -83,15 +92,26 @@ class ShardQueue:
 
 
 class ScoringWork:
-    """What is missing in one store, shared with the other jobs that fill it: a shard is handed out under its lease."""
+    """What is missing in one store, shared with the other jobs that fill it: a shard is handed out under its lease.
 
-    def __init__(self, examples_path: Path, store: ScoreStore, window: int, lease_seconds: float) -> None:
+    Where leases are asked for over a network, those of the shards that come next are taken while others are scored.
+
+    Args:
+        examples_path: the file of examples.
+        store: to fill.
+        window: how many shards a replica holds.
+        lease_seconds: age at which another job's lease counts as stale.
+        ahead: how many leases are taken ahead at most: more would keep other jobs from shards that nobody here can score yet.
+    """
+
+    def __init__(self, examples_path: Path, store: ScoreStore, window: int, lease_seconds: float, ahead: int = 1) -> None:
         self.examples_path = examples_path
         self.store, self.store_place = store, resolved(store.place)
         missing = store.missing_shards()
         self._queue = ShardQueue(missing, window)
         self._leases = open_leases(store.folder, lease_seconds)
         self._leases.clear_away_dead(sorted(set(range(store.shard_count)) - set(missing)))
+        self._ahead, self._claims = ahead, dict[int, Future[Claim]]()
         self._asked = time.monotonic()
         self.known = store.known_range()
         """Where the rows of the shards lie that were found, or scored here."""
@@ -113,19 +133,34 @@ class ScoringWork:
             ScoringFailed: with the other job's words, if the scoring of this store was declared failed.
         """
         while (shard := self._queue.next(held, proven=proven, others_proven=others_proven)) is not None:
-            if self._is_there(shard):
-                continue
-            if not self._leases.take(shard):
-                self._queue.put_off(shard)
-            elif self.store.is_there(shard):  # its holder finished it before it gave up the lease that is now ours
-                self._leases.release(shard)
-            else:
+            self._claim_ahead()
+            claimed = self._claims.pop(shard).result() if shard in self._claims else self._claim(shard)
+            if claimed == "ours":
                 return shard
+            if claimed == "held by another":
+                self._queue.put_off(shard)
         return None
+
+    def _claim_ahead(self) -> None:
+        if self._leases.threads is not None:
+            for shard in self._queue.upcoming(self._ahead):
+                if shard not in self._claims:
+                    self._claims[shard] = self._leases.threads.submit(self._claim, shard)
+
+    def _claim(self, shard: int) -> Claim:
+        """Take the lease of a shard that is still missing."""
+        if self._is_there(shard):
+            return "there"
+        if not self._leases.take(shard):
+            return "held by another"
+        if self.store.is_there(shard):  # its holder finished it before it gave up the lease that is now ours
+            self._leases.release(shard)
+            return "there"
+        return "ours"
 
     def scored(self, shard: int, info: ShardInfo) -> None:
         """Give back the lease of a shard that is there now, and know its range."""
-        self._leases.release(shard)
+        self._leases.release_soon(shard)
         self.known = ScoreRange.widened(self.known, info.target_logprob, info.entropy)
 
     def died_on(self, shards: Sequence[int], error: str) -> None:
@@ -143,7 +178,10 @@ class ScoringWork:
             self._queue.ask_again()
 
     def close(self) -> None:
-        """Give all leases back."""
+        """Give all leases back, those that are just being taken too."""
+        for claim in self._claims.values():
+            claim.cancel()
+        wait(claim for claim in self._claims.values() if not claim.cancelled())
         self._leases.release_all()
 
     def describe(self, shard: int) -> str:
