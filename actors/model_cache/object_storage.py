@@ -4,12 +4,14 @@ Copies stand below ``models`` in the node's cache (``ATKD_CACHE``). They do not 
 evicted: a model is needed whole or not at all.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -89,19 +91,19 @@ class StoredModelFiles(ModelFiles):
         from actors.storage.object_folder import ObjectFolder
 
         try:
-            before = copied_from(self._cache) or _read(self._cache / BEGUN)
-            missing = self._missing(before)
             self._cache.mkdir(parents=True, exist_ok=True)
-            if self.to_come() > (free := shutil.disk_usage(self._cache).free):
-                return (
-                    f"there is no room for it: {self._cache} has {free / 1e9:.1f} GB free, and {self.to_come() / 1e9:.1f} GB are "
-                    f"to come; {FOLDER} in the environment of all nodes may name a folder that has"
-                )
-            self._begin(missing)
-            storage = ObjectFolder(self._model.address)
-            with ThreadPoolExecutor(AT_ONCE) as threads:
-                list(threads.map(lambda name: self._copy(storage, name), missing))
-            (self._cache / BEGUN).rename(self._cache / COPIED)
+            with self._alone():
+                if self.are_here():
+                    return None
+                if (coming := self.to_come()) > (free := shutil.disk_usage(self._cache).free):
+                    return (
+                        f"there is no room for it: {self._cache} has {free / 1e9:.1f} GB free, and {coming / 1e9:.1f} GB are to "
+                        f"come; {FOLDER} in the environment of all nodes may name a folder that has"
+                    )
+                missing, storage = self._begin(), ObjectFolder(self._model.address)
+                with ThreadPoolExecutor(AT_ONCE) as threads:
+                    list(threads.map(lambda name: self._copy(storage, name), missing))
+                (self._cache / BEGUN).rename(self._cache / COPIED)
         except (OSError, ValueError) as error:
             return " ".join(str(error).split())
         return None
@@ -116,8 +118,18 @@ class StoredModelFiles(ModelFiles):
 
     def to_come(self) -> int:
         """Return how many bytes are missing."""
-        before = copied_from(self._cache) or _read(self._cache / BEGUN)
-        return sum(self._model.files[name][0] for name in self._missing(before))
+        return sum(self._model.files[name][0] for name in self._missing(self._before()))
+
+    def _before(self) -> StoredModel | None:
+        """Return what the files in the folder were copied from; None where that is not known."""
+        return copied_from(self._cache) or _read(self._cache / BEGUN)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one process at a time change the folder."""
+        with open(self._cache.with_name(f"{self._cache.name}.lock"), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _missing(self, before: StoredModel | None) -> list[str]:
         """Return which files are not there as they are now; ``before``: what those in the folder were copied from."""
@@ -130,14 +142,16 @@ class StoredModelFiles(ModelFiles):
             return (self._cache / name).stat().st_size == now[0]
         return False
 
-    def _begin(self, missing: list[str]) -> None:
-        """Remove what is not of the model as it is now, and note that it is being copied: whole files will be of it."""
+    def _begin(self) -> list[str]:
+        """Remove what is not of the model as it is now, note that it is being copied, and return which files are missing."""
+        missing = self._missing(self._before())
         kept = {*self._model.files} - {*missing}
         (self._cache / COPIED).unlink(missing_ok=True)
         for path in self._cache.iterdir():
             if path.name not in kept:
                 path.unlink()
         write_atomically(self._cache / BEGUN, json.dumps(asdict(self._model)).encode())
+        return missing
 
     def _copy(self, storage: "ObjectFolder", name: str) -> None:
         path, wanted = self._cache / name, self._model.files[name][0]

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,15 @@ def test_a_copy_that_was_cut_short_is_none_and_goes_on_where_it_was(
     assert not isinstance(fetched(folder), str)
     assert contents(folder) == contents(tmp_path / "tiny")
     assert not any("GET" in line and "/config.json" in line for line in faults.seen), "it was there"
+
+
+def test_of_two_who_copy_it_at_once_one_does(faults: Faults, tmp_path: Path) -> None:
+    faults.answer_seconds = 0.02
+    with ThreadPoolExecutor(2) as threads:
+        came = list(threads.map(lambda _: fetched(tmp_path / "copy"), range(2)))
+    assert not any(isinstance(one, str) for one in came)
+    assert sum("GET" in line and "/model.safetensors" in line for line in faults.seen) == 1
+    assert contents(tmp_path / "copy") == contents(tmp_path / "tiny")
 
 
 def test_a_file_of_the_copy_that_is_gone_is_copied_again(faults: Faults, tmp_path: Path) -> None:
