@@ -82,10 +82,16 @@ def changed(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     return validate(tree)
 
 
-def _fails(part: str, config: RunConfig, overrides: Sequence[str], place: TargetCluster, estimator: Estimator) -> bool:
+def _accepted(config: RunConfig, overrides: Sequence[str]) -> RunConfig | None:
+    """Return a configuration with overrides; None if it refuses them, as that of a small network does checkpointing."""
     try:
-        candidate = changed(config, overrides)
+        return changed(config, overrides)
     except ConfigError:
+        return None
+
+
+def _fails(part: str, config: RunConfig, overrides: Sequence[str], place: TargetCluster, estimator: Estimator) -> bool:
+    if (candidate := _accepted(config, overrides)) is None:
         return True
     if part == "teacher":
         stands = len(room_beside(candidate, place, most=1)) > 1
@@ -168,7 +174,8 @@ def _too_small(config: RunConfig, place: TargetCluster, estimator: Estimator) ->
         least.append((who, estimator.replica(served).total + GPU_PROCESS_BYTES))
     for job in trainings(config):
         if job.workers.gpus:
-            last = changed(config, _training_changes(job).tried[-1])
+            tried = reversed(_training_changes(job).tried)
+            last = next(found for overrides in tried if (found := _accepted(config, overrides)) is not None)
             smallest = next(one for one in trainings(last) if one.name == job.name)
             least.append((f"a worker of {job.name}", gpu_bytes_of(estimator.training(smallest))))
     who, wanted = max(least, key=lambda one: one[1], default=("", 0.0))
