@@ -16,22 +16,16 @@ from actors.model_cache.object_storage import BEGUN, COPIED, StoredModelFiles, c
 from actors.storage import object_folder
 from actors.storage.folder import open_folder
 from actors.storage.transfers import upload
-from tests.s3_world import BUCKET, Faults, faulty_storage, s3_server
+from tests.s3_world import BUCKET, Faults, faulty_storage
 from tests.worlds import tiny_llama
 
 ADDRESS = f"s3://{BUCKET}/models/tiny"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("server")) as endpoint:
-        yield endpoint
-
-
 @pytest.fixture
-def faults(server: str, tmp_path: Path) -> Iterator[Faults]:
+def faults(endpoint: str, tmp_path: Path) -> Iterator[Faults]:
     """Storage with the model ``tiny`` in it, beside a file that is none of a model's."""
-    with faulty_storage(tmp_path, server) as faults:
+    with faulty_storage(tmp_path, endpoint) as faults:
         upload(tiny_llama(tmp_path / "tiny", seed=1), f"s3://{BUCKET}/models")
         open_folder(ADDRESS).write("training_args.bin", b"a pickle")
         yield faults
