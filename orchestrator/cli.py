@@ -30,6 +30,9 @@ TRIALS = {
 
 OTHERS = ("doctor", "plan", "verify", "judge", "benchmark", "predict", "config")
 
+READERS = ("plan", "verify", "judge", "benchmark", "predict")
+"""Commands that look into the run's folder before they work in it."""
+
 PLAN_HELP = "say what a run will take and whether a cluster has it, before anything starts: memory, bytes, hours, bottleneck"
 VERIFY_HELP = "read a run's score stores whole and compare each row with its checksum"
 JUDGE_HELP = "have the judge of evaluate.judge judge a run's answers, asking what is not known yet; needs no devices"
@@ -87,6 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _not_begun(error)
 
     def work() -> int:
+        if config.mirror is not None and options.command in READERS:
+            config.mirror.sync()
+        code = command()
+        if config.mirror is not None:
+            config.mirror.sync()  # pages are written when the run is closed
+        return code
+
+    def command() -> int:
         from orchestrator import commands
 
         if options.command not in ("verify", "judge"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from actors.config.places import within
 from actors.score_store.store import ScoreStore
 from actors.storage.transfers import require_writable, upload
+from orchestrator.cluster.run_copies import shown_place
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.doctor import diagnose
 from orchestrator.models.models import Models
@@ -39,8 +40,8 @@ def run(config: RunConfig, until: str = "report") -> int:
     if until == "report":
         report, student = write_report(folder), Models(config, folder).student_folder
         print_table(read_table(folder))
-        logger.info(f"report: {report}")
-        logger.info(f"student: {student}")
+        logger.info(f"report: {shown_place(config.mirror, report)}")
+        logger.info(f"student: {shown_place(config.mirror, student)}")
         if published is not None:
             for path in (student, report, folder / "table.json", folder / "config.yaml"):
                 upload(path, published)
@@ -50,31 +51,31 @@ def run(config: RunConfig, until: str = "report") -> int:
 
 def search(config: RunConfig) -> int:
     """Search the space of the section ``tune``; print the trials and write their page."""
-    show_trials(tune(config))
+    show_trials(tune(config), config)
     return 0
 
 
 def comparison(config: RunConfig) -> int:
     """Compare the arms of the section ``compare``, under each of its teachers; print the trials and write the pages."""
     if not config.compare.teachers:
-        show_trials(compare(config))
+        show_trials(compare(config), config)
         return 0
     taught = compare_teachers(config)
     folder = config.run_dir / config.compare.name
     for one in taught:
-        show_trials(folder / one.teacher / "compare")
-    logger.info(f"report: {write_teachers_report(config.name, taught, folder)}")
+        show_trials(folder / one.teacher / "compare", config)
+    logger.info(f"report: {shown_place(config.mirror, write_teachers_report(config.name, taught, folder))}")
     return 0
 
 
-def show_trials(folder: Path) -> None:
+def show_trials(folder: Path, config: RunConfig) -> None:
     """Print the trials of the search in a folder, best first, write its page, and log where things stand."""
     found = read_ledger(folder / "ledger.jsonl")
     print_trial_table(found)
     if (best := best_trial(found)) is not None:
         logger.info(describe_best(found, best))
-        logger.info(f"its configuration: {folder / 'best.yaml'}")
-    logger.info(f"report: {write_search_report(folder)}")
+        logger.info(f"its configuration: {shown_place(config.mirror, folder / 'best.yaml')}")
+    logger.info(f"report: {shown_place(config.mirror, write_search_report(folder))}")
 
 
 def doctor(config: RunConfig) -> int:
@@ -121,7 +122,7 @@ def judge(config: RunConfig) -> int:
     judge_again(config)
     report = write_report(config.run_dir)
     print_table(read_table(config.run_dir))
-    logger.info(f"report: {report}")
+    logger.info(f"report: {shown_place(config.mirror, report)}")
     return 0
 
 
@@ -134,7 +135,7 @@ def benchmark(config: RunConfig) -> int:
     benchmark_again(config)
     report = write_report(config.run_dir)
     print_table(read_table(config.run_dir))
-    logger.info(f"report: {report}")
+    logger.info(f"report: {shown_place(config.mirror, report)}")
     return 0
 
 

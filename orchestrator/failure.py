@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,9 @@ def guarded(config: RunConfig, work: Callable[[], int], level: int = logging.INF
         print(f"error: {without_private_values(verdict.message)}", file=sys.stderr)
         if (log := _log(error, verdict, config.run_dir if of_the_run else None)) is not None:
             print(f"the traceback is in {log}", file=sys.stderr)
+            if config.mirror is not None:
+                with suppress(OSError, ValueError):  # what failed may be the storage
+                    config.mirror.sync()
         return verdict.exit_code
 
 

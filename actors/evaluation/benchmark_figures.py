@@ -59,6 +59,7 @@ class BenchmarkResult:
 def write_result(path: Path, identity: Mapping[str, Any], result: BenchmarkResult) -> None:
     """Write a result beside all that it depends on, as JSON, in one rename."""
     content = {"identity": identity, "result": asdict(result)}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 

@@ -119,6 +119,7 @@ class Writer:
             repeated=sum(repeated_share(response.token_ids) for response in responses),
         )
         path = self._work.path(shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path.with_suffix(".json"), json.dumps(asdict(written)).encode())
         write_examples(path, rows)  # last: a shard that is there is whole
         return written

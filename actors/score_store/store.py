@@ -31,6 +31,11 @@ class ScoringFailed(RuntimeError):
     """The teacher gave up for good; the message is the teacher's own."""
 
 
+def is_store(place: str | Path) -> bool:
+    """Return whether there is a store at a path or an address."""
+    return open_folder(place).size(MANIFEST) is not None
+
+
 class ScoreStore:
     """One store, for writing shards and for following them.
 

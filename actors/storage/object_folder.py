@@ -107,6 +107,14 @@ class ObjectFolder:
         files = (info for info in self._list(inner) if info.type == fs.FileType.File)
         return {info.path.removeprefix(f"{self._path}/"): info.mtime_ns for info in files}
 
+    def files(self) -> dict[str, tuple[int, int]]:
+        """Return, for each file in the folder and below it, its bytes, and when it was written by the storage's own clock, in
+        nanoseconds."""
+        selector = fs.FileSelector(self._path, allow_not_found=True, recursive=True)
+        found = self._patiently("list files", lambda: self._storage.get_file_info(selector))
+        files = (info for info in found if info.type == fs.FileType.File)
+        return {info.path.removeprefix(f"{self._path}/"): (info.size, info.mtime_ns) for info in files}
+
     def read(self, name: str) -> bytes:
         """Return what a file holds now."""
         return self._patiently(f"read {name}", lambda: self._read(name))
@@ -164,10 +172,11 @@ class ObjectFolder:
         """Put a file; it is whole or it is not there."""
         self._patiently(f"write {name}", lambda: self._write(name, content))
 
-    def upload(self, path: Path) -> None:
-        """Put a file of the disk, of any size, by way of a map of it; what was there before stays until all has arrived."""
+    def upload(self, path: Path, name: str | None = None) -> None:
+        """Put a file of the disk, of any size, under its own name or another, by way of a map of it; what was there before stays
+        until all has arrived."""
         content = pa.memory_map(str(path)).read_buffer() if path.stat().st_size else b""  # an empty file cannot be mapped
-        self.write(path.name, content)
+        self.write(name or path.name, content)
 
     def download(self, name: str, path: Path) -> None:
         """Copy a file of any size to a path on the disk, outside of the node's copies.

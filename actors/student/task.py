@@ -14,6 +14,7 @@ from actors.config.workers import WorkersConfig
 from actors.dataloader.row_sources import RowPolicy
 from actors.handles import RemoteMethod
 from actors.model_source import ModelSource
+from actors.storage.mirror import Mirror
 from losses.config import LossConfig
 
 
@@ -98,7 +99,7 @@ class RolloutTask:
 
 @dataclass(frozen=True, slots=True)
 class TrainingTask:
-    """One model to train, with everything it needs. Paths are absolute and seen by all workers."""
+    """One model to train, with everything it needs. Paths are absolute, and of files that all workers see or have copies of."""
 
     name: str
     """Name of the task, also of its metrics file."""
@@ -144,6 +145,8 @@ class TrainingTask:
     """Where the student writes rows of its own training."""
     teacher_done: str | None = None
     """File that stands once the teacher needs its room no more; None where no teacher is at work beside the training."""
+    mirror: Mirror | None = None
+    """How the nodes' copies of these files are kept alike; None where all nodes see the same."""
 
     @property
     def beside_teacher(self) -> bool:

@@ -4,6 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
+from actors.storage.mirror import SECONDS, kept_alike
 from actors.student.task import TrainingDiverged, TrainingTask, WorkerResult
 
 
@@ -24,23 +25,26 @@ def train_worker(config: TrainLoopConfig) -> WorkerResult:
     collective; the workers that are started again find it and return it.
     """
     import torch.distributed
+    from ray.train import get_context
 
     from actors.score_store.store import ScoringFailed
     from actors.student.loop import distil
     from actors.student.train_checkpoints import RayTrainCheckpoints
 
     task = config["task"]
-    if (error := read_fatal_error(task)) is not None:
-        return WorkerResult(error=error)
-    try:
-        return distil(task, RayTrainCheckpoints(config["checkpoints"]))
-    except (ScoringFailed, TrainingDiverged, TimeoutError, ValueError) as error:
-        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
-        if alone or isinstance(error, TrainingDiverged):
-            return WorkerResult(error=f"{type(error).__name__}: {error}")
-        with suppress(FileExistsError), open(fatal_error_path(task), "x") as file:  # the first worker's error is the cause
-            file.write(f"{type(error).__name__}: {error}")
-        raise
+    first_of_node = get_context().get_local_rank() == 0
+    with kept_alike(task.mirror, SECONDS if first_of_node else None):
+        if (error := read_fatal_error(task)) is not None:
+            return WorkerResult(error=error)
+        try:
+            return distil(task, RayTrainCheckpoints(config["checkpoints"]))
+        except (ScoringFailed, TrainingDiverged, TimeoutError, ValueError) as error:
+            alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+            if alone or isinstance(error, TrainingDiverged):
+                return WorkerResult(error=f"{type(error).__name__}: {error}")
+            with suppress(FileExistsError), open(fatal_error_path(task), "x") as file:  # the first worker's error is the cause
+                file.write(f"{type(error).__name__}: {error}")
+            raise
 
 
 def fatal_error_path(task: TrainingTask) -> Path:

@@ -15,11 +15,12 @@ from actors.config.models import (
     needs_complete_store,
     needs_teacher,
 )
-from actors.config.places import in_object_storage, resolved
+from actors.config.places import in_object_storage, resolved, within
 from actors.config.rollouts import ResponsesConfig, RolloutsConfig
 from actors.config.tracking import TrackingConfig
 from actors.config.workers import WorkersConfig
 from actors.engines.vllm_limits import require_cpu_head_size
+from actors.storage.mirror import Mirror, folder_on_nodes
 from losses.config import AtkdLoss, LossConfig
 from losses.section import LARGEST_SEED, MayChange, NotSearchable, Searchable, Section
 from orchestrator.config.classes import (
@@ -49,7 +50,8 @@ class RunConfig(Section):
     """Name of the run and of its folder."""
 
     output: Annotated[str, NotSearchable("it says where the search is kept")] = "runs"
-    """Folder of runs; on a cluster, one that all nodes see."""
+    """Folder of runs: a path, on a cluster one that all nodes see; or an address in object storage (``s3://bucket/folder``, ``gs://``,
+    ``abfs://``), of which each node keeps a copy."""
 
     seed: Annotated[
         int, Searchable("where both models are pretrained and none is fine-tuned or writes responses; elsewhere it makes others")
@@ -97,14 +99,8 @@ class RunConfig(Section):
 
     @field_validator("output")
     @classmethod
-    def _a_path(cls, output: str) -> str:
-        if in_object_storage(output):
-            raise ValueError(
-                f"{output!r} is in object storage, where files can be neither renamed nor added to; a folder that all nodes see, "
-                "as output=/mnt/runs, would do. The scores and the checkpoints, most of what a run writes, may stand there: "
-                "scores.root=s3://bucket/scores checkpoints=s3://bucket/checkpoints"
-            )
-        return output
+    def _path_or_address(cls, output: str) -> str:
+        return resolved(output) if in_object_storage(output) else output
 
     @field_validator("checkpoints")
     @classmethod
@@ -304,11 +300,21 @@ class RunConfig(Section):
         return self.data.max_tokens + max(self.evaluate.max_new_tokens, *written, 0)
 
     @property
+    def place(self) -> str:
+        """Absolute path of the run's folder, or its address."""
+        return within(resolved(self.output), self.name)
+
+    @property
     def run_dir(self) -> Path:
-        """Absolute path of the run's folder."""
-        return Path(self.output).expanduser().resolve() / self.name
+        """Absolute path of the run's folder, or of this node's copy of it."""
+        return folder_on_nodes(self.place) if in_object_storage(self.output) else Path(self.place)
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """How the nodes' copies of the run's folder are kept alike; None where they all see the one."""
+        return Mirror(str(self.run_dir), self.place) if in_object_storage(self.output) else None
 
     @property
     def score_root(self) -> str:
         """Absolute path, or address, of the folder under which score stores are kept by their identity."""
-        return resolved(self.scores.root or str(Path(self.output) / "scores"))
+        return resolved(self.scores.root or within(self.output, "scores"))

@@ -18,6 +18,7 @@ from actors.model_source import ModelSource
 from actors.records import Example
 from actors.student.self_distillation import AttentionFound, SelfDistillationCheck, measure, measure_attention
 from orchestrator.cluster.ray_session import ray_for
+from orchestrator.cluster.run_copies import require_one_node
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import load_tokenizer
 from orchestrator.doctor.checks import check_attention, check_pair, check_scores, check_tokens
@@ -90,6 +91,8 @@ def _diagnose_finetuned(config: RunConfig, run_dir: RunDir, models: Models, engi
         f"doctor: scores {len(rows)} rows with {spec.engine.kind} ({spec.engine.dtype}), and again with a plain forward pass"
     )
     with ray_for(config), tempfile.TemporaryDirectory(prefix="doctor-", dir=run_dir.path, ignore_cleanup_errors=True) as folder:
+        if config.mirror is not None:
+            require_one_node(config.mirror, "to be looked at by the doctor")
         found = measure_served(spec, rows, Path(folder), teacher_vocab, engine_factory)
         if isinstance(found, Finding):
             return [*findings, found]

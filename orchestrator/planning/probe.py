@@ -37,6 +37,7 @@ from actors.student.ranks import Worker
 from actors.teacher.pool import TeacherPool
 from losses.loss_state import LossState
 from orchestrator.cluster.ray_session import ray_for
+from orchestrator.cluster.run_copies import require_one_node
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models, Role
 from orchestrator.planning.jobs import Estimator
@@ -85,9 +86,11 @@ def probe(
     rows = int(np.clip(SCORING_SECONDS * assumed.scoring * work.rows / work.train_tokens, FEWEST_ROWS, MOST_ROWS))
     vocab_sizes = [shape.vocab_size for shape in estimator.shapes.values()]
     examples = random_rows(work, rows, min(vocab_sizes))
-    output = Path(config.output).expanduser().resolve()
+    output = config.run_dir.parent
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="plan-", dir=output, ignore_cleanup_errors=True) as name, ray_for(config):
+        if config.mirror is not None:
+            require_one_node(config.mirror, "to be tried by plan --probe")
         folder = Path(name)
         write_examples(folder / "rows.arrow", examples)
         logger.info(f"probe: one replica scores {rows} rows, {sum(len(example.token_ids) for example in examples):,} tokens")

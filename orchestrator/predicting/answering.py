@@ -138,10 +138,11 @@ def devices_needed(config: RunConfig, folder: Path) -> RunConfig:
         name: side.model_copy(update={"finetune": None})
         for name, side in (("teacher", config.teacher), ("student", config.student))
     }
+    place = {} if folder == config.run_dir else {"name": folder.name, "output": str(folder.parent)}
     sides["teacher"] = sides["teacher"].model_copy(update={"engine": engine})
     return config.model_copy(
         update={
-            **sides, "name": folder.name, "output": str(folder.parent), "responses": None, "rollouts": None,
+            **sides, **place, "responses": None, "rollouts": None,
             "workers": WorkersConfig(cpus=A_TRIFLE), "train": config.train.model_copy(update={"compile": False}),
             "scores": config.scores.model_copy(update={"overlap": False}),
         }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from actors.score_store.store import ScoreStore
+from actors.score_store.store import ScoreStore, is_store
 from orchestrator.reports.page import Chart, read_json_lines
 from orchestrator.reports.svg import Curve, histogram_chart, line_chart
 
@@ -121,7 +121,7 @@ def read_uncertainties(run_path: Path, config: Mapping[str, Any]) -> Uncertainti
     pointers_path = run_path / "scores.json"
     pointers = json.loads(pointers_path.read_text()) if pointers_path.exists() else {}
     split = "train" if "train" in pointers else "heldout"
-    if split not in pointers or not (Path(pointers[split]) / "manifest.json").exists():
+    if split not in pointers or not is_store(pointers[split]):
         return None
     values = sampled_uncertainties(ScoreStore(pointers[split]))
     if len(values) == 0:

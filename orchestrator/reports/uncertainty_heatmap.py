@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from actors.evaluation.answers import read_heldout_texts
 from actors.examples import ExampleFile
-from actors.score_store.store import ScoreStore
+from actors.score_store.store import ScoreStore, is_store
 from orchestrator.reports.page import Chart
 from orchestrator.reports.svg import INK, SERIES, STYLE, svg_of
 
@@ -34,8 +34,8 @@ def uncertainty_places(run_path: Path) -> Chart | None:
     """Return the heat map over the held-out rows; None if their tokens, texts or scores are not there."""
     data, pointers_path = run_path / "data", run_path / "scores.json"
     pointers = json.loads(pointers_path.read_text()) if pointers_path.exists() else {}
-    files = (data / "heldout.arrow", data / "heldout_texts.jsonl", Path(pointers.get("heldout", "")) / "manifest.json")
-    if not all(file.exists() for file in files):
+    files = (data / "heldout.arrow", data / "heldout_texts.jsonl")
+    if not all(file.exists() for file in files) or "heldout" not in pointers or not is_store(pointers["heldout"]):
         return None
     store, examples = ScoreStore(pointers["heldout"]), ExampleFile(files[0])
     if store.missing_shards() or store.rows != len(examples):

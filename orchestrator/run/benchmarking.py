@@ -114,11 +114,12 @@ def benchmark(config: RunConfig, run_dir: RunDir, models: Models) -> None:
     if missing:
         run_dir.event("stage_started", stage="benchmark")
         started = time.monotonic()
-        (run_dir.path / "evaluation" / "benchmarks").mkdir(parents=True, exist_ok=True)
+        run_dir.share()
         running = {name: _measure_remote(config, models, name, tasks) for name, tasks in missing.items()}
         for name, reference in running.items():
             seconds = _measured(name, reference)
             logger.info(f"benchmark: {name.replace('_', ' ')} done in {duration(seconds)}: {', '.join(missing[name])}")
+        run_dir.gather()
     results = {name: tuple(read_result(path) for path, _ in tasks.values()) for name, tasks in wanted.items()}
     found = Benchmarks(settings.engine, results)
     write_benchmarks(run_dir.path, found)

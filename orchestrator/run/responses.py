@@ -50,6 +50,7 @@ def respond(config: RunConfig, run_dir: RunDir, models: Models, sampler_factory:
     for number, written in enumerate(writing, start=1):
         total += written
         logger.info(f"respond: shard {number}/{shards}, {total.rows} responses, {total.tokens} tokens")
+    run_dir.gather()
     write_examples(training_rows(config, run_dir.path), written_rows(work))
     for line in describe(total, responses):
         logger.info(f"respond: {line}")

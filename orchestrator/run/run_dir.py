@@ -5,6 +5,8 @@ events.jsonl    a line for whatever happened; run.log has the lines of the termi
 stages/         a file for each finished stage, with what it made
 data/ tokenizer/ models/ scores.json metrics/ checkpoints/ evaluation/ student/ table.json report.html
 checkpoints.json in the place of checkpoints/ where those stand elsewhere
+
+A folder in object storage is worked in through this node's copy.
 """
 
 import copy
@@ -22,12 +24,13 @@ from typing import Any
 
 import yaml
 
-from actors.config.places import within
+from actors.config.places import in_object_storage, within
 from actors.config.tracking import require_installed
 from actors.files import write_atomically
 from losses.section import MayChange, marked
 from orchestrator.cluster.logs import close_log_file, open_log_file
 from orchestrator.cluster.redaction import without_secrets_within
+from orchestrator.cluster.run_copies import RunCopies
 from orchestrator.config.load import config_difference, dump_config
 from orchestrator.config.run import RunConfig
 
@@ -53,11 +56,17 @@ class RunDirError(ValueError):
 
 
 class RunDir:
-    """Books of one run. Only one process at a time may hold them."""
+    """Books of one run. Only one process at a time may hold them.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the folder, or this node's copy of it.
+        place: the folder, or its address.
+    """
+
+    def __init__(self, path: Path, place: str | None = None) -> None:
+        self.path, self.place = path, place or str(path)
         self._log: logging.Handler | None = None
+        self._copies: RunCopies | None = None
 
     @classmethod
     def open(cls, config: RunConfig) -> "RunDir":
@@ -68,15 +77,18 @@ class RunDir:
             ValueError: if a tracker is asked for and not installed.
         """
         require_installed(config.tracking)
-        if os.environ.get(SUBMITTED_JOB) and not Path(config.output).expanduser().is_absolute():
+        relative = not in_object_storage(config.output) and not Path(config.output).expanduser().is_absolute()
+        if os.environ.get(SUBMITTED_JOB) and relative:
             raise RunDirError(
                 f"output {config.output!r} is relative, and a submitted job works in Ray's copy of the working directory, which "
                 "goes with it; output=/a/folder/that/all/nodes/see would do"
             )
         path = config.run_dir
         (path / "stages").mkdir(parents=True, exist_ok=True)
-        run_dir = cls(path)
+        run_dir = cls(path, config.place)
         run_dir._lock()
+        if config.mirror is not None:
+            run_dir._claim(RunCopies(config.mirror))
         run_dir._log = open_log_file(path)
         config_path = path / "config.yaml"
         if not config_path.exists():
@@ -99,6 +111,7 @@ class RunDir:
             logger.info(f"{name}: done before")
             return facts
         self.event("stage_started", stage=name)
+        self.share()
         started = time.monotonic()
         facts = {**work(), "seconds": round(time.monotonic() - started, 2)}
         self.finish(name, facts)
@@ -108,6 +121,7 @@ class RunDir:
         """Record a stage as done."""
         write_atomically(result_path(self.path, name), json.dumps(facts, indent=1).encode())
         self.event("stage_finished", stage=name, **facts)
+        self.gather()
         logger.info(f"{name}: done in {facts['seconds']:.1f} s")
 
     def result(self, name: str) -> Facts | None:
@@ -122,10 +136,20 @@ class RunDir:
         with open(self.path / "events.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def share(self) -> None:
+        """Let all nodes have what stands in the folder on this one, where each has a copy."""
+        if self._copies is not None:
+            self._copies.share()
+
+    def gather(self) -> None:
+        """Have in the folder what was written to it on other nodes, where each has a copy."""
+        if self._copies is not None:
+            self._copies.gather()
+
     def checkpoints(self, root: str | None) -> str:
         """Return where trainings keep their checkpoints: below a root under a name that only this run has, or in its folder."""
         if root is None:
-            return str(self.path / "checkpoints")
+            return within(self.place, "checkpoints")
         pointer = self.path / "checkpoints.json"
         if not pointer.exists():  # drawn, since another folder of the same name may have left some there
             write_atomically(pointer, json.dumps({"place": within(root, f"{self.path.name}-{uuid.uuid4().hex[:12]}")}).encode())
@@ -136,7 +160,11 @@ class RunDir:
         """Let another process take the folder."""
         if self._log is not None:
             close_log_file(self._log)
-        self._lock_file.close()
+        try:
+            if self._copies is not None:
+                self._copies.end()
+        finally:
+            self._lock_file.close()
 
     def __enter__(self) -> "RunDir":
         return self
@@ -145,7 +173,27 @@ class RunDir:
         if kind is not None:
             with suppress(OSError):  # on a full disk the error itself matters, not that it could not be written down
                 self.event("ended_by_error", error=f"{kind.__name__}: {error}")
-        self.close()
+        try:
+            self.close()
+        except (OSError, ValueError) as failure:
+            if kind is None:
+                raise
+            logger.warning(f"what this run wrote last is in {self.path} alone: {failure}")
+
+    def _claim(self, copies: RunCopies) -> None:
+        """Claim a run in object storage and get its files."""
+        try:
+            if copies.begin():
+                self._copies = copies
+                return
+        except BaseException:
+            self._lock_file.close()
+            raise
+        self._lock_file.close()
+        raise RunDirError(
+            f"another process works in {self.place}, or was lost less than a minute ago; wait for it, or give this run another "
+            "name (name=...)"
+        )
 
     def _lock(self) -> None:
         self._lock_file = open(self.path / "lock", "w")  # noqa: SIM115  # held open as long as the run lives

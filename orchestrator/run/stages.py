@@ -225,6 +225,7 @@ def finetuning_task(role: Role, config: RunConfig, folder: Path, models: Models)
         gpu=fitting.workers.gpus > 0,
         metrics=str(folder / "metrics"),
         output=str(models.finetuned_folder(role)),
+        mirror=config.mirror,
         run=config.name,
         tracking=config.tracking,
         # The teacher is what is served: rounded later, its weights would be further from it than 16-bit arithmetic is.
@@ -262,6 +263,7 @@ def distillation_task(config: RunConfig, folder: Path, models: Models, store: st
         gpu=config.workers.gpus > 0,
         metrics=str(folder / "metrics"),
         output=str(models.student_folder),
+        mirror=config.mirror,
         run=config.name,
         tracking=config.tracking,
         dtype=models.export_dtype(),

@@ -29,6 +29,7 @@ from actors.config.workers import WorkersConfig
 from actors.monitors.metrics_log import read_metrics
 from actors.placement import worker_request
 from actors.storage.folder import Folder, open_folder
+from actors.storage.mirror import kept_alike
 from actors.student.task import TrainingTask, WorkerResult
 from actors.student.train_checkpoints import PREFIX, damaged_checkpoints
 from actors.student.worker import fatal_error_path, read_fatal_error, train_worker
@@ -63,7 +64,7 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: str | P
         return summarize(read_metrics(metrics))
     place = within(str(checkpoints), task.name)
     drop_uncounted_checkpoints(open_folder(place))
-    fatal_error_path(task).unlink(missing_ok=True)  # of an earlier start
+    _forget_error(task)
     with (
         _telling_damage(task, open_folder(place)),
         logged_progress(task.name, lambda: _progress(task), PROGRESS_SECONDS),
@@ -88,6 +89,14 @@ def train_model(task: TrainingTask, workers: WorkersConfig, checkpoints: str | P
         raise TrainingFailed(ending.error)
     drop_uncounted_checkpoints(open_folder(place))
     return summarize(read_metrics(metrics))
+
+
+def _forget_error(task: TrainingTask) -> None:
+    """Remove the error that a worker left at an earlier start."""
+    if task.mirror is not None:
+        task.mirror.discard(fatal_error_path(task))
+    else:
+        fatal_error_path(task).unlink(missing_ok=True)
 
 
 def _remedy(task: TrainingTask, cause: BaseException) -> str:
@@ -136,7 +145,8 @@ def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: st
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    ending: WorkerResult = trainer.fit().return_value
+    with kept_alike(task.mirror, seconds=None):
+        ending: WorkerResult = trainer.fit().return_value
     return ending
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from actors.config.places import within
 from actors.examples import ExampleFile
 from actors.files import whole_folder
 from actors.score_store.store import ScoreStore
@@ -57,7 +58,7 @@ def configs_by_teacher(config: RunConfig) -> dict[str, RunConfig]:
         tree["compare"] |= {"teachers": {}, "name": "compare"}
         tree["scores"]["root"] = config.score_root
         try:
-            found[teacher] = validate(tree | {"name": teacher, "output": str(config.run_dir / config.compare.name)})
+            found[teacher] = validate(tree | {"name": teacher, "output": within(config.place, config.compare.name)})
         except ConfigError as error:
             raise ConfigError(f"compare.teachers.{teacher}: {error}") from None
     return found

@@ -17,6 +17,7 @@ from actors.examples import ExampleFile
 from actors.files import write_atomically
 from actors.monitors.metrics_log import read_metrics
 from actors.score_store.store import ScoreStore
+from actors.storage.mirror import kept_alike
 from actors.teacher.service import ScoreService
 from losses.config import AtkdLoss
 from orchestrator.cluster.logs import ProgressSnapshot
@@ -190,7 +191,10 @@ def run_search(
         at_once = min(most_at_once(workers, samplers), concurrent or spec.trials)
         logger.info(f"{spec.kind}: {spec.trials} trials of {spec.total_steps} steps, {at_once} at a time")
         try:
-            with logged_progress(spec.kind, lambda: _progress(folder / "ledger.jsonl", at_once), PROGRESS_SECONDS):
+            with (
+                kept_alike(bound.config.mirror, seconds=None),
+                logged_progress(spec.kind, lambda: _progress(folder / "ledger.jsonl", at_once), PROGRESS_SECONDS),
+            ):
                 run_trials(queue_of(controller, trial_context.folder), trial_context, workers, samplers, at_once)
         finally:
             ray.kill(controller)  # before the teacher goes: trials that miss it have not failed, they were interrupted

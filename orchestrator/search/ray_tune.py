@@ -7,7 +7,6 @@ Ray Tune is asked by the controller.
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,9 @@ from ray.tune.search import Searcher
 from actors.config.workers import WorkersConfig
 from actors.placement import ResourceRequest, read_nodes, settled_places, worker_request
 from actors.room import fit_together
+from actors.storage.folder import open_folder
 from orchestrator.search.ledger import Search
-from orchestrator.search.trial import TrialContext, run_trial
+from orchestrator.search.trial import TrialContext, drop_folder, run_trial
 
 
 class Trials(Protocol):
@@ -40,8 +40,8 @@ def run_trials(
 ) -> None:
     """Run trial after trial, up to ``at_once`` at a time, until there is none left."""
     _keep_silent()
-    storage = context.folder / "ray_tune"
-    shutil.rmtree(storage, ignore_errors=True)
+    storage = context.tune_folder()
+    drop_folder(storage)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(run_trial, context=context), trial_resources(workers, context.in_process, samplers)
@@ -52,7 +52,7 @@ def run_trials(
         run_config=_run_config(storage),
     )
     tuner.fit()
-    shutil.rmtree(storage, ignore_errors=True)
+    drop_folder(storage)
 
 
 def result_grid(search: Search, folder: Path) -> tune.ResultGrid:
@@ -76,7 +76,7 @@ def result_grid(search: Search, folder: Path) -> tune.ResultGrid:
             "trial": tune.grid_search(list(over)), "point": tune.sample_from(lambda config: points[config["trial"]])
         },
         tune_config=tune.TuneConfig(metric=search.spec.metric, mode=search.spec.mode),
-        run_config=_run_config(folder),
+        run_config=_run_config(str(folder)),
     )  # fmt: skip
     return tuner.fit()
 
@@ -90,10 +90,12 @@ def _play(
         raise RuntimeError(error)
 
 
-def _run_config(storage: Path) -> tune.RunConfig:
+def _run_config(storage: str) -> tune.RunConfig:
+    path, filesystem = open_folder(storage).opened()
     return tune.RunConfig(
-        name="trials", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=0)
-    )
+        name="trials", storage_path=path, storage_filesystem=filesystem, verbose=0,
+        failure_config=tune.FailureConfig(max_failures=0),
+    )  # fmt: skip
 
 
 def _keep_silent() -> None:

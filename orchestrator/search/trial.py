@@ -13,10 +13,13 @@ import torch
 
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import read_metrics
+from actors.storage.folder import open_folder
+from actors.storage.mirror import kept_alike
 from actors.student.loop import distil
 from actors.student.task import AnswerSchedule, TrainingTask, ValidationSchedule
 from actors.student.train_checkpoints import NoCheckpoints
 from actors.teacher.service import ScoreService
+from orchestrator.cluster.run_copies import shown_place
 from orchestrator.config.tune import rung_steps
 from orchestrator.models.drawn_student import draw_student, models_of_trial
 from orchestrator.models.models import Models
@@ -35,7 +38,7 @@ class TrialContext:
     space: BoundSpace
     """Makes a configuration of a point."""
     run_folder: Path
-    """The run's folder, with data, models and tokenizer; one that every node sees."""
+    """The run's folder, with data, models and tokenizer, or a node's copy of it."""
     folder: Path
     """Where trials leave their metrics and checkpoints."""
     training_store: str | None
@@ -117,9 +120,13 @@ class TrialContext:
         """Return where a trial keeps the first weights of a student of its own while it runs."""
         return self.trial_folder(trial) / "student"
 
-    def checkpoints_folder(self, trial: int) -> Path:
-        """Return where Ray Train keeps the checkpoints of a trial while it runs."""
-        return self.trial_folder(trial) / "checkpoints"
+    def checkpoints_folder(self, trial: int) -> str:
+        """Return where Ray Train keeps the checkpoints of a trial while it runs: a path, or an address."""
+        return shown_place(self.space.config.mirror, self.trial_folder(trial) / "checkpoints")
+
+    def tune_folder(self) -> str:
+        """Return where Ray Tune keeps its own books while the search runs: a path, or an address."""
+        return shown_place(self.space.config.mirror, self.folder / "ray_tune")
 
 
 def run_trial(config: dict[str, Any], context: TrialContext) -> None:
@@ -127,7 +134,13 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> None:
 
     The function Ray Tune calls: ``config["trial"]`` is the trial's number, all else the controller knows.
     """
-    number: int = config["trial"]
+    with kept_alike(context.space.config.mirror):
+        outcome = _outcome_of(config["trial"], context)
+    ray.tune.report({"status": outcome.status, "value": outcome.value})
+
+
+def _outcome_of(number: int, context: TrialContext) -> Outcome:
+    """Train, measure, tell the controller and tidy up."""
     assignment: Assignment = ray.get(context.controller.assignment.remote(number))
     error = parameters = None
     shutil.rmtree(context.trial_folder(number), ignore_errors=True)  # of one that was interrupted: its measures are void
@@ -138,10 +151,17 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> None:
         error = f"{type(failure).__name__}: {failure}"
     outcome: Outcome = ray.get(context.controller.ended.remote(number, *spent(context.folder, number), error, parameters))
     own = rollouts_folder(context.trial_folder(number))
-    for folder in (context.drawn_student(number), context.checkpoints_folder(number), own):
+    for folder in (context.drawn_student(number), own):
         shutil.rmtree(folder, ignore_errors=True)
+    drop_folder(context.checkpoints_folder(number))
     _tidy_up()
-    ray.tune.report({"status": outcome.status, "value": outcome.value})
+    return outcome
+
+
+def drop_folder(place: str) -> None:
+    """Remove a folder, by path or address, as far as it is there."""
+    parent, _, name = place.rpartition("/")
+    open_folder(parent).remove_folder(name)
 
 
 def spent(trials: Path, number: int) -> tuple[int, int]:

@@ -37,7 +37,8 @@ def test_what_is_no_address_is_refused_and_a_key_not_repeated(place: str, messag
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("output=s3://bucket/runs", r"output: 's3://bucket/runs' is in object storage, .* output=/mnt/runs, would do"),
+        ("output=hdfs://a/runs", r"output: hdfs://a/runs begins with hdfs://; a path, or an address of s3, gs, .* would do"),
+        ("output=s3://key:secret@bucket/runs", r"output: an address of s3:// holds a key, .* would do"),
         ("scores.root=ftp://host/a", r"scores: ftp://host/a begins with ftp://; a path, or an address of s3, gs, .* would do"),
         ("scores.path=s3:///a", r"scores: s3:///a names no bucket; s3://bucket/folder would do"),
         ("data.source={kind: files, path: 'hdfs://a/b'}", r"data.source.*path: hdfs://a/b begins with hdfs://; a path, or an a"),
@@ -54,3 +55,14 @@ def test_addresses_are_kept_as_they_are_and_a_slash_at_the_end_is_not() -> None:
     overrides = ["scores.root=s3://bucket/scores/", "export.publish=gs://bucket/students/"]
     config = load_config("configs/tiny_cpu.yaml", overrides)
     assert (config.score_root, config.export.publish) == ("s3://bucket/scores", "gs://bucket/students")
+
+
+def test_a_run_stands_in_its_output_and_each_node_has_a_copy_of_one_in_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATKD_CACHE", "/cache")
+    config = load_config("configs/tiny_cpu.yaml", ["output=s3://bucket/runs/"])
+    assert (config.place, config.score_root) == ("s3://bucket/runs/tiny_cpu", "s3://bucket/runs/scores")
+    assert config.mirror is not None and config.mirror.address == config.place
+    assert str(config.run_dir) == config.mirror.folder and config.mirror.folder.startswith("/cache/runs/bucket-")
+    config = load_config("configs/tiny_cpu.yaml", ["output=/mnt/runs"])
+    assert (config.place, str(config.run_dir), config.mirror) == ("/mnt/runs/tiny_cpu", "/mnt/runs/tiny_cpu", None)
+    assert config.score_root == "/mnt/runs/scores"

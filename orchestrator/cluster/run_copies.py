@@ -1,0 +1,169 @@
+"""A run's folder in object storage: who works in it, and the copies of it that the nodes of the cluster have."""
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.config.places import within
+from actors.environment import task_environment
+from actors.score_store.leases import LEASE_SECONDS
+from actors.score_store.object_leases import ObjectLeases
+from actors.storage.mirror import SECONDS, Mirror
+from actors.storage.object_folder import ObjectFolder
+
+logger = logging.getLogger("atkd")
+
+CLAIM_SECONDS = 2.0
+"""Between two looks whether the claim is to be renewed."""
+
+
+class RunCopies:
+    """The copies of one run's folder while a process works in it, which keeps this node's alike and others' when it is told.
+
+    Args:
+        mirror: the folder, and its address.
+    """
+
+    def __init__(self, mirror: Mirror) -> None:
+        self._mirror, self._done = mirror, threading.Event()
+        self._known: set[str] = set()
+        self._claim = ObjectLeases(ObjectFolder(within(mirror.address, "driver")))
+        self._threads = [
+            threading.Thread(target=self._keep_claim, name="claim", daemon=True),
+            threading.Thread(target=self._keep_alike, name="mirror", daemon=True),
+        ]
+
+    def begin(self) -> bool:
+        """Claim the run and get its files; False if another process works in it.
+
+        Raises:
+            ValueError: if the storage refuses.
+            StorageError: if the storage does not answer.
+        """
+        if not self._claim.take(0):
+            self._claim.release_all()
+            return False
+        self._mirror.sync(whole=True)
+        for thread in self._threads:
+            thread.start()
+        return True
+
+    def share(self) -> None:
+        """Let all nodes have what was written on this one.
+
+        Raises:
+            ValueError: if another process has taken the run over, or a node cannot get the files.
+        """
+        self._require_claim()
+        self._mirror.sync()
+        sync_other_nodes(self._mirror)
+
+    def gather(self) -> None:
+        """Get what was written on other nodes.
+
+        Raises:
+            ValueError: as ``share`` does.
+        """
+        self._require_claim()
+        sync_other_nodes(self._mirror)
+        self._mirror.sync()
+
+    def end(self) -> None:
+        """Put what is not there yet, and let another process work in the run."""
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+        try:
+            if self._claim.held:
+                self._mirror.sync()
+        finally:
+            self._claim.release_all()
+
+    def _require_claim(self) -> None:
+        if not self._claim.held:
+            raise ValueError(
+                f"another process has taken over {self._mirror.address}, since nothing was heard of this one for "
+                f"{LEASE_SECONDS:.0f} seconds; the same command goes on when that one has ended"
+            )
+
+    def _keep_claim(self) -> None:
+        while not self._done.wait(CLAIM_SECONDS):
+            try:
+                self._claim.refresh()
+            except (OSError, ValueError) as error:
+                logger.warning("cannot renew the claim on %s: %s", self._mirror.address, error)
+
+    def _keep_alike(self) -> None:
+        """Sync this node every so often, for those who watch and for a later start; and nodes that come later as they come."""
+        while not self._done.wait(SECONDS):
+            try:
+                if self._claim.held:
+                    self._mirror.sync()
+                if ray.is_initialized():
+                    sync_other_nodes(self._mirror, self._known)
+            except (OSError, ValueError, RayError) as error:
+                logger.warning("cannot keep %s alike: %s", self._mirror.address, error)
+
+
+def sync_other_nodes(mirror: Mirror, known: set[str] | None = None) -> None:
+    """Sync the copies of all nodes but this one, or of those that are not among the ``known``, to which they are added.
+
+    Raises:
+        ValueError: naming the nodes that cannot, and why.
+    """
+    if not ray.is_initialized():
+        return
+    here = ray.get_runtime_context().get_node_id()
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here}
+    new = {node: name for node, name in nodes.items() if known is None or node not in known}
+    syncing = {node: ray.remote(_sync).options(**_on(node)).remote(mirror) for node in new}
+    troubles = {}
+    for node, answer in syncing.items():
+        try:
+            ray.get(answer)
+        except RayTaskError as error:
+            troubles[node] = str(error.cause)
+        except RayError as error:
+            if any(other["NodeID"] == node and other["Alive"] for other in ray.nodes()):
+                troubles[node] = str(error)
+    if known is not None:
+        known |= {*new} - {*troubles}
+    if troubles:
+        told = "; ".join(f"{nodes[node]}: {trouble}" for node, trouble in troubles.items())
+        raise ValueError(f"{mirror.address} cannot be copied to {len(troubles)} of {len(nodes) + 1} nodes: {told}")
+
+
+def require_one_node(mirror: Mirror, what: str) -> None:
+    """Raise if a run whose nodes each have a copy of its folder would do on several nodes what needs one folder.
+
+    Raises:
+        ValueError: naming it, and what would do.
+    """
+    if (nodes := sum(node["Alive"] for node in ray.nodes())) > 1:
+        raise ValueError(
+            f"output is in object storage ({mirror.address}), of which each of the {nodes} nodes has a copy of its own, and this "
+            f"run has {what}; a folder that all nodes see, as output=/mnt/runs, would do"
+        )
+
+
+def _on(node: str) -> dict[str, Any]:
+    return {
+        "num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+        "runtime_env": {"env_vars": task_environment(1, gpu=False)},
+    }  # fmt: skip
+
+
+def _sync(mirror: Mirror) -> None:
+    mirror.sync()
+
+
+def shown_place(mirror: Mirror | None, path: Path) -> str:
+    """Return where people find a file of a run: its address, or its path."""
+    if mirror is None or not path.is_relative_to(mirror.folder):
+        return str(path)
+    return within(mirror.address, path.relative_to(mirror.folder).as_posix())

@@ -1,0 +1,152 @@
+"""A run in object storage: one process at a time works in it, from whichever node."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.storage.mirror import Mirror
+from actors.storage.object_folder import ObjectFolder
+from orchestrator.cluster import run_copies
+from orchestrator.cluster.run_copies import RunCopies, require_one_node, shown_place
+from orchestrator.config.run import RunConfig
+from orchestrator.run.run_dir import RunDir, RunDirError
+from tests.orchestrator.config.test_run import changed
+from tests.s3_world import BUCKET, Faults, faulty_storage, s3_server
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def faults(endpoint: str, tmp_path: Path) -> Iterator[Faults]:
+    with faulty_storage(tmp_path, endpoint) as faults:
+        yield faults
+
+
+@pytest.fixture
+def config(faults: Faults, tmp_path: Path) -> RunConfig:
+    """A run in a folder of the bucket that only this test has."""
+    return changed(f"output=s3://{BUCKET}/{tmp_path.name}")
+
+
+def on_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go on as a process of a node that has no copies yet."""
+    monkeypatch.setenv("ATKD_CACHE", str(tmp_path / "another"))
+
+
+def test_a_stage_that_one_node_has_done_is_done_on_another(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunDir.open(config) as run_dir:
+        assert run_dir.path == config.run_dir and run_dir.path.is_relative_to(tmp_path)
+        (run_dir.path / "data").mkdir()
+        (run_dir.path / "data" / "rows.arrow").write_text("rows")
+        run_dir.stage("prepare", lambda: {"rows": 3})
+        assert run_dir.checkpoints(None) == f"{config.place}/checkpoints"
+        assert "stages/prepare.json" in ObjectFolder(config.place).files()
+    on_another_node(tmp_path, monkeypatch)
+    with RunDir.open(config) as run_dir:
+        assert run_dir.path.is_relative_to(tmp_path / "another")
+        assert run_dir.stage("prepare", lambda: {"rows": 1 // 0})["rows"] == 3
+        assert (run_dir.path / "data" / "rows.arrow").read_text() == "rows"
+    lines = (config.run_dir / "run.log").read_text().splitlines()
+    assert "prepare: done in" in lines[0] and lines[1].endswith("prepare: done before")
+
+
+def test_another_configuration_is_refused_on_any_node(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunDir.open(config).close()
+    on_another_node(tmp_path, monkeypatch)
+    with pytest.raises(RunDirError, match=r"made by another configuration.*\n  seed: 5 here, 0 there"):
+        RunDir.open(changed(f"output={config.output}", "seed=5"))
+    RunDir.open(config).close()
+
+
+def test_one_process_at_a_time_works_in_a_run_whichever_its_node(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunDir.open(config):
+        on_another_node(tmp_path, monkeypatch)
+        with pytest.raises(RunDirError, match=f"another process works in {config.place}, or was lost less than a minute ago"):
+            RunDir.open(config)
+    RunDir.open(config).close()
+
+
+def test_who_was_taken_for_dead_does_nothing_more(config: RunConfig) -> None:
+    run_dir = RunDir.open(config)
+    storage = ObjectFolder(f"{config.place}/driver")
+    (claim,) = storage.files()
+    storage.remove(claim)
+    (run_dir.path / "late.txt").write_text("written after another took over")
+    deadline = time.monotonic() + 60
+    with pytest.raises(ValueError, match=f"another process has taken over {config.place}, since nothing was heard of this one"):
+        while time.monotonic() < deadline:
+            run_dir.share()
+            time.sleep(0.2)
+    (run_dir.path / "late.txt").write_text("written later still")
+    run_dir.close()
+    assert ObjectFolder(config.place).read("late.txt") != b"written later still"
+
+
+def test_what_a_run_writes_is_put_while_it_works(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_copies, "SECONDS", 0.1)
+    with RunDir.open(config) as run_dir:
+        (run_dir.path / "metrics").mkdir()
+        (run_dir.path / "metrics" / "train.jsonl").write_text("{}\n")
+        deadline = time.monotonic() + 30
+        while "metrics/train.jsonl" not in ObjectFolder(config.place).files():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_an_error_of_the_run_is_told_though_the_storage_is_gone_too(
+    config: RunConfig, faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ZeroDivisionError), RunDir.open(config):
+        faults.refuse = (403, "AccessDenied")
+        raise ZeroDivisionError
+    assert f"what this run wrote last is in {config.run_dir} alone" in caplog.text
+    faults.refuse = None
+    driver = ObjectFolder(f"{config.place}/driver")
+    for claim in driver.files():  # could not be given back, and would be stale in a minute
+        driver.remove(claim)
+    with RunDir.open(config) as run_dir:
+        events = [json.loads(line)["event"] for line in (run_dir.path / "events.jsonl").read_text().splitlines()]
+    assert events == ["ended_by_error"]
+
+
+def test_a_bucket_that_is_not_there_is_named(faults: Faults) -> None:
+    with pytest.raises(ValueError, match="no such bucket; make it, or name another"):
+        RunDir.open(changed("output=s3://nowhere/runs"))
+    assert [thread for thread in threading.enumerate() if thread.name in ("claim", "mirror")] == []
+
+
+def test_what_needs_one_folder_is_refused_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror = Mirror("/cache/a", "s3://bucket/a")
+    monkeypatch.setattr(run_copies.ray, "nodes", lambda: [{"Alive": True}, {"Alive": False}])
+    require_one_node(mirror, "rollouts")
+    monkeypatch.setattr(run_copies.ray, "nodes", lambda: [{"Alive": True}] * 2)
+    said = r"s3://bucket/a\), of which each of the 2 nodes has a copy .* has rollouts; .*output=/mnt/runs, would do"
+    with pytest.raises(ValueError, match=said):
+        require_one_node(mirror, "rollouts")
+
+
+def test_people_are_told_addresses() -> None:
+    mirror = Mirror("/cache/a", "s3://bucket/a")
+    assert shown_place(mirror, Path("/cache/a/student")) == "s3://bucket/a/student"
+    assert shown_place(mirror, Path("/elsewhere/a")) == "/elsewhere/a"
+    assert shown_place(None, Path("/runs/a/student")) == "/runs/a/student"
+
+
+def test_a_process_that_cannot_claim_leaves_nothing_behind(config: RunConfig) -> None:
+    assert config.mirror is not None
+    with RunDir.open(config):
+        other = RunCopies(config.mirror)
+        assert not other.begin()
+        assert len(ObjectFolder(f"{config.place}/driver").files()) == 1
