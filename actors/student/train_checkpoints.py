@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from actors.config.places import in_object_storage, within
 from actors.storage.folder import Folder, open_folder
+from actors.storage.mirror import Mirror
 from actors.student.checkpoint import Progress, load_checkpoint, save_checkpoint
 from actors.student.ranks import Worker
 
@@ -50,10 +51,11 @@ class RayTrainCheckpoints:
 
     Args:
         place: path or address of the training's folder.
+        mirror: how the nodes' copies of the run's folder are kept alike; None where all nodes see the same.
     """
 
-    def __init__(self, place: str) -> None:
-        self._folder = open_folder(place)
+    def __init__(self, place: str, mirror: Mirror | None = None) -> None:
+        self._folder, self._mirror = open_folder(place), mirror
 
     def load(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, worker: Worker) -> Progress | None:
         """Put the latest whole checkpoint into the three and return where it stands; None if there is none."""
@@ -99,6 +101,8 @@ class RayTrainCheckpoints:
         self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, progress: Progress, worker: Worker
     ) -> None:
         """Keep a checkpoint; all workers call it together."""
+        if self._mirror is not None and worker.rank == 0:
+            self._mirror.sync()  # who resumes from it finds what was recorded up to here
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(Path(folder), student, optimizer, schedule, progress, worker.rank)
             write_checksums(Path(folder), worker.rank, worker.world_size)

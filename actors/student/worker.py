@@ -37,7 +37,7 @@ def train_worker(config: TrainLoopConfig) -> WorkerResult:
         if (error := read_fatal_error(task)) is not None:
             return WorkerResult(error=error)
         try:
-            return distil(task, RayTrainCheckpoints(config["checkpoints"]))
+            return distil(task, RayTrainCheckpoints(config["checkpoints"], task.mirror))
         except (ScoringFailed, TrainingDiverged, TimeoutError, ValueError) as error:
             alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
             if alone or isinstance(error, TrainingDiverged):

@@ -1,0 +1,93 @@
+"""Runs in object storage on clusters whose nodes share no disk: real Ray Train, a real S3 server, and a machine that is lost."""
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.storage.object_folder import ObjectFolder
+from tests.integration.test_run import TINY
+from tests.ray_heads import end
+from tests.s3_world import BUCKET, KEYS, environment, s3_server
+from tests.separate_disks import CAN, DiskCluster, disk_cluster
+
+pytestmark = [
+    pytest.mark.slow, pytest.mark.ray, pytest.mark.skipif(not CAN, reason="views of the disk need the rights of root"),
+]  # fmt: skip
+
+RUN = f"s3://{BUCKET}/runs/tiny_cpu"
+COMMAND = [
+    "configs/tiny_cpu.yaml", f"output=s3://{BUCKET}/runs", *TINY, "teacher.engine.kind=transformers", "train.epochs=24",
+    "train.checkpoint_every_steps=12", "scores.overlap=false",
+]  # fmt: skip
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[None]:
+    settings = {**KEYS, "ATKD_CACHE_GIB": "1", "RAY_worker_niceness": "0"}
+    with s3_server(tmp_path) as endpoint, environment({**settings, "AWS_ENDPOINT_URL": endpoint}):
+        yield
+
+
+def finished(begun: "subprocess.Popen[str]") -> str:
+    """Wait for the end of a command, and return what it said."""
+    said, _ = begun.communicate(timeout=500)
+    assert begun.returncode == 0, said[-4000:]
+    return said
+
+
+def steps_put() -> list[int]:
+    """The steps of the training whose metrics stand in the storage."""
+    try:
+        lines = ObjectFolder(RUN).read("metrics/train.jsonl").decode().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+
+def lose(cluster: DiskCluster, command: "subprocess.Popen[str]") -> None:
+    """Kill a command and all nodes at once."""
+    for process in (psutil.Process(command.pid), *(node.process for node in cluster.nodes)):
+        end(process)
+    command.wait()
+
+
+def test_a_run_goes_on_on_machines_that_have_nothing_of_it(storage: None, tmp_path: Path) -> None:
+    with disk_cluster(tmp_path / "cache") as cluster:
+        worker = cluster.add_node()
+        command = cluster.begin("run", *COMMAND)
+        deadline = time.monotonic() + 400
+        while max(steps_put(), default=0) < 12:
+            assert command.poll() is None and time.monotonic() < deadline, command.communicate()[0][-4000:]
+            time.sleep(0.5)
+        assert not list((tmp_path / "cache").iterdir()), "each node sees a disk of its own"
+        assert {path.rpartition("/")[2] for path in worker.files()} >= {"train.arrow", "config.yaml", "train.jsonl"}
+        lose(cluster, command)
+    before = steps_put()
+
+    with disk_cluster(tmp_path / "cache") as cluster:
+        cluster.add_node()
+        said = finished(cluster.begin("run", *COMMAND))
+        for stage in ("prepare", "finetune_teacher", "score"):
+            assert f"{stage}: done before" in said
+        assert f"report: {RUN}/report.html" in said and f"student: {RUN}/student" in said
+        steps = steps_put()
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) > len(before), "no step is missing, none twice"
+        there = ObjectFolder(RUN).files()
+        assert {"report.html", "table.json", "student/model.safetensors", "stages/export.json", "config.yaml"} <= there.keys()
+        assert not [name for name in there if name.endswith((".tmp", "lock", ".coming")) or name.startswith("driver/")]
+
+        space = "tune.space={loss.easy_ratio: [0.3, 0.6]}"
+        said = finished(cluster.begin(
+            "tune", *COMMAND, space, "tune.search=grid", "tune.trials=null", "tune.scheduler=none", "tune.rungs=1",
+            "tune.trials_in=ray_train",
+        ))  # fmt: skip
+        assert "2 completed" in said and f"report: {RUN}/tune/report.html" in said
+        there = ObjectFolder(RUN).files()
+        assert {"tune/ledger.jsonl", "tune/best.yaml", "tune/trials/0001/trial_0001.jsonl"} <= there.keys()
+        assert not [name for name in there if "/checkpoints/" in name and name.startswith("tune/")]
+        assert not [name for name in there if "ray_tune" in name]
