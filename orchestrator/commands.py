@@ -103,7 +103,7 @@ def verify(config: RunConfig) -> int:
     """
     pointers = config.run_dir / "scores.json"
     if not pointers.exists():
-        raise ValueError(f"{config.run_dir} has no score stores yet; the command score fills them")
+        raise ValueError(f"{config.place} has no score stores yet; the command score fills them")
     for split, path in json.loads(pointers.read_text()).items():
         store = ScoreStore(path)
         store.verify()

@@ -10,6 +10,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from actors.config.places import in_object_storage, resolved
+from actors.storage.mirror import Mirror, folder_on_nodes
 from losses.section import sections_of
 from orchestrator.config.run import RunConfig
 
@@ -51,18 +53,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path]:
     """Read the configuration of a run that is named by its YAML file or by its folder; return it, and the folder.
 
-    A folder may have been moved since: what is in it counts, whatever its configuration says of ``output`` and ``name``.
+    A folder may have been moved since: what is in it counts, whatever its configuration says of ``output`` and ``name``. One in
+    object storage is copied to this node, and the copy is read.
 
     Raises:
         ConfigError: as ``load_config`` does, or if the folder is no run's.
     """
     folder = Path(path)
+    if in_object_storage(path):
+        address = resolved(str(path))
+        folder = folder_on_nodes(address)
+        Mirror(str(folder), address).sync()
     if not folder.is_dir():
         config = load_config(folder, overrides)
         return config, config.run_dir
     if not (folder / "config.yaml").is_file():
         raise ConfigError(
-            f"the folder {folder} holds no config.yaml, so no run has made it; a run's own folder, such as runs/tiny_cpu, or its "
+            f"the folder {path} holds no config.yaml, so no run has made it; a run's own folder, such as runs/tiny_cpu, or its "
             "YAML file would do"
         )
     return load_config(folder / "config.yaml", overrides), folder.resolve()

@@ -4,7 +4,6 @@ It measures here; ``checks`` draws the conclusions.
 """
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +17,12 @@ from actors.model_source import ModelSource
 from actors.records import Example
 from actors.student.self_distillation import AttentionFound, SelfDistillationCheck, measure, measure_attention
 from orchestrator.cluster.ray_session import ray_for
-from orchestrator.cluster.run_copies import require_one_node
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import load_tokenizer
 from orchestrator.doctor.checks import check_attention, check_pair, check_scores, check_tokens
 from orchestrator.doctor.class_doctor import diagnose_classes
 from orchestrator.doctor.run_checks import check_devices, check_ends, check_export, check_rows
-from orchestrator.doctor.serving import measured_on, on_gpu, rows_path, score_probe
+from orchestrator.doctor.serving import measured_on, on_gpu, passing_folder, rows_path, score_probe
 from orchestrator.models.models import ROLES, Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.benchmarking import require_benchmarks
 from orchestrator.run.judging import require_judge
@@ -90,13 +88,11 @@ def _diagnose_finetuned(config: RunConfig, run_dir: RunDir, models: Models, engi
     logger.info(
         f"doctor: scores {len(rows)} rows with {spec.engine.kind} ({spec.engine.dtype}), and again with a plain forward pass"
     )
-    with ray_for(config), tempfile.TemporaryDirectory(prefix="doctor-", dir=run_dir.path, ignore_cleanup_errors=True) as folder:
-        if config.mirror is not None:
-            require_one_node(config.mirror, "to be looked at by the doctor")
-        found = measure_served(spec, rows, Path(folder), teacher_vocab, engine_factory)
+    with ray_for(config), passing_folder(config, run_dir.path) as folder:
+        found = measure_served(spec, rows, folder, teacher_vocab, engine_factory)
         if isinstance(found, Finding):
             return [*findings, found]
-        student = measure_student(config, models.ready("student"), Path(folder))
+        student = measure_student(config, models.ready("student"), folder)
         findings += [check_export(config, models, run_dir.path), check_attention("student", student)]
     return findings + check_scores(found, TOLERANCES[spec.engine.dtype], teacher_vocab, student_vocab)
 

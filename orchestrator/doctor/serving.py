@@ -1,6 +1,8 @@
 """A few rows, scored by the doctor as a run would score them all: actor, engine, checks, shards on disk, and back."""
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,23 @@ from actors.records import Example
 from actors.score_store.store import ScoreStore
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica_set import TeacherFailed
+from orchestrator.cluster.run_copies import require_one_node
+from orchestrator.config.run import RunConfig
 from orchestrator.doctor.checks import check_refused
 from orchestrator.run.score_parity import Finding
+
+
+@contextmanager
+def passing_folder(config: RunConfig, run: Path) -> Iterator[Path]:
+    """Have a folder within a run's, for what replicas and measuring tasks hand each other; it goes with the body. Needs Ray.
+
+    Raises:
+        ValueError: if there are several nodes, of which each has a copy of the run's folder.
+    """
+    if config.mirror is not None:
+        require_one_node(config.mirror, "to be looked at by the doctor")
+    with tempfile.TemporaryDirectory(prefix="doctor-", suffix=".tmp", dir=run, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def rows_path(folder: Path) -> Path:

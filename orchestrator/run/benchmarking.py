@@ -139,11 +139,11 @@ def benchmark_again(config: RunConfig) -> None:
         ValueError: if there are no benchmarks, the run is not evaluated yet, or a task cannot be measured.
     """
     _settings_of(config)
-    if not config.run_dir.is_dir():
-        raise ValueError(f"there is no run in {config.run_dir}; the command run makes it, and measures its models")
+    if not (config.run_dir / "config.yaml").is_file():
+        raise ValueError(f"there is no run in {config.place}; the command run makes it, and measures its models")
     with RunDir.open(config) as run_dir:
         if run_dir.result("evaluate") is None:
-            raise ValueError(f"the run in {config.run_dir} is not evaluated yet; the command evaluate does it")
+            raise ValueError(f"the run in {config.place} is not evaluated yet; the command evaluate does it")
         require_benchmarks(config, run_dir)
         models = Models(config, run_dir.path)
         require_chat_template(config, models)

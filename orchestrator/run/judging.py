@@ -152,11 +152,11 @@ def judge_again(config: RunConfig) -> None:
         JudgeFailed: if too many questions stay without a verdict.
     """
     _settings_of(config)
-    if not config.run_dir.is_dir():
-        raise ValueError(f"there is no run in {config.run_dir}; the command run makes it, and judges its answers")
+    if not (config.run_dir / "config.yaml").is_file():
+        raise ValueError(f"there is no run in {config.place}; the command run makes it, and judges its answers")
     with RunDir.open(config) as run_dir:
         if run_dir.result("evaluate") is None:
-            raise ValueError(f"the run in {config.run_dir} has no answers yet; the command evaluate makes them")
+            raise ValueError(f"the run in {config.place} has no answers yet; the command evaluate makes them")
         judge(config, run_dir, again=True)
 
 

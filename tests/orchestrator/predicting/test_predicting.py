@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 from transformers import BertConfig, PreTrainedTokenizerFast
 
 import actors.models  # noqa: F401  # transformers then finds small classifiers too
+from actors.storage.mirror import Mirror, folder_on_nodes
 from orchestrator.config.formats import InstructionFormat
 from orchestrator.config.load import apply_override, load_run, validate
 from orchestrator.config.run import RunConfig
@@ -32,6 +33,7 @@ from orchestrator.predicting.questions import Question, class_questions, format_
 from orchestrator.run.run_dir import result_path
 from tests.logs import logged
 from tests.orchestrator.predicting.finished_runs import GRADING, LANGUAGE, finished, images, jsonl
+from tests.s3_world import BUCKET, faulty_storage, s3_server
 
 ASKED = [{"question": row["question"], "answer": row["answer"]} for row in make_graded_answers(30, seed=5)]
 PROMPTS = [{"instruction": "Add 3 and 4.", "input": ""}]
@@ -104,6 +106,17 @@ def test_a_run_is_named_by_its_file_or_by_its_folder_wherever_that_is_now(gradin
     assert load_run("configs/tiny_cpu.yaml")[1] == load_run("configs/tiny_cpu.yaml")[0].run_dir
     with pytest.raises(ValueError, match=r"^the folder .* holds no config\.yaml, so no run has made it; a run's own folder"):
         load_run(tmp_path)
+
+
+def test_a_run_in_object_storage_is_named_by_its_address_and_copied_to_this_node(grading: RunConfig, tmp_path: Path) -> None:
+    with s3_server(tmp_path) as endpoint, faulty_storage(tmp_path, endpoint):
+        address = f"s3://{BUCKET}/runs/grading"
+        Mirror(str(shutil.copytree(grading.run_dir, tmp_path / "made")), address).sync()
+        config, folder = load_run(f"{address}/")
+        assert config == grading and folder == folder_on_nodes(address)
+        assert (folder / "student" / "model.safetensors").is_file()
+        with pytest.raises(ValueError, match=rf"^the folder s3://{BUCKET}/runs/none holds no config\.yaml, so no run has"):
+            load_run(f"s3://{BUCKET}/runs/none")
 
 
 def test_runs_that_cannot_answer_are_named_with_the_command_that_would_do(grading: RunConfig, tmp_path: Path) -> None:
