@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
-from actors.storage.mirror import SECONDS, kept_alike
+from actors.storage.mirror import kept_alike
 from actors.student.task import TrainingDiverged, TrainingTask, WorkerResult
 
 
@@ -25,15 +25,12 @@ def train_worker(config: TrainLoopConfig) -> WorkerResult:
     collective; the workers that are started again find it and return it.
     """
     import torch.distributed
-    from ray.train import get_context
-
     from actors.score_store.store import ScoringFailed
     from actors.student.loop import distil
     from actors.student.train_checkpoints import RayTrainCheckpoints
 
     task = config["task"]
-    first_of_node = get_context().get_local_rank() == 0
-    with kept_alike(task.mirror, SECONDS if first_of_node else None):
+    with kept_alike(task.mirror):
         if (error := read_fatal_error(task)) is not None:
             return WorkerResult(error=error)
         try:
