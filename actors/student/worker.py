@@ -25,6 +25,7 @@ def train_worker(config: TrainLoopConfig) -> WorkerResult:
     collective; the workers that are started again find it and return it.
     """
     import torch.distributed
+
     from actors.score_store.store import ScoringFailed
     from actors.student.loop import distil
     from actors.student.train_checkpoints import RayTrainCheckpoints
