@@ -18,11 +18,11 @@ from orchestrator.search.analysis import (
     numeric_axes,
     plane,
     settings_at_an_end,
+    varied,
     where_all_were,
 )
 from orchestrator.search.ledger import Search, Trial
 from orchestrator.search.results import (
-    axes_of,
     best_trial,
     completed_trials,
     describe_best,
@@ -89,7 +89,7 @@ def setting_charts(search: Search) -> list[Chart]:
             name, label = f"plane-{snapshot.step}", label_of(search.spec.metric)
             drawing = heat_map(name, axes[0], axes[1], places, label, search.spec.mode)
             note = f"{_who(snapshot, search)} The best is framed."
-            if len(axes_of(search)) > 2:
+            if len(varied(search)) > 2:
                 note += " Other settings vary too: each place shows its best trial."
             charts.append(Chart(f"{axes[0].path} and {axes[1].path}, {when}", Markup(drawing), note))
         shown = [trial for trial in search.trials if trial.number in snapshot.values]

@@ -90,6 +90,11 @@ def learning_curve(search: Search, trial: Trial) -> list[tuple[int, float]]:
     return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
 
 
+def varied(search: Search) -> list[str]:
+    """Return the settings that differ between trials, in the order of the points."""
+    return [path for path in axes_of(search) if len({repr(trial.begun.point.get(path)) for trial in search.trials}) > 1]
+
+
 def numeric_axes(search: Search) -> list[Axis]:
     """Return the settings that vary between trials and are numbers in all that have them, in the order of the points."""
     axes = []
