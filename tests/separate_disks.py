@@ -58,6 +58,12 @@ class DiskCluster:
         wait_until(lambda: alive(self) > count, START_SECONDS, "the node does not come", node.process)
         return node
 
+    def lose_node(self, node: Node) -> None:
+        """Kill a node, and wait until the head knows."""
+        count = alive(self)
+        end(node.process)
+        wait_until(lambda: alive(self) < count, START_SECONDS, "the head does not miss the node")
+
     def begin(self, command: str, *overrides: str) -> "subprocess.Popen[str]":
         """Begin a command of ours on the head."""
         words = [sys.executable, "-m", "orchestrator", command, *overrides]

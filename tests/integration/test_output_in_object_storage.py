@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ import psutil
 import pytest
 
 from actors.storage.object_folder import ObjectFolder
+from orchestrator.config.load import dump_config
 from tests.integration.test_run import TINY
+from tests.orchestrator.search.test_compare_teachers import config_of
 from tests.ray_heads import end
 from tests.s3_world import BUCKET, KEYS, environment, s3_server
 from tests.separate_disks import CAN, DiskCluster, disk_cluster
@@ -91,3 +94,39 @@ def test_a_run_goes_on_on_machines_that_have_nothing_of_it(storage: None, tmp_pa
         assert {"tune/ledger.jsonl", "tune/best.yaml", "tune/trials/0001/trial_0001.jsonl"} <= there.keys()
         assert not [name for name in there if "/checkpoints/" in name and name.startswith("tune/")]
         assert not [name for name in there if "ray_tune" in name]
+
+
+@pytest.mark.drill
+def test_a_training_goes_on_when_the_node_of_its_worker_is_lost(storage: None, tmp_path: Path) -> None:
+    with disk_cluster(tmp_path / "cache") as cluster:
+        lost = cluster.add_node()
+        command = cluster.begin("run", *COMMAND)
+        deadline = time.monotonic() + 400
+        while max(steps_put(), default=0) < 12:
+            assert command.poll() is None and time.monotonic() < deadline, command.communicate()[0][-4000:]
+            time.sleep(0.5)
+        cluster.lose_node(lost)
+        other = cluster.add_node()
+        said = finished(command)
+        assert "train: done in" in said and f"report: {RUN}/report.html" in said
+        steps = steps_put()
+        assert steps == list(range(1, len(steps) + 1)), "no step is missing, none twice"
+        here = {path.rpartition("/runs/tiny_cpu/")[2] for path in other.files()}
+        assert {"student/model.safetensors", "metrics/train.jsonl", "data/train.arrow"} <= here
+
+
+@pytest.mark.drill
+def test_a_comparison_of_teachers_stands_there_a_run_within_a_run(storage: None, tmp_path: Path) -> None:
+    config = config_of(tmp_path).model_copy(update={"output": f"s3://{BUCKET}/runs"})
+    (tmp_path / "sizes.yaml").write_text(dump_config(config))
+    words = [sys.executable, "-m", "orchestrator", "compare", str(tmp_path / "sizes.yaml")]
+    said = []
+    for node in ("one", "another"):
+        with environment({"ATKD_CACHE": str(tmp_path / node), "ATKD_CACHE_GIB": "1"}):
+            done = subprocess.run(words, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-4000:]
+        said.append(done.stdout)
+    there = ObjectFolder(f"s3://{BUCKET}/runs/sizes").files()
+    assert {"compare/teachers.parquet", "compare/report.html", "compare/large/stages/score.json"} <= there.keys()
+    assert "compare/small/compare/ledger.jsonl" in there and "report: s3://scores/runs/sizes/compare/report.html" in said[0]
+    assert "small: compare: resumes with 4 trials done and 0 to start again" in said[1] and "trials of" not in said[1]

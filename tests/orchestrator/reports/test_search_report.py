@@ -149,7 +149,7 @@ def test_stopped_trials_are_shown_where_all_were_still_there(tmp_path: Path) -> 
 def test_a_setting_that_has_one_value_does_not_vary(tmp_path: Path) -> None:
     ledger = begin(tmp_path, trials=4)
     for number in range(4):
-        point = {"train.optimizer.learning_rate": 1e-5, "loss.easy_ratio": 0.3 + number // 2, "loss.easy_weight": 0.1 + number % 2}
+        point = {"train.optimizer.learning_rate": 1e-5, "loss.easy_ratio": 0.3 + number // 2, "loss.easy_weight": number % 2}
         run_trial(ledger, number, point, 1.0 + number)
     page = Page(content_of(ledger))
     assert "loss.easy_ratio and loss.easy_weight, after" in page.text and "Other settings vary too" not in page.text
