@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -204,13 +205,16 @@ def faulty_storage(folder: Path, endpoint: str) -> Iterator[Faults]:
 
 
 def main() -> int:
-    """Run a command beside an S3 server with one bucket, whose answers come some milliseconds late.
+    """Run a command beside an S3 server with one bucket, whose answers come some milliseconds late; print what was asked of it.
 
     python -m tests.s3_world MILLISECONDS COMMAND ...
     """
     with TemporaryDirectory() as folder, s3_server(Path(folder)) as endpoint, faulty_storage(Path(folder), endpoint) as faults:
         faults.answer_seconds = float(sys.argv[1]) / 1000
-        return subprocess.run(sys.argv[2:], check=False).returncode
+        code = subprocess.run(sys.argv[2:], check=False).returncode
+        kinds = Counter("listings" if "list-type" in line else line.split()[0] for line in faults.seen)
+        print("asked of the storage:", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+        return code
 
 
 if __name__ == "__main__":
