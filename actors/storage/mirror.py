@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from actors.files import write_atomically
@@ -24,6 +24,7 @@ from actors.storage.local_copies import cache_folder
 if TYPE_CHECKING:
     from actors.storage.object_folder import ObjectFolder  # loads the clouds' libraries
 
+Known = TypeVar("Known")
 Stamp: TypeAlias = tuple[int, int]
 """A file's bytes, and when it was written, in nanoseconds."""
 
@@ -138,6 +139,7 @@ class _Syncing:
         if whole:  # nobody is putting anything: who did was killed
             for folder in half:
                 self._storage.remove_folder(folder)
+            listed, self._record = _without(half, listed), _without(half, self._record)
         self._there = _without([*half, *nested], {name: stamp for name, stamp in listed.items() if _counts(name)})
         putting, getting = [], []
         for name in sorted({*self._here, *self._there, *self._record}):
@@ -150,7 +152,7 @@ class _Syncing:
                 putting.append(name)
             elif there is not None and (seen is None or there != seen.there or (whole and here is None)):
                 getting.append(name)
-            elif there is None and seen is not None:
+            elif seen is not None and name not in listed:  # one that is in a folder that another node is putting is there still
                 (self._folder / name).unlink(missing_ok=True)
                 del self._record[name]
         for names, move in ((putting, self._put), (getting, self._get)):
@@ -228,13 +230,13 @@ def files_in(folder: Path) -> dict[str, Stamp]:
 
 
 def _counts(name: str) -> bool:
-    """Whether a file is to be alike."""
-    return not any(part in LEFT_OUT or part.endswith(".tmp") for part in name.split("/"))
+    """Whether a file is to be alike; never one that would come to stand outside of the folder."""
+    return not any(part in LEFT_OUT or part == ".." or part.endswith(".tmp") for part in name.split("/"))
 
 
-def _without(folders: Sequence[str], files: Mapping[str, Stamp]) -> dict[str, Stamp]:
+def _without(folders: Sequence[str], files: Mapping[str, Known]) -> dict[str, Known]:
     """Return what is not below some folders: those that are half there, and those within that have a mirror of their own."""
-    return {name: stamp for name, stamp in files.items() if not any(name.startswith(f"{folder}/") for folder in folders)}
+    return {name: known for name, known in files.items() if not any(name.startswith(f"{folder}/") for folder in folders)}
 
 
 def _in_order(names: Sequence[str]) -> Iterator[list[str]]:

@@ -173,10 +173,12 @@ class ObjectFolder:
         self._patiently(f"write {name}", lambda: self._write(name, content))
 
     def upload(self, path: Path, name: str | None = None) -> None:
-        """Put a file of the disk, of any size, under its own name or another, by way of a map of it; what was there before stays
-        until all has arrived."""
-        content = pa.memory_map(str(path)).read_buffer() if path.stat().st_size else b""  # an empty file cannot be mapped
-        self.write(name or path.name, content)
+        """Put a file of the disk, of any size, under its own name or another; what was there before stays until all has arrived.
+
+        A large one is mapped, and must not be cut short meanwhile.
+        """
+        large = path.stat().st_size > READ_BYTES
+        self.write(name or path.name, pa.memory_map(str(path)).read_buffer() if large else path.read_bytes())
 
     def download(self, name: str, path: Path) -> None:
         """Copy a file of any size to a path on the disk, outside of the node's copies.

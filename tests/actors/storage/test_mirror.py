@@ -146,6 +146,32 @@ def test_a_new_folder_counts_when_all_its_files_are_there(
     assert f"models/{COMING}" not in ObjectFolder(one.address).files()
 
 
+def test_two_nodes_that_put_into_one_new_folder_lose_nothing(nodes: tuple[Mirror, Mirror]) -> None:
+    one, other = nodes
+    path = write(one, "trials/0/trial_0.jsonl", "1\n")
+    one.sync()
+    marker = ObjectFolder(one.address)
+    marker.write(f"trials/{COMING}", b"")  # the other began before it saw that the folder is there
+    one.sync()
+    assert path.read_text() == "1\n", "what is hidden for a moment is not gone"
+    path.write_text("1\n2\n")
+    one.sync()
+    write(other, "trials/1/trial_1.jsonl", "1\n")
+    other.sync()
+    marker.remove(f"trials/{COMING}")
+    for mirror in nodes:
+        mirror.sync()
+        assert files(mirror) == {"trials/0/trial_0.jsonl": "1\n2\n", "trials/1/trial_1.jsonl": "1\n"}
+
+
+def test_a_name_that_leads_out_of_the_folder_is_left_alone(nodes: tuple[Mirror, Mirror], tmp_path: Path) -> None:
+    filesystem, path = ObjectFolder(nodes[0].address).opened()[1], ObjectFolder(nodes[0].address).opened()[0]
+    with filesystem.open_output_stream(f"{path}/a/../../../outside.txt") as file:
+        file.write(b"from outside")
+    nodes[0].sync()
+    assert files(nodes[0]) == {} and not list(tmp_path.rglob("outside.txt"))
+
+
 def cut_after(count: int, upload: object) -> object:
     """An upload that works so many times, and then no more."""
     left = [count]
@@ -168,6 +194,16 @@ def test_half_a_folder_of_a_node_that_was_lost_is_cleared_away(nodes: tuple[Mirr
     assert files(one) == {} and ObjectFolder(one.address).files().keys() == {"models/teacher/config.json", f"models/{COMING}"}
     other.sync(whole=True)
     assert files(other) == {} and ObjectFolder(one.address).files() == {}
+
+
+def test_what_a_node_has_of_half_a_folder_is_put_anew(nodes: tuple[Mirror, Mirror]) -> None:
+    one, other = nodes
+    write(one, "models/teacher/config.json", "{}")
+    one.sync()
+    open_folder(f"{one.address}/models").write(COMING, b"")
+    one.sync(whole=True)
+    other.sync()
+    assert files(one) == files(other) == {"models/teacher/config.json": "{}"}
 
 
 def test_a_mirror_within_a_mirror_is_left_to_itself(nodes: tuple[Mirror, Mirror]) -> None:
