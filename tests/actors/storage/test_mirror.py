@@ -5,6 +5,7 @@ import threading
 import time
 from pathlib import Path
 
+import boto3
 import pytest
 
 from actors.storage import object_folder
@@ -165,9 +166,9 @@ def test_two_nodes_that_put_into_one_new_folder_lose_nothing(nodes: tuple[Mirror
 
 
 def test_a_name_that_leads_out_of_the_folder_is_left_alone(nodes: tuple[Mirror, Mirror], tmp_path: Path) -> None:
-    filesystem, path = ObjectFolder(nodes[0].address).opened()[1], ObjectFolder(nodes[0].address).opened()[0]
-    with filesystem.open_output_stream(f"{path}/a/../../../outside.txt") as file:
-        file.write(b"from outside")
+    storage = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    storage.put_object(Bucket=BUCKET, Key=f"runs/{tmp_path.name}/a/../../outside.txt", Body=b"from outside")
+    assert "a/../../outside.txt" in ObjectFolder(nodes[0].address).files()
     nodes[0].sync()
     assert files(nodes[0]) == {} and not list(tmp_path.rglob("outside.txt"))
 
