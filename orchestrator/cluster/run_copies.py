@@ -2,6 +2,8 @@
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,10 @@ class RunCopies:
     """
 
     def __init__(self, mirror: Mirror) -> None:
-        self._mirror, self._done = mirror, threading.Event()
-        self._known: set[str] = set()
+        self._mirror, self._done, self._ended = mirror, threading.Event(), threading.Event()
         self._claim = ObjectLeases(ObjectFolder(within(mirror.address, "driver")))
-        self._threads = [
-            threading.Thread(target=self._keep_claim, name="claim", daemon=True),
-            threading.Thread(target=self._keep_alike, name="mirror", daemon=True),
-        ]
+        self._claiming = threading.Thread(target=self._keep_claim, name="claim", daemon=True)
+        self._syncing = threading.Thread(target=self._keep_alike, name="mirror", daemon=True)
 
     def begin(self) -> bool:
         """Claim the run and get its files; False if another process works in it.
@@ -48,9 +47,13 @@ class RunCopies:
         if not self._claim.take(0):
             self._claim.release_all()
             return False
-        self._mirror.sync(whole=True)
-        for thread in self._threads:
-            thread.start()
+        self._claiming.start()  # the files may take longer to come than a claim lives
+        try:
+            self._mirror.sync(whole=True)
+        except BaseException:
+            self._give_back()
+            raise
+        self._syncing.start()
         return True
 
     def share(self) -> None:
@@ -76,13 +79,17 @@ class RunCopies:
     def end(self) -> None:
         """Put what is not there yet, and let another process work in the run."""
         self._done.set()
-        for thread in self._threads:
-            thread.join()
+        self._syncing.join()
         try:
             if self._claim.held:
                 self._mirror.sync()
         finally:
-            self._claim.release_all()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._ended.set()
+        self._claiming.join()
+        self._claim.release_all()
 
     def _require_claim(self) -> None:
         if not self._claim.held:
@@ -92,22 +99,50 @@ class RunCopies:
             )
 
     def _keep_claim(self) -> None:
-        while not self._done.wait(CLAIM_SECONDS):
+        while not self._ended.wait(CLAIM_SECONDS):
             try:
                 self._claim.refresh()
             except (OSError, ValueError) as error:
                 logger.warning("cannot renew the claim on %s: %s", self._mirror.address, error)
 
     def _keep_alike(self) -> None:
-        """Sync this node every so often, for those who watch and for a later start; and nodes that come later as they come."""
+        """Sync this node every so often, for those who watch and for a later start."""
         while not self._done.wait(SECONDS):
             try:
                 if self._claim.held:
                     self._mirror.sync()
-                if ray.is_initialized():
-                    sync_other_nodes(self._mirror, self._known)
-            except (OSError, ValueError, RayError) as error:
+            except (OSError, ValueError) as error:
                 logger.warning("cannot keep %s alike: %s", self._mirror.address, error)
+
+
+@contextmanager
+def nodes_kept_alike(mirror: Mirror | None) -> Iterator[None]:
+    """Sync all nodes now, and those that join while the body runs as they come; without a mirror do nothing. Needs Ray.
+
+    Raises:
+        ValueError: naming the nodes that cannot be, and why.
+    """
+    if mirror is None:
+        yield
+        return
+    known: set[str] = set()
+    sync_other_nodes(mirror, known)
+    done = threading.Event()
+    thread = threading.Thread(target=_sync_new_nodes, args=(done, mirror, known), name="new nodes", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()  # before Ray goes
+
+
+def _sync_new_nodes(done: threading.Event, mirror: Mirror, known: set[str]) -> None:
+    while not done.wait(SECONDS):
+        try:
+            sync_other_nodes(mirror, known)
+        except (OSError, ValueError, RayError) as error:
+            logger.warning("%s", error)
 
 
 def sync_other_nodes(mirror: Mirror, known: set[str] | None = None) -> None:
