@@ -1,10 +1,12 @@
 """Configuration schema of a comparison: the section ``compare``. Imports neither torch nor Ray."""
 
 import difflib
+import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from losses.section import Section
 from orchestrator.config.tune import METRICS, Direction, require_count, require_metric
@@ -96,6 +98,14 @@ class CompareConfig(Section):
             raise ValueError(f"{next(iter(teachers))} stands alone; two would do, or none for the one of the section teacher")
         return teachers
 
+    @field_validator("own_arms", "teachers")
+    @classmethod
+    def _numbers_are_finite(cls, changes: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for path, value in leaves_of(changes, str(info.field_name)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{path} is {value}, which cannot be written down; a finite number would do")
+        return changes
+
     @field_validator("metric")
     @classmethod
     def _metric_is_measured(cls, metric: str) -> str:
@@ -142,3 +152,12 @@ class CompareConfig(Section):
     def direction(self) -> Direction:
         """Whether the least or the largest metric is the best."""
         return METRICS[self.metric]
+
+
+def leaves_of(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and the value of each leaf of a tree of mappings and lists."""
+    if isinstance(tree, Mapping | list | tuple):
+        for key, inner in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from leaves_of(inner, f"{path}.{key}")
+    else:
+        yield path, tree

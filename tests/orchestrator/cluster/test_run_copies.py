@@ -1,6 +1,7 @@
 """A run in object storage: one process at a time works in it, from whichever node."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -42,8 +43,9 @@ def on_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_stage_that_one_node_has_done_is_done_on_another(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, logger="atkd")
     with RunDir.open(config) as run_dir:
         assert run_dir.path == config.run_dir and run_dir.path.is_relative_to(tmp_path)
         (run_dir.path / "data").mkdir()

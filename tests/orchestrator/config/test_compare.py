@@ -111,6 +111,8 @@ def test_an_arm_of_ones_own_that_cannot_be_is_refused(arm: dict[str, Any], messa
         ({"own_arms": {"mine": {"train.epochs": 2}}}, "own_arms has mine, but it is none of the arms cross_entropy, "),
         ({"own_arms": {"atkd": {"train.epochs": 2}}}, "own_arms has atkd, which has its loss already; another name would do"),
         ({"arms": ["atkd", "mein"], "own_arms": {}, "baseline": "atkd"}, "no arm is called 'mein'; there are cross_entropy"),
+        ({"own_arms": {"mine": {"loss": {"weights": [1.0, float("inf")]}}}}, "own_arms.mine.loss.weights.1 is inf, which cannot"),
+        ({"teachers": {"a": {}, "b": {"calibrate": float("nan")}}}, "teachers.b.calibrate is nan, which cannot be written down"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(settings: dict[str, Any], message: str) -> None:
