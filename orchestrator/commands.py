@@ -7,7 +7,7 @@ from pathlib import Path
 from actors.config.places import within
 from actors.score_store.store import ScoreStore
 from actors.storage.transfers import require_writable, upload
-from orchestrator.cluster.run_copies import shown_place
+from orchestrator.cluster.run_copies import place_of
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.doctor import diagnose
 from orchestrator.models.models import Models
@@ -40,8 +40,8 @@ def run(config: RunConfig, until: str = "report") -> int:
     if until == "report":
         report, student = write_report(folder), Models(config, folder).student_folder
         print_table(read_table(folder))
-        logger.info(f"report: {shown_place(config.mirror, report)}")
-        logger.info(f"student: {shown_place(config.mirror, student)}")
+        logger.info(f"report: {place_of(config.mirror, report)}")
+        logger.info(f"student: {place_of(config.mirror, student)}")
         if published is not None:
             for path in (student, report, folder / "table.json", folder / "config.yaml"):
                 upload(path, published)
@@ -64,7 +64,7 @@ def comparison(config: RunConfig) -> int:
     folder = config.run_dir / config.compare.name
     for one in taught:
         show_trials(folder / one.teacher / "compare", config)
-    logger.info(f"report: {shown_place(config.mirror, write_teachers_report(config.name, taught, folder))}")
+    logger.info(f"report: {place_of(config.mirror, write_teachers_report(config.name, taught, folder))}")
     return 0
 
 
@@ -74,8 +74,8 @@ def show_trials(folder: Path, config: RunConfig) -> None:
     print_trial_table(found)
     if (best := best_trial(found)) is not None:
         logger.info(describe_best(found, best))
-        logger.info(f"its configuration: {shown_place(config.mirror, folder / 'best.yaml')}")
-    logger.info(f"report: {shown_place(config.mirror, write_search_report(folder))}")
+        logger.info(f"its configuration: {place_of(config.mirror, folder / 'best.yaml')}")
+    logger.info(f"report: {place_of(config.mirror, write_search_report(folder))}")
 
 
 def doctor(config: RunConfig) -> int:
@@ -122,7 +122,7 @@ def judge(config: RunConfig) -> int:
     judge_again(config)
     report = write_report(config.run_dir)
     print_table(read_table(config.run_dir))
-    logger.info(f"report: {shown_place(config.mirror, report)}")
+    logger.info(f"report: {place_of(config.mirror, report)}")
     return 0
 
 
@@ -135,7 +135,7 @@ def benchmark(config: RunConfig) -> int:
     benchmark_again(config)
     report = write_report(config.run_dir)
     print_table(read_table(config.run_dir))
-    logger.info(f"report: {shown_place(config.mirror, report)}")
+    logger.info(f"report: {place_of(config.mirror, report)}")
     return 0
 
 

@@ -4,9 +4,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.s3_world import Faults  # loads libraries that are to find the settings below
 
 # The same inputs in every run, so that a failure comes back; and no limit in time, since a machine may stand still.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -34,6 +39,24 @@ def local_ray() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 server on the loopback, one for the tests of a file; each test has a folder there."""
+    from tests.s3_world import s3_server
+
+    with s3_server(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def faults(endpoint: str, tmp_path: Path) -> "Iterator[Faults]":
+    """What goes wrong on the way to the server, and a cache of this test alone."""
+    from tests.s3_world import faulty_storage
+
+    with faulty_storage(tmp_path, endpoint) as faults:
+        yield faults
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -197,8 +197,8 @@ def _sync(mirror: Mirror) -> None:
     mirror.sync()
 
 
-def shown_place(mirror: Mirror | None, path: Path) -> str:
-    """Return where people find a file of a run: its address, or its path."""
+def place_of(mirror: Mirror | None, path: Path) -> str:
+    """Return where a file of a run stands for all: at its address, or its path."""
     if mirror is None or not path.is_relative_to(mirror.folder):
         return str(path)
     return within(mirror.address, path.relative_to(mirror.folder).as_posix())

@@ -19,7 +19,7 @@ from actors.student.loop import distil
 from actors.student.task import AnswerSchedule, TrainingTask, ValidationSchedule
 from actors.student.train_checkpoints import NoCheckpoints
 from actors.teacher.service import ScoreService
-from orchestrator.cluster.run_copies import shown_place
+from orchestrator.cluster.run_copies import place_of
 from orchestrator.config.tune import rung_steps
 from orchestrator.models.drawn_student import draw_student, models_of_trial
 from orchestrator.models.models import Models
@@ -122,11 +122,11 @@ class TrialContext:
 
     def checkpoints_folder(self, trial: int) -> str:
         """Return where Ray Train keeps the checkpoints of a trial while it runs: a path, or an address."""
-        return shown_place(self.space.config.mirror, self.trial_folder(trial) / "checkpoints")
+        return place_of(self.space.config.mirror, self.trial_folder(trial) / "checkpoints")
 
     def tune_folder(self) -> str:
         """Return where Ray Tune keeps its own books while the search runs: a path, or an address."""
-        return shown_place(self.space.config.mirror, self.folder / "ray_tune")
+        return place_of(self.space.config.mirror, self.folder / "ray_tune")
 
 
 def run_trial(config: dict[str, Any], context: TrialContext) -> None:

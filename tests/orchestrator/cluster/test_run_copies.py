@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,24 +10,12 @@ import pytest
 from actors.storage.mirror import Mirror
 from actors.storage.object_folder import ObjectFolder
 from orchestrator.cluster import run_copies
-from orchestrator.cluster.run_copies import RunCopies, require_one_node, shown_place
+from orchestrator.cluster.run_copies import RunCopies, place_of, require_one_node
 from orchestrator.config.run import RunConfig
 from orchestrator.run.run_dir import RunDir, RunDirError
 from tests.logs import logged
 from tests.orchestrator.config.test_run import changed
-from tests.s3_world import BUCKET, Faults, faulty_storage, s3_server
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def faults(endpoint: str, tmp_path: Path) -> Iterator[Faults]:
-    with faulty_storage(tmp_path, endpoint) as faults:
-        yield faults
+from tests.s3_world import BUCKET, Faults
 
 
 @pytest.fixture
@@ -138,9 +125,9 @@ def test_what_needs_one_folder_is_refused_on_several_nodes(monkeypatch: pytest.M
 
 def test_people_are_told_addresses() -> None:
     mirror = Mirror("/cache/a", "s3://bucket/a")
-    assert shown_place(mirror, Path("/cache/a/student")) == "s3://bucket/a/student"
-    assert shown_place(mirror, Path("/elsewhere/a")) == "/elsewhere/a"
-    assert shown_place(None, Path("/runs/a/student")) == "/runs/a/student"
+    assert place_of(mirror, Path("/cache/a/student")) == "s3://bucket/a/student"
+    assert place_of(mirror, Path("/elsewhere/a")) == "/elsewhere/a"
+    assert place_of(None, Path("/runs/a/student")) == "/runs/a/student"
 
 
 def test_a_process_that_cannot_claim_leaves_nothing_behind(config: RunConfig) -> None:
