@@ -50,9 +50,12 @@ def random_examples(rows: int, seed: int, longest: int = LONGEST) -> list[Exampl
     return examples
 
 
-def heldout_texts(responses: Sequence[str]) -> str:
-    """The lines of held-out rows as text, with these responses."""
-    rows = [{"row": row, "task": None, "prompt": "?", "response": response} for row, response in enumerate(responses)]
+def heldout_texts(responses: Sequence[str], tasks: Sequence[str | None] = (None,)) -> str:
+    """The lines of held-out rows as text, with these responses, and of these kinds of tasks in turn."""
+    rows = [
+        {"row": row, "task": tasks[row % len(tasks)], "prompt": "?", "response": response}
+        for row, response in enumerate(responses)
+    ]
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

@@ -199,6 +199,10 @@ class ScoresConfig(Section):
         return self
 
 
+TaskMeasure = Literal["exact_match", "rouge_l"]
+"""What answers to one kind of task are measured by."""
+
+
 class EvaluateConfig(Section):
     """What is measured on the held-out rows."""
 
@@ -218,6 +222,9 @@ class EvaluateConfig(Section):
     answer_pattern: str | None = None
     """Regular expression whose first group is the answer to compare, in response and generated text alike (its last
     match counts); defaults to the whole text."""
+
+    by_task: TaskMeasure = "exact_match"
+    """What is shown of the answers to each kind of task, where the rows' field ``task`` names one."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations while evaluating."""

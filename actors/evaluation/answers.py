@@ -2,11 +2,14 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from rouge_score.rouge_scorer import RougeScorer
+
+from actors.config.models import TaskMeasure
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,19 @@ class AnswerComparison:
         if not re.search("[a-z0-9]", reference.lower()):
             return None
         return float(self._rouge.score(reference, generated)["rougeL"].fmeasure)
+
+
+def means_by_task(answers: Iterable[GeneratedAnswer], measure: TaskMeasure) -> dict[str, float | None]:
+    """Return exact match or mean Rouge-L of the answers to each kind of task, by its name.
+
+    Answers of no named task are left out; None is the Rouge-L of a task of which no answer has one.
+    """
+    sums: dict[str, list[float]] = {}
+    for answer in answers:
+        if answer.task is not None:
+            value = answer.rouge_l if measure == "rouge_l" else float(answer.correct)
+            sums.setdefault(answer.task, []).extend([] if value is None else [value])
+    return {task: fmean(values) if values else None for task, values in sums.items()}
 
 
 def read_heldout_texts(path: Path, rows: Sequence[int]) -> list[HeldoutText]:

@@ -1,6 +1,7 @@
 """Validation while training: the student is measured on the held-out rows after some steps, and told whether to continue."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from actors.evaluation.answer_ends import read_answer_ends
-from actors.evaluation.answers import AnswerComparison, read_heldout_texts
+from actors.evaluation.answers import AnswerComparison, GeneratedAnswer, read_heldout_texts
 from actors.evaluation.generation import generate_answers
 from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows, batches_by_length
 from actors.examples import ExampleFile
@@ -121,6 +122,7 @@ class HeldoutAnswers:
         texts = read_heldout_texts(Path(schedule.texts), rows.rows.tolist())[: self._evaluate.generate_rows]
         self._comparison = AnswerComparison(self._evaluate.answer_pattern)
         self._comparison.require_answers(texts)
+        self._tasks = sorted({text.task for text in texts}, key=lambda task: (task is not None, task or ""))
         mine = range(worker.rank, len(texts), worker.world_size)
         self._texts, self._prompts = [texts[row] for row in mine], [rows[row].last_prompt for row in mine]
         self._tokenizer = AutoTokenizer.from_pretrained(
@@ -130,7 +132,10 @@ class HeldoutAnswers:
 
     @torch.no_grad()
     def measures(self, student: nn.Module) -> dict[str, float | None]:
-        """Return exact match and Rouge-L of the answers, as an evaluation has them. All workers call it together."""
+        """Return exact match and Rouge-L of the answers, as an evaluation has them; all workers call it together.
+
+        That of each kind of task, by which ``evaluate.by_task`` says, is called ``rouge_l.TASK``.
+        """
         module = undistributed(student)
         module.eval()
         # Rows that grow by a token a pass would be compiled anew for each length.
@@ -138,11 +143,23 @@ class HeldoutAnswers:
             texts = generate_answers(plain_model(module.model), self._tokenizer, self._prompts, self._evaluate, self._ends)
         module.train()
         answers = [self._comparison.compare(*both) for both in zip(self._texts, texts, strict=True)]
-        rouge = [answer.rouge_l for answer in answers if answer.rouge_l is not None]
-        correct = sum(answer.correct for answer in answers)
-        sums = torch.tensor([len(answers), correct, len(rouge), sum(rouge)], dtype=torch.float64)
+        sums = torch.tensor([answer_sums(answers, task) for task in self._tasks], dtype=torch.float64)  # [tasks, 4]
         if self._worker.world_size > 1:
             sums = sums.to(self._worker.device)
             torch.distributed.all_reduce(sums)
-        answered, right, compared, rouge_sum = sums.tolist()
-        return {"exact_match": right / answered, "rouge_l": rouge_sum / compared if compared else None}
+        measures, shown = means_of(sums.sum(dim=0).tolist()), self._evaluate.by_task
+        by_task = {task: means_of(of_task)[shown] for task, of_task in zip(self._tasks, sums.tolist(), strict=True)}
+        return measures | {f"{shown}.{task}": value for task, value in by_task.items() if task is not None}
+
+
+def answer_sums(answers: Sequence[GeneratedAnswer], task: str | None) -> list[float]:
+    """Return how many answers to one kind of task there are and are right, how many have a Rouge-L, and its sum."""
+    of_task = [answer for answer in answers if answer.task == task]
+    rouge = [answer.rouge_l for answer in of_task if answer.rouge_l is not None]
+    return [len(of_task), sum(answer.correct for answer in of_task), len(rouge), sum(rouge)]
+
+
+def means_of(sums: Sequence[float]) -> dict[str, float | None]:
+    """Return exact match and Rouge-L from the four sums of ``answer_sums``."""
+    answered, right, compared, rouge = sums
+    return {"exact_match": right / answered, "rouge_l": rouge / compared if compared else None}

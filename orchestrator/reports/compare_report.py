@@ -1,12 +1,14 @@
 """The parts of a page that only a comparison has: arms, their differences to the baseline in numbers and words, mean curves."""
 
+from collections.abc import Mapping
+
 from markupsafe import Markup
 
 from orchestrator.reports.page import Chart, Column, Grid, Headline, PageSection
 from orchestrator.reports.search_charts import Trace, arms_chart, differences_chart, trace_chart
 from orchestrator.search.analysis import difference_curves, mean_curves, values_of_arms
 from orchestrator.search.ledger import Search
-from orchestrator.search.results import SHOWS, label_of, metrics_of, written_metric
+from orchestrator.search.results import label_of, metrics_of, show_of, task_metrics_of, written_metric
 from orchestrator.search.statistics import PairedDifference, Summary, compare_arms, summary_of
 
 
@@ -51,6 +53,7 @@ def compare_parts(search: Search) -> list[PageSection]:
     return [
         PageSection("Arms", arms_grid(search, list(best_first)), tuple(charts)),
         *([differences_part(search, comparisons)] if comparisons else []),
+        *([tasks_part(search, list(best_first), tasks)] if (tasks := task_metrics_of(search)) else []),
         *([PageSection("Learning", charts=curves)] if (curves := learning_charts(search)) else []),
     ]
 
@@ -107,6 +110,24 @@ def differences_part(search: Search, comparisons: tuple[PairedDifference, ...]) 
     return PageSection(f"Differences to {baseline}", Grid(columns, tuple(rows), (note,)), tuple(charts))
 
 
+def tasks_part(search: Search, best_first: list[str], tasks: Mapping[str, str]) -> PageSection:
+    """Return what was measured of the answers to each kind of task, by arm, best first.
+
+    Args:
+        search: a comparison.
+        best_first: the arms that have completed trials.
+        tasks: for each kind of task the name of its metric.
+    """
+    by_task = {metric: values_of_arms(search, metric) for metric in tasks.values()}
+    rows = [
+        (arm, *(written_summary(metric, summary_of(list(values[arm].values()))) for metric, values in by_task.items()))
+        for arm in best_first
+    ]
+    columns = (Column("arm"), *(Column(task, True) for task in tasks))
+    note = f"{label_of(next(iter(tasks.values())).partition('.')[0])}, mean ± standard deviation over completed seeds."
+    return PageSection("Answers by kind of task", Grid(columns, tuple(rows), (note,)))
+
+
 def learning_charts(search: Search) -> tuple[Chart, ...]:
     """Return mean learning curves by arm, and their differences to the baseline, which those would hide."""
     label, baseline, charts = label_of(search.spec.metric), search.spec.baseline, []
@@ -127,14 +148,14 @@ def written_summary(metric: str, summary: Summary) -> str:
     """Return mean ± standard deviation as it stands in tables."""
     if summary.mean is None or summary.deviation is None:
         return written_metric(metric, summary.mean)
-    if SHOWS.get(metric) == "share":
+    if show_of(metric) == "share":
         return f"{100 * summary.mean:.2f} ± {100 * summary.deviation:.2f} %"
     return f"{written_metric(metric, summary.mean)} ± {written_metric(metric, summary.deviation)}"
 
 
 def written_difference(metric: str, difference: float) -> str:
     """Return a difference with its sign; of shares in percentage points."""
-    return f"{100 * difference:+.2f} points" if SHOWS.get(metric) == "share" else f"{difference:+.4f}"
+    return f"{100 * difference:+.2f} points" if show_of(metric) == "share" else f"{difference:+.4f}"
 
 
 def written_interval(metric: str, interval: tuple[float, float]) -> str:

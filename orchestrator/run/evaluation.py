@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -12,8 +13,9 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
+from actors.config.models import TaskMeasure
 from actors.environment import task_environment
-from actors.evaluation.answers import GeneratedAnswer
+from actors.evaluation.answers import GeneratedAnswer, means_by_task
 from actors.evaluation.class_evaluator import classes_from_scores, evaluate_classifier
 from actors.evaluation.class_metrics import ClassMeasures, ClassView
 from actors.evaluation.evaluator import Evaluation, Metrics, evaluate_from_scores, evaluate_model
@@ -26,7 +28,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.task import ClassificationTask
 from orchestrator.models.classifiers import label_names
 from orchestrator.models.models import Models, config_of
-from orchestrator.run.results_table import MODEL_NAMES, ComparisonTable, TableRow, metric_rows, write_table
+from orchestrator.run.results_table import MODEL_NAMES, ComparisonTable, Show, TableRow, metric_rows, write_table
 from orchestrator.run.run_dir import Facts, RunDir
 from orchestrator.run.scoring import temperature_of
 from orchestrator.run.stages import rows_of
@@ -46,7 +48,8 @@ def evaluate(config: RunConfig, run_dir: RunDir, models: Models, heldout_store: 
     running = {name: begin(name, source) for name, source in missing.items()}
     for name, reference in running.items():
         keep_evaluation(run_dir, name, _evaluated(name, reference))
-    table = comparison_table(*(read_evaluation(folder / f"{name}.json") for name in MODEL_NAMES))
+    measured = [read_evaluation(folder / f"{name}.json") for name in MODEL_NAMES]
+    table = comparison_table(*measured, by_task=config.evaluate.by_task)
     write_table(run_dir.path, table)
     return {"table": [asdict(row) for row in table.rows]}
 
@@ -138,12 +141,15 @@ def read_view(content: Mapping[str, Any]) -> TokenView:
     return TokenView(**fields)
 
 
-def comparison_table(teacher: Evaluation, before: Evaluation, after: Evaluation) -> ComparisonTable:
+def comparison_table(
+    teacher: Evaluation, before: Evaluation, after: Evaluation, *, by_task: TaskMeasure = "exact_match"
+) -> ComparisonTable:
     """Return the table of the three models."""
     evaluations = (teacher, before, after)
     metrics = [asdict(evaluation.metrics) for evaluation in evaluations]
-    by_task = exact_match_by_task([evaluation.answers for evaluation in evaluations])
-    return ComparisonTable(metric_rows(metrics), by_task, groups=accuracy_by_group(evaluations))
+    tasks = answers_by_task([evaluation.answers for evaluation in evaluations], by_task)
+    exact, rouge = ((), tasks) if by_task == "rouge_l" else (tasks, ())
+    return ComparisonTable(metric_rows(metrics), exact, groups=accuracy_by_group(evaluations), tasks_by_rouge_l=rouge)
 
 
 def accuracy_by_group(evaluations: Sequence[Evaluation]) -> tuple[TableRow, ...]:
@@ -155,15 +161,17 @@ def accuracy_by_group(evaluations: Sequence[Evaluation]) -> tuple[TableRow, ...]
     )
 
 
-def exact_match_by_task(answers: Sequence[Sequence[GeneratedAnswer]]) -> tuple[TableRow, ...]:
-    """Return the share of right answers of each model, by kind of task, in the order of their names.
+def answers_by_task(answers: Sequence[Sequence[GeneratedAnswer]], measure: TaskMeasure) -> tuple[TableRow, ...]:
+    """Return exact match or mean Rouge-L of each model's answers, by kind of task, in the order of their names.
 
     The number of answers stands in the label. Answers of no named task are left out.
     """
-    tasks = sorted({answer.task for of_model in answers for answer in of_model if answer.task is not None})
-    rows = []
-    for task in tasks:
-        right = [[answer.correct for answer in of_model if answer.task == task] for of_model in answers]
-        shares = tuple(sum(of_model) / len(of_model) if of_model else None for of_model in right)
-        rows.append(TableRow(task, f"{task} ({max(len(of_model) for of_model in right)})", "share", shares))
-    return tuple(rows)
+    means = [means_by_task(of_model, measure) for of_model in answers]
+    counts = [Counter(answer.task for answer in of_model) for of_model in answers]
+    show: Show = "share" if measure == "exact_match" else "score"
+    return tuple(
+        TableRow(
+            task, f"{task} ({max(of_model[task] for of_model in counts)})", show, tuple(of_model.get(task) for of_model in means)
+        )
+        for task in sorted({task for of_model in means for task in of_model})
+    )

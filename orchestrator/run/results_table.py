@@ -78,7 +78,7 @@ class ComparisonTable:
     """One a metric."""
 
     tasks: tuple[TableRow, ...]
-    """Exact match by kind of task; empty where the data names none or nothing was generated."""
+    """Exact match by kind of task; empty where the data names none, nothing was generated or Rouge-L is asked for."""
 
     judge: tuple[TableRow, ...] = ()
     """What a judge says of the answers; empty where none was asked."""
@@ -88,6 +88,9 @@ class ComparisonTable:
 
     benchmarks: tuple[TableRow, ...] = ()
     """Figures of benchmarks; empty where none were measured."""
+
+    tasks_by_rouge_l: tuple[TableRow, ...] = ()
+    """Rouge-L by kind of task; empty unless it is asked for instead of exact match."""
 
 
 def written(value: float | None, show: Show) -> str:
@@ -116,7 +119,7 @@ def write_table(folder: Path, table: ComparisonTable) -> None:
 def read_table(folder: Path) -> ComparisonTable:
     """Return the table that ``write_table`` left in a folder."""
     content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-    parts = (_rows(content.get(name, ())) for name in ("rows", "tasks", "judge", "groups", "benchmarks"))
+    parts = (_rows(content.get(name, ())) for name in ("rows", "tasks", "judge", "groups", "benchmarks", "tasks_by_rouge_l"))
     return ComparisonTable(*parts)
 
 
@@ -141,8 +144,8 @@ def print_table(table: ComparisonTable, console: Console | None = None) -> None:
 
 def _parts(table: ComparisonTable) -> list[tuple[str, tuple[TableRow, ...]]]:
     further = [
-        ("exact match by task", table.tasks), ("accuracy by group", table.groups), ("judge", table.judge),
-        ("benchmark", table.benchmarks),
+        ("exact match by task", table.tasks), ("Rouge-L by task", table.tasks_by_rouge_l),
+        ("accuracy by group", table.groups), ("judge", table.judge), ("benchmark", table.benchmarks),
     ]  # fmt: skip
     return [("", table.rows), *((heading, rows) for heading, rows in further if rows)]
 

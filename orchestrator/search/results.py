@@ -17,6 +17,7 @@ from rich.text import Text
 from actors.files import write_atomically
 from orchestrator.config.load import dump_config
 from orchestrator.config.run import RunConfig
+from orchestrator.config.tune import OF_ANSWERS
 from orchestrator.run.results_table import CLASS_METRICS, METRICS, Show, written
 from orchestrator.search.bound_space import BoundSpace
 from orchestrator.search.ledger import Search, Status, Trial
@@ -64,7 +65,23 @@ def axes_of(search: Search) -> list[str]:
 
 
 def metrics_of(search: Search) -> list[str]:
-    """Return the names of what was measured, the metric of the search first."""
+    """Return the names of what was measured, the metric of the search first; those of single kinds of tasks are left out."""
+    return [name for name in _measured(search) if task_measure_of(name) is None]
+
+
+def task_metrics_of(search: Search) -> dict[str, str]:
+    """Return, by kind of task, the name of what was measured of the answers to it; empty where nothing was."""
+    found = {name: task_measure_of(name) for name in _measured(search)}
+    return {both[1]: name for name, both in found.items() if both is not None}
+
+
+def task_measure_of(metric: str) -> tuple[str, str] | None:
+    """Return measure and task of a metric such as ``rouge_l.dolly``; None of one that is of all answers."""
+    measure, dot, task = metric.partition(".")
+    return (measure, task) if dot and measure in OF_ANSWERS else None
+
+
+def _measured(search: Search) -> list[str]:
     return list(dict.fromkeys([search.spec.metric, *(name for trial in search.trials for name in trial.metrics)]))
 
 
@@ -76,12 +93,19 @@ def sizes_of(search: Search) -> dict[int, int]:
 
 def label_of(metric: str) -> str:
     """Return what a metric is called, with its unit where it is known."""
+    if (both := task_measure_of(metric)) is not None:
+        return f"{LABELS[both[0]]} to {both[1]}"
     return LABELS.get(metric, metric)
+
+
+def show_of(metric: str) -> Show:
+    """Return how a metric's values are written; in nats where nothing else is known."""
+    return SHOWS.get(metric.partition(".")[0], "nats")
 
 
 def written_metric(metric: str, value: float | None) -> str:
     """Return a metric's value as it stands in tables."""
-    return written(value, SHOWS.get(metric, "nats"))
+    return written(value, show_of(metric))
 
 
 def written_setting(value: Any) -> str:
@@ -108,7 +132,7 @@ def trial_table(search: Search) -> pa.Table:
         "status": pa.array([search.status(trial) for trial in trials], pa.string()),
         "step": pa.array([trial.step for trial in trials], pa.int64()),
     }
-    for metric in metrics_of(search):
+    for metric in (*metrics_of(search), *task_metrics_of(search).values()):
         columns[metric] = pa.array([trial.metrics.get(metric) for trial in trials], pa.float64())
     for path in axes_of(search):
         columns[f"point.{path}" if path in columns else path] = _column([trial.begun.point.get(path) for trial in trials])

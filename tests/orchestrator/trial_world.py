@@ -82,7 +82,7 @@ def unscored_run(folder: Path, **sections: Any) -> RunConfig:
         (run_dir.path / "data").mkdir()
         write_examples(run_dir.path / "data" / "train.arrow", random_examples(TRAIN_ROWS, seed=3))
         write_examples(run_dir.path / "data" / "heldout.arrow", random_examples(HELDOUT_ROWS, seed=4))
-        (run_dir.path / "data" / "heldout_texts.jsonl").write_text(heldout_texts(["w1 w2"] * HELDOUT_ROWS))
+        (run_dir.path / "data" / "heldout_texts.jsonl").write_text(heldout_texts(["w1 w2"] * HELDOUT_ROWS, ("first", "second")))
         models = Models(config, run_dir.path)
         teacher = models.begun("teacher")  # the student may be one that is not there
         load_tokenizer(teacher.name, None, teacher.trust_remote_code).save_pretrained(models.tokenizer_folder)

@@ -15,6 +15,7 @@ import torch.multiprocessing
 from transformers import AutoModelForCausalLM
 
 from actors.config.models import EvaluateConfig, LoraAdapter, OptimizerConfig, TrainConfig
+from actors.evaluation.answers import means_by_task
 from actors.evaluation.evaluator import evaluate_model, predict_rows
 from actors.evaluation.metrics import HeldoutMetrics, HeldoutRows
 from actors.examples import ExampleFile
@@ -34,7 +35,8 @@ TRAIN = TrainConfig(
 STEPS = (2, 5, 6)  # of six
 ADAPTERS = LoraAdapter(rank=2, dropout=0.3)
 CUTS: tuple[Any, ...] = ("replicate", "fsdp")
-ANSWERED = EvaluateConfig(batch_rows=2, generate_rows=5, max_new_tokens=4)  # an odd number: two ranks have unequal shares
+TASKS = ("long", None, "short", "long")
+ANSWERED = EvaluateConfig(batch_rows=2, generate_rows=5, max_new_tokens=4, by_task="rouge_l")  # odd: ranks have unequal shares
 
 
 def exams_of(world: Path, controller: Any) -> ValidationSchedule:
@@ -95,7 +97,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scored_world(folder, rows=24)
     scored_world(folder / "heldout", rows=7, seed=9)
     word_list = " ".join(f"w{word}" for word in range(VOCAB))  # Rouge-L is then above 0, whatever the answer
-    (folder / "texts.jsonl").write_text(heldout_texts([word_list] * 7))
+    (folder / "texts.jsonl").write_text(heldout_texts([word_list] * 7, TASKS))
     config = tiny_llama(folder / "model", seed=1) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.3}))
     return folder
@@ -139,8 +141,8 @@ def test_its_answers_are_measured_at_the_end_as_the_evaluator_measures_them(
     assert any(first), "it answers something"
     references = [first[0], f"{first[1]} w5", "w1", "w1 w2", first[4], "w1", "w1"]  # right, half right and wrong ones
     texts = tmp_path / "texts.jsonl"
-    texts.write_text(heldout_texts(references))
-    expected = evaluated(texts).metrics
+    texts.write_text(heldout_texts(references, TASKS))
+    answers, expected = evaluated(texts).answers, evaluated(texts).metrics
     assert 0 < expected.exact_match < 1 and 0 < expected.rouge_l < 1
     validation = with_answers(exams_of(world, witness), tmp_path)
     validation = replace(validation, answers=replace(validation.answers, tokenizer=ModelSource(str(world / "model"))))
@@ -148,6 +150,10 @@ def test_its_answers_are_measured_at_the_end_as_the_evaluator_measures_them(
     assert [("exact_match" in measures) for _, _, measures in heard] == [False, False, True]
     assert heard[-1][2]["exact_match"] == expected.exact_match
     assert heard[-1][2]["rouge_l"] == pytest.approx(expected.rouge_l)
+    by_task = means_by_task(answers, "rouge_l")
+    assert len(set(by_task.values())) == 2 and by_task.keys() == {"long", "short"}
+    for task, value in by_task.items():
+        assert heard[-1][2][f"rouge_l.{task}"] == pytest.approx(value)
 
 
 @pytest.mark.ray
@@ -263,7 +269,7 @@ def test_two_ranks_measure_what_one_does_and_stop_together(
         assert measures == pytest.approx(expected, abs=1e-6)
     assert steps_of(world / cut) == steps_of(tmp_path) == [1, 2, 3, 4, 5]
     assert all((world / f"{cut} {rank}").exists() for rank in (0, 1))
-    assert cut == "fsdp" or 0 < mine[-1][2]["rouge_l"] < 1
+    assert cut == "fsdp" or (0 < mine[-1][2]["rouge_l"] < 1 and "rouge_l.short" in mine[-1][2])
     torch.testing.assert_close(weights_of(world / cut), weights_of(tmp_path), atol=1e-5, rtol=0)
 
 

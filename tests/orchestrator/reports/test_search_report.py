@@ -193,6 +193,21 @@ def test_a_comparison_by_a_share_writes_points(tmp_path: Path) -> None:
     assert re.search(words, page.text)
 
 
+def test_answers_are_shown_by_kind_of_task_and_arm(tmp_path: Path) -> None:
+    """In a table of their own: with a column for each task that of all metrics would be too wide."""
+    ledger = begin(tmp_path, kind="compare", space={}, trials=4, baseline="forward_kl")
+    for number, (arm, seed) in enumerate((arm, seed) for seed in (0, 1) for arm in ("forward_kl", "atkd")):
+        ledger.begun(number, {}, seed, arm)
+        answered = {"rouge_l": 0.2, "rouge_l.dolly": 0.1 * (number + 1), "rouge_l.<b>": None}
+        ledger.ended(number, "completed", 500, {**measures(2.0 + number, 500), **answered}, 10.0, 1000)
+    page = Page(content_of(ledger))
+    assert "Rouge-L of answers, mean ± standard deviation over completed seeds." in page.text
+    for cell in ("0.200 ± 0.141", "0.300 ± 0.141"):  # 0.1 and 0.3; 0.2 and 0.4
+        assert cell in page.text
+    assert "b" not in page.elements and page.text.count("dolly") == 1
+    assert "dolly" not in Page(content_of(compared(tmp_path / "without"))).text
+
+
 def test_pages_of_what_has_hardly_begun(tmp_path: Path) -> None:
     assert "No trial has come to a measured end yet." in Page(content_of(begin(tmp_path / "a"))).text
     ledger = begin(tmp_path / "b", kind="compare", baseline="forward_kl")

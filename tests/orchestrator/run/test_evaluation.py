@@ -15,7 +15,7 @@ from actors.score_store.store import ScoreStore
 from orchestrator.config.load import validate
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models
-from orchestrator.run.evaluation import comparison_table, evaluate, exact_match_by_task, read_evaluation, write_evaluation
+from orchestrator.run.evaluation import answers_by_task, comparison_table, evaluate, read_evaluation, write_evaluation
 from orchestrator.run.results_table import ComparisonTable, markdown, print_table, read_table, write_table, written
 from orchestrator.run.run_dir import RunDir
 from tests.evaluation_world import World, load, make_world
@@ -27,8 +27,8 @@ def metrics(loss: float, exact_match: float | None = 0.5) -> Metrics:
     return Metrics(loss, 0.25, 0.75, 0.0123, exact_match, None, 1_234_567, 42, 1.5, 300.0)
 
 
-def answer(row: int, task: str | None, correct: bool) -> GeneratedAnswer:
-    return GeneratedAnswer(row, task, "p", "r", "<g>", correct, None)
+def answer(row: int, task: str | None, correct: bool, rouge_l: float | None = None) -> GeneratedAnswer:
+    return GeneratedAnswer(row, task, "p", "r", "<g>", correct, rouge_l)
 
 
 def three() -> tuple[Evaluation, Evaluation, Evaluation]:
@@ -53,8 +53,19 @@ def test_the_table_has_a_row_a_metric_and_a_column_a_model() -> None:
 def test_exact_match_is_broken_down_by_task() -> None:
     table = comparison_table(*three())
     assert [(row.label, row.values) for row in table.tasks] == [("add (1)", (1.0, 0.0, 1.0)), ("sort (2)", (1.0, 0.0, 0.5))]
-    assert exact_match_by_task([(answer(1, None, True),)] * 3) == ()
-    assert exact_match_by_task([(answer(1, "add", True),), ()])[0].values == (1.0, None)
+    assert answers_by_task([(answer(1, None, True),)] * 3, "exact_match") == ()
+    assert answers_by_task([(answer(1, "add", True),), ()], "exact_match")[0].values == (1.0, None)
+
+
+def test_rouge_l_is_shown_by_task_where_it_is_asked_for(tmp_path: Path) -> None:
+    """A reference in another script has no Rouge-L and does not count; a task of nothing else has none."""
+    asked = [answer(1, "open", False, 0.25), answer(2, "open", False, 0.5), answer(3, "open", False), answer(4, "kana", True)]
+    evaluations = [Evaluation(metrics(0.5), tuple(asked)) for _ in range(3)]
+    table = comparison_table(*evaluations, by_task="rouge_l")
+    assert [(row.label, row.cells[0]) for row in table.tasks_by_rouge_l] == [("kana (1)", "–"), ("open (3)", "0.375")]
+    assert table.tasks == () and "| Rouge-L by task |" in markdown(table)
+    write_table(tmp_path, table)
+    assert read_table(tmp_path) == table
 
 
 def test_the_table_is_kept_as_json_and_markdown(tmp_path: Path) -> None:
@@ -68,7 +79,7 @@ def test_the_table_is_kept_as_json_and_markdown(tmp_path: Path) -> None:
 
 
 def test_a_task_name_cannot_break_the_markdown() -> None:
-    rows = exact_match_by_task([(answer(1, "a|b\nc", True),)] * 3)
+    rows = answers_by_task([(answer(1, "a|b\nc", True),)] * 3, "exact_match")
     assert markdown(ComparisonTable((), rows)).splitlines()[-1] == "| a\\|b c (1) | 100.0 % | 100.0 % | 100.0 % |"
 
 

@@ -51,7 +51,9 @@ def test_a_comparison_from_its_learning_rates_to_more_seeds(local_ray: None, tmp
     assert {path.name for path in folder.iterdir()} >= {"trials.csv", "cost.json", "best.yaml"}
     measured = [["rouge_l" in rung.metrics for rung in trial.rungs] for trial in search.trials]
     assert measured == [[False, True]] * 2 and all("rouge_l" not in trial.metrics for trial in rates.trials)
-    assert "exact match of answers" in write_search_report(folder).read_text()
+    page = write_search_report(folder).read_text()
+    assert "exact match of answers" in page and "Answers by kind of task" in page
+    assert "exact_match.first,exact_match.second" in (folder / "trials.csv").read_text().replace('"', "")
     assert load_config(str(folder / "best.yaml")).loss.kind in ("coupled", "atkd")
 
     compare(comparing(config, seeds=2, answers=True))

@@ -11,7 +11,16 @@ from rich.console import Console
 from orchestrator.config.load import load_config, validate
 from orchestrator.config.run import RunConfig
 from orchestrator.search.ledger import read_ledger
-from orchestrator.search.results import best_trial, print_trial_table, ranked, trial_table, write_best, write_trial_tables
+from orchestrator.search.results import (
+    best_trial,
+    label_of,
+    print_trial_table,
+    ranked,
+    trial_table,
+    write_best,
+    write_trial_tables,
+    written_metric,
+)
 from tests.orchestrator.searches import EVIL, begin, compared, fail_trial, run_trial
 
 
@@ -78,6 +87,15 @@ def test_both_files_hold_every_trial(tmp_path: Path) -> None:
     from_csv = pyarrow.csv.read_csv(tmp_path / "trials.csv")
     assert from_csv.column_names == table.column_names
     assert from_csv["heldout_loss"].to_pylist() == columns["heldout_loss"]
+
+
+def test_what_is_measured_by_kind_of_task_stands_in_the_files_and_not_on_the_terminal(tmp_path: Path) -> None:
+    ledger = begin(tmp_path)
+    ledger.begun(0, {"loss.easy_ratio": 0.3}, 0, None)
+    ledger.ended(0, "completed", 500, {"heldout_loss": 2.0, "exact_match": 0.5, "exact_match.a.b": 0.25}, 10.0, 1000)
+    assert trial_table(read_ledger(ledger.path))["exact_match.a.b"].to_pylist() == [0.25]
+    assert "50.0 %" in printed(ledger.path) and "a.b" not in printed(ledger.path)
+    assert label_of("exact_match.a.b") == "exact match of answers to a.b" and written_metric("exact_match.a.b", 0.25) == "25.0 %"
 
 
 def of_several_sizes(folder: Path, *sizes: int | None) -> Path:
