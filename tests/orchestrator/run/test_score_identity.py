@@ -1,4 +1,4 @@
-"""The scoring stage: what names scores, which store serves, what a run finds and leaves."""
+"""What names scores, and which store serves them."""
 
 import json
 import shutil
@@ -6,7 +6,6 @@ from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,60 +15,12 @@ from actors.examples import ExampleFile, write_examples
 from actors.model_source import ModelSource
 from actors.records import Example
 from actors.score_store.identity import StoreMismatch, identity_difference, identity_hash
-from actors.score_store.store import FORMAT, ScoreStore, ScoringFailed
-from actors.teacher.pool import TeacherPool
-from actors.teacher.replica_set import TeacherFailed
+from actors.score_store.store import FORMAT, ScoreStore
 from orchestrator.config.run import RunConfig
-from orchestrator.run.score_identity import ScoringProgress, nearest_store, open_store, pin_revision, score_split, store_identity
-from tests.fakes import FAKE_VOCAB, FakeTeacher, expected_scores, fake_examples, fake_spec
+from orchestrator.run.score_identity import nearest_store, open_store, pin_revision, store_identity
+from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples
 from tests.orchestrator.config.test_classes import TEXTS, changed
-
-ROWS, TOP_K = 10, 5
-
-
-def run_config(tmp_path: Path, engine: dict[str, Any] | None = None, **scores: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "name": "test",
-            "output": str(tmp_path / "runs"),
-            "teacher": {"model": {"kind": "pretrained", "name": "teacher"}, "engine": {"kind": "transformers", **(engine or {})}},
-            "student": {"model": {"kind": "pretrained", "name": "student"}},
-            "scores": {"top_k": TOP_K, "rows_per_shard": 4, **scores},
-        }
-    )
-
-
-@pytest.fixture
-def teacher(tmp_path: Path) -> ModelSource:
-    folder = tmp_path / "teacher"
-    folder.mkdir()
-    save_file({"weight": np.arange(6, dtype=np.float32)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"vocab_size": FAKE_VOCAB, "transformers_version": "5.0"}))
-    return ModelSource(str(folder))
-
-
-@pytest.fixture
-def examples() -> list[Example]:
-    return fake_examples(ROWS)
-
-
-@pytest.fixture
-def examples_path(tmp_path: Path, examples: list[Example]) -> Path:
-    write_examples(tmp_path / "train.arrow", examples)
-    return tmp_path / "train.arrow"
-
-
-def identity_of(config: RunConfig, teacher: ModelSource, examples_path: Path) -> dict[str, Any]:
-    return store_identity(config, teacher, "tokens", ExampleFile(examples_path), FAKE_VOCAB, FAKE_VOCAB)
-
-
-def fill(store: ScoreStore, examples: list[Example]) -> None:
-    for shard in store.missing_shards():
-        rows = [examples[position] for position in store.positions(shard)]
-        store.write_shard(shard, rows, [expected_scores(row, store.top_k) for row in rows])
-
-
-# ---- identity
+from tests.orchestrator.scoring_world import ROWS, TOP_K, fill, identity_of, run_config
 
 
 def test_a_local_teacher_is_named_by_content_and_not_by_path(tmp_path: Path, teacher: ModelSource, examples_path: Path) -> None:
@@ -220,6 +171,14 @@ def test_a_k_beyond_the_vocabulary_is_refused_before_anything_starts(
         identity_of(run_config(tmp_path, top_k=64), teacher, examples_path)
 
 
+def test_an_engine_that_is_not_installed_is_named(
+    tmp_path: Path, teacher: ModelSource, examples_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.run.score_identity.ENGINE_DISTRIBUTIONS", {"transformers": ("no-such-distribution",)})
+    with pytest.raises(ValueError, match="teacher.engine.kind is transformers, but transformers is not installed"):
+        identity_of(run_config(tmp_path), teacher, examples_path)
+
+
 # ---- where stores stand
 
 
@@ -259,80 +218,3 @@ def test_a_named_store_is_read_if_it_is_the_right_one_and_complete(
         open_store(config, {**identity, "tokenizer": "x"})
     heldout = {**identity, "examples": {"hash": "other", "rows": 2}}
     assert Path(open_store(config, heldout, "heldout").place).parent == tmp_path / "runs" / "scores"
-
-
-# ---- the stage
-
-
-@pytest.fixture
-def store(tmp_path: Path, teacher: ModelSource, examples_path: Path) -> ScoreStore:
-    config = run_config(tmp_path)
-    return open_store(config, identity_of(config, teacher, examples_path))
-
-
-@pytest.mark.ray
-def test_the_stage_scores_what_is_missing_and_sums_up(
-    local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example]
-) -> None:
-    progress: list[ScoringProgress] = []
-    rows = examples[:4]
-    store.write_shard(0, rows, [expected_scores(row, TOP_K) for row in rows])
-    store.declare_failed("of an earlier run")
-    with TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher()) as pool:
-        summary = score_split(pool, examples_path, store, progress.append)
-        again = score_split(pool, examples_path, store, progress.append)
-    assert store.complete and not (Path(store.place) / "failed.txt").exists()
-    assert [(step.shards_done, step.shards_total) for step in progress] == [(2, 3), (3, 3)]
-    assert progress[-1].seconds_left == 0 and progress[-1].tokens == summary.tokens
-    assert (summary.shards_scored, summary.shards_found) == (2, 1)
-    assert summary.tokens == sum(len(example.token_ids) for example in examples[4:])
-    assert summary.tokens_per_second == pytest.approx(summary.tokens / summary.seconds)
-    assert summary.targets == sum(len(example.targets) for example in examples)
-    size = sum(path.stat().st_size for path in Path(store.place).glob("shard-*.[ar]*"))
-    assert summary.bytes_per_target == pytest.approx(size / summary.targets)
-    tails = np.concatenate([np.exp(expected_scores(example, TOP_K).tail_logmass) for example in examples])
-    assert summary.mean_tail_mass == pytest.approx(tails.mean(), abs=1e-6)
-    assert (again.tokens, again.shards_scored, again.shards_found, again.tokens_per_second) == (0, 0, 3, 0.0)
-    assert again.targets == summary.targets
-
-
-@pytest.mark.ray
-def test_followers_of_a_store_hear_the_teachers_own_error_and_a_later_run_completes(
-    local_ray: None, examples_path: Path, store: ScoreStore, examples: list[Example]
-) -> None:
-    with (
-        pytest.raises(TeacherFailed, match="failed on shard 1 .*the fake teacher fails on this row"),
-        TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher(fails_on_key=examples[5].key)) as pool,
-    ):
-        score_split(pool, examples_path, store, lambda progress: None)
-    with pytest.raises(ScoringFailed, match="failed on shard 1 .*the fake teacher fails on this row"):
-        ScoreStore(store.place).wait_for(1, timeout_seconds=30)
-    with TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher()) as pool:
-        summary = score_split(pool, examples_path, store, lambda progress: None)
-    assert summary.shards_found + summary.shards_scored == store.shard_count
-    for position, example in enumerate(examples):
-        assert store.scores_at(position).key == example.key
-
-
-def test_a_damaged_shard_is_named_and_nothing_is_scored_or_repaired(
-    tmp_path: Path, examples_path: Path, store: ScoreStore, examples: list[Example]
-) -> None:
-    fill(store, examples)
-    path = Path(store.place) / "shard-00001.rows"
-    content = bytearray(path.read_bytes())
-    content[100] ^= 4
-    path.write_bytes(content)
-    pool = TeacherPool(fake_spec(TOP_K), engine_factory=FakeTeacher())  # never entered: no replica is needed to find it
-    with pytest.raises(ValueError, match="shard-00001.rows is damaged: .*delete shard-00001.json there and run again"):
-        score_split(pool, examples_path, store, lambda progress: None)
-    assert path.read_bytes() == bytes(content)
-    assert "shard-00001.rows is damaged" in (Path(store.place) / "failed.txt").read_text()
-    assert store.complete
-
-
-def test_an_engine_that_is_not_installed_is_named(
-    tmp_path: Path, teacher: ModelSource, examples_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("orchestrator.run.score_identity.ENGINE_DISTRIBUTIONS", {"transformers": ("no-such-distribution",)})
-    with pytest.raises(ValueError, match="teacher.engine.kind is transformers, but transformers is not installed"):
-        identity_of(run_config(tmp_path), teacher, examples_path)
