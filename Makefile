@@ -95,7 +95,7 @@ lock:  ## Make requirements/cpu.lock anew, and gpu.lock after it
 	$(call install_torch,$(LOCK_ENV)/bin)
 	$(LOCK_ENV)/bin/python -m pip install --quiet uv
 	$(LOCK_ENV)/bin/uv pip install --quiet --python $(LOCK_ENV)/bin/python --override requirements/absent.txt \
-		-r pyproject.toml --extra cpu --extra benchmarks --extra onnx --extra dev
+		-r pyproject.toml --extra cpu --extra benchmarks --extra azure --extra onnx --extra dev
 	{ grep '^#' $(LOCK); $(LOCK_ENV)/bin/uv pip freeze --quiet --python $(LOCK_ENV)/bin/python | grep -v -E '^(torch|uv|pip)=='; } \
 		> build/cpu.lock
 	mv build/cpu.lock $(LOCK)

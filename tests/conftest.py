@@ -59,6 +59,35 @@ def faults(endpoint: str, tmp_path: Path) -> "Iterator[Faults]":
         yield faults
 
 
+@pytest.fixture(scope="session")
+def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A server that speaks as Google's storage does, and what has a process use it."""
+    from tests.cloud_world import google_server
+
+    with google_server(tmp_path_factory.mktemp("google")) as settings:
+        yield settings
+
+
+@pytest.fixture(scope="session")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The same of Azure's; where its emulator is not installed, tests are left out."""
+    from tests.cloud_world import AZURITE, azure_server
+
+    if AZURITE is None:
+        pytest.skip("Azure's emulator is not installed; npm install -g azurite does it")
+    with azure_server(tmp_path_factory.mktemp("azure")) as settings:
+        yield settings
+
+
+@pytest.fixture(params=["s3", "gs", "abfs"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of a folder that only this test has, in each kind of object storage."""
+    from tests.cloud_world import storage_of
+
+    with storage_of(request.param, request, tmp_path) as place:
+        yield place
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--drills``, which ``make drills`` gives."""
     parser.addoption("--drills", action="store_true", help="run the long drills as well")

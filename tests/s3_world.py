@@ -36,7 +36,7 @@ def s3_server(folder: Path, *, knows_users: bool = False) -> Iterator[str]:
     settings = {**os.environ, **({"INITIAL_NO_AUTH_ACTION_COUNT": "2"} if knows_users else {})}
     with open(folder / "s3.log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log, env=settings) as process:
         try:
-            _wait_for(port, process)
+            wait_for(port, process)
             endpoint = f"http://127.0.0.1:{port}"
             with environment({**KEYS, "AWS_ENDPOINT_URL": endpoint}):
                 filesystem, _ = pyarrow.fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true")
@@ -61,7 +61,8 @@ def environment(settings: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _wait_for(port: int, process: "subprocess.Popen[bytes]", seconds: float = 60.0) -> None:
+def wait_for(port: int, process: "subprocess.Popen[bytes]", seconds: float = 60.0) -> None:
+    """Wait until something listens at a port."""
     deadline = time.monotonic() + seconds
     while True:
         assert process.poll() is None, "the server ended"

@@ -28,8 +28,9 @@ DIFFERS = {
 OF_EXTRAS = {
     "colorama", "evaluate", "lm-eval", "lxml", "more-itertools", "portalocker", "sacrebleu", "sqlitedict", "word2number",
     "flatbuffers", "onnx", "onnxruntime",
+    "azure-core", "azure-identity", "azure-storage-blob", "isodate", "msal", "msal-extensions",
 }  # fmt: skip
-"""Packages of the extras benchmarks and onnx: on GPUs they are for those who ask for them, with pip."""
+"""Packages of the extras benchmarks, onnx and azure: on GPUs they are for those who ask for them, with pip."""
 
 
 def versions(lines: list[str]) -> dict[str, str]:

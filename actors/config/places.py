@@ -6,6 +6,9 @@ from urllib.parse import urlsplit, urlunsplit
 SCHEMES = {"s3": "Amazon S3 and what speaks like it", "gs": "Google Cloud Storage", "abfs": "Azure", "abfss": "Azure, by TLS"}
 """Schemes of object storage that pyarrow's filesystems speak."""
 
+ANONYMOUS: dict[str, tuple[str, ...]] = {"s3": (), "gs": ("anonymous",)}
+"""Users that need no key: ``gs://anonymous@bucket/rows.jsonl`` is read without one."""
+
 
 def in_object_storage(place: str | Path) -> bool:
     """Whether a place is named by an address, as ``s3://bucket/folder``, and not by a path."""
@@ -25,7 +28,7 @@ def resolved(place: str) -> str:
         raise ValueError(f"{place} begins with {parts.scheme}://; a path, or an address of {', '.join(SCHEMES)} would do")
     if not parts.netloc:
         raise ValueError(f"{place} names no bucket; {parts.scheme}://bucket/folder would do")
-    if ":" in parts.netloc or ("@" in parts.netloc and parts.scheme in ("s3", "gs")):
+    if ":" in parts.netloc or (parts.scheme in ("s3", "gs") and parts.username not in (None, *ANONYMOUS[parts.scheme])):
         raise ValueError(
             f"an address of {parts.scheme}:// holds a key, which would be written into files that others read; the environment's "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what the cloud gives its machines) would do"

@@ -10,20 +10,19 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 from actors.config.places import within
+from actors.storage.clouds import FileSystem, open_storage
 from actors.storage.local_copies import FOLDER, LIMIT, LocalCopies, cache_folder
 
 logger = logging.getLogger("atkd")
 
 Result = TypeVar("Result")
-FileSystem: TypeAlias = fs.FileSystem
-
 PATIENCE_SECONDS = 90.0
 """For how long a request is tried again, beside the few tries of the library itself."""
 FIRST_PAUSE_SECONDS = 0.5
@@ -31,12 +30,20 @@ LONGEST_PAUSE_SECONDS = 10.0
 FETCHED_AT_ONCE = 16
 READ_BYTES = 8 << 20
 
+EXAMPLES = {
+    "s3": "s3://bucket/folder", "gs": "gs://bucket/folder", "abfs": "abfs://container@account.dfs.core.windows.net/folder",
+    "abfss": "abfss://container@account.dfs.core.windows.net/folder",
+}  # fmt: skip
 REFUSALS = (
     (r"NO_SUCH_BUCKET|bucket does not exist|Bucket '.*' not found|[Cc]ontainer .*not exist|ContainerNotFound",
      "there is no such bucket; make it, or name another"),
-    (r"INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|InvalidAccessKeyId|ExpiredToken|EXPIRED_TOKEN|UNAUTHENTICATED|AuthenticationFailed",
+    (r"Could not create a OAuth2 access token|AuthenticationException",
+     "no keys are found, or nobody is there to change them for a token; GOOGLE_APPLICATION_CREDENTIALS, "
+     "AZURE_STORAGE_CONNECTION_STRING or their like in this node's environment would do, or the role of the machine"),
+    (r"INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|InvalidAccessKeyId|ExpiredToken|EXPIRED_TOKEN|UNAUTHENTICATED|AuthenticationFailed"
+     r"|[Ff]ailed to authenticate",
      "the keys are not valid there; other ones in this node's environment would do (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-     "GOOGLE_APPLICATION_CREDENTIALS, or the role of the machine)"),
+     "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_CONNECTION_STRING, or the role of the machine)"),
     (r"ACCESS_DENIED|PERMISSION_DENIED|HTTP status 403|AuthorizationFailure|[Ff]orbidden",
      "access is denied: keys are missing in this node's environment, or their owner may not list, get, put and delete "
      "objects there"),
@@ -66,17 +73,15 @@ class ObjectFolder:
     def __init__(self, place: str) -> None:
         self.place = place
         self._copies = LocalCopies(place)
-        address = place
-        if urlsplit(place).scheme == "s3":  # a small file by one request, and so for an error at once
-            address += ("&" if urlsplit(place).query else "?") + "allow_delayed_open=true"
         try:
-            self._storage, self._path = self._patiently("open", lambda: fs.FileSystem.from_uri(address))
+            self._storage, self._path = self._patiently("open", lambda: open_storage(place))
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{place} is not accepted: {error}; s3://bucket/folder would do") from error
+            raise ValueError(f"{place} is not accepted: {error}; {EXAMPLES[urlsplit(place).scheme]} would do") from error
+        self._files = self._storage.filesystem
 
     def opened(self) -> tuple[str, FileSystem]:
         """Return the folder's path and the filesystem in which it is one, for libraries that speak to pyarrow's."""
-        return self._path, self._storage
+        return self._path, self._files
 
     def place_of(self, name: str) -> str:
         """Return the address of a file."""
@@ -110,8 +115,7 @@ class ObjectFolder:
     def files(self) -> dict[str, tuple[int, int]]:
         """Return, for each file in the folder and below it, its bytes, and when it was written by the storage's own clock, in
         nanoseconds."""
-        selector = fs.FileSelector(self._path, allow_not_found=True, recursive=True)
-        found = self._patiently("list files", lambda: self._storage.get_file_info(selector))
+        found = self._patiently("list files", lambda: self._storage.list(self._path, recursive=True))
         files = (info for info in found if info.type == fs.FileType.File)
         return {info.path.removeprefix(f"{self._path}/"): (info.size, info.mtime_ns) for info in files}
 
@@ -170,7 +174,7 @@ class ObjectFolder:
 
     def write(self, name: str, content: bytes | pa.Buffer) -> None:
         """Put a file; it is whole or it is not there."""
-        self._patiently(f"write {name}", lambda: self._write(name, content))
+        self._patiently(f"write {name}", lambda: self._storage.write(self._key(name), content))
 
     def upload(self, path: Path, name: str | None = None) -> None:
         """Put a file of the disk, of any size, under its own name or another; what was there before stays until all has arrived.
@@ -191,11 +195,11 @@ class ObjectFolder:
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         self._copies.drop(name)
-        self._patiently(f"remove {name}", lambda: self._remove(name))
+        self._patiently(f"remove {name}", lambda: self._storage.remove(self._key(name)))
 
     def remove_folder(self, name: str) -> None:
         """Remove all that stands below a name, as far as it is there."""
-        self._patiently(f"remove {name}", lambda: self._remove_folder(name))
+        self._patiently(f"remove {name}", lambda: self._storage.remove_folder(self._key(name)))
 
     def remove_leftovers(self, idle_seconds: float) -> None:
         """Do nothing: an upload that was cut short is not there. Its parts go by the bucket's own rule for such."""
@@ -216,8 +220,8 @@ class ObjectFolder:
 
     def _list(self, inner: str = "") -> list[fs.FileInfo]:
         """List the folder itself, or all that stands below an inner one."""
-        selector = fs.FileSelector(self._key(inner) if inner else self._path, allow_not_found=True, recursive=bool(inner))
-        return self._patiently("list files", lambda: self._storage.get_file_info(selector))
+        path = self._key(inner) if inner else self._path
+        return self._patiently("list files", lambda: self._storage.list(path, recursive=bool(inner)))
 
     def _key(self, name: str) -> str:
         return f"{self._path}/{name}"
@@ -225,41 +229,24 @@ class ObjectFolder:
     def _size(self, name: str) -> int | None:
         """Return a file's bytes by one request, where the library's ``get_file_info`` takes two for one that is not there."""
         try:
-            with self._storage.open_input_file(self._key(name)) as file:
+            with self._files.open_input_file(self._key(name)) as file:
                 return int(file.size())
         except FileNotFoundError:
             return None
 
     def _read(self, name: str) -> bytes:
-        with self._storage.open_input_stream(self._key(name)) as file:
+        with self._files.open_input_stream(self._key(name)) as file:
             content: bytes = file.read()
         return content
 
     def _download(self, name: str, path: Path) -> None:
-        with self._storage.open_input_stream(self._key(name)) as file, open(path, "wb") as copy:
+        with self._files.open_input_stream(self._key(name)) as file, open(path, "wb") as copy:
             shutil.copyfileobj(file, copy, READ_BYTES)
 
     def _read_range(self, name: str, start: int, end: int) -> bytes:
-        with self._storage.open_input_file(self._key(name)) as file:
+        with self._files.open_input_file(self._key(name)) as file:
             content: bytes = file.read_at(min(end, file.size()) - start, start) if start < file.size() else b""
         return content
-
-    def _write(self, name: str, content: bytes | pa.Buffer) -> None:
-        # Not copy_files, which is silent about an upload that breaks in the background; closing a stream is not.
-        with self._storage.open_output_stream(self._key(name)) as file:
-            file.write(content)
-
-    def _remove(self, name: str) -> None:
-        try:
-            self._storage.delete_file(self._key(name))
-        except FileNotFoundError:
-            return
-
-    def _remove_folder(self, name: str) -> None:
-        try:
-            self._storage.delete_dir(self._key(name))
-        except FileNotFoundError:
-            return
 
     def _patiently(self, what: str, request: Callable[[], Result]) -> Result:
         """Make a request until it succeeds, is refused, or has failed for ``PATIENCE_SECONDS``.
@@ -272,9 +259,9 @@ class ObjectFolder:
         while True:
             try:
                 return request()
-            except FileNotFoundError:
+            except (FileNotFoundError, pa.ArrowInvalid):
                 raise
-            except OSError as error:
+            except (OSError, pa.ArrowException) as error:
                 said = " ".join(str(error).split())
                 if (remedy := _remedy(said)) is not None:
                     raise ValueError(f"{self.place}: cannot {what}: {remedy} ({said})") from error

@@ -1,8 +1,7 @@
-"""Leases as claims in object storage, against a real S3 server on the loopback."""
+"""Leases as claims in object storage, against servers on the loopback."""
 
 import logging
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -10,12 +9,11 @@ from actors.score_store.object_leases import ObjectLeases
 from actors.score_store.open_leases import open_leases
 from actors.storage.folder import open_folder
 from actors.storage.object_folder import ObjectFolder
-from tests.s3_world import BUCKET, Faults
 
 
 @pytest.fixture
-def place(faults: Faults, tmp_path: Path) -> str:
-    return f"s3://{BUCKET}/{tmp_path.name}/store"
+def place(anywhere: str) -> str:
+    return f"{anywhere}/store"
 
 
 def leases_of(place: str, seconds: float = 60.0) -> ObjectLeases:

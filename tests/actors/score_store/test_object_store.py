@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actors.config.places import within
 from actors.records import Example
 from actors.score_store.store import ScoreStore, ScoringFailed
 from actors.storage import object_folder
+from actors.storage.clouds import CloudStorage
 from actors.storage.folder import open_folder
-from actors.storage.object_folder import ObjectFolder, StorageError
+from actors.storage.object_folder import StorageError
 from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples
 from tests.s3_world import BUCKET, KEYS, Faults, environment, s3_server
 
@@ -22,6 +24,11 @@ IDENTITY = {"teacher": "t", "top_k": TOP_K, "vocab_size": FAKE_VOCAB}
 @pytest.fixture
 def place(faults: Faults, tmp_path: Path) -> str:
     return f"s3://{BUCKET}/{tmp_path.name}/store"
+
+
+@pytest.fixture
+def any_place(anywhere: str) -> str:
+    return f"{anywhere}/store"
 
 
 @pytest.fixture
@@ -51,26 +58,26 @@ def objects_of(faults: Faults, method: str) -> list[str]:
     return [line.rpartition("/")[2] for line in faults.seen if line.startswith(f"{method} ") and "list-type" not in line]
 
 
-def test_a_store_is_begun_filled_found_again_and_whole(place: str, examples: list[Example]) -> None:
-    store = begin(place)
+def test_a_store_is_begun_filled_found_again_and_whole(any_place: str, examples: list[Example]) -> None:
+    store = begin(any_place)
     assert store.missing_shards() == [0, 1, 2] and store.known_range() is None
     write(store, examples, 0, 2)
-    again = begin(place)
+    again = begin(any_place)
     assert again.missing_shards() == [1] and again.is_there(2) and not again.is_there(1)
     write(again, examples, 1)
-    fresh = ScoreStore(place)
+    fresh = ScoreStore(any_place)
     assert fresh.complete and [info.rows for info in fresh.shard_infos()] == [4, 4, 2]
     fresh.verify()
     assert_read(fresh, examples)
     fresh.discard_shard(1)
-    assert fresh.missing_shards() == [1] and not ScoreStore(place).is_there(1)
+    assert fresh.missing_shards() == [1] and not ScoreStore(any_place).is_there(1)
 
 
-def test_the_folder_of_stores_is_listed(place: str) -> None:
-    begin(place)
-    root = open_folder(place.rpartition("/")[0])
+def test_the_folder_of_stores_is_listed(any_place: str) -> None:
+    begin(any_place)
+    root = open_folder(any_place.rpartition("/")[0])
     assert root.folders() == ["store"] and root.sizes() == {}
-    assert open_folder(f"s3://{BUCKET}/nothing/here").folders() == []
+    assert open_folder(within(any_place, "nothing/here")).folders() == []
 
 
 def test_rows_are_read_from_one_copy_on_the_node(place: str, faults: Faults, examples: list[Example]) -> None:
@@ -92,37 +99,37 @@ def test_without_room_for_copies_each_row_is_read_alone(place: str, faults: Faul
 
 
 def test_a_damaged_copy_is_fetched_anew_and_damage_in_the_storage_told(
-    place: str, tmp_path: Path, examples: list[Example]
+    any_place: str, tmp_path: Path, examples: list[Example]
 ) -> None:
-    store = begin(place)
+    store = begin(any_place)
     write(store, examples, 0, 1, 2)
-    assert_read(ScoreStore(place), examples)
+    assert_read(ScoreStore(any_place), examples)
     for copy in (tmp_path / "cache").rglob("shard-*"):
         copy.write_bytes(b"\0" * copy.stat().st_size)
-    assert_read(ScoreStore(place), examples)
+    assert_read(ScoreStore(any_place), examples)
     store.folder.write("shard-00001.rows", b"\0" * store.shard_info(1).row_bytes)
     for copy in (tmp_path / "cache").rglob("shard-00001.rows"):
         copy.unlink()
-    with pytest.raises(ValueError, match=rf"{place}/shard-00001.rows is damaged: the checksum of its row 0 .*; delete shard"):
-        ScoreStore(place).scores_at(ROWS_PER_SHARD)
+    with pytest.raises(ValueError, match=rf"{any_place}/shard-00001.rows is damaged: the checksum of its row 0 .*; delete shard"):
+        ScoreStore(any_place).scores_at(ROWS_PER_SHARD)
 
 
-def test_a_shard_scored_again_replaces_the_copy_of_the_first_scoring(place: str, examples: list[Example]) -> None:
-    write(begin(place), examples, 0, 1, 2)
-    assert_read(ScoreStore(place), examples)
+def test_a_shard_scored_again_replaces_the_copy_of_the_first_scoring(any_place: str, examples: list[Example]) -> None:
+    write(begin(any_place), examples, 0, 1, 2)
+    assert_read(ScoreStore(any_place), examples)
     other_rows = fake_examples(ROWS + 5)[5:]
-    ScoreStore(place).discard_shard(0)
-    write(ScoreStore(place), other_rows, 0)
-    assert_read(ScoreStore(place), other_rows[:ROWS_PER_SHARD])
+    ScoreStore(any_place).discard_shard(0)
+    write(ScoreStore(any_place), other_rows, 0)
+    assert_read(ScoreStore(any_place), other_rows[:ROWS_PER_SHARD])
 
 
-def test_a_reader_follows_a_store_that_grows(place: str, examples: list[Example]) -> None:
-    store, writer = begin(place), begin(place)
+def test_a_reader_follows_a_store_that_grows(any_place: str, examples: list[Example]) -> None:
+    store, writer = begin(any_place), begin(any_place)
     timer = threading.Timer(0.3, write, (writer, examples, 0))
     timer.start()
     assert 0.2 < store.wait_for(0, timeout_seconds=20, poll_seconds=0.05) < 10
     timer.join()
-    with pytest.raises(TimeoutError, match=rf"shard 1 of {place} did not come within 0 s"):
+    with pytest.raises(TimeoutError, match=rf"shard 1 of {any_place} did not come within 0 s"):
         store.wait_for(1, timeout_seconds=0)
     writer.declare_failed("the teacher's own words")
     with pytest.raises(ScoringFailed, match="the teacher's own words"):
@@ -131,19 +138,19 @@ def test_a_reader_follows_a_store_that_grows(place: str, examples: list[Example]
     writer.clear_failure()
 
 
-def test_lost_files_are_named(place: str, tmp_path: Path, examples: list[Example]) -> None:
-    store = begin(place)
+def test_lost_files_are_named(any_place: str, tmp_path: Path, examples: list[Example]) -> None:
+    store = begin(any_place)
     write(store, examples, 0, 1, 2)
     store.folder.remove("shard-00001.rows")
     store.folder.remove("shard-00002.arrow")
-    fresh = ScoreStore(place)
+    fresh = ScoreStore(any_place)
     for read in (fresh.verify, lambda: fresh.scores_at(ROWS_PER_SHARD)):
-        with pytest.raises(ValueError, match=rf"{place}/shard-00001.rows is missing, though it was written"):
+        with pytest.raises(ValueError, match=rf"{any_place}/shard-00001.rows is missing, though it was written"):
             read()
-    with pytest.raises(ValueError, match=rf"{place}/shard-00002.arrow is missing, though it was written"):
+    with pytest.raises(ValueError, match=rf"{any_place}/shard-00002.arrow is missing, though it was written"):
         fresh.scores_at(2 * ROWS_PER_SHARD)
-    with pytest.raises(ValueError, match=rf"no score store at {place}x: manifest.json is missing"):
-        ScoreStore(f"{place}x")
+    with pytest.raises(ValueError, match=rf"no score store at {any_place}x: manifest.json is missing"):
+        ScoreStore(f"{any_place}x")
 
 
 def test_throttling_and_cut_connections_cost_time_alone(
@@ -165,14 +172,14 @@ def test_what_the_library_gives_up_is_tried_again(
 ) -> None:
     monkeypatch.setattr(object_folder, "FIRST_PAUSE_SECONDS", 0.01)
     folder, troubles = open_folder(place), [OSError("AWS Error NETWORK_CONNECTION"), OSError("AWS Error SLOW_DOWN")]
-    real = ObjectFolder._write
+    real = CloudStorage.write
 
-    def troubled(self: ObjectFolder, name: str, content: bytes) -> None:
+    def troubled(self: CloudStorage, path: str, content: bytes) -> None:
         if troubles:
             raise troubles.pop(0)
-        real(self, name, content)
+        real(self, path, content)
 
-    monkeypatch.setattr(ObjectFolder, "_write", troubled)
+    monkeypatch.setattr(CloudStorage, "write", troubled)
     with caplog.at_level(logging.WARNING, "atkd"):
         folder.write("a", b"content")
     assert folder.read("a") == b"content"

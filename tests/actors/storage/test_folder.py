@@ -1,5 +1,6 @@
 """What the two kinds of folder have in common, where they stand on a disk and in object storage."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,16 @@ from pyarrow import fs
 
 from actors.config.places import within
 from actors.storage.folder import Folder, open_folder
-from tests.s3_world import BUCKET, Faults
+from tests.cloud_world import storage_of
 
 
-@pytest.fixture(params=["disk", "storage"])
-def folder(request: pytest.FixtureRequest, faults: Faults, tmp_path: Path) -> Folder:
-    return open_folder(tmp_path / "here" if request.param == "disk" else f"s3://{BUCKET}/{tmp_path.name}")
+@pytest.fixture(params=["disk", "s3", "gs", "abfs"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Folder]:
+    if request.param == "disk":
+        yield open_folder(tmp_path / "here")
+        return
+    with storage_of(request.param, request, tmp_path) as place:
+        yield open_folder(place)
 
 
 def test_a_folder_that_is_not_there_holds_nothing(folder: Folder) -> None:

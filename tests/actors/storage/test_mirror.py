@@ -16,8 +16,14 @@ from tests.s3_world import BUCKET, Faults
 
 
 @pytest.fixture
-def nodes(faults: Faults, tmp_path: Path) -> tuple[Mirror, Mirror]:
+def nodes(anywhere: str, tmp_path: Path) -> tuple[Mirror, Mirror]:
     """Two nodes' copies of a folder that only this test has."""
+    return Mirror(str(tmp_path / "one"), anywhere), Mirror(str(tmp_path / "other"), anywhere)
+
+
+@pytest.fixture
+def s3_nodes(faults: Faults, tmp_path: Path) -> tuple[Mirror, Mirror]:
+    """The same where things go wrong."""
     address = f"s3://{BUCKET}/runs/{tmp_path.name}"
     return Mirror(str(tmp_path / "one"), address), Mirror(str(tmp_path / "other"), address)
 
@@ -59,8 +65,8 @@ def test_what_is_the_nodes_own_affair_does_not_travel(nodes: tuple[Mirror, Mirro
     assert files(other) == {"run.log": "run.log"}
 
 
-def test_nothing_is_asked_twice_of_the_storage(nodes: tuple[Mirror, Mirror], faults: Faults) -> None:
-    one, other = nodes
+def test_nothing_is_asked_twice_of_the_storage(s3_nodes: tuple[Mirror, Mirror], faults: Faults) -> None:
+    one, other = s3_nodes
     write(one, "data/rows.arrow", "rows")
     for mirror in (one, other, one, other):
         mirror.sync()
@@ -124,9 +130,9 @@ def test_what_was_removed_in_the_storage_goes_everywhere(nodes: tuple[Mirror, Mi
 
 
 def test_a_new_folder_counts_when_all_its_files_are_there(
-    nodes: tuple[Mirror, Mirror], faults: Faults, monkeypatch: pytest.MonkeyPatch
+    s3_nodes: tuple[Mirror, Mirror], faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, other = nodes
+    one, other = s3_nodes
     write(one, "config.yaml", "name: a")
     one.sync()
     for name in ("config.json", "model.safetensors", "vocab.json"):
@@ -165,12 +171,12 @@ def test_two_nodes_that_put_into_one_new_folder_lose_nothing(nodes: tuple[Mirror
         assert files(mirror) == {"trials/0/trial_0.jsonl": "1\n2\n", "trials/1/trial_1.jsonl": "1\n"}
 
 
-def test_a_name_that_leads_out_of_the_folder_is_left_alone(nodes: tuple[Mirror, Mirror], tmp_path: Path) -> None:
+def test_a_name_that_leads_out_of_the_folder_is_left_alone(s3_nodes: tuple[Mirror, Mirror], tmp_path: Path) -> None:
     storage = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
     storage.put_object(Bucket=BUCKET, Key=f"runs/{tmp_path.name}/a/../../outside.txt", Body=b"from outside")
-    assert "a/../../outside.txt" in ObjectFolder(nodes[0].address).files()
-    nodes[0].sync()
-    assert files(nodes[0]) == {} and not list(tmp_path.rglob("outside.txt"))
+    assert "a/../../outside.txt" in ObjectFolder(s3_nodes[0].address).files()
+    s3_nodes[0].sync()
+    assert files(s3_nodes[0]) == {} and not list(tmp_path.rglob("outside.txt"))
 
 
 def cut_after(count: int, upload: object) -> object:
@@ -220,8 +226,8 @@ def test_a_mirror_within_a_mirror_is_left_to_itself(nodes: tuple[Mirror, Mirror]
     assert files(other) == {"config.yaml": "all", "by_teacher/small/config.yaml": "small"}
 
 
-def test_a_copy_whose_record_is_lost_is_not_moved_again(nodes: tuple[Mirror, Mirror], faults: Faults) -> None:
-    one, other = nodes
+def test_a_copy_whose_record_is_lost_is_not_moved_again(s3_nodes: tuple[Mirror, Mirror], faults: Faults) -> None:
+    one, other = s3_nodes
     write(one, "models/a/config.json", "{}")
     one.sync()
     other.sync()
@@ -248,14 +254,14 @@ def test_a_folder_is_kept_alike_while_a_body_runs(nodes: tuple[Mirror, Mirror]) 
         assert threading.active_count() > 0
 
 
-def test_a_storage_that_refuses_says_so(nodes: tuple[Mirror, Mirror], faults: Faults) -> None:
+def test_a_storage_that_refuses_says_so(s3_nodes: tuple[Mirror, Mirror], faults: Faults) -> None:
     faults.refuse = (403, "AccessDenied")
     with pytest.raises(ValueError, match="access is denied: keys are missing"):
-        nodes[0].sync()
+        s3_nodes[0].sync()
 
 
-def test_answers_that_break_off_are_asked_for_again(nodes: tuple[Mirror, Mirror], faults: Faults) -> None:
-    one, other = nodes
+def test_answers_that_break_off_are_asked_for_again(s3_nodes: tuple[Mirror, Mirror], faults: Faults) -> None:
+    one, other = s3_nodes
     write(one, "data/rows.arrow", "rows" * 1000)
     faults.cut_uploads = 1
     one.sync()

@@ -1,0 +1,213 @@
+"""Object storage by pyarrow's filesystems, and where Google's and Azure's do not what S3's does."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
+from urllib.parse import urlsplit, urlunsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+if TYPE_CHECKING:
+    from azure.storage.blob import BlobClient, BlobServiceClient
+
+FileSystem: TypeAlias = fs.FileSystem
+
+GOOGLE_RETRY_SECONDS = 20
+"""For how long Google's library tries a request again by itself; it would take 15 minutes."""
+REMOVALS = 4
+AZURE_SETTINGS = "AZURE_STORAGE_CONNECTION_STRING"
+
+
+class CloudStorage:
+    """Object storage, as S3 does it. Paths are pyarrow's: the bucket, a slash, and the key.
+
+    Args:
+        filesystem: the storage as pyarrow opened it.
+    """
+
+    def __init__(self, filesystem: FileSystem) -> None:
+        self.filesystem = filesystem
+
+    def list(self, path: str, recursive: bool) -> list[fs.FileInfo]:
+        """Return the files and folders in a folder, or of all below it as well; none where it is not there."""
+        found: list[fs.FileInfo] = self.filesystem.get_file_info(
+            fs.FileSelector(path, allow_not_found=True, recursive=recursive)
+        )
+        return found
+
+    def write(self, path: str, content: bytes | pa.Buffer) -> None:
+        """Put a file whole: until all of it has arrived, what was there before stays."""
+        # Not copy_files, which is silent about an upload that breaks in the background; closing a stream is not.
+        with self.filesystem.open_output_stream(path) as file:
+            file.write(content)
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        try:
+            self.filesystem.delete_file(path)
+        except FileNotFoundError:
+            return
+
+    def remove_folder(self, path: str) -> None:
+        """Remove all that stands below a name, as far as it is there."""
+        try:
+            self.filesystem.delete_dir(path)
+        except FileNotFoundError:
+            return
+
+
+class GoogleStorage(CloudStorage):
+    """Google's: pyarrow lists no folder but those that have an object of their own name, and takes a bucket that is not there
+    for a file that is not."""
+
+    def list(self, path: str, recursive: bool) -> list[fs.FileInfo]:
+        """As above, by a listing of all that is below the folder."""
+        below = super().list(path, recursive=True)
+        if recursive:
+            return below
+        start = len(path) + 1
+        files = [info for info in below if "/" not in info.path[start:]]
+        inner = {info.path[start:].partition("/")[0] for info in below} - {info.base_name for info in files}
+        return files + [fs.FileInfo(f"{path}/{name}", fs.FileType.Directory) for name in sorted(inner)]
+
+    def write(self, path: str, content: bytes | pa.Buffer) -> None:
+        """As above.
+
+        Raises:
+            OSError: if there is no such bucket.
+        """
+        try:
+            super().write(path, content)
+        except FileNotFoundError as error:
+            raise OSError(f"the bucket does not exist ({error})") from error
+
+    def remove_folder(self, path: str) -> None:
+        """As above.
+
+        Raises:
+            OSError: if there is something left.
+        """
+        for _ in range(REMOVALS):  # one ends, well or at a file that another has removed meanwhile, and says the same
+            if not self.list(path, recursive=True):
+                return
+            super().remove_folder(path)
+        raise OSError(f"there is still something below {path}")
+
+
+class AzureStorage(CloudStorage):
+    """Azure's: pyarrow empties a file before it writes it, and waits seconds to remove some, so Azure's own library does both.
+
+    Args:
+        filesystem: the storage as pyarrow opened it.
+        service: the same as Azure's library did.
+    """
+
+    def __init__(self, filesystem: FileSystem, service: "BlobServiceClient") -> None:
+        super().__init__(filesystem)
+        self._service = service
+
+    def write(self, path: str, content: bytes | pa.Buffer) -> None:
+        """As above."""
+        data = content if isinstance(content, bytes) else pa.BufferReader(content)
+        with _azure_errors():
+            self._blob(path).upload_blob(data, length=len(content), overwrite=True)
+
+    def remove(self, path: str) -> None:
+        """As above."""
+        from azure.core.exceptions import ResourceNotFoundError
+
+        with _azure_errors():
+            try:
+                self._blob(path).delete_blob()
+            except ResourceNotFoundError:
+                return
+
+    def _blob(self, path: str) -> "BlobClient":
+        container, _, name = path.partition("/")
+        return self._service.get_blob_client(container, name)
+
+
+def open_storage(place: str) -> tuple[CloudStorage, str]:
+    """Return the storage of an address, and the path of the folder in it.
+
+    Raises:
+        ValueError: if the address, or what the environment says beside it, cannot be used.
+        OSError: if the storage is asked something and does not answer.
+    """
+    parts = urlsplit(place)
+    if parts.scheme == "gs":
+        filesystem, path = fs.FileSystem.from_uri(_with_query(place, f"retry_limit_seconds={GOOGLE_RETRY_SECONDS}"))
+        return GoogleStorage(filesystem), path
+    if parts.scheme in ("abfs", "abfss"):
+        return _open_azure(place)
+    filesystem, path = fs.FileSystem.from_uri(_with_query(place, "allow_delayed_open=true"))  # a small file by one request
+    return CloudStorage(filesystem), path
+
+
+def _open_azure(place: str) -> tuple[AzureStorage, str]:
+    """Open Azure's storage by the connection string in the environment; else by what its own library finds there.
+
+    Raises:
+        ValueError: if that library is not installed, or the string is of another account than the address.
+    """
+    try:
+        from azure.identity import DefaultAzureCredential
+        from azure.storage.blob import BlobServiceClient
+    except ImportError as error:
+        raise ValueError(f"{place} needs a library that is not here ({error}); pip install '.[azure]' gets it") from error
+    parts, settings = urlsplit(place), connection_settings(os.environ.get(AZURE_SETTINGS, ""))
+    named = settings.get("accountname", "")
+    if "@" not in parts.netloc and named:
+        parts = parts._replace(netloc=f"{named}@{parts.netloc}")
+    filesystem, path = fs.FileSystem.from_uri(urlunsplit(parts))
+    user, _, host = parts.netloc.partition("@")
+    account = host.partition(".")[0] if "." in host else user
+    if not settings:
+        service = BlobServiceClient(f"https://{account}.blob.core.windows.net", DefaultAzureCredential())
+        return AzureStorage(filesystem, service), path
+    if account != named:
+        raise ValueError(
+            f"{place} is of the account {account!r}, and {AZURE_SETTINGS} of {named!r}; the former's connection string would do, "
+            "or none, for what Azure gives its machines"
+        )
+    service = BlobServiceClient.from_connection_string(os.environ[AZURE_SETTINGS])
+    endpoint, suffix = urlsplit(service.primary_endpoint), settings.get("endpointsuffix", "core.windows.net")
+    emulator = None if endpoint.netloc.startswith(f"{account}.") else endpoint.netloc  # which has accounts in its paths
+    filesystem = fs.AzureFileSystem(
+        account, account_key=settings.get("accountkey"), sas_token=settings.get("sharedaccesssignature"),
+        blob_storage_authority=emulator or f".blob.{suffix}", blob_storage_scheme=endpoint.scheme,
+        dfs_storage_authority=emulator or f".dfs.{suffix}", dfs_storage_scheme=endpoint.scheme,
+    )  # fmt: skip
+    return AzureStorage(filesystem, service), path
+
+
+@contextmanager
+def _azure_errors() -> Iterator[None]:
+    """Raise what Azure's library raises as pyarrow would."""
+    from azure.core.exceptions import AzureError
+
+    try:
+        yield
+    except AzureError as error:
+        raise OSError(str(error)) from error
+
+
+def connection_settings(written: str) -> Mapping[str, str]:
+    """Return what a connection string of Azure says, by names in small letters; nothing of an empty one.
+
+    Raises:
+        ValueError: if it names no account, without the string, which holds a key.
+    """
+    fields = (field.partition("=") for field in written.split(";"))
+    settings = {name.strip().lower(): value.strip() for name, _, value in fields if name.strip()}
+    if settings and not settings.get("accountname"):
+        raise ValueError(
+            f"{AZURE_SETTINGS} names no account; AccountName=…;AccountKey=… would do, with SharedAccessSignature=… for the key"
+        )
+    return settings
+
+
+def _with_query(place: str, setting: str) -> str:
+    return f"{place}{'&' if urlsplit(place).query else '?'}{setting}"
