@@ -11,15 +11,15 @@ from markupsafe import escape
 HIDDEN = "(hidden)"
 
 SECRET_NAME = re.compile(
-    r"(?:^|[_.-])(?:token|secret|password|passwd|passphrase|credentials?|(?:api)?key)$", re.IGNORECASE
+    r"(?:^|[_.-])(?:token|secret|password|passwd|passphrase|credentials?|connection_?string|(?:api)?key)$", re.IGNORECASE
 )
 """What a name ends in whose value is nobody else's business: HF_TOKEN, WANDB_API_KEY, db.password; not max_tokens."""
 
 SECRET_SHAPE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[opsu]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|AKIA[0-9A-Z]{16}"
-    r"|xox[abprs]-[\w-]{10,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"|xox[abprs]-[\w-]{10,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=AccountKey=)[^;\s]+|(?<=SharedAccessSignature=)[^;\s]+"
 )
-"""What access tokens of well-known services look like, and name and password in an address."""
+"""What access tokens of well-known services look like, name and password in an address, and keys in a connection string."""
 
 SETTING = re.compile(r"(?P<name>[\w.-]+)(?P<between>\s*[=:]\s*)(?P<value>'[^']*'|\"[^\"]*\"|\S+)")
 

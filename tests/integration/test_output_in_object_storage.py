@@ -1,4 +1,4 @@
-"""Runs in object storage on clusters whose nodes share no disk: real Ray Train, a real S3 server, and a machine that is lost."""
+"""Runs in object storage on clusters whose nodes share no disk: real Ray Train, real servers, and a machine that is lost."""
 
 import json
 import subprocess
@@ -12,6 +12,7 @@ import pytest
 
 from actors.storage.object_folder import ObjectFolder
 from orchestrator.config.load import dump_config
+from tests.cloud_world import azure_place, google_place
 from tests.integration.test_run import TINY
 from tests.orchestrator.search.test_compare_teachers import config_of
 from tests.ray_heads import end
@@ -22,18 +23,29 @@ pytestmark = [
     pytest.mark.slow, pytest.mark.ray, pytest.mark.skipif(not CAN, reason="views of the disk need the rights of root"),
 ]  # fmt: skip
 
-RUN = f"s3://{BUCKET}/runs/tiny_cpu"
+SETTINGS = {"ATKD_CACHE_GIB": "1", "RAY_worker_niceness": "0"}
 COMMAND = [
-    "configs/tiny_cpu.yaml", f"output=s3://{BUCKET}/runs", *TINY, "teacher.engine.kind=transformers", "train.epochs=24",
-    "train.checkpoint_every_steps=12", "scores.overlap=false",
-]  # fmt: skip
+    "configs/tiny_cpu.yaml", *TINY, "teacher.engine.kind=transformers", "train.epochs=24", "train.checkpoint_every_steps=12",
+    "scores.overlap=false",
+]
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Iterator[None]:
-    settings = {**KEYS, "ATKD_CACHE_GIB": "1", "RAY_worker_niceness": "0"}
-    with s3_server(tmp_path) as endpoint, environment({**settings, "AWS_ENDPOINT_URL": endpoint}):
-        yield
+def runs(tmp_path: Path) -> Iterator[str]:
+    """Where runs are put, in S3."""
+    with s3_server(tmp_path) as endpoint, environment({**KEYS, **SETTINGS, "AWS_ENDPOINT_URL": endpoint}):
+        yield f"s3://{BUCKET}/runs"
+
+
+@pytest.fixture(params=["s3", pytest.param("gs", marks=pytest.mark.drill), pytest.param("abfs", marks=pytest.mark.drill)])
+def runs_anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The same in each kind of object storage."""
+    if request.param == "s3":
+        yield request.getfixturevalue("runs")
+        return
+    place, name = (google_place, "google") if request.param == "gs" else (azure_place, "azure")
+    with environment({**request.getfixturevalue(name), **SETTINGS}):
+        yield place(f"runs/{tmp_path.name}")
 
 
 def finished(begun: "subprocess.Popen[str]") -> str:
@@ -43,10 +55,10 @@ def finished(begun: "subprocess.Popen[str]") -> str:
     return said
 
 
-def steps_put() -> list[int]:
+def steps_put(run: str) -> list[int]:
     """The steps of the training whose metrics stand in the storage."""
     try:
-        lines = ObjectFolder(RUN).read("metrics/train.jsonl").decode().splitlines(keepends=True)
+        lines = ObjectFolder(run).read("metrics/train.jsonl").decode().splitlines(keepends=True)
     except FileNotFoundError:
         return []
     return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
@@ -59,65 +71,67 @@ def lose(cluster: DiskCluster, command: "subprocess.Popen[str]") -> None:
     command.wait()
 
 
-def test_a_run_goes_on_on_machines_that_have_nothing_of_it(storage: None, tmp_path: Path) -> None:
+def test_a_run_goes_on_on_machines_that_have_nothing_of_it(runs_anywhere: str, tmp_path: Path) -> None:
+    command_line, run = [*COMMAND, f"output={runs_anywhere}"], f"{runs_anywhere}/tiny_cpu"
     with disk_cluster(tmp_path / "cache") as cluster:
         worker = cluster.add_node()
-        command = cluster.begin("run", *COMMAND)
+        command = cluster.begin("run", *command_line)
         deadline = time.monotonic() + 400
-        while max(steps_put(), default=0) < 12:
+        while max(steps_put(run), default=0) < 12:
             assert command.poll() is None and time.monotonic() < deadline, command.communicate()[0][-4000:]
             time.sleep(0.5)
         assert not list((tmp_path / "cache").iterdir()), "each node sees a disk of its own"
         assert {path.rpartition("/")[2] for path in worker.files()} >= {"train.arrow", "config.yaml", "train.jsonl"}
         lose(cluster, command)
-    before = steps_put()
+    before = steps_put(run)
 
     with disk_cluster(tmp_path / "cache") as cluster:
         cluster.add_node()
-        said = finished(cluster.begin("run", *COMMAND))
+        said = finished(cluster.begin("run", *command_line))
         for stage in ("prepare", "finetune_teacher", "score"):
             assert f"{stage}: done before" in said
-        assert f"report: {RUN}/report.html" in said and f"student: {RUN}/student" in said
-        steps = steps_put()
+        assert f"report: {run}/report.html" in said and f"student: {run}/student" in said
+        steps = steps_put(run)
         assert steps == list(range(1, len(steps) + 1)) and len(steps) > len(before), "no step is missing, none twice"
-        there = ObjectFolder(RUN).files()
+        there = ObjectFolder(run).files()
         assert {"report.html", "table.json", "student/model.safetensors", "stages/export.json", "config.yaml"} <= there.keys()
         assert not [name for name in there if name.endswith((".tmp", "lock", ".coming")) or name.startswith("driver/")]
 
         space = "tune.space={loss.easy_ratio: [0.3, 0.6]}"
         said = finished(cluster.begin(
-            "tune", *COMMAND, space, "tune.search=grid", "tune.trials=null", "tune.scheduler=none", "tune.rungs=1",
+            "tune", *command_line, space, "tune.search=grid", "tune.trials=null", "tune.scheduler=none", "tune.rungs=1",
             "tune.trials_in=ray_train",
         ))  # fmt: skip
-        assert "2 completed" in said and f"report: {RUN}/tune/report.html" in said
-        there = ObjectFolder(RUN).files()
+        assert "2 completed" in said and f"report: {run}/tune/report.html" in said
+        there = ObjectFolder(run).files()
         assert {"tune/ledger.jsonl", "tune/best.yaml", "tune/trials/0001/trial_0001.jsonl"} <= there.keys()
         assert not [name for name in there if "/checkpoints/" in name and name.startswith("tune/")]
         assert not [name for name in there if "ray_tune" in name]
 
 
 @pytest.mark.drill
-def test_a_training_goes_on_when_the_node_of_its_worker_is_lost(storage: None, tmp_path: Path) -> None:
+def test_a_training_goes_on_when_the_node_of_its_worker_is_lost(runs: str, tmp_path: Path) -> None:
+    command_line, run = [*COMMAND, f"output={runs}"], f"{runs}/tiny_cpu"
     with disk_cluster(tmp_path / "cache") as cluster:
         lost = cluster.add_node()
-        command = cluster.begin("run", *COMMAND)
+        command = cluster.begin("run", *command_line)
         deadline = time.monotonic() + 400
-        while max(steps_put(), default=0) < 12:
+        while max(steps_put(run), default=0) < 12:
             assert command.poll() is None and time.monotonic() < deadline, command.communicate()[0][-4000:]
             time.sleep(0.5)
         cluster.lose_node(lost)
         other = cluster.add_node()
         said = finished(command)
-        assert "train: done in" in said and f"report: {RUN}/report.html" in said
-        steps = steps_put()
+        assert "train: done in" in said and f"report: {run}/report.html" in said
+        steps = steps_put(run)
         assert steps == list(range(1, len(steps) + 1)), "no step is missing, none twice"
         here = {path.rpartition("/runs/tiny_cpu/")[2] for path in other.files()}
         assert {"student/model.safetensors", "metrics/train.jsonl", "data/train.arrow"} <= here
 
 
 @pytest.mark.drill
-def test_a_comparison_of_teachers_stands_there_a_run_within_a_run(storage: None, tmp_path: Path) -> None:
-    config = config_of(tmp_path).model_copy(update={"output": f"s3://{BUCKET}/runs"})
+def test_a_comparison_of_teachers_stands_there_a_run_within_a_run(runs: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path).model_copy(update={"output": runs})
     (tmp_path / "sizes.yaml").write_text(dump_config(config))
     words = [sys.executable, "-m", "orchestrator", "compare", str(tmp_path / "sizes.yaml")]
     said = []
@@ -126,7 +140,7 @@ def test_a_comparison_of_teachers_stands_there_a_run_within_a_run(storage: None,
             done = subprocess.run(words, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr[-4000:]
         said.append(done.stdout)
-    there = ObjectFolder(f"s3://{BUCKET}/runs/sizes").files()
+    there = ObjectFolder(f"{runs}/sizes").files()
     assert {"compare/teachers.parquet", "compare/report.html", "compare/large/stages/score.json"} <= there.keys()
-    assert "compare/small/compare/ledger.jsonl" in there and "report: s3://scores/runs/sizes/compare/report.html" in said[0]
+    assert "compare/small/compare/ledger.jsonl" in there and f"report: {runs}/sizes/compare/report.html" in said[0]
     assert "small: compare: resumes with 4 trials done and 0 to start again" in said[1] and "trials of" not in said[1]
