@@ -1,8 +1,9 @@
 """Where the checkpoints of a training run go: to Ray Train, or nowhere; and what proves one whole.
 
-Each worker writes down the checksums of its files, and a reader compares them. A kill leaves no half checkpoint that counts,
-since Ray Train takes one up only when all workers have handed theirs in. What is found here is what happened to the files later:
-cut short, flipped, gone. A training's checkpoints stand in one folder, on a disk that all nodes see or in object storage.
+Each worker writes down the checksums of its files, and a reader compares them. A kill leaves no half checkpoint that counts: Ray
+Train takes one up only when all workers have handed theirs in, and where its list of them is lost, half of one lacks checksums.
+What is found here besides is what happened to the files later: cut short, flipped, gone. A training's checkpoints stand in one
+folder, on a disk that all nodes see or in object storage.
 """
 
 import hashlib
@@ -59,10 +60,8 @@ class RayTrainCheckpoints:
 
     def load(self, student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, worker: Worker) -> Progress | None:
         """Put the latest whole checkpoint into the three and return where it stands; None if there is none."""
-        latest = ray.train.get_checkpoint()
-        if latest is None:
-            return None
-        for name in reversed(checkpoints_up_to(Path(latest.path).name, self._folder)):
+        latest = ray.train.get_checkpoint()  # None too where its list of them was lost
+        for name in reversed(checkpoints_up_to(None if latest is None else Path(latest.path).name, self._folder)):
             with self._at_hand(name, worker) as copy:
                 if self._is_whole(name, copy, worker):
                     return load_checkpoint(copy, student, optimizer, schedule)
@@ -162,10 +161,12 @@ def damage(folder: Path, rank: int, world_size: int) -> str:
     return ""
 
 
-def checkpoints_up_to(latest: str, folder: Folder) -> list[str]:
-    """Return the names of a training's checkpoints up to the latest that counts, oldest first, without those set aside."""
+def checkpoints_up_to(latest: str | None, folder: Folder) -> list[str]:
+    """Return the names of a training's checkpoints up to the latest that counts, or of all where that is not known, oldest first,
+    without those set aside."""
     aside = {line.split(":")[0] for line in damaged_checkpoints(folder)}
-    return [name for name in folder.folders() if name.startswith(PREFIX) and name <= latest and name not in aside]
+    names = [name for name in folder.folders() if name.startswith(PREFIX) and name not in aside]
+    return [name for name in names if latest is None or name <= latest]
 
 
 def set_aside(folder: Folder, checkpoint: str, why: str) -> None:

@@ -151,7 +151,11 @@ def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: st
 
 
 def drop_uncounted_checkpoints(folder: Folder) -> None:
-    """Delete checkpoints that no training would take up: whoever wrote them was killed before Ray Train counted them."""
+    """Delete checkpoints that no training would take up: whoever wrote them was killed before Ray Train counted them.
+
+    Ray Train writes its list in place. Of one that was cut short by a kill nothing is known, so the list goes, without which it
+    would not begin, and all checkpoints stay.
+    """
     try:
         book = folder.read(COUNTED)
     except FileNotFoundError:
@@ -159,7 +163,9 @@ def drop_uncounted_checkpoints(folder: Folder) -> None:
     try:
         counted = json.dumps(json.loads(book))
     except ValueError:
-        return  # Ray Train says what is wrong with it
+        logger.warning(f"{folder.place}: Ray Train's list of checkpoints was cut short; the latest that is whole counts")
+        folder.remove(COUNTED)
+        return
     for name in folder.folders():
         if name.startswith(PREFIX) and name not in counted:
             folder.remove_folder(name)

@@ -94,5 +94,5 @@ def test_what_was_set_aside_is_not_looked_at_again_and_is_remembered(tmp_path: P
     folder.remove_folder("checkpoint_2")
     assert damaged_checkpoints(folder) == ["checkpoint_2: progress.json is gone"]
     set_aside(folder, "checkpoint_1", "its list is")
-    assert checkpoints_up_to("checkpoint_4", folder) == ["checkpoint_3", "checkpoint_4"]
+    assert checkpoints_up_to("checkpoint_4", folder) == ["checkpoint_3", "checkpoint_4"] == checkpoints_up_to(None, folder)
     assert damaged_checkpoints(folder) == ["checkpoint_1: its list is", "checkpoint_2: progress.json is gone"]

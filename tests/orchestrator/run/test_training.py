@@ -27,6 +27,7 @@ from actors.student.worker import train_worker
 from losses.config import HardLabelLoss
 from orchestrator.failure import roots
 from orchestrator.run.training import TrainingFailed, drop_uncounted_checkpoints, progress_line, summarize
+from tests.logs import logged
 from tests.orchestrator.training_world import (
     ROWS,
     TRAIN,
@@ -240,10 +241,11 @@ def test_checkpoints_that_a_kill_kept_from_counting_are_deleted(tmp_path: Path) 
     assert sorted(tmp_path.glob("checkpoint_*/")) == folders[1:3]
 
     (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(book)[:-5])
-    drop_uncounted_checkpoints(DiskFolder(tmp_path))
-    assert sorted(tmp_path.glob("checkpoint_*/")) == folders[1:3], "a list that cannot be read is no reason to delete"
+    with logged() as said:
+        drop_uncounted_checkpoints(DiskFolder(tmp_path))
+    assert said == [f"{tmp_path}: Ray Train's list of checkpoints was cut short; the latest that is whole counts"]
+    assert sorted(tmp_path.glob("checkpoint_*")) == folders[1:3], "a list that cannot be read is no reason to delete"
 
-    (tmp_path / "checkpoint_manager_snapshot.json").unlink()
     drop_uncounted_checkpoints(DiskFolder(tmp_path))
     assert not list(tmp_path.glob("checkpoint_*/")), "killed before the first one counted"
 

@@ -19,7 +19,7 @@ from actors.records import Example, example_key
 from actors.storage.folder import DiskFolder
 from actors.student.task import TrainingTask
 from actors.student.train_checkpoints import damaged_checkpoints
-from orchestrator.run.training import TrainingFailed, train_model
+from orchestrator.run.training import COUNTED, TrainingFailed, train_model
 from tests.logs import logged
 from tests.orchestrator.training_world import (
     ROWS,
@@ -155,6 +155,37 @@ def test_a_controller_that_is_killed_ends_the_training_with_a_word_and_the_next_
     train(task, tmp_path)
     killer.join()
     free_groups()
+    assert losses_of(tmp_path) == losses_of(undisturbed[0])
+    assert_same(weights_of(task), undisturbed[1], tolerance=0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_list_of_checkpoints_that_was_cut_short_costs_no_step(
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], training_world: Path, tmp_path: Path
+) -> None:
+    """Ray Train writes it in place. What counts is found by the checkpoints' own checksums."""
+    task, folder = task_with_checkpoints(tmp_path, training_world), tmp_path / "checkpoints" / "train"
+    store, withheld = withhold(training_world)
+    kept: list[str] = []
+
+    def harm() -> None:
+        for controller in processes("TrainController"):
+            os.kill(controller.pid, signal.SIGKILL)
+        whole = (folder / COUNTED).read_text()
+        (folder / COUNTED).write_text(whole[: len(whole) // 2])
+        kept.extend((tmp_path / "metrics" / "train.jsonl").read_text().splitlines())
+
+    killer = when(lambda: stands_before_step_4(tmp_path), harm)
+    with pytest.raises(TrainingFailed, match=r"^train: Ray Train's controller died"):
+        train(task, tmp_path)
+    killer.join()
+    give_back(store, withheld)
+    said = train(task, tmp_path)
+    free_groups()
+    assert f"{folder}: Ray Train's list of checkpoints was cut short; the latest that is whole counts" in said
+    assert len(kept) == 3 and (tmp_path / "metrics" / "train.jsonl").read_text().splitlines()[:3] == kept
+    assert len(list(folder.glob("checkpoint_2*"))) == 2, "those of before are gone too"
     assert losses_of(tmp_path) == losses_of(undisturbed[0])
     assert_same(weights_of(task), undisturbed[1], tolerance=0)
 
