@@ -17,6 +17,7 @@ FileSystem: TypeAlias = fs.FileSystem
 GOOGLE_RETRY_SECONDS = 20
 """For how long Google's library tries a request again by itself; it would take 15 minutes."""
 REMOVALS = 4
+"""How often a folder of Google's is emptied before it counts as one that fills again."""
 AZURE_SETTINGS = "AZURE_STORAGE_CONNECTION_STRING"
 
 
@@ -30,7 +31,7 @@ class CloudStorage:
     def __init__(self, filesystem: FileSystem) -> None:
         self.filesystem = filesystem
 
-    def list(self, path: str, recursive: bool) -> list[fs.FileInfo]:
+    def entries(self, path: str, recursive: bool) -> list[fs.FileInfo]:
         """Return the files and folders in a folder, or of all below it as well; none where it is not there."""
         found: list[fs.FileInfo] = self.filesystem.get_file_info(
             fs.FileSelector(path, allow_not_found=True, recursive=recursive)
@@ -62,9 +63,9 @@ class GoogleStorage(CloudStorage):
     """Google's: pyarrow lists no folder but those that have an object of their own name, and takes a bucket that is not there
     for a file that is not."""
 
-    def list(self, path: str, recursive: bool) -> list[fs.FileInfo]:
+    def entries(self, path: str, recursive: bool) -> list[fs.FileInfo]:
         """As above, by a listing of all that is below the folder."""
-        below = super().list(path, recursive=True)
+        below = super().entries(path, recursive=True)
         if recursive:
             return below
         start = len(path) + 1
@@ -90,7 +91,7 @@ class GoogleStorage(CloudStorage):
             OSError: if there is something left.
         """
         for _ in range(REMOVALS):  # one ends, well or at a file that another has removed meanwhile, and says the same
-            if not self.list(path, recursive=True):
+            if not self.entries(path, recursive=True):
                 return
             super().remove_folder(path)
         raise OSError(f"there is still something below {path}")

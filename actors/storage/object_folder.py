@@ -115,7 +115,7 @@ class ObjectFolder:
     def files(self) -> dict[str, tuple[int, int]]:
         """Return, for each file in the folder and below it, its bytes, and when it was written by the storage's own clock, in
         nanoseconds."""
-        found = self._patiently("list files", lambda: self._storage.list(self._path, recursive=True))
+        found = self._patiently("list files", lambda: self._storage.entries(self._path, recursive=True))
         files = (info for info in found if info.type == fs.FileType.File)
         return {info.path.removeprefix(f"{self._path}/"): (info.size, info.mtime_ns) for info in files}
 
@@ -221,7 +221,7 @@ class ObjectFolder:
     def _list(self, inner: str = "") -> list[fs.FileInfo]:
         """List the folder itself, or all that stands below an inner one."""
         path = self._key(inner) if inner else self._path
-        return self._patiently("list files", lambda: self._storage.list(path, recursive=bool(inner)))
+        return self._patiently("list files", lambda: self._storage.entries(path, recursive=bool(inner)))
 
     def _key(self, name: str) -> str:
         return f"{self._path}/{name}"
