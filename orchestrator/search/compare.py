@@ -1,7 +1,8 @@
 """``compare``: the same student on the same scores, taught in several ways; whether adaptive teaching helps this pair."""
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from orchestrator.run.run_dir import RunDir
 from orchestrator.search.bound_space import BoundSpace, require_searchable, require_trials
 from orchestrator.search.controller import Assignment, ControllerHandle
 from orchestrator.search.driver import SharedInputs, TrialQueue, begin_ledger, note_cost, prepare_inputs, run_search
-from orchestrator.search.ledger import Search
+from orchestrator.search.ledger import Ledger, Search, Trial, read_ledger
 from orchestrator.search.ledger_records import SearchSpec
 from orchestrator.search.results import completed_trials, write_results
 from orchestrator.search.samplers import ListSampler
@@ -40,10 +41,12 @@ def compare(config: RunConfig) -> Path:
     with RunDir.open(config) as run_dir, ray_for(config):
         inputs = prepare_inputs(config, run_dir, any(bound.config_of(point).learns_from_data for point in points.values()))
         note_cost(config, run_dir, folder)
+        tried: Sequence[Trial] = ()
         if config.compare.learning_rates:
-            points = with_best_rates(bound, inputs, folder / "learning_rates", points)
+            tried = try_rates(bound, inputs, folder / "learning_rates", points)
+            points = with_best_rates(points, tried, folder / "learning_rates", config.compare.learning_rates)
         trials = [(arm, config.seed + seed, points[arm]) for seed in range(config.compare.seeds) for arm in points]
-        search = run_all(bound, inputs, folder, trials, config.compare.baseline)
+        search = run_all(bound, inputs, folder, trials, config.compare.baseline, tried)
         note_cost(config, run_dir, folder)
     write_results(search, bound, folder)
     return folder
@@ -86,28 +89,39 @@ def bind_arms(config: RunConfig, points: Mapping[str, Point]) -> BoundSpace:
     return bound
 
 
-def with_best_rates(
-    bound: BoundSpace, inputs: SharedInputs, folder: Path, points: Mapping[str, Point]
-) -> dict[str, Point]:
-    """Try each learning rate on each arm with the first seed, and return the arms' points with the best rate of each.
-
-    Raises:
-        ValueError: if an arm was completed with no rate.
-    """
+def try_rates(bound: BoundSpace, inputs: SharedInputs, folder: Path, points: Mapping[str, Point]) -> list[Trial]:
+    """Try each learning rate on each arm with the first seed, and return the completed trials, best first."""
     config = bound.config
     trials = [
         (arm, config.seed, {**point, RATE: rate}) for arm, point in points.items() for rate in config.compare.learning_rates
     ]
+    return completed_trials(run_all(bound, inputs, folder, trials, None))
+
+
+def with_best_rates(
+    points: Mapping[str, Point], tried: Sequence[Trial], folder: Path, rates: Sequence[float]
+) -> dict[str, Point]:
+    """Return the arms' points with the best learning rate of each.
+
+    Args:
+        points: of the arms.
+        tried: completed trials of the rates, best first.
+        folder: where they are written down.
+        rates: that were tried.
+
+    Raises:
+        ValueError: if an arm was completed with no rate.
+    """
     best: dict[str, Point] = {}
-    for trial in completed_trials(run_all(bound, inputs, folder, trials, None)):
+    for trial in tried:
         arm = trial.begun.arm
         assert arm is not None
         best.setdefault(arm, dict(trial.begun.point))
     for arm in points:
         if arm not in best:
             raise ValueError(
-                f"compare.learning_rates: {arm} was completed with none of {list(config.compare.learning_rates)}; {folder} has "
-                "the errors. Lower rates would do, under another compare.name"
+                f"compare.learning_rates: {arm} was completed with none of {list(rates)}; {folder} has the errors. Lower rates "
+                "would do, under another compare.name"
             )
         logger.info(f"compare: {arm} learns with {best[arm][RATE]:g}")
     return {arm: best[arm] for arm in points}
@@ -115,9 +129,12 @@ def with_best_rates(
 
 def run_all(
     bound: BoundSpace, inputs: SharedInputs, folder: Path, trials: list[tuple[str, int, Point]], baseline: str | None,
+    tried: Sequence[Trial] = (),
 ) -> Search:  # fmt: skip
-    """Run the trials, each given by arm, seed and point, that are not over yet."""
+    """Run the trials, each given by arm, seed and point, that are not over yet and were not ``tried`` before."""
     settings = bound.config.compare
+    # A rate is chosen by the metric alone.
+    answers = settings.answers and (baseline is not None or settings.metric in OF_ANSWERS)
     assignments = [Assignment(number, point, seed, arm) for number, (arm, seed, point) in enumerate(trials)]
     spec = SearchSpec(
         kind="compare",
@@ -131,6 +148,8 @@ def run_all(
         baseline=baseline,
     )
     found = begin_ledger(folder, spec)
+    if answers == (settings.answers and settings.metric in OF_ANSWERS) and bound.config.rollouts is None:
+        found = note_tried(Ledger(folder / "ledger.jsonl"), found, trials, tried)
     over = {trial.number for trial in found.with_status("completed", "stopped", "failed")}
     left = [assignment for assignment in assignments if assignment.trial not in over]
     if not left:
@@ -143,8 +162,26 @@ def run_all(
         bound, inputs, folder, spec, RuleScheduler(StoppingRule("none", settings.direction)), queue_of,
         in_process=settings.trials_in == "reused_process",
         concurrent=None if settings.concurrent == "auto" else settings.concurrent,
-        answers=settings.answers and (baseline is not None or settings.metric in OF_ANSWERS),  # a rate is chosen by the metric
+        answers=answers,
     )  # fmt: skip
+
+
+def note_tried(ledger: Ledger, found: Search, trials: list[tuple[str, int, Point]], tried: Sequence[Trial]) -> Search:
+    """Write down, as trials of this ledger, those that were tried before with the same arm, seed and point: trained again, they
+    would come out the same."""
+    known = {(trial.begun.arm, trial.begun.seed, json.dumps(trial.begun.point, sort_keys=True)): trial for trial in tried}
+    begun = {trial.number for trial in found.trials}
+    for number, (arm, seed, point) in enumerate(trials):
+        trial = known.get((arm, seed, json.dumps(point, sort_keys=True)))
+        if trial is None or trial.ended is None or number in begun:
+            continue
+        ledger.begun(number, point, seed, arm)
+        for rung in trial.rungs:
+            ledger.rung(number, rung.rung, rung.step, rung.metrics, rung.decision, rung.seconds)
+        end = trial.ended
+        ledger.ended(number, "completed", end.step, end.metrics, end.seconds, end.student_tokens, parameters=end.parameters)
+        logger.info(f"compare: {arm} with seed {seed} was trained when its rate was looked for, and is not trained again")
+    return read_ledger(ledger.path)
 
 
 def _tried(trials: list[tuple[str, int, Point]]) -> dict[str, Any]:

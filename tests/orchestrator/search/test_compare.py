@@ -73,6 +73,24 @@ def test_a_comparison_from_its_learning_rates_to_more_seeds(local_ray: None, tmp
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_what_was_trained_to_find_a_rate_is_not_trained_again(local_ray: None, tmp_path: Path) -> None:
+    config = scored_run(tmp_path, compare={**COMPARE, "seeds": 2})
+    with logged() as said:
+        folder = compare(config)
+    rates, search = (read_ledger(path / "ledger.jsonl") for path in (folder / "learning_rates", folder))
+    assert ended(search) == [(arm, seed, "completed") for seed in (0, 1) for arm in COMPARE["arms"]]
+    assert sorted(path.name for path in (folder / "trials").iterdir() if path.name != "ray_tune") == ["0002", "0003"]
+    for trial in search.trials[:2]:
+        (tried,) = [one for one in rates.trials if (one.begun.arm, one.begun.point) == (trial.begun.arm, trial.begun.point)]
+        assert (trial.metrics, trial.seconds) == (tried.metrics, tried.seconds)
+        assert [rung.metrics for rung in trial.rungs] == [rung.metrics for rung in tried.rungs]
+        known = f"compare: {trial.begun.arm} with seed 0 was trained when its rate was looked for, and is not trained again"
+        assert known in said
+    assert len({search.value(trial) for trial in search.trials}) == 4
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_an_arm_that_fails_with_every_rate_is_named(local_ray: None, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama(tmp_path / "student", seed=2), tmp_path / "emptied")
     (tmp_path / "emptied" / "model.safetensors").unlink()
