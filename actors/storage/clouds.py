@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, TypeAlias
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -153,35 +154,59 @@ def _open_azure(place: str) -> tuple[AzureStorage, str]:
     Raises:
         ValueError: if that library is not installed, or the string is of another account than the address.
     """
-    try:
-        from azure.identity import DefaultAzureCredential
-        from azure.storage.blob import BlobServiceClient
-    except ImportError as error:
-        raise ValueError(f"{place} needs a library that is not here ({error}); pip install '.[azure]' gets it") from error
-    parts, settings = urlsplit(place), connection_settings(os.environ.get(AZURE_SETTINGS, ""))
-    named = settings.get("accountname", "")
-    if "@" not in parts.netloc and named:
-        parts = parts._replace(netloc=f"{named}@{parts.netloc}")
-    filesystem, path = fs.FileSystem.from_uri(urlunsplit(parts))
-    user, _, host = parts.netloc.partition("@")
-    account = host.partition(".")[0] if "." in host else user
-    if not settings:
-        service = BlobServiceClient(f"https://{account}.blob.core.windows.net", DefaultAzureCredential())
-        return AzureStorage(filesystem, service), path
+    written = os.environ.get(AZURE_SETTINGS, "")
+    settings, parts = connection_settings(written), urlsplit(place)
+    account, container, suffix = azure_names(place, settings)
+    named = settings.get("accountname", account)
     if account != named:
         raise ValueError(
             f"{place} is of the account {account!r}, and {AZURE_SETTINGS} of {named!r}; the former's connection string would do, "
             "or none, for what Azure gives its machines"
         )
-    service = BlobServiceClient.from_connection_string(os.environ[AZURE_SETTINGS])
-    endpoint, suffix = urlsplit(service.primary_endpoint), settings.get("endpointsuffix", "core.windows.net")
+    try:
+        service = _azure_service(f"https://{account}.blob.{suffix}", written)
+    except ImportError as error:
+        raise ValueError(f"{place} needs a library that is not here ({error}); pip install '.[azure]' gets it") from error
+    endpoint, token = urlsplit(service.primary_endpoint), settings.get("sharedaccesssignature")
     emulator = None if endpoint.netloc.startswith(f"{account}.") else endpoint.netloc  # which has accounts in its paths
     filesystem = fs.AzureFileSystem(
-        account, account_key=settings.get("accountkey"), sas_token=settings.get("sharedaccesssignature"),
+        account, account_key=settings.get("accountkey"), sas_token=token and f"?{token.removeprefix('?')}",
         blob_storage_authority=emulator or f".blob.{suffix}", blob_storage_scheme=endpoint.scheme,
         dfs_storage_authority=emulator or f".dfs.{suffix}", dfs_storage_scheme=endpoint.scheme,
     )  # fmt: skip
-    return AzureStorage(filesystem, service), path
+    return AzureStorage(filesystem, service), f"{container}{parts.path}"
+
+
+@cache
+def _azure_service(url: str, connection: str) -> "BlobServiceClient":
+    """Return the client of an account, one in each process: it keeps the token that it was given."""
+    from azure.identity import DefaultAzureCredential
+    from azure.storage.blob import BlobServiceClient
+
+    if connection:
+        return BlobServiceClient.from_connection_string(connection)
+    return BlobServiceClient(url, DefaultAzureCredential())
+
+
+def azure_names(place: str, settings: Mapping[str, str]) -> tuple[str, str, str]:
+    """Return account, container, and the end of the names of Azure's hosts, as an address and a connection string have them.
+
+    Raises:
+        ValueError: if it is no such address, or neither names the account.
+    """
+    parts = urlsplit(place)
+    user, _, host = parts.netloc.rpartition("@")
+    suffix, named = settings.get("endpointsuffix", "core.windows.net"), settings.get("accountname", "")
+    account, dot, rest = host.partition(".dfs.")
+    if dot and user and rest and not parts.query:
+        return account, user, rest
+    if "." not in host and (user or named) and not parts.query:
+        return user or named, host, suffix
+    why = "it has a question mark" if parts.query else "it names no account" if "." not in host else "its host is no .dfs. one"
+    raise ValueError(
+        f"{place} is not accepted: {why}; {parts.scheme}://container@account.dfs.core.windows.net/folder would do, or "
+        f"{parts.scheme}://container/folder with {AZURE_SETTINGS} in the environment"
+    )
 
 
 @contextmanager

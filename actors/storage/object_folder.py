@@ -37,14 +37,11 @@ EXAMPLES = {
 REFUSALS = (
     (r"NO_SUCH_BUCKET|bucket does not exist|Bucket '.*' not found|[Cc]ontainer .*not exist|ContainerNotFound",
      "there is no such bucket; make it, or name another"),
-    (r"Could not create a OAuth2 access token|AuthenticationException",
-     "no keys are found, or nobody is there to change them for a token; GOOGLE_APPLICATION_CREDENTIALS, "
-     "AZURE_STORAGE_CONNECTION_STRING or their like in this node's environment would do, or the role of the machine"),
     (r"INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|InvalidAccessKeyId|ExpiredToken|EXPIRED_TOKEN|UNAUTHENTICATED|AuthenticationFailed"
      r"|[Ff]ailed to authenticate",
      "the keys are not valid there; other ones in this node's environment would do (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
      "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_CONNECTION_STRING, or the role of the machine)"),
-    (r"ACCESS_DENIED|PERMISSION_DENIED|HTTP status 403|AuthorizationFailure|[Ff]orbidden",
+    (r"ACCESS_DENIED|PERMISSION_DENIED|HTTP status 403|Authorization(Failure|\w+Mismatch)|\w+NotPermitted|[Ff]orbidden",
      "access is denied: keys are missing in this node's environment, or their owner may not list, get, put and delete "
      "objects there"),
     (r"PERMANENT_REDIRECT|PermanentRedirect|HTTP status 301|AuthorizationHeaderMalformed|wrong region|region.*is wrong",
@@ -52,6 +49,14 @@ REFUSALS = (
     (r"InvalidBucketName|HTTP status 400", "the address is not accepted; s3://bucket/folder would do"),
 )  # fmt: skip
 """What storage says to those who ask in vain, and what would do; whatever else it says is taken for a passing trouble."""
+NO_KEYS = (
+    r"Could not create a OAuth2 access token|AuthenticationException|failed to retrieve a token",
+    "no keys are found, or nobody is there to change them for a token; GOOGLE_APPLICATION_CREDENTIALS, "
+    "AZURE_STORAGE_CONNECTION_STRING or their like in this node's environment would do, or the role of the machine",
+)
+"""The same of those who have nothing to show; to who has been let in, a passing trouble too."""
+SIGNATURE = re.compile(r"(?<=sig=)[^&\s'\"]+")
+"""The secret part of an address that Azure's library was given."""
 
 
 class StorageError(OSError):
@@ -71,7 +76,7 @@ class ObjectFolder:
     poll_seconds = 1.0
 
     def __init__(self, place: str) -> None:
-        self.place = place
+        self.place, self._was_let_in = place, False
         self._copies = LocalCopies(place)
         try:
             self._storage, self._path = self._patiently("open", lambda: open_storage(place))
@@ -258,20 +263,24 @@ class ObjectFolder:
         start, pause = time.monotonic(), FIRST_PAUSE_SECONDS
         while True:
             try:
-                return request()
-            except (FileNotFoundError, pa.ArrowInvalid):
+                answer = request()
+            except (FileNotFoundError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise
             except (OSError, pa.ArrowException) as error:
-                said = " ".join(str(error).split())
-                if (remedy := _remedy(said)) is not None:
+                said = SIGNATURE.sub("…", " ".join(str(error).split()))
+                if (remedy := _remedy(said, self._was_let_in)) is not None:
                     raise ValueError(f"{self.place}: cannot {what}: {remedy} ({said})") from error
                 if time.monotonic() - start + pause > PATIENCE_SECONDS:
                     raise StorageError(f"{self.place}: cannot {what}, tried for {PATIENCE_SECONDS:.0f} s: {said}") from error
                 logger.warning("%s: cannot %s, trying again in %.1f s: %s", self.place, what, pause, said)
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            else:
+                self._was_let_in |= what != "open"  # which asks nothing of some
+                return answer
 
 
-def _remedy(said: str) -> str | None:
+def _remedy(said: str, was_let_in: bool) -> str | None:
     """Return what would do about a request that was refused; None for a trouble that may pass."""
-    return next((remedy for pattern, remedy in REFUSALS if re.search(pattern, said)), None)
+    refusals = REFUSALS if was_let_in else (NO_KEYS, *REFUSALS)
+    return next((remedy for pattern, remedy in refusals if re.search(pattern, said)), None)

@@ -18,6 +18,7 @@ SECRET_NAME = re.compile(
 SECRET_SHAPE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[opsu]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|AKIA[0-9A-Z]{16}"
     r"|xox[abprs]-[\w-]{10,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=AccountKey=)[^;\s]+|(?<=SharedAccessSignature=)[^;\s]+"
+    r"|(?<=[?&]sig=)[^&;\s'\"]+"
 )
 """What access tokens of well-known services look like, name and password in an address, and keys in a connection string."""
 

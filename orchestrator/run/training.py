@@ -43,6 +43,8 @@ logger = logging.getLogger("atkd")
 PROGRESS_SECONDS = 10.0
 COUNTED = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of the checkpoints that count."""
+LIST_LOST = "list-lost"
+"""Stands beside the checkpoints while that list was cut short and there is no other."""
 
 
 class TrainingFailed(RuntimeError):
@@ -153,22 +155,26 @@ def _fit(task: TrainingTask, workers: WorkersConfig, count: int, checkpoints: st
 def drop_uncounted_checkpoints(folder: Folder) -> None:
     """Delete checkpoints that no training would take up: whoever wrote them was killed before Ray Train counted them.
 
-    Ray Train writes its list in place. Of one that was cut short by a kill nothing is known, so the list goes, without which it
-    would not begin, and all checkpoints stay.
+    Ray Train writes its list in place. Of one that was cut short by a kill nothing is known, so the list goes, with which it
+    would not begin, and all checkpoints stay until there is another.
     """
     try:
         book = folder.read(COUNTED)
     except FileNotFoundError:
+        if folder.size(LIST_LOST) is not None:
+            return
         book = b"{}"
     try:
         counted = json.dumps(json.loads(book))
     except ValueError:
+        folder.write(LIST_LOST, b"")
         logger.warning(f"{folder.place}: Ray Train's list of checkpoints was cut short; the latest that is whole counts")
         folder.remove(COUNTED)
         return
     for name in folder.folders():
         if name.startswith(PREFIX) and name not in counted:
             folder.remove_folder(name)
+    folder.remove(LIST_LOST)
 
 
 def scaling_of(workers: WorkersConfig, count: int) -> ScalingConfig:

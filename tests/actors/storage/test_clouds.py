@@ -4,15 +4,17 @@ import builtins
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
 
 from actors.config.places import resolved
 from actors.storage import clouds, object_folder
-from actors.storage.clouds import connection_settings, open_storage
+from actors.storage.clouds import azure_names, connection_settings, open_storage
 from actors.storage.folder import open_folder
 from actors.storage.object_folder import ObjectFolder
 from tests.cloud_world import ACCOUNT, KEY, azure_place, connection, google_place
@@ -107,10 +109,61 @@ def test_addresses_of_azure_name_the_account_or_leave_it_to_the_connection_strin
             open_folder(f"abfs://{BUCKET}@other.dfs.core.windows.net/a")
     with environment({CONNECTION: ""}):
         assert open_storage(azure_place("a/b"))[1] == f"{BUCKET}/a/b"
-        with pytest.raises(ValueError, match=r"account name; abfs://container@account.dfs.core.windows.net/folder would do"):
-            open_folder(f"abfs://{BUCKET}/a/b")
-    with environment({CONNECTION: f"AccountName={ACCOUNT};AccountKey={KEY};EndpointSuffix=core.chinacloudapi.cn"}):
-        assert open_storage(f"abfs://{BUCKET}/a")[1] == f"{BUCKET}/a"
+        would = f"; abfs://container@account.dfs.core.windows.net/folder would do, or abfs://container/folder with {CONNECTION}"
+        for place, why in (
+            (f"abfs://{BUCKET}/a/b", "it names no account"),
+            (f"abfs://{BUCKET}@{ACCOUNT}.blob.core.windows.net/a", "its host is no .dfs. one"),
+            (f"abfs://{ACCOUNT}.dfs.core.windows.net/{BUCKET}/a", "its host is no .dfs. one"),
+            (f"{azure_place('a')}?sig=x", "it has a question mark"),
+        ):
+            with pytest.raises(ValueError, match=f"is not accepted: {why}{would}"):
+                open_folder(place)
+    china = f"abfss://{BUCKET}@{ACCOUNT}.dfs.core.chinacloudapi.cn/a/b"
+    assert azure_names(china, {}) == (ACCOUNT, BUCKET, "core.chinacloudapi.cn") and open_storage(china)[1] == f"{BUCKET}/a/b"
+    settings = {"accountname": ACCOUNT, "endpointsuffix": "core.chinacloudapi.cn"}
+    assert azure_names(f"abfs://{BUCKET}/a", settings) == (ACCOUNT, BUCKET, "core.chinacloudapi.cn")
+
+
+def test_a_shared_signature_serves_and_is_never_shown(azure: dict[str, str]) -> None:
+    signature = generate_account_sas(
+        ACCOUNT, KEY, ResourceTypes(service=True, container=True, object=True),
+        AccountSasPermissions(read=True, write=True, delete=True, list=True, add=True, create=True),
+        datetime.now(UTC) + timedelta(hours=1),
+    )  # fmt: skip
+    endpoint = next(field for field in azure[CONNECTION].split(";") if field.startswith("BlobEndpoint="))
+    for token in (signature, f"?{signature}"):
+        with environment({CONNECTION: f"AccountName={ACCOUNT};SharedAccessSignature={token};{endpoint}"}):
+            folder = ObjectFolder(azure_place("signed"))
+            folder.write("a", b"1")
+            assert folder.sizes() == {"a": 1} and folder.read("a") == b"1"
+            folder.remove("a")
+            assert folder.sizes() == {}
+    secret = signature.rpartition("sig=")[2].partition("&")[0]
+    wrong = signature.replace(secret, "A" * 40)
+    with environment({CONNECTION: f"AccountName={ACCOUNT};SharedAccessSignature={wrong};{endpoint}"}):
+        for ask in (lambda: ObjectFolder(azure_place("signed")).sizes(), lambda: ObjectFolder(azure_place("s")).write("a", b"")):
+            with pytest.raises(ValueError, match="the keys are not valid there") as error:
+                ask()
+            assert "A" * 40 not in str(error.value)
+
+
+def test_one_who_was_let_in_waits_for_a_token_that_is_late(google: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_folder, "FIRST_PAUSE_SECONDS", 0.01)
+    with environment(google):
+        folder, real = ObjectFolder(google_place("late")), clouds.CloudStorage.write
+        troubles = [OSError("Could not create a OAuth2 access token to authenticate the request.")] * 2
+
+        def late(self: clouds.CloudStorage, path: str, content: bytes) -> None:
+            if troubles:
+                raise troubles.pop()
+            real(self, path, content)
+
+        monkeypatch.setattr(clouds.CloudStorage, "write", late)
+        with pytest.raises(ValueError, match="no keys are found"):
+            folder.write("a", b"1")
+        assert folder.sizes() == {}
+        folder.write("a", b"1")
+        assert folder.sizes() == {"a": 1} and not troubles
 
 
 def test_a_connection_string_without_an_account_is_refused_and_not_shown() -> None:
@@ -129,6 +182,7 @@ def test_azure_without_its_library_says_how_to_get_it(monkeypatch: pytest.Monkey
             raise ModuleNotFoundError("No module named 'azure'", name="azure")
         return real(name, *rest)
 
+    clouds._azure_service.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without_azure)
     with pytest.raises(ValueError, match=r"a library that is not here \(No module named 'azure'\); pip install '.\[azure\]'"):
         open_folder(azure_place("x"))

@@ -42,6 +42,7 @@ def test_values_of_secret_variables_are_hidden_however_they_are_written() -> Non
         ("run a.yaml data.token=abc", "run a.yaml data.token=(hidden)"),
         ("AZURE_STORAGE_CONNECTION_STRING=AccountName=a", "AZURE_STORAGE_CONNECTION_STRING=(hidden)"),
         ("AccountName=a;AccountKey=k+/=;X=1", "AccountName=a;AccountKey=(hidden);X=1"),
+        ("at 'http://h/c/x?sv=1&sig=ab%2F&se=2'", "at 'http://h/c/x?sv=1&sig=(hidden)&se=2'"),
         ("hub.api_key='a b' x=1", "hub.api_key=(hidden) x=1"),
         ("password: hunter2", "password: (hidden)"),
         ("name=hf_abcdefghijklmnopqrst", "name=(hidden)"),
