@@ -25,7 +25,8 @@ FILES_OF = {
     "openai": {"orchestrator/judging/client.py"},
     "lm_eval": {"actors/evaluation/harness.py", "actors/evaluation/harness_tasks.py", "actors/evaluation/harness_vllm.py"},
     "onnxruntime": {"orchestrator/classification/onnx_model.py"},
-    "pyarrow.fs": {"actors/storage/object_folder.py"},
+    "pyarrow.fs": {"actors/storage/clouds.py"},
+    "azure": {"actors/storage/clouds.py"},
 }
 INSTANT_MODULES = (
     "losses.config", "actors.config.models", "orchestrator.config.run", "orchestrator.config.load", "orchestrator.cli",

@@ -13,7 +13,9 @@ from pyarrow import fs
 if TYPE_CHECKING:
     from azure.storage.blob import BlobClient, BlobServiceClient
 
+FileInfo: TypeAlias = fs.FileInfo
 FileSystem: TypeAlias = fs.FileSystem
+FileType: TypeAlias = fs.FileType
 
 GOOGLE_RETRY_SECONDS = 20
 """For how long Google's library tries a request again by itself; it would take 15 minutes."""
@@ -32,9 +34,9 @@ class CloudStorage:
     def __init__(self, filesystem: FileSystem) -> None:
         self.filesystem = filesystem
 
-    def entries(self, path: str, recursive: bool) -> list[fs.FileInfo]:
+    def entries(self, path: str, recursive: bool) -> list[FileInfo]:
         """Return the files and folders in a folder, or of all below it as well; none where it is not there."""
-        found: list[fs.FileInfo] = self.filesystem.get_file_info(
+        found: list[FileInfo] = self.filesystem.get_file_info(
             fs.FileSelector(path, allow_not_found=True, recursive=recursive)
         )
         return found
@@ -64,7 +66,7 @@ class GoogleStorage(CloudStorage):
     """Google's: pyarrow lists no folder but those that have an object of their own name, and takes a bucket that is not there
     for a file that is not."""
 
-    def entries(self, path: str, recursive: bool) -> list[fs.FileInfo]:
+    def entries(self, path: str, recursive: bool) -> list[FileInfo]:
         """As above, by a listing of all that is below the folder."""
         below = super().entries(path, recursive=True)
         if recursive:
@@ -72,7 +74,7 @@ class GoogleStorage(CloudStorage):
         start = len(path) + 1
         files = [info for info in below if "/" not in info.path[start:]]
         inner = {info.path[start:].partition("/")[0] for info in below} - {info.base_name for info in files}
-        return files + [fs.FileInfo(f"{path}/{name}", fs.FileType.Directory) for name in sorted(inner)]
+        return files + [FileInfo(f"{path}/{name}", FileType.Directory) for name in sorted(inner)]
 
     def write(self, path: str, content: bytes | pa.Buffer) -> None:
         """As above.

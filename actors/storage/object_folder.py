@@ -14,10 +14,9 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
-from pyarrow import fs
 
 from actors.config.places import within
-from actors.storage.clouds import FileSystem, open_storage
+from actors.storage.clouds import FileInfo, FileSystem, FileType, open_storage
 from actors.storage.local_copies import FOLDER, LIMIT, LocalCopies, cache_folder
 
 logger = logging.getLogger("atkd")
@@ -97,7 +96,7 @@ class ObjectFolder:
 
     def folders(self) -> list[str]:
         """Return the names of the folders within, sorted."""
-        return sorted(info.base_name for info in self._list() if info.type == fs.FileType.Directory)
+        return sorted(info.base_name for info in self._list() if info.type == FileType.Directory)
 
     def names(self) -> list[str]:
         """Return the names of all that is there."""
@@ -105,7 +104,7 @@ class ObjectFolder:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file that is there, by one listing."""
-        return {info.base_name: info.size for info in self._list() if info.type == fs.FileType.File}
+        return {info.base_name: info.size for info in self._list() if info.type == FileType.File}
 
     def size(self, name: str) -> int | None:
         """Return a file's bytes; None if it is not there."""
@@ -114,14 +113,14 @@ class ObjectFolder:
     def written_ns(self, inner: str) -> dict[str, int]:
         """Return when each file below an inner folder, or in the folder itself, was last written, in nanoseconds of the storage's
         own clock."""
-        files = (info for info in self._list(inner) if info.type == fs.FileType.File)
+        files = (info for info in self._list(inner) if info.type == FileType.File)
         return {info.path.removeprefix(f"{self._path}/"): info.mtime_ns for info in files}
 
     def files(self) -> dict[str, tuple[int, int]]:
         """Return, for each file in the folder and below it, its bytes, and when it was written by the storage's own clock, in
         nanoseconds."""
         found = self._patiently("list files", lambda: self._storage.entries(self._path, recursive=True))
-        files = (info for info in found if info.type == fs.FileType.File)
+        files = (info for info in found if info.type == FileType.File)
         return {info.path.removeprefix(f"{self._path}/"): (info.size, info.mtime_ns) for info in files}
 
     def read(self, name: str) -> bytes:
@@ -223,7 +222,7 @@ class ObjectFolder:
             raise FileNotFoundError(self.place_of(name))
         return self._copies.keep(name, size, lambda: self.read(name))
 
-    def _list(self, inner: str = "") -> list[fs.FileInfo]:
+    def _list(self, inner: str = "") -> list[FileInfo]:
         """List the folder itself, or all that stands below an inner one."""
         path = self._key(inner) if inner else self._path
         return self._patiently("list files", lambda: self._storage.entries(path, recursive=bool(inner)))
