@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from orchestrator.reports.page import read_json_lines
 from orchestrator.reports.run_charts import curve_of, sampled_uncertainties, shares_charts, uncertainty_histogram
 from orchestrator.reports.run_report import StageTime, finding, spread_over_tasks, stage_times, write_report
 from orchestrator.reports.svg import INK, MOST_POINTS, SERIES, Curve, histogram_chart, line_chart
-from orchestrator.run.results_table import TableRow
+from orchestrator.run.results_table import TableRow, read_table, write_table
 from tests.orchestrator.pages import EVIL, TARGET_PROBABILITIES, Page, bare_run, require_closed, whole_run, write_store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -39,6 +39,16 @@ def test_the_page_shows_the_whole_run(tmp_path: Path) -> None:
         "finished train", "3.11.9", "atkd run a.yaml",
     ):  # fmt: skip
         assert words in page.text, words
+
+
+def test_the_page_shows_rouge_l_by_task_where_that_is_asked_for(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "run")
+    assert "Exact match by task" in (page := write_report(run).read_text()) and "Rouge-L by task" not in page
+    table = read_table(run)
+    rows = tuple(replace(row, show="score") for row in table.tasks)
+    write_table(run, replace(table, tasks=(), tasks_by_rouge_l=rows))
+    assert "Rouge-L by task" in (page := write_report(run).read_text()) and "Exact match by task" not in page
+    assert "task0 (3)" in page and "1.000" in page
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
