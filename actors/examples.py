@@ -32,18 +32,46 @@ SCHEMA = pa.schema([
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
     """Write examples in their order to ``path``, in one rename; of an iterator no more than a batch is held."""
+    write_batches(path, map(record_batch, _some_at_a_time(examples)))
+
+
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write the examples of record batches, in their order, to ``path``, in one rename.
+
+    However the examples are cut into batches, the file is the same, byte for byte.
+    """
     digest, rows, tokens = hashlib.blake2b(digest_size=KEY_BYTES), 0, 0
     with whole_file(path) as file:
         # The final schema takes the place of this one, and is as long: its values are.
         with pa.ipc.new_stream(file, _schema(digest.hexdigest(), rows, tokens)) as writer:
-            for some in _batches(examples):
-                keys = b"".join(bytes.fromhex(example.key) for example in some)
-                batch = _record_batch(some, keys)
+            for batch in _cut_anew(batches):
                 writer.write_batch(batch)
-                digest.update(keys)
-                rows, tokens = rows + len(some), tokens + len(batch["token_ids"].values)
+                digest.update(batch_keys(batch).data)
+                rows, tokens = rows + len(batch), tokens + len(batch["token_ids"].values)
         file.seek(0)
         file.write(_schema(digest.hexdigest(), rows, tokens).serialize())
+
+
+def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
+    """Return examples as they are written."""
+    keys = b"".join(bytes.fromhex(example.key) for example in examples)
+    assert len(keys) == KEY_BYTES * len(examples), "keys are of one length"
+    offsets = pa.array(np.cumsum([0, *(len(example.token_ids) for example in examples)]), pa.int64())
+    ids = np.concatenate([np.zeros(0, np.int32), *(example.token_ids for example in examples)])
+    mask = np.concatenate([np.zeros(0, bool), *(example.loss_mask for example in examples)]).astype(np.uint8)
+    columns = [
+        pa.array([example.row for example in examples], pa.int64()),
+        pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(examples), [None, pa.py_buffer(keys)]),
+        pa.LargeListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
+        pa.LargeListArray.from_arrays(offsets, pa.array(mask, pa.uint8())),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def batch_keys(batch: pa.RecordBatch) -> np.ndarray:
+    """Return the keys of a batch that is no slice, uint8 [B, 16]."""
+    count = len(batch)
+    return np.frombuffer(batch["key"].buffers()[1], np.uint8, count * KEY_BYTES).reshape(count, KEY_BYTES)
 
 
 class ExampleFile:
@@ -153,10 +181,8 @@ class _Batch:
     @staticmethod
     def of(batch: pa.RecordBatch) -> "_Batch":
         """Take the views."""
-        ids, count = batch["token_ids"], len(batch)
-        keys = np.frombuffer(batch["key"].buffers()[1], np.uint8, count * KEY_BYTES).reshape(count, KEY_BYTES)
-        mask = np.asarray(batch["loss_mask"].values).view(bool)
-        return _Batch(np.asarray(ids.offsets), np.asarray(ids.values), mask, keys, np.asarray(batch["row"]))
+        ids, mask = batch["token_ids"], np.asarray(batch["loss_mask"].values).view(bool)
+        return _Batch(np.asarray(ids.offsets), np.asarray(ids.values), mask, batch_keys(batch), np.asarray(batch["row"]))
 
     def key(self, row: int) -> str:
         """Return the key of a row."""
@@ -186,32 +212,36 @@ def _schema(name: str, rows: int, tokens: int) -> pa.Schema:
     return SCHEMA.with_metadata({"format": str(FORMAT), "hash": name, "rows": f"{rows:020}", "tokens": f"{tokens:020}"})
 
 
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """Cut examples into batches, none of them empty."""
+def _some_at_a_time(examples: Iterable[Example]) -> Iterator[list[Example]]:
     some: list[Example] = []
     tokens = 0
     for example in examples:
-        if some and (len(some) == MOST_ROWS or tokens + len(example.token_ids) > MOST_TOKENS):
-            yield some
-            some, tokens = [], 0
         some.append(example)
         tokens += len(example.token_ids)
-    if some:
-        yield some
+        if len(some) >= MOST_ROWS or tokens >= MOST_TOKENS:
+            yield some
+            some, tokens = [], 0
+    yield some
 
 
-def _record_batch(examples: Sequence[Example], keys: bytes) -> pa.RecordBatch:
-    assert len(keys) == KEY_BYTES * len(examples), "keys are of one length"
-    offsets = pa.array(np.cumsum([0, *(len(example.token_ids) for example in examples)]), pa.int64())
-    ids = np.concatenate([example.token_ids for example in examples])
-    mask = np.concatenate([example.loss_mask for example in examples]).astype(np.uint8)
-    columns = [
-        pa.array([example.row for example in examples], pa.int64()),
-        pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(examples), [None, pa.py_buffer(keys)]),
-        pa.LargeListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
-        pa.LargeListArray.from_arrays(offsets, pa.array(mask, pa.uint8())),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
+def _cut_anew(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Join and cut batches so that each has as many rows as ``MOST_TOKENS`` and ``MOST_ROWS`` allow; none is empty."""
+    parts: list[pa.RecordBatch] = []
+    rows = tokens = 0
+    for batch in batches:
+        lengths, start = np.diff(np.asarray(batch["token_ids"].offsets)).tolist(), 0
+        for row, length in enumerate(lengths):
+            if rows and (rows == MOST_ROWS or tokens + length > MOST_TOKENS):
+                yield _joined_batches([*parts, batch.slice(start, row - start)])
+                parts, rows, tokens, start = [], 0, 0, row
+            rows, tokens = rows + 1, tokens + length
+        parts.append(batch.slice(start))
+    if rows:
+        yield _joined_batches(parts)
+
+
+def _joined_batches(parts: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    return pa.concat_batches([part for part in parts if len(part)])
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -236,8 +236,22 @@ def test_a_classifier_is_timed_as_onnx_and_as_weights(tmp_path: Path, capsys: py
 
 def test_preparation_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare.main(["--rows", "600", "900", "--words", "8", "--folder", str(tmp_path)]) == 0
-    lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    lines = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert lines[-2:] == ["600", "900"] and not list(tmp_path.iterdir())
+
+
+def test_a_way_of_preparing_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="--ways threads:2: processes:2, tasks:4 or ray_data:2 would do"):
+        prepare.Way.parse("threads:2")
+
+
+@pytest.mark.slow
+def test_all_ways_of_preparing_leave_the_same_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ways = ["processes:1", "processes:2", "tasks:2", "ray_data:1"]
+    assert prepare.main(["--rows", "3000", "--words", "8", "--folder", str(tmp_path), "--ways", *ways]) == 0
+    printed = capsys.readouterr().out
+    assert "bar files of 3,000 rows that differ measured 0 wanted <=0 met" in printed
+    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][-4:] == ways
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from orchestrator.cluster.run_copies import nodes_kept_alike, require_one_node
 from orchestrator.cluster.shared_folder import require_shared
 from orchestrator.config.run import RunConfig
 
-STORE_BYTES = 256 << 20  # Ray's object store carries counts and configurations only
+STORE_BYTES = 256 << 20  # Ray's object store carries counts and configurations, and rows of data.cluster_tasks on their way
 
 CONNECT_SECONDS = 10.0
 

@@ -162,6 +162,10 @@ class DataConfig(Section):
     """Processes of the driver's machine that render and tokenize training rows; what comes of it is the same with any number.
     Each takes some seconds to start, and some hundred MiB: for hundreds of thousands of rows."""
 
+    cluster_tasks: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
+    """Instead, Ray tasks of one CPU each, on all nodes of the cluster, as many at one time where CPUs are free; what comes of it
+    is the same. For millions of rows."""
+
     @model_validator(mode="before")
     @classmethod
     def _source_or_sources(cls, values: Any) -> Any:

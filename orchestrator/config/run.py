@@ -151,7 +151,7 @@ class RunConfig(Section):
             "evaluate.generate_rows": (rows_said_to_answer(self.evaluate), 0),
             "scores.top_mass": (self.scores.top_mass, None),
             "data.without_answer": (self.data.without_answer, "refuse"), "data.processes": (self.data.processes, 1),
-            "train.packing": (self.train.packing, False),
+            "data.cluster_tasks": (self.data.cluster_tasks, None), "train.packing": (self.train.packing, False),
             "tune.answers": (self.tune.answers, False), "compare.answers": (self.compare.answers, False),
         }  # fmt: skip
         for role, side in (("teacher", self.teacher), ("student", self.student)):

@@ -1,7 +1,7 @@
 """What became of the rows of a run, in numbers and in sentences for the terminal."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from orchestrator.config.data import DataConfig
 from orchestrator.data.templates import RenderedRows
@@ -140,24 +140,37 @@ class SplitTally:
     turn_ends: Counter[str] = field(default_factory=Counter)
     asked_for_date: bool = False
 
-    def add(self, rendered: RenderedRows, used: TokenizedRows) -> None:
+    @staticmethod
+    def of(rendered: RenderedRows, used: TokenizedRows) -> "SplitTally":
         """Count some rows: as text, and what became of them."""
-        self.rows += len(used.examples)
-        self.tokens += sum(len(example.token_ids) for example in used.examples)
-        self.targets += sum(int(example.loss_mask.sum()) for example in used.examples)
-        self.dropped_long += used.dropped_long
-        self.truncated += used.truncated
-        self.without_target += used.without_target
-        self.without_answer += rendered.without_answer
-        self.merged_at_border += used.merged_at_border
-        self.respaced += sum(row.respaced_turns > 0 for row in used.kept)
-        self.longest, self.longest_read = max(self.longest, used.longest), max(self.longest_read, used.longest_read)
-        self.largest_id = max(self.largest_id, used.largest_id)
-        self.rows_with_special_tokens += sum(bool(row.special_tokens) for row in rendered.rows)
+        special_tokens = Counter[str]()
         for row in rendered.rows:
-            self.special_tokens.update(dict(row.special_tokens))
-        self.turn_ends.update(end for row in used.kept for end in row.turn_ends)
-        self.asked_for_date |= rendered.template_asked_for_date
+            special_tokens.update(dict(row.special_tokens))
+        return SplitTally(
+            rows=len(used.examples),
+            tokens=sum(len(example.token_ids) for example in used.examples),
+            targets=sum(int(example.loss_mask.sum()) for example in used.examples),
+            dropped_long=used.dropped_long,
+            truncated=used.truncated,
+            without_target=used.without_target,
+            without_answer=rendered.without_answer,
+            merged_at_border=used.merged_at_border,
+            respaced=sum(row.respaced_turns > 0 for row in used.kept),
+            longest=used.longest,
+            longest_read=used.longest_read,
+            largest_id=used.largest_id,
+            rows_with_special_tokens=sum(bool(row.special_tokens) for row in rendered.rows),
+            special_tokens=special_tokens,
+            turn_ends=Counter(end for row in used.kept for end in row.turn_ends),
+            asked_for_date=rendered.template_asked_for_date,
+        )
+
+    def add(self, other: "SplitTally") -> None:
+        """Count further rows of the split."""
+        for one in fields(self):
+            mine, others = getattr(self, one.name), getattr(other, one.name)
+            together = max(mine, others) if one.name in ("longest", "longest_read", "largest_id") else mine + others
+            setattr(self, one.name, bool(together) if one.name == "asked_for_date" else together)
 
     @property
     def read(self) -> int:

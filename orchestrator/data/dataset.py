@@ -12,44 +12,53 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from actors.examples import ExampleFile, write_examples
+from actors.examples import ExampleFile, record_batch, write_batches, write_examples
 from actors.files import write_atomically
-from actors.records import Example
-from orchestrator.cluster.processes import map_in_order
+from orchestrator.cluster.processes import map_in_processes, map_on_cluster
 from orchestrator.config.data import DataConfig
 from orchestrator.data.counts import DataCounts, SplitTally, count_data
-from orchestrator.data.mixture import NumberedRow, SpooledRows, read_splits
+from orchestrator.data.mixture import NumberedRow, PackedRows, SpooledRows, read_splits
 from orchestrator.data.shown_rows import RowsToShow
 from orchestrator.data.templates import RenderedRows, render_rows, texts_to_learn
 from orchestrator.data.tokenization import TokenizedRows, tokenize
 from orchestrator.data.tokenizers import tokenizer_hash
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024
 """Training rows that are text and tokens at one time."""
 
 TokenizerFor = Callable[[Iterable[str]], PreTrainedTokenizerBase]
 """Returns the run's tokenizer, given the training texts in case it is to be trained on them."""
 
 
-def prepare_data(data: DataConfig, tokenizer_for: TokenizerFor, folder: Path) -> DataCounts:
+def prepare_data(data: DataConfig, tokenizer_for: TokenizerFor, folder: Path, on_cluster: bool = False) -> DataCounts:
     """Read, split, render, tokenize and write the data of a run into ``folder``.
+
+    Args:
+        data: which rows, and how they are read.
+        tokenizer_for: see ``TokenizerFor``.
+        folder: of the data, made if it is missing.
+        on_cluster: whether ``data.cluster_tasks`` of the Ray that is connected render and tokenize the training rows, instead
+            of ``data.processes`` of this machine.
 
     Raises:
         ValueError: naming the file, row or key, if the data or the configuration cannot serve.
     """
     train_rows, heldout_rows = read_splits(data)
     tokenizer = tokenizer_for(texts_to_learn(train_rows, data))
-    heldout, heldout_tally = _all_at_once(heldout_rows, data, tokenizer)
+    rendered, heldout = _rendered_and_tokenized(list(heldout_rows), data, tokenizer)
+    heldout_tally = SplitTally.of(rendered, heldout)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
-    train = TrainingRows(train_rows, data, tokenizer, frozenset(example.key for example in heldout.examples))
-    write_examples(folder / "train.arrow", train.examples())
+    heldout_keys = [bytes.fromhex(example.key) for example in heldout.examples]
+    train = TrainingRows(train_rows, data, tokenizer, frozenset(heldout_keys))
+    write_batches(folder / "train.arrow", train.batches(on_cluster))
     train.tally.require_rows("training", data)
     heldout_tally.require_rows("held-out", data)
     write_heldout(folder, heldout)
-    repeated = sum(example.key in train.met for example in heldout.examples)
+    repeated = sum(key in train.met for key in heldout_keys)
     by_source = train_rows.by_source() + heldout_rows.by_source()
     counts = count_data(train.tally, heldout_tally, repeated, data, by_source, train.shown.texts(tokenizer))
     write_summary(folder, counts, tokenizer_hash(tokenizer))
@@ -66,24 +75,49 @@ class TrainingRows:
     """How they are read."""
     tokenizer: PreTrainedTokenizerBase
     """Of the run."""
-    heldout_keys: frozenset[str]
+    heldout_keys: frozenset[bytes]
     """Keys of the held-out rows."""
-    met: set[str] = field(default_factory=set)
+    met: set[bytes] = field(default_factory=set)
     """Those of them that training rows have too."""
     tally: SplitTally = field(default_factory=SplitTally)
     """What became of the rows so far."""
     shown: RowsToShow = field(default_factory=RowsToShow)
     """Some of them, for the reader."""
 
-    def examples(self) -> Iterator[Example]:
+    def batches(self, on_cluster: bool) -> Iterator[pa.RecordBatch]:
         """Yield the rows that are used, tokenized."""
-        blocks = (list(self.rows[start : start + ROWS_AT_ONCE]) for start in range(0, len(self.rows), ROWS_AT_ONCE))
-        work = partial(_rendered_and_tokenized, data=self.data, tokenizer=self.tokenizer)
-        for some, (rendered, used) in map_in_order(work, blocks, self.data.processes, "data.processes"):
-            self.tally.add(rendered, used)
-            self.shown.look(some, used)
-            self.met |= self.heldout_keys & {example.key for example in used.examples}
-            yield from used.examples
+        for prepared in self._prepared(on_cluster):
+            self.tally.add(prepared.tally)
+            self.shown.add(prepared.shown)
+            self.met |= self.heldout_keys.intersection(prepared.batch["key"].to_pylist())
+            yield prepared.batch
+
+    def _prepared(self, on_cluster: bool) -> "Iterator[PreparedRows]":
+        work, packed = partial(prepare_rows, data=self.data, tokenizer=self.tokenizer), self.rows.packed(ROWS_AT_ONCE)
+        if on_cluster:
+            assert self.data.cluster_tasks is not None, "so the caller asks for it"
+            return map_on_cluster(work, packed, self.data.cluster_tasks, "data.cluster_tasks")
+        return map_in_processes(work, packed, self.data.processes, "data.processes")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRows:
+    """Some training rows as they are written, and what became of them."""
+
+    batch: pa.RecordBatch
+    """Those that are used."""
+    tally: SplitTally
+    """Of all of them."""
+    shown: RowsToShow
+    """Those that a reader might see."""
+
+
+def prepare_rows(packed: PackedRows, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedRows:
+    """Render and tokenize some training rows."""
+    rows, shown = packed.unpacked(), RowsToShow()
+    rendered, used = _rendered_and_tokenized(rows, data, tokenizer)
+    shown.look(rows, used)
+    return PreparedRows(record_batch(used.examples), SplitTally.of(rendered, used), shown)
 
 
 def _rendered_and_tokenized(
@@ -91,12 +125,6 @@ def _rendered_and_tokenized(
 ) -> tuple[RenderedRows, TokenizedRows]:
     rendered = render_rows(rows, data, tokenizer)
     return rendered, tokenize(rendered.rows, tokenizer, data)
-
-
-def _all_at_once(rows: SpooledRows, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenizedRows, SplitTally]:
-    (rendered, used), tally = _rendered_and_tokenized(list(rows), data, tokenizer), SplitTally()
-    tally.add(rendered, used)
-    return used, tally
 
 
 def write_heldout(folder: Path, heldout: TokenizedRows) -> None:

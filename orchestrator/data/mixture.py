@@ -9,7 +9,8 @@ import random
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
 from typing import Any, NamedTuple, cast, overload
 
@@ -42,6 +43,18 @@ class NumberedRow(NamedTuple):
         return index if self.source == "data.source" else f"{index} of {self.source}"
 
 
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Some rows as bytes, which are quick to send to another process."""
+
+    rows: tuple[tuple[int, bytes, str, int], ...]
+    """Number, fields as ``pickle`` writes them, key of the source and number of its first row, of each."""
+
+    def unpacked(self) -> list[NumberedRow]:
+        """Return the rows."""
+        return [NumberedRow(number, pickle.loads(fields), source, first) for number, fields, source, first in self.rows]
+
+
 class RowSpool:
     """The rows of all sources of a split, by number; on disk where they are many."""
 
@@ -65,13 +78,15 @@ class RowSpool:
         self._sources.append(source)
         return SpooledRows(self, array("q", range(first, len(self))))
 
-    def row(self, number: int) -> NumberedRow:
-        """Return a row."""
+    def packed(self, numbers: Iterable[int]) -> PackedRows:
+        """Return some rows as they were written."""
+        return PackedRows(tuple(map(self._packed_row, numbers)))
+
+    def _packed_row(self, number: int) -> tuple[int, bytes, str, int]:
         start = self._ends[number - 1] if number else 0
         self._file.seek(start)
         place = bisect_right(self._firsts, number) - 1
-        fields = pickle.loads(self._file.read(self._ends[number] - start))  # written above, by this process
-        return NumberedRow(number, fields, self._sources[place], self._firsts[place])
+        return number, self._file.read(self._ends[number] - start), self._sources[place], self._firsts[place]
 
     def source(self, number: int) -> str:
         """Return the source of a row."""
@@ -94,7 +109,12 @@ class SpooledRows(Sequence[NumberedRow]):
     def __getitem__(self, place: int | slice) -> "NumberedRow | SpooledRows":
         if isinstance(place, slice):
             return SpooledRows(self._spool, self._numbers[place])
-        return self._spool.row(self._numbers[place])
+        return self._spool.packed([self._numbers[place]]).unpacked()[0]
+
+    def packed(self, rows_at_once: int) -> Iterator[PackedRows]:
+        """Yield all rows, in their order, so many at a time."""
+        for start in range(0, len(self), rows_at_once):
+            yield self._spool.packed(self._numbers[start : start + rows_at_once])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

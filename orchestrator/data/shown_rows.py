@@ -19,26 +19,34 @@ class RowsToShow:
     """The first row that is used of each source, and further ones up to three."""
 
     def __init__(self) -> None:
-        self._first: dict[str, tuple[NumberedRow, Example]] = {}
-        self._others: list[tuple[NumberedRow, Example]] = []
+        self._kept: list[tuple[NumberedRow, Example]] = []
+        self._sources: set[str] = set()
 
     def look(self, rows: Sequence[NumberedRow], used: TokenizedRows) -> None:
         """Look at some rows, and what became of them."""
         by_number = {row.number: row for row in rows}
         for example in used.examples:
-            row = by_number[example.row]
-            if row.source not in self._first:
-                self._first[row.source] = row, example
-            elif len(self._others) < ROWS_TO_SHOW:
-                self._others.append((row, example))
+            self._look_at(by_number[example.row], example)
+
+    def add(self, following: "RowsToShow") -> None:
+        """Look at the rows that others kept of the rows that follow; what is kept is as if all had been looked at here."""
+        for row, example in following._kept:
+            self._look_at(row, example)
+
+    def _look_at(self, row: NumberedRow, example: Example) -> None:
+        if row.source not in self._sources or len(self._kept) < len(self._sources) + ROWS_TO_SHOW:
+            self._sources.add(row.source)
+            self._kept.append((row, example))
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Return them as text with their targets marked."""
-        first = list(self._first.values())
+        first_of = {row.source: row.number for row, _ in reversed(self._kept)}
+        first = [(row, example) for row, example in self._kept if row.number == first_of[row.source]]
+        others = [(row, example) for row, example in self._kept if row.number != first_of[row.source]]
         return [
             f"{row.place}, {len(example.token_ids)} tokens, {int(example.loss_mask.sum())} of them targets, in {OPEN} {CLOSE}:\n"
             + with_marked_targets(example, tokenizer)
-            for row, example in first + self._others[: max(0, ROWS_TO_SHOW - len(first))]
+            for row, example in first + others[: max(0, ROWS_TO_SHOW - len(first))]
         ]
 
 

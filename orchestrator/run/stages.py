@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from actors.student.task import TrainingTask
 from losses.config import HardLabelLoss
 from orchestrator.cluster.logs import ProgressSnapshot
 from orchestrator.cluster.progress import logged_progress
+from orchestrator.cluster.ray_session import ray_for
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
 from orchestrator.data.mixture import source_hashes, sources_of
@@ -56,7 +57,9 @@ def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
         models.named(role).require_safetensors()
     require_can_be_cut(models)
     data = run_dir.path / "data"
-    counts = prepare_data(config.data, models.tokenizer_for, data)
+    on_cluster = config.data.cluster_tasks is not None
+    with ray_for(config) if on_cluster else nullcontext():
+        counts = prepare_data(config.data, models.tokenizer_for, data, on_cluster)
     tokenizer = models.tokenizer()
     ends = models.settle_answer_ends(tokenizer, sorted(counts.turn_ends, key=lambda end: -counts.turn_ends[end]))
     models.make_scratch_models(tokenizer)

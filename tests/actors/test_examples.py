@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from actors import examples as examples_module
-from actors.examples import SCHEMA, ExampleFile, with_shortest_prompts, write_examples
+from actors.examples import SCHEMA, ExampleFile, record_batch, with_shortest_prompts, write_batches, write_examples
 from actors.records import Example, example_key
 from tests.fakes import fake_examples
 
@@ -83,6 +83,22 @@ def test_offsets_have_64_bits_and_batches_are_bounded(tmp_path: Path, monkeypatc
     sizes = [(len(batch), len(batch["token_ids"].values)) for batch in reader]
     assert len(sizes) > 10 and sum(rows for rows, _ in sizes) == 50
     assert all(rows <= 4 and tokens <= 40 for rows, tokens in sizes)
+
+
+@pytest.mark.parametrize("bounds", [(10**6, 10**6), (40, 4), (1, 1)])
+@pytest.mark.parametrize("cuts", [(50,), (1,) * 50, (0, 7, 0, 0, 30, 13, 0)])
+def test_a_file_does_not_tell_in_which_batches_its_rows_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bounds: tuple[int, int], cuts: tuple[int, ...]
+) -> None:
+    in_small_batches(monkeypatch, *bounds)
+    examples = fake_examples(50)
+    ends = np.cumsum(cuts).tolist()
+    batches = [record_batch(examples[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    write_batches(tmp_path / "cut.arrow", batches)
+    write_examples(tmp_path / "whole.arrow", examples)
+    assert (tmp_path / "cut.arrow").read_bytes() == (tmp_path / "whole.arrow").read_bytes()
+    file = ExampleFile(tmp_path / "cut.arrow")
+    assert [file.key(position) for position in range(len(file))] == [example.key for example in examples]
 
 
 def test_a_writer_holds_one_batch_of_an_iterator(tmp_path: Path) -> None:

@@ -166,6 +166,15 @@ def test_prepare_alone_needs_no_ray(capsys: pytest.CaptureFixture[str], tmp_path
     assert "prepare: done before" in capsys.readouterr().out
 
 
+@pytest.mark.ray
+def test_prepare_on_the_cluster_is_prepare(capsys: pytest.CaptureFixture[str], tmp_path: Path, local_ray: None) -> None:
+    rows = ["configs/tiny_cpu.yaml", "data.source.rows=400", "tokenizer.vocab_size=400"]
+    assert main(["prepare", *rows, f"output={tmp_path / 'here'}"]) == 0
+    assert main(["prepare", *rows, f"output={tmp_path / 'there'}", "data.cluster_tasks=2"]) == 0
+    here, there = (next((tmp_path / name).glob("*/data/train.arrow")).read_bytes() for name in ("here", "there"))
+    assert here == there
+
+
 def test_rows_that_changed_under_a_run_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     words = [f"{a}{b}{c}" for a in "abcdefghij" for b in "klmno" for c in "pqrstuvw"]

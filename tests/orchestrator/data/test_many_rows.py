@@ -62,6 +62,22 @@ def test_several_processes_leave_the_same_bytes_and_raise_the_same_errors(
         prepare_data(refusing, lambda texts: trained(), tmp_path / "refused")
 
 
+@pytest.mark.ray
+def test_tasks_of_a_cluster_leave_the_same_bytes_and_raise_the_same_errors(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = config(tmp_path, 300)
+    spread = alone.model_copy(update={"cluster_tasks": 3})
+    monkeypatch.setattr(dataset, "ROWS_AT_ONCE", 64)
+    whole = prepare_data(alone, lambda texts: trained(), tmp_path / "alone")
+    assert prepare_data(spread, lambda texts: trained(), tmp_path / "spread", on_cluster=True) == whole
+    for name in FILES:
+        assert (tmp_path / "spread" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    refusing = spread.model_copy(update={"without_answer": "refuse"})
+    with pytest.raises(ValueError, match=r"^row \d+: "):
+        prepare_data(refusing, lambda texts: trained(), tmp_path / "refused", on_cluster=True)
+
+
 def test_the_order_is_that_of_one_shuffled_list(tmp_path: Path) -> None:
     data = config(tmp_path, 50)
     numbers = list(range(len(read_training_rows(data))))

@@ -10,6 +10,7 @@ import pytest
 from actors.examples import ExampleFile
 from actors.records import Example
 from orchestrator.config.data import DataConfig
+from orchestrator.data import dataset
 from orchestrator.data.dataset import prepare_data
 from orchestrator.data.shown_rows import with_marked_targets
 from tests.orchestrator.data.test_chat_templates import CHATML, tokenizer
@@ -53,6 +54,19 @@ def test_the_first_row_of_each_source_is_shown_as_the_models_see_it(tmp_path: Pa
     assert "<|im_start|>user\ncolumn " in shown and "<|im_start|>assistant\n⟦no<|im_end|>⟧" in shown
     assert "plain " in shown and ": ⟦so<|im_end|>⟧" in shown
     assert {text.split(",")[0].split(" of ")[1] for text in counts.shown_rows} == set(data.training_sources)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_the_same_rows_are_shown_however_many_are_looked_at_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    for sources in (three_kinds(tmp_path).sources, three_kinds(tmp_path).sources[:1]):  # type: ignore[index]
+        data = three_kinds(tmp_path).model_copy(update={"sources": sources})
+        together = prepare_data(data, lambda texts: tokenizer(END), tmp_path / "together")
+        with monkeypatch.context() as changed:
+            changed.setattr(dataset, "ROWS_AT_ONCE", at_once)
+            assert prepare_data(data, lambda texts: tokenizer(END), tmp_path / "apart") == together
+        assert len(together.shown_rows) == 3
 
 
 def test_rows_of_all_formats_are_the_tokens_of_their_own(tmp_path: Path) -> None:
