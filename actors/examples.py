@@ -5,12 +5,14 @@ Its schema's metadata holds what is known when all are written: the name of the 
 """
 
 import hashlib
+import io
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -40,16 +42,27 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
 
     However the examples are cut into batches, the file is the same, byte for byte.
     """
-    digest, rows, tokens = hashlib.blake2b(digest_size=KEY_BYTES), 0, 0
     with whole_file(path) as file:
-        # The final schema takes the place of this one, and is as long: its values are.
-        with pa.ipc.new_stream(file, _schema(digest.hexdigest(), rows, tokens)) as writer:
-            for batch in _cut_anew(batches):
-                writer.write_batch(batch)
-                digest.update(batch_keys(batch).data)
-                rows, tokens = rows + len(batch), tokens + len(batch["token_ids"].values)
-        file.seek(0)
-        file.write(_schema(digest.hexdigest(), rows, tokens).serialize())
+        _write_stream(file, batches)
+
+
+def file_of_examples(examples: Iterable[Example]) -> bytes:
+    """Return what ``write_examples`` writes."""
+    file = io.BytesIO()
+    _write_stream(file, map(record_batch, _some_at_a_time(examples)))
+    return file.getvalue()
+
+
+def _write_stream(file: BinaryIO, batches: Iterable[pa.RecordBatch]) -> None:
+    digest, rows, tokens = hashlib.blake2b(digest_size=KEY_BYTES), 0, 0
+    # The final schema takes the place of this one, and is as long: its values are.
+    with pa.ipc.new_stream(file, _schema(digest.hexdigest(), rows, tokens)) as writer:
+        for batch in _cut_anew(batches):
+            writer.write_batch(batch)
+            digest.update(batch_keys(batch).data)
+            rows, tokens = rows + len(batch), tokens + len(batch["token_ids"].values)
+    file.seek(0)
+    file.write(_schema(digest.hexdigest(), rows, tokens).serialize())
 
 
 def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
@@ -77,12 +90,16 @@ def batch_keys(batch: pa.RecordBatch) -> np.ndarray:
 class ExampleFile:
     """The examples of one split, by position. Arrays are views into the mapped file; nothing is kept for single rows.
 
+    Args:
+        path: of the file, or its address if it is none of this machine.
+        content: what such a file holds.
+
     Raises:
         ValueError: if the file has another format, or is cut short.
     """
 
-    def __init__(self, path: Path) -> None:
-        mapped = pa.memory_map(str(path))
+    def __init__(self, path: Path | str, content: bytes | None = None) -> None:
+        mapped = pa.memory_map(str(path)) if content is None else pa.BufferReader(content)
         if mapped.read(len(FILE_OF_FORMAT_1)) == FILE_OF_FORMAT_1:
             raise _other_format(path, "1")
         mapped.seek(0)
@@ -248,7 +265,7 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def _other_format(path: Path, found: str | None) -> ValueError:
+def _other_format(path: Path | str, found: str | None) -> ValueError:
     return ValueError(
         f"{path} has format {found}, this version reads format {FORMAT}; give the run another name (name=...) or delete its "
         "folder, so that its data is prepared again"

@@ -42,3 +42,12 @@ def within(place: str, name: str) -> str:
         return str(Path(place) / name)
     parts = urlsplit(place)
     return urlunsplit(parts._replace(path=f"{parts.path}/{name}"))
+
+
+def parent_and_name(place: str) -> tuple[str, str]:
+    """Return the place of the folder in which something stands, and its name there."""
+    if not in_object_storage(place):
+        return str(Path(place).parent), Path(place).name
+    parts = urlsplit(place)
+    parent, _, name = parts.path.rpartition("/")
+    return urlunsplit(parts._replace(path=parent)), name

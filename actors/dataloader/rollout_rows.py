@@ -13,7 +13,7 @@ from actors.dataloader.sampler import Visits
 from actors.dataloader.scored_rows import FileRows, StoredRows, as_teacher, require_same_row
 from actors.examples import ExampleFile
 from actors.records import Example, TeacherScores
-from actors.score_store.rollout_log import POLL_SECONDS, RolloutLog, Sampled
+from actors.score_store.rollout_log import RolloutLog, Sampled, poll_seconds
 from losses.lm_head import LMHead
 from losses.policy_gradient import DrawnTokens
 from losses.teachers import HiddenTeacher
@@ -136,7 +136,7 @@ class MixedRows:
                     f"the student's share of step {self._step} was not decided within {timeout_seconds:.0f} s; the first worker "
                     "decides it after it has measured the held-out rows"
                 )
-            time.sleep(POLL_SECONDS)
+            time.sleep(poll_seconds(self._sources.policy.shares or ""))
         return time.monotonic() - started
 
     def _sampled(self, step: int) -> list[Sampled]:

@@ -7,13 +7,14 @@ on the way, which stand in a file. So all workers, and whoever writes the rows, 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 
+from actors.config.places import parent_and_name
 from actors.config.rollouts import AdaptiveShareConfig, ReplayConfig
 from actors.dataloader.sampler import Visits
-from actors.files import write_atomically
+from actors.storage.folder import Folder, open_folder
 
 
 def weights_step(step: int, refresh_steps: int, lag: int, inner_epochs: int = 1) -> int:
@@ -60,27 +61,41 @@ class AdaptiveShares:
     """The shares of a training so far, in a file that the first worker writes and all others follow.
 
     Args:
-        path: of the file.
+        place: path or address of the file.
     """
 
-    path: Path
+    place: str
 
     def read(self) -> tuple[int, list[Change]]:
         """Return until after which step all is decided, and the changes in their order; -1 and none before the first."""
-        if not self.path.exists():
+        folder, name = self._file
+        try:
+            content = json.loads(folder.read(name))
+        except FileNotFoundError:
             return -1, []
-        content = json.loads(self.path.read_text())
         return content["decided"], [Change(*one) for one in content["changes"]]
 
     def write(self, decided: int, changes: list[Change]) -> None:
         """Replace the file whole."""
         rows = [[one.step, one.share, one.loss] for one in changes]
-        write_atomically(self.path, json.dumps({"decided": decided, "changes": rows}).encode())
+        folder, name = self._file
+        folder.begin()
+        folder.write(name, json.dumps({"decided": decided, "changes": rows}).encode())
 
     def after(self, step: int) -> float | None:
         """Return the share that was decided by the end of a step; None if that is still to come."""
         decided, changes = self.read()
         return next(one.share for one in reversed(changes) if one.step <= step) if decided >= step else None
+
+    @property
+    def _file(self) -> tuple[Folder, str]:
+        parent, name = parent_and_name(self.place)
+        return _opened(parent), name
+
+
+@lru_cache(maxsize=8)
+def _opened(place: str) -> Folder:
+    return open_folder(place)  # of one in object storage that connects anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +134,7 @@ class RowPolicy:
         """Return the student's share of the rows of a step; None if it is not decided yet."""
         if self.shares is None:
             return self.student_share
-        return AdaptiveShares(Path(self.shares)).after(self.weights_step(step))
+        return AdaptiveShares(self.shares).after(self.weights_step(step))
 
 
 @dataclass(frozen=True, slots=True)

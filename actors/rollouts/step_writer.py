@@ -17,10 +17,10 @@ from actors.model_source import ModelSource
 from actors.records import Example, TeacherScores
 from actors.rollouts.base import Prompt, Response, written_row
 from actors.rollouts.mixed_writing import MixedWriters, mixture_logprobs
-from actors.rollouts.weights import Proof, WeightFolders
+from actors.rollouts.weights import WeightFolders
 from actors.rollouts.workers import RolloutWorkers, Weights, Written
 from actors.rollouts.writing import repeated_share
-from actors.score_store.rollout_log import POLL_SECONDS, RolloutLog, Sampled
+from actors.score_store.rollout_log import RolloutLog, Sampled, poll_seconds
 
 LOOK_SECONDS = 0.5
 MOST_UNSCORED = 2
@@ -126,13 +126,13 @@ class StepWriter:
     @staticmethod
     def missing_steps(log: RolloutLog, plan: RolloutPlan) -> list[int]:
         """Return the steps whose rows are still to be written, or may have to be, ascending."""
-        steps = [step for step in range(log.first_kept, plan.total_steps + 1) if not log.is_there(step)]
+        steps = sorted({*range(log.first_kept, plan.total_steps + 1)} - log.steps_there())
         return [step for step in steps if not plan.sources.are_known(step) or plan.mask(step).any()]
 
     def _await_share(self, step: int, over: threading.Event) -> bool:
         """Wait until it is decided which rows of a step are to be written; return False if all is over before."""
         while not self._plan.sources.are_known(step):
-            if over.wait(POLL_SECONDS):
+            if over.wait(poll_seconds(self._plan.sources.policy.shares or "")):
                 return False
             self._raise_failures()
         return True
@@ -154,8 +154,8 @@ class StepWriter:
             if over.is_set() or self._folders.newest() > wanted:
                 return None
             self._raise_failures()
-        folder = self._folders.path(wanted)
-        return Weights(wanted, ModelSource(str(folder), None, self._plan.trust_remote_code), Proof.read(folder))
+        source = ModelSource(self._folders.place(wanted), None, self._plan.trust_remote_code)
+        return Weights(wanted, source, self._folders.proof(wanted))
 
     def _score(
         self, before: Future[None] | None, step: int, weights: Weights, prompts: Sequence[Prompt], written: Written,

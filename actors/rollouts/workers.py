@@ -17,6 +17,7 @@ from actors.records import NO_TOKEN
 from actors.rollouts.base import Prompt, Response, Sampler, SamplerFactory, SamplerSpec, most_tokens
 from actors.rollouts.build import build_sampler
 from actors.rollouts.sampling_actors import CLOSE_SECONDS, actor_options, failures_in_words, process_ends_with_engine
+from actors.rollouts.weight_copies import on_this_node
 from actors.rollouts.weights import Proof
 from actors.teacher.replica import print_into
 
@@ -38,7 +39,7 @@ class Weights:
     step: int
     """After which optimizer step they were taken."""
     model: ModelSource
-    """Where they are."""
+    """Where they are; those in object storage are copied to the sampler's node."""
     proof: Proof | None = None
     """What the student itself predicts with them; None for those it begins with."""
 
@@ -136,7 +137,7 @@ class RolloutWorker:
 
     def _load(self, sampler: Sampler, weights: Weights) -> HandOver:
         started = time.perf_counter()
-        sampler.load(weights.model)
+        sampler.load(on_this_node(weights.model))
         self._loaded = weights.step
         if weights.proof is None:
             return HandOver(time.perf_counter() - started)

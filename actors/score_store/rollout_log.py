@@ -1,7 +1,7 @@
 """The rollout log: rows that the student wrote in training, with the teacher's scores; a log that workers follow while it grows.
 
-A folder holds a score store with a shard for each optimizer step, and for each shard two files that are there before it: the
-rows as token ids, and what the sampler knew of them. N tokens of a response.
+A folder, on a disk or in object storage, holds a score store with a shard for each optimizer step, and for each shard two files
+that are there before it: the rows as token ids, and what the sampler knew of them. N tokens of a response.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actors.examples import ExampleFile, write_examples
-from actors.files import write_atomically
+from actors.config.places import in_object_storage
+from actors.examples import ExampleFile, file_of_examples
 from actors.records import Example, TeacherScores
 from actors.score_store.store import ScoreStore
 
 FIRST_KEPT = "first_kept.txt"
 POLL_SECONDS = 0.02
 """Between two looks of a worker that waits: a step may take less than a second."""
+POLL_IN_STORAGE_SECONDS = 0.2
+MOST_HELD = 8
+"""Files that a reader holds."""
 
 NUMBERS = pa.list_(pa.float32())
 SCHEMA = pa.schema([
@@ -48,18 +51,20 @@ class RolloutLog:
     """The rows of each optimizer step that the student wrote, for writing them and for following them.
 
     Args:
-        folder: where ``open_or_create`` began it.
+        place: the folder where ``open_or_create`` began it, by path or address.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._store = folder, ScoreStore(folder)
+    def __init__(self, place: Path | str) -> None:
+        self._store = ScoreStore(place)
+        self._folder, self._poll_seconds = self._store.folder, poll_seconds(place)
+        self._held: dict[str, bytes] = {}
 
     @classmethod
-    def open_or_create(cls, folder: Path, identity: Mapping[str, Any], steps: int, batch_rows: int) -> "RolloutLog":
+    def open_or_create(cls, place: Path | str, identity: Mapping[str, Any], steps: int, batch_rows: int) -> "RolloutLog":
         """Open the log in a folder, or begin it there.
 
         Args:
-            folder: the log's own.
+            place: path or address of the log's own folder.
             identity: what the scores depend on; ``top_k`` and ``vocab_size`` among it.
             steps: optimizer steps of the training.
             batch_rows: rows of a step; the student may have written fewer of them.
@@ -67,8 +72,12 @@ class RolloutLog:
         Raises:
             StoreMismatch: if the log there is of another identity.
         """
-        ScoreStore.open_or_create(folder, identity, steps * batch_rows, batch_rows, most_shards=steps)
-        return cls(folder)
+        ScoreStore.open_or_create(place, identity, steps * batch_rows, batch_rows, most_shards=steps)
+        return cls(place)
+
+    def steps_there(self) -> set[int]:
+        """Return the steps, which count from 1, whose rows are there with their scores."""
+        return {*range(1, self._store.shard_count + 1)} - {shard + 1 for shard in self._store.missing_shards()}
 
     def is_there(self, step: int) -> bool:
         """Whether the rows of a step, which counts from 1, are there with their scores."""
@@ -81,7 +90,7 @@ class RolloutLog:
             ScoringFailed: with the error of sampler or teacher, if they gave up.
             TimeoutError: if the rows did not come in time.
         """
-        return self._store.wait_for(step - 1, timeout_seconds, POLL_SECONDS)
+        return self._store.wait_for(step - 1, timeout_seconds, self._poll_seconds)
 
     def write(
         self, step: int, examples: Sequence[Example], scores: Sequence[TeacherScores], sampled: Sequence[Sampled]
@@ -91,7 +100,7 @@ class RolloutLog:
         Raises:
             ValueError: naming the row, if a score cannot come from a working teacher.
         """
-        write_examples(self._rows_path(step), examples)
+        self._folder.write(_rows_name(step), file_of_examples(examples))
         columns = [
             pa.array([one.logprobs for one in sampled], NUMBERS),
             pa.array([one.ended for one in sampled]),
@@ -102,12 +111,15 @@ class RolloutLog:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, SCHEMA) as writer:
             writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-        write_atomically(self._sampled_path(step), sink.getvalue().to_pybytes())
+        self._folder.write(_sampled_name(step), sink.getvalue().to_pybytes())
+        for name in (_rows_name(step), _sampled_name(step)):
+            self._held.pop(name, None)
         self._store.write_shard(step - 1, examples, scores)
 
     def examples(self, step: int) -> ExampleFile:
         """Return the rows of a step that is there."""
-        return ExampleFile(self._rows_path(step))
+        name = _rows_name(step)
+        return ExampleFile(self._folder.place_of(name), self._content(name))
 
     def sampled(self, step: int) -> list[Sampled]:
         """Return what the sampler knew of the rows of a step that is there."""
@@ -139,22 +151,25 @@ class RolloutLog:
     @property
     def first_kept(self) -> int:
         """The first step whose rows are kept; those before it were there, and are gone."""
-        path = self._folder / FIRST_KEPT
-        return int(path.read_text()) if path.exists() else 1
+        try:
+            return int(self._folder.read(FIRST_KEPT))
+        except FileNotFoundError:
+            return 1
 
     def keep_from(self, step: int) -> None:
         """Remove the rows of all steps before one; nobody may need them any more."""
         if (first := self.first_kept) >= step:
             return
-        write_atomically(self._folder / FIRST_KEPT, str(step).encode())
+        self._folder.write(FIRST_KEPT, str(step).encode())
         for gone in range(first, step):
             self.discard(gone)
 
     def discard(self, step: int) -> None:
         """Remove the rows of a step, so that they are missing."""
         self._store.discard_shard(step - 1)
-        for path in (self._rows_path(step), self._sampled_path(step)):
-            path.unlink(missing_ok=True)
+        for name in (_rows_name(step), _sampled_name(step)):
+            self._folder.remove(name)
+            self._held.pop(name, None)
 
     def declare_failed(self, error: str) -> None:
         """Tell all who follow that no further rows will come, and why."""
@@ -165,13 +180,28 @@ class RolloutLog:
         self._store.clear_failure()
 
     def _sampled_batch(self, step: int) -> pa.RecordBatch:
-        return pa.ipc.open_file(pa.memory_map(str(self._sampled_path(step)))).get_batch(0)
+        return pa.ipc.open_file(self._content(_sampled_name(step))).get_batch(0)
+
+    def _content(self, name: str) -> bytes:
+        """Return what a file holds, read whole; a node's copy of it might be of a log that stood there before."""
+        if name not in self._held:
+            while len(self._held) >= MOST_HELD:
+                self._held.pop(next(iter(self._held)))
+            self._held[name] = self._folder.read(name)
+        return self._held[name]
 
     def _position(self, step: int, row: int) -> int:
         return (step - 1) * self._store.rows_per_shard + row
 
-    def _rows_path(self, step: int) -> Path:
-        return self._folder / f"written-{step - 1:05d}.arrow"
 
-    def _sampled_path(self, step: int) -> Path:
-        return self._folder / f"sampled-{step - 1:05d}.arrow"
+def poll_seconds(place: Path | str) -> float:
+    """Return how long to wait between two looks for what a step waits for: each look in object storage is a request."""
+    return POLL_IN_STORAGE_SECONDS if in_object_storage(place) else POLL_SECONDS
+
+
+def _rows_name(step: int) -> str:
+    return f"written-{step - 1:05d}.arrow"
+
+
+def _sampled_name(step: int) -> str:
+    return f"sampled-{step - 1:05d}.arrow"

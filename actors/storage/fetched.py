@@ -3,9 +3,8 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
-from actors.config.places import resolved
+from actors.config.places import parent_and_name, resolved
 from actors.storage.object_folder import ObjectFolder
 
 
@@ -32,11 +31,11 @@ def fingerprint(place: str, wanted: Callable[[str], bool]) -> str | None:
 
 def _found(place: str, wanted: Callable[[str], bool]) -> tuple[ObjectFolder, list[str]]:
     """Return the folder in which files stand, and their names."""
-    parts = urlsplit(resolved(place))
-    parent, _, name = parts.path.rpartition("/")
+    address = resolved(place)
+    parent, name = parent_and_name(address)
     if name:
-        folder = ObjectFolder(urlunsplit(parts._replace(path=parent)))
+        folder = ObjectFolder(parent)
         if folder.size(name) is not None:
             return folder, [name]
-    folder = ObjectFolder(urlunsplit(parts))
+    folder = ObjectFolder(address)
     return folder, sorted(filter(wanted, folder.sizes()))

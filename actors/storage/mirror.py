@@ -31,8 +31,8 @@ Stamp: TypeAlias = tuple[int, int]
 RECORD, LOCK = ".mirror.json", ".mirror.lock"
 COMING = ".coming"
 """Stands in a new folder in the storage until all of its files do."""
-LEFT_OUT = frozenset({RECORD, LOCK, "lock", "checkpoints", "ray_tune", "leases", "weights"})
-"""Names of what is the node's own affair, or stands in the storage by itself. Weights go from workers to samplers of one node."""
+LEFT_OUT = frozenset({RECORD, LOCK, "lock", "checkpoints", "ray_tune", "leases", "rollouts"})
+"""Names of what is the node's own affair, or stands in the storage by itself."""
 LAST = "stages"
 """The folder whose files say that others are there."""
 SECONDS = 10.0

@@ -13,7 +13,6 @@ from actors.config.models import TrainConfig
 from actors.config.rollouts import AdaptiveShareConfig
 from actors.dataloader.row_sources import AdaptiveShares, Change, steps_written_by
 from actors.examples import ExampleFile
-from actors.files import whole_folder
 from actors.lora import merge_adapters
 from actors.rollouts.weights import Proof, WeightFolders
 from actors.rounding import generator_of, rounded
@@ -44,7 +43,7 @@ class ShareKeeper:
             return
         rollouts = task.rollouts
         assert rollouts is not None and rollouts.heldout is not None and rollouts.heldout_store is not None
-        self._shares = AdaptiveShares(Path(self._policy.shares))
+        self._shares = AdaptiveShares(self._policy.shares)
         examples, store = Path(rollouts.heldout), rollouts.heldout_store
         self._heldout = HeldoutPasses(task, worker, examples, store, task.top_k, rollouts.heldout_batch_rows, vocab_size)
 
@@ -85,12 +84,13 @@ class WeightPublisher:
     def __init__(self, task: TrainingTask, worker: Worker, total_steps: int) -> None:
         self._task, self._worker, self._total_steps = task, worker, total_steps
         self._rollouts = task.rollouts
-        self._log = RolloutLog(Path(task.rollouts.log)) if task.rollouts else None
+        self._log = RolloutLog(task.rollouts.log) if task.rollouts else None
+        self._folders = WeightFolders(task.rollouts.weights) if task.rollouts else None
         self._copy: CausalStudent | None = None  # on the first worker's CPU, in the samplers' type
 
     def after(self, student: nn.Module, step: int) -> None:
         """Write the weights after a step, unless nobody waits for them or they are there."""
-        if step == 0 or self._rollouts is None or not self._is_awaited(step):
+        if step == 0 or self._folders is None or not self._is_awaited(step):
             return
         row = ExampleFile(Path(self._task.examples))[0].token_ids[:PROOF_TOKENS]
         token_ids = torch.from_numpy(row.astype(np.int64))[None]  # [1, T]
@@ -99,21 +99,22 @@ class WeightPublisher:
         if self._worker.rank > 0:
             return
         plain = self._in_their_type(weights, step)
-        folder = WeightFolders(Path(self._rollouts.weights)).path(step)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(folder) as unfinished:
-            plain.save_pretrained(unfinished)
-            Proof(row, logprobs[:-1].gather(1, token_ids[0, 1:, None])[:, 0].float().numpy()).write(unfinished)
+        proof = Proof(row, logprobs[:-1].gather(1, token_ids[0, 1:, None])[:, 0].float().numpy())
+
+        def save(folder: Path) -> None:
+            plain.save_pretrained(folder)
+            proof.write(folder)
+
+        self._folders.write(step, save)
 
     def _is_awaited(self, step: int) -> bool:
-        rollouts, log = self._rollouts, self._log
-        assert rollouts is not None and log is not None
+        rollouts, log, folders = self._rollouts, self._log, self._folders
+        assert rollouts is not None and log is not None and folders is not None
         policy = rollouts.policy
         steps = steps_written_by(step, policy.refresh_steps, policy.lag, self._total_steps, policy.inner_epochs)
         if any(policy.share(one) == 0 for one in steps):  # then of none: a window has one share
             return False
-        there = WeightFolders(Path(rollouts.weights)).is_there(step)
-        return self._worker.agree(not there and any(not log.is_there(one) for one in steps))
+        return self._worker.agree(not folders.is_there(step) and any(not log.is_there(one) for one in steps))
 
     def _in_their_type(self, weights: Mapping[str, Tensor], step: int) -> PreTrainedModel:
         """Return an ordinary model with the weights, adapters merged, in the type in which samplers compute."""

@@ -113,7 +113,7 @@ def rows_of(task: TrainingTask, data: StoredRows, sampler: StepSampler, visits: 
     sources, head = RowSources(rollouts.policy, task.seed, sampler.rows_of, visits.deals), None
     if rollouts.head_of is not None:
         head = read_head(rollouts.head_of, getattr(torch, rollouts.head_dtype), worker.device)
-    return RolloutRows(data, RolloutLog(Path(rollouts.log)), sources, head, visits)
+    return RolloutRows(data, RolloutLog(rollouts.log), sources, head, visits)
 
 
 def accumulate_gradients(

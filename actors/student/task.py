@@ -78,9 +78,9 @@ class RolloutTask:
     """How the student's own text is a part of its training."""
 
     log: str
-    """Folder of the rows that it wrote, with the teacher's scores."""
+    """Path or address of the folder of the rows that it wrote, with the teacher's scores."""
     weights: str
-    """Folder in which its weights are left for those who sample."""
+    """Path or address of the folder in which its weights are left for those who sample."""
     policy: RowPolicy
     """Which rows it writes, and by which weights."""
     dtype: str

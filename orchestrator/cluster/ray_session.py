@@ -29,7 +29,7 @@ from orchestrator.cluster import signals as sigterm
 from orchestrator.cluster.node_checks import require_gpu_nodes, require_node
 from orchestrator.cluster.node_facts import NodeFacts, read_node_facts
 from orchestrator.cluster.places import ray_folder
-from orchestrator.cluster.run_copies import nodes_kept_alike, require_one_node
+from orchestrator.cluster.run_copies import nodes_kept_alike
 from orchestrator.cluster.shared_folder import require_shared
 from orchestrator.config.run import RunConfig
 
@@ -91,8 +91,6 @@ def ray_for(config: RunConfig) -> Iterator[None]:
         require_places(config, read_nodes())
         if begun_here and cluster_address():
             require_gpu_nodes(config)
-        if config.mirror is not None and config.rollouts is not None:
-            require_one_node(config.mirror, "rollouts, whose rows and weights go from node to node at every step")
         require_shared([config.place, config.score_root, *([config.checkpoints] if config.checkpoints else [])])
         with nodes_kept_alike(config.mirror):
             yield

@@ -1,9 +1,13 @@
 """A run's folder in object storage: who works in it, and the copies of it that the nodes of the cluster have."""
 
 import logging
+import shutil
+import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ logger = logging.getLogger("atkd")
 
 CLAIM_SECONDS = 2.0
 """Between two looks whether the claim is to be renewed."""
+TIDY_SECONDS = 30.0
+"""How long nodes have to remove what is needed no more."""
 
 
 class RunCopies:
@@ -153,8 +159,7 @@ def sync_other_nodes(mirror: Mirror, known: set[str] | None = None) -> None:
     """
     if not ray.is_initialized():
         return
-    here = ray.get_runtime_context().get_node_id()
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here}
+    nodes = _other_nodes()
     new = {node: name for node, name in nodes.items() if known is None or node not in known}
     syncing = {node: ray.remote(_sync).options(**_on(node)).remote(mirror) for node in new}
     troubles = {}
@@ -173,17 +178,62 @@ def sync_other_nodes(mirror: Mirror, known: set[str] | None = None) -> None:
         raise ValueError(f"{mirror.address} cannot be copied to {len(troubles)} of {len(nodes) + 1} nodes: {told}")
 
 
-def require_one_node(mirror: Mirror, what: str) -> None:
-    """Raise if a run whose nodes each have a copy of its folder would do on several nodes what needs one folder.
+@dataclass(frozen=True, slots=True)
+class PassingFolder:
+    """A folder for a while, by which this process and tasks on any node hand each other files."""
 
-    Raises:
-        ValueError: naming it, and what would do.
+    path: Path
+    """Where it is on each node."""
+    root: str
+    """Path or address of a folder for what stands where all see it."""
+    mirror: Mirror | None = None
+    """How the nodes' copies of the former are kept alike; None where they all see the one."""
+
+    def share(self) -> None:
+        """Let all nodes have what was written on this one.
+
+        Raises:
+            ValueError: if a node cannot get the files.
+        """
+        if self.mirror is not None:
+            self.mirror.sync()
+            sync_other_nodes(self.mirror)
+
+    def place(self, name: str) -> str:
+        """Return the path or address of something that all see where it is."""
+        return within(self.root, name)
+
+
+@contextmanager
+def passing_folder(parent: Path, address: str | None, prefix: str) -> Iterator[PassingFolder]:
+    """Have a folder for what goes from node to node; it goes with the body. Needs Ray where it is in object storage.
+
+    Args:
+        parent: folder in which it is made.
+        address: of that folder, if each node has a copy of its own.
+        prefix: of its name.
     """
-    if (nodes := sum(node["Alive"] for node in ray.nodes())) > 1:
-        raise ValueError(
-            f"output is in object storage ({mirror.address}), of which each of the {nodes} nodes has a copy of its own, and this "
-            f"run has {what}; a folder that all nodes see, as output=/mnt/runs, would do"
-        )
+    if address is None:
+        with tempfile.TemporaryDirectory(prefix=prefix, suffix=".tmp", dir=parent, ignore_cleanup_errors=True) as folder:
+            yield PassingFolder(Path(folder), folder)
+        return
+    name = f"{prefix}{uuid.uuid4().hex[:12]}.tmp"  # which the copies of the parent leave out
+    here, root = parent / name, within(address, name)
+    mirror = Mirror(str(here / "passed"), within(root, "passed"))
+    Path(mirror.folder).mkdir(parents=True)
+    try:
+        yield PassingFolder(Path(mirror.folder), root, mirror)
+    finally:
+        shutil.rmtree(here, ignore_errors=True)
+        if tidying := [ray.remote(shutil.rmtree).options(**_on(node)).remote(str(here), True) for node in _other_nodes()]:
+            ray.wait(tidying, num_returns=len(tidying), timeout=TIDY_SECONDS)
+        ObjectFolder(address).remove_folder(name)
+
+
+def _other_nodes() -> dict[str, str]:
+    """Return the addresses of all nodes but this one, by their ids."""
+    here = ray.get_runtime_context().get_node_id()
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here}
 
 
 def _on(node: str) -> dict[str, Any]:

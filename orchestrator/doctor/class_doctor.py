@@ -25,7 +25,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.task import ClassificationTask
 from orchestrator.doctor.class_checks import check_class_scores, check_labels, check_table, check_words
 from orchestrator.doctor.run_checks import check_export
-from orchestrator.doctor.serving import measured_on, on_gpu, passing_folder, rows_path, score_probe
+from orchestrator.doctor.serving import folder_of_doctor, measured_on, on_gpu, rows_path, score_probe
 from orchestrator.models.classifiers import window_of_classifier
 from orchestrator.models.models import ROLES, Models, config_of
 from orchestrator.run.run_dir import RunDir
@@ -66,7 +66,7 @@ def diagnose_classes(config: RunConfig, run_dir: RunDir, models: Models, engine_
         f"doctor: scores {len(rows)} rows with {spec.engine.kind} ({spec.engine.dtype}), and again with a plain forward pass"
         + ("; as the teacher is before it is calibrated" if config.teacher.calibrate else "")
     )
-    with ray_for(config), passing_folder(config, run) as folder:
+    with ray_for(config), folder_of_doctor(config, run) as folder:
         stores = score_probe(spec, rows, folder, config.classes, engine_factory, exact=True)
         if isinstance(stores, Finding):
             return [*findings, stores]

@@ -6,7 +6,6 @@ It measures here; ``checks`` draws the conclusions.
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +16,13 @@ from actors.model_source import ModelSource
 from actors.records import Example
 from actors.student.self_distillation import AttentionFound, SelfDistillationCheck, measure, measure_attention
 from orchestrator.cluster.ray_session import ray_for
+from orchestrator.cluster.run_copies import PassingFolder
 from orchestrator.config.run import RunConfig
 from orchestrator.data.tokenizers import load_tokenizer
 from orchestrator.doctor.checks import check_attention, check_pair, check_scores, check_tokens
 from orchestrator.doctor.class_doctor import diagnose_classes
 from orchestrator.doctor.run_checks import check_devices, check_ends, check_export, check_rows
-from orchestrator.doctor.serving import measured_on, on_gpu, passing_folder, rows_path, score_probe
+from orchestrator.doctor.serving import folder_of_doctor, measured_on, on_gpu, rows_path, score_probe
 from orchestrator.models.models import ROLES, Models, ids_below, named_below, vocab_size_of
 from orchestrator.run.benchmarking import require_benchmarks
 from orchestrator.run.judging import require_judge
@@ -88,7 +88,7 @@ def _diagnose_finetuned(config: RunConfig, run_dir: RunDir, models: Models, engi
     logger.info(
         f"doctor: scores {len(rows)} rows with {spec.engine.kind} ({spec.engine.dtype}), and again with a plain forward pass"
     )
-    with ray_for(config), passing_folder(config, run_dir.path) as folder:
+    with ray_for(config), folder_of_doctor(config, run_dir.path) as folder:
         found = measure_served(spec, rows, folder, teacher_vocab, engine_factory)
         if isinstance(found, Finding):
             return [*findings, found]
@@ -103,11 +103,11 @@ def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def measure_served(
-    spec: TeacherSpec, rows: Sequence[Example], folder: Path, vocab_size: int, engine_factory: EngineFactory
+    spec: TeacherSpec, rows: Sequence[Example], folder: PassingFolder, vocab_size: int, engine_factory: EngineFactory
 ) -> SelfDistillationCheck | Finding:
     """Score rows alone and together in the teacher's pool, and compare with its forward pass; needs Ray.
 
-    The way is that of a run: actor, engine, checks, shards on disk, and back. ``folder`` must be one that every node sees.
+    The way is that of a run: actor, engine, checks, shards on disk, and back.
     Return a finding where the scores do not pass the checks that every shard passes.
     """
     stores = score_probe(spec, rows, folder, vocab_size, engine_factory)
@@ -118,7 +118,7 @@ def measure_served(
     return measured
 
 
-def measure_student(config: RunConfig, student: ModelSource, folder: Path) -> AttentionFound:
+def measure_student(config: RunConfig, student: ModelSource, folder: PassingFolder) -> AttentionFound:
     """Compare the student's attention with its definition where it would be trained, on rows that ``measure_served`` left."""
     workers = config.workers
     found: AttentionFound = measured_on(

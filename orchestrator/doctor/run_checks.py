@@ -13,7 +13,7 @@ from orchestrator.cluster.node_facts import NodeFacts, read_node_facts
 from orchestrator.cluster.ray_session import cluster_address, require_machine
 from orchestrator.config.run import RunConfig
 from orchestrator.data.dataset import prepare_data
-from orchestrator.doctor.serving import passing_folder
+from orchestrator.doctor.serving import folder_of_doctor
 from orchestrator.models.models import Models
 from orchestrator.run.run_dir import Facts
 from orchestrator.run.score_parity import Finding
@@ -68,11 +68,11 @@ def check_ends(models: Models, prepared: Facts) -> Finding:
 
 def check_export(config: RunConfig, models: Models, run: Path) -> Finding:
     """Write the student as a run would, adapters filled with random numbers, and compare what is read again; needs Ray."""
-    with passing_folder(config, run) as folder:
+    with folder_of_doctor(config, run) as folder:
         own = str(run / "data" / "train.arrow")  # any rows will do, and responses are not written yet
         task = replace(
-            distillation_task(config, run, models, None), examples=own, metrics=str(folder), output=str(folder / "student"),
-            teacher_done=None, mirror=None,
+            distillation_task(config, run, models, None), examples=own, metrics=str(folder.path),
+            output=str(folder.path / "student"), teacher_done=None, mirror=None,
         )  # fmt: skip
         trying = ray.remote(try_export).options(name="doctor", num_cpus=config.workers.cpus)
         try:

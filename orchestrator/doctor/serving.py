@@ -1,8 +1,7 @@
 """A few rows, scored by the doctor as a run would score them all: actor, engine, checks, shards on disk, and back."""
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +14,41 @@ from actors.records import Example
 from actors.score_store.store import ScoreStore
 from actors.teacher.pool import TeacherPool
 from actors.teacher.replica_set import TeacherFailed
-from orchestrator.cluster.run_copies import require_one_node
+from orchestrator.cluster.run_copies import PassingFolder, passing_folder
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.checks import check_refused
 from orchestrator.run.score_parity import Finding
 
 
-@contextmanager
-def passing_folder(config: RunConfig, run: Path) -> Iterator[Path]:
-    """Have a folder within a run's, for what replicas and measuring tasks hand each other; it goes with the body. Needs Ray.
-
-    Raises:
-        ValueError: if there are several nodes, of which each has a copy of the run's folder.
-    """
-    if config.mirror is not None:
-        require_one_node(config.mirror, "to be looked at by the doctor")
-    with tempfile.TemporaryDirectory(prefix="doctor-", suffix=".tmp", dir=run, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+def folder_of_doctor(config: RunConfig, run: Path) -> AbstractContextManager[PassingFolder]:
+    """Return a folder within a run's, for what replicas and measuring tasks hand each other; it goes in the end. Needs Ray."""
+    return passing_folder(run, config.mirror.address if config.mirror is not None else None, "doctor-")
 
 
-def rows_path(folder: Path) -> Path:
+def rows_path(folder: PassingFolder) -> Path:
     """Return the file of the rows that were scored into a folder."""
-    return folder / "rows.arrow"
+    return folder.path / "rows.arrow"
 
 
 def score_probe(
-    spec: TeacherSpec, rows: Sequence[Example], folder: Path, vocab_size: int, engine_factory: EngineFactory, *,
+    spec: TeacherSpec, rows: Sequence[Example], folder: PassingFolder, vocab_size: int, engine_factory: EngineFactory, *,
     exact: bool = False,
 ) -> list[str] | Finding:  # fmt: skip
     """Score rows alone, and together, in the teacher's pool; return the places of the two stores. Needs Ray.
 
-    ``folder`` must be one that every node sees; ``exact`` says whether the stores keep log-probabilities as they are, as a run
+    ``exact`` says whether the stores keep log-probabilities as they are, as a run
     does with those of classes. Return a finding where the scores do not pass the checks that every shard passes.
 
     Raises:
         TeacherFailed: if the teacher cannot be served.
     """
     write_examples(rows_path(folder), rows)
+    folder.share()
     identity = {"top_k": spec.top_k, "vocab_size": vocab_size, "ids_below": spec.ids_below or vocab_size}
     if exact:
         identity["exact"] = True
     stores = [
-        ScoreStore.open_or_create(folder / name, identity, len(rows), rows_per_shard)
+        ScoreStore.open_or_create(folder.place(name), identity, len(rows), rows_per_shard)
         for name, rows_per_shard in (("alone", 1), ("together", len(rows)))
     ]
     with TeacherPool(spec, engine_factory=engine_factory) as pool:

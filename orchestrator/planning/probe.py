@@ -5,7 +5,6 @@ Rows are as long as the run's, of random tokens; models made from scratch have r
 
 import logging
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.config.model_kinds import ScratchModel
 from actors.config.models import TrainConfig, needs_teacher
+from actors.config.places import resolved
 from actors.dataloader.sampler import StepSampler
 from actors.dataloader.scored_rows import StoredRows
 from actors.dataloader.step_loader import StepLoader
@@ -37,7 +37,7 @@ from actors.student.ranks import Worker
 from actors.teacher.pool import TeacherPool
 from losses.loss_state import LossState
 from orchestrator.cluster.ray_session import ray_for
-from orchestrator.cluster.run_copies import require_one_node
+from orchestrator.cluster.run_copies import PassingFolder, passing_folder
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models, Role
 from orchestrator.planning.jobs import Estimator
@@ -88,11 +88,9 @@ def probe(
     examples = random_rows(work, rows, min(vocab_sizes))
     output = config.run_dir.parent
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="plan-", dir=output, ignore_cleanup_errors=True) as name, ray_for(config):
-        if config.mirror is not None:
-            require_one_node(config.mirror, "to be tried by plan --probe")
-        folder = Path(name)
-        write_examples(folder / "rows.arrow", examples)
+    address = resolved(config.output) if config.mirror is not None else None
+    with ray_for(config), passing_folder(output, address, "plan-") as folder:
+        write_examples(folder.path / "rows.arrow", examples)
         logger.info(f"probe: one replica scores {rows} rows, {sum(len(example.token_ids) for example in examples):,} tokens")
         scoring = measure_scoring(config, estimator, folder, engine_factory)
         logger.info(f"probe: {scoring:,.0f} tokens/s; one worker learns from them")
@@ -113,32 +111,36 @@ def random_rows(work: Workload, rows: int, vocab_size: int) -> list[Example]:
     return examples
 
 
-def measure_scoring(config: RunConfig, estimator: Estimator, folder: Path, engine_factory: EngineFactory) -> float:
+def measure_scoring(
+    config: RunConfig, estimator: Estimator, folder: PassingFolder, engine_factory: EngineFactory
+) -> float:
     """Return the tokens a second of one replica; it writes its scores into ``folder``, as a run would."""
-    examples = ExampleFile(folder / "rows.arrow")
+    examples = ExampleFile(folder.path / "rows.arrow")
     spec = TeacherSpec(
         engine=config.teacher.engine.model_copy(update={"replicas": 1}),
-        model=_model(config, "teacher", estimator.work, folder),
+        model=_model(config, "teacher", estimator.work, folder.path),
         top_k=config.scores.top_k,
         longest_row=int(examples.lengths.max()),
     )
     vocab_size = estimator.shapes["teacher"].vocab_size
+    folder.share()
     with TeacherPool(spec, engine_factory=engine_factory) as pool:
         identity = {"top_k": config.scores.top_k, "top_mass": config.scores.top_mass, "vocab_size": vocab_size}
-        store = ScoreStore.open_or_create(folder / "store", identity, len(examples), -(-len(examples) // SHARDS))
+        store = ScoreStore.open_or_create(folder.place("store"), identity, len(examples), -(-len(examples) // SHARDS))
         times, tokens = [], []
-        for result in pool.score_missing(folder / "rows.arrow", store):
+        for result in pool.score_missing(folder.path / "rows.arrow", store):
             times.append(time.monotonic())
             tokens.append(result.tokens)
     return sum(tokens[1:]) / (times[-1] - times[0])
 
 
-def measure_training(config: RunConfig, work: Workload, folder: Path) -> float:
+def measure_training(config: RunConfig, work: Workload, folder: PassingFolder) -> float:
     """Return the tokens a second of one worker with its share of a batch, in a process of its own; needs Ray."""
     share = -(-config.train.batch_rows // config.workers.count)
     train = config.train.model_copy(update={"batch_rows": share, "sharding": "replicate"})
-    store = str(folder / "store") if needs_teacher(config.loss) else None
-    source, rows = _model(config, "student", work, folder), str(folder / "rows.arrow")
+    store = folder.place("store") if needs_teacher(config.loss) else None
+    source, rows = _model(config, "student", work, folder.path), str(folder.path / "rows.arrow")
+    folder.share()
     student = _Student(source, config, train, rows, store, TRAINING_SECONDS)
     task = ray.remote(time_steps).options(
         name="plan",

@@ -10,11 +10,13 @@ import numpy as np
 from markupsafe import Markup
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from actors.config.places import in_object_storage, resolved, within
 from actors.score_store.rollout_log import RolloutLog
+from actors.score_store.store import is_store
 from orchestrator.reports.page import Chart, read_json_lines
 from orchestrator.reports.run_charts import curve_of
 from orchestrator.reports.svg import line_chart
-from orchestrator.run.rollouts import log_folder
+from orchestrator.run.rollouts import LOG
 
 CHARTS: tuple[tuple[str, str, Mapping[str, str], str, str], ...] = (
     (
@@ -68,8 +70,8 @@ class StudentTextSection:
     steps: list[StudentText]
 
 
-def student_text(run_path: Path) -> StudentTextSection | None:
-    """Return the section on the student's own text; None where it wrote none."""
+def student_text(run_path: Path, config: Mapping[str, Any]) -> StudentTextSection | None:
+    """Return the section on the student's own text; None where it wrote none. ``config`` is the run's, as its file has it."""
     steps = read_json_lines(run_path / "metrics" / "rollouts.jsonl")
     if not steps:
         return None
@@ -77,7 +79,7 @@ def student_text(run_path: Path) -> StudentTextSection | None:
     for name, heading, fields, unit, note in CHARTS:
         if curves := [curve for field, label in fields.items() if (curve := curve_of(steps, field, label))]:
             charts.append(Chart(heading, Markup(line_chart(name, curves, "step", unit, smooth=True)), note))
-    return StudentTextSection(charts, collapse_signs(steps), _texts(run_path, [int(step["step"]) for step in steps]))
+    return StudentTextSection(charts, collapse_signs(steps), _texts(run_path, config, [int(step["step"]) for step in steps]))
 
 
 def collapse_signs(steps: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -103,12 +105,16 @@ def collapse_signs(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     return signs
 
 
-def _texts(run_path: Path, steps: Sequence[int]) -> list[StudentText]:
+def _texts(run_path: Path, config: Mapping[str, Any], steps: Sequence[int]) -> list[StudentText]:
     """Return responses of an early, a middle and a late step that are kept."""
-    if not (log_folder(run_path) / "manifest.json").exists() or not (run_path / "tokenizer").is_dir():
+    place = str(run_path / LOG)
+    if in_object_storage(config["output"]):
+        place = within(within(resolved(config["output"]), config["name"]), LOG)
+    if not is_store(place) or not (run_path / "tokenizer").is_dir():
         return []
-    log = RolloutLog(log_folder(run_path))
-    there = [step for step in steps if log.is_there(step)]
+    log = RolloutLog(place)
+    kept = log.steps_there()
+    there = [step for step in steps if step in kept]
     chosen = dict.fromkeys(there[int(place * (len(there) - 1))] for place in (0.0, 0.5, 1.0) if there)
     tokenizer = AutoTokenizer.from_pretrained(run_path / "tokenizer")
     return [StudentText(step, tuple(_texts_of(log, step, tokenizer))) for step in chosen]

@@ -86,7 +86,7 @@ def report_content(run_path: Path) -> dict[str, Any]:
         "training": training_charts(run_path),
         "teacher": teacher_charts(run_path, uncertainties),
         "classes": class_charts(run_path),
-        "student_text": student_text(run_path),
+        "student_text": student_text(run_path, config),
         "reading": read_reading(run_path, uncertainties.border if uncertainties else None),
         "answers": answer_groups(run_path),
         "stages": stage_times(events),

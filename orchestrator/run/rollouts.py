@@ -37,6 +37,7 @@ from actors.student.task import RolloutTask
 from actors.teacher.pool import TeacherPool
 from actors.teacher.service import ScoreService
 from orchestrator.cluster.background import in_background
+from orchestrator.cluster.run_copies import place_of
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models, config_of, ids_below, named_below, vocab_size_of
 from orchestrator.run.responses import longest_prompt, training_rows
@@ -44,6 +45,8 @@ from orchestrator.run.run_dir import RunDir
 from orchestrator.run.score_identity import describe_failure, pin_revision
 from orchestrator.run.score_parity import probe_of, require_right
 
+ROLLOUTS, LOG = "rollouts", "rollouts/log"
+"""Folders within a run's, or a trial's: of all that is written beside its training, and of the rows with their scores."""
 MOST_REPLICAS = 64
 """Teachers that ``auto`` takes at most to score rollouts."""
 
@@ -53,12 +56,12 @@ ServeTeacher = Callable[[], AbstractContextManager[Teacher]]
 
 def rollouts_folder(folder: Path) -> Path:
     """Return where a run or a trial keeps what the student writes."""
-    return folder / "rollouts"
+    return folder / ROLLOUTS
 
 
-def log_folder(folder: Path) -> Path:
-    """Return where a run or a trial keeps the rows that the student writes, with their scores."""
-    return rollouts_folder(folder) / "log"
+def log_place(config: RunConfig, folder: Path) -> str:
+    """Return where a run or a trial keeps the rows that the student writes, with their scores: a path, or an address."""
+    return place_of(config.mirror, folder / LOG)
 
 
 def optimizer_steps(config: RunConfig, rows: int) -> int:
@@ -81,14 +84,14 @@ def rollout_task(config: RunConfig, folder: Path, run_folder: Path, models: Mode
     """Return what the training of a run, or of a trial with a folder of its own, is told of its rollouts; None if it has none."""
     if config.rollouts is None:
         return None
-    rollouts, adaptive = config.rollouts, config.rollouts.adaptive_share
+    rollouts, adaptive, own = config.rollouts, config.rollouts.adaptive_share, rollouts_folder(folder)
     policy = RowPolicy(
         rollouts.student_share, rollouts.refresh_steps, rollouts.lag, rollouts.inner_epochs, rollouts.replay, adaptive,
-        shares=str(rollouts_folder(folder) / "shares.json") if adaptive is not None else None,
+        shares=place_of(config.mirror, own / "shares.json") if adaptive is not None else None,
     )  # fmt: skip
     return RolloutTask(
-        log=str(log_folder(folder)),
-        weights=str(rollouts_folder(folder) / "weights"),
+        log=log_place(config, folder),
+        weights=place_of(config.mirror, own / "weights"),
         policy=policy,
         dtype=config.sampler_engine.dtype,
         heldout=str(run_folder / "data" / "heldout.arrow"),
@@ -173,7 +176,7 @@ class RolloutStage:
             "ids_below": min(known, vocab_size),
             "hidden_size": config_of(teacher).get_text_config().hidden_size if rollouts.wire == "hidden" else 0,
         }
-        self._log = RolloutLog.open_or_create(Path(task.log), identity, self._plan.total_steps, train.batch_rows)
+        self._log = RolloutLog.open_or_create(task.log, identity, self._plan.total_steps, train.batch_rows)
 
     @contextmanager
     def in_background(self, serve_teacher: ServeTeacher, metrics: Path, logs: Path) -> Iterator[None]:
@@ -202,7 +205,7 @@ class RolloutStage:
         def note(facts: StepFacts) -> None:
             lines.write(facts.step, facts.numbers)
 
-        samplers, weights = self._samplers(logs), WeightFolders(Path(self._task.weights))
+        samplers, weights = self._samplers(logs), WeightFolders(self._task.weights)
         try:
             with closing(lines), samplers, serve_teacher() as teacher:
                 StepWriter(self._plan, self._log, weights, samplers, teacher, note).run(over)

@@ -11,6 +11,7 @@ import ray
 import ray.tune
 import torch
 
+from actors.config.places import parent_and_name
 from actors.examples import ExampleFile
 from actors.monitors.metrics_log import read_metrics
 from actors.storage.folder import open_folder
@@ -124,6 +125,10 @@ class TrialContext:
         """Return where Ray Train keeps the checkpoints of a trial while it runs: a path, or an address."""
         return place_of(self.space.config.mirror, self.trial_folder(trial) / "checkpoints")
 
+    def rollouts_folder(self, trial: int) -> str:
+        """Return where a trial keeps what its student writes while it runs: a path, or an address."""
+        return place_of(self.space.config.mirror, rollouts_folder(self.trial_folder(trial)))
+
     def tune_folder(self) -> str:
         """Return where Ray Tune keeps its own books while the search runs: a path, or an address."""
         return place_of(self.space.config.mirror, self.folder / "ray_tune")
@@ -144,23 +149,23 @@ def _outcome_of(number: int, context: TrialContext) -> Outcome:
     assignment: Assignment = ray.get(context.controller.assignment.remote(number))
     error = parameters = None
     shutil.rmtree(context.trial_folder(number), ignore_errors=True)  # of one that was interrupted: its measures are void
+    drop_folder(context.rollouts_folder(number))
     try:
         parameters = context.draw_student(assignment)
         _train(context, assignment)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
     outcome: Outcome = ray.get(context.controller.ended.remote(number, *spent(context.folder, number), error, parameters))
-    own = rollouts_folder(context.trial_folder(number))
-    for folder in (context.drawn_student(number), own):
-        shutil.rmtree(folder, ignore_errors=True)
-    drop_folder(context.checkpoints_folder(number))
+    shutil.rmtree(context.drawn_student(number), ignore_errors=True)
+    for place in (context.rollouts_folder(number), context.checkpoints_folder(number)):
+        drop_folder(place)
     _tidy_up()
     return outcome
 
 
 def drop_folder(place: str) -> None:
     """Remove a folder, by path or address, as far as it is there."""
-    parent, _, name = place.rpartition("/")
+    parent, name = parent_and_name(place)
     open_folder(parent).remove_folder(name)
 
 

@@ -4,15 +4,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
+from actors.score_store.rollout_log import RolloutLog
 from actors.storage.object_folder import ObjectFolder
 from orchestrator.config.load import dump_config
 from tests.cloud_world import azure_place, google_place
+from tests.integration.test_rollouts import TINY as TINY_ROLLOUTS
 from tests.integration.test_run import TINY
 from tests.orchestrator.search.test_compare_teachers import config_of
 from tests.ray_heads import end
@@ -107,6 +109,64 @@ def test_a_run_goes_on_on_machines_that_have_nothing_of_it(runs_anywhere: str, t
         assert {"tune/ledger.jsonl", "tune/best.yaml", "tune/trials/0001/trial_0001.jsonl"} <= there.keys()
         assert not [name for name in there if "/checkpoints/" in name and name.startswith("tune/")]
         assert not [name for name in there if "ray_tune" in name]
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.drill)])
+def test_a_student_writes_its_rows_on_another_node(runs: str, tmp_path: Path, killed: bool) -> None:
+    engine = "{kind: transformers, dtype: float32, cpus: 0.6}"  # beside whom there is no room for the worker on a node of one CPU
+    line = [
+        "configs/tiny_cpu.yaml", *TINY_ROLLOUTS, f"rollouts={{max_new_tokens: 12, lag: 1, refresh_steps: 2, engine: {engine}}}",
+    ]  # fmt: skip
+    run, there = f"{runs}/tiny_cpu", [*line, f"output={runs}"]
+    if killed:
+        with disk_cluster(tmp_path / "cache") as cluster:
+            cluster.add_node(cpus=1), cluster.add_node(cpus=1)
+            command = cluster.begin("run", *there)
+            deadline = time.monotonic() + 400
+            while ObjectFolder(f"{run}/rollouts/log").size("shard-00005.json") is None:  # of step 6
+                assert command.poll() is None and time.monotonic() < deadline, command.communicate()[0][-4000:]
+                time.sleep(0.2)
+            lose(cluster, command)
+        assert len(RolloutLog(f"{run}/rollouts/log").steps_there()) < 10, "there is something left to do"
+
+    with disk_cluster(tmp_path / "cache") as cluster:
+        nodes = [cluster.add_node(cpus=1), cluster.add_node(cpus=1)]
+        said = finished(cluster.begin("run", *there))
+        assert ("score: done before" in said) == killed and f"report: {run}/report.html" in said
+        for node in nodes:
+            assert [path for path in node.files() if path.startswith("weights/")], "one took them there, the other from there"
+    storage, log = ObjectFolder(run), RolloutLog(f"{run}/rollouts/log")
+    assert log.steps_there() == {*range(1, 13)}
+    assert [log.sampled(step)[0].weights_step for step in range(1, 13)] == [0, 0, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
+    assert "<h3>Step 12</h3>" in storage.read("report.html").decode()
+    assert not [name for name in storage.files() if name.startswith("rollouts/weights/")]
+    if killed:
+        require_as_on_a_disk(storage, log, line, tmp_path / "disk")
+
+
+def require_as_on_a_disk(storage: ObjectFolder, log: RolloutLog, line: Sequence[str], output: Path) -> None:
+    """Compare what a run left with what it leaves on a disk that all see, undisturbed: byte for byte."""
+    words = [sys.executable, "-m", "orchestrator", "run", *line, f"output={output}"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    folder = output / "tiny_cpu"
+    assert storage.read("student/model.safetensors") == (folder / "student" / "model.safetensors").read_bytes()
+    other = RolloutLog(folder / "rollouts" / "log")
+    for step in range(1, 13):
+        assert log.examples(step).tokens_hash == other.examples(step).tokens_hash
+
+
+@pytest.mark.drill
+def test_doctor_and_plan_measure_on_other_nodes(runs: str, tmp_path: Path) -> None:
+    line = [*COMMAND, f"output={runs}"]
+    with disk_cluster(tmp_path / "cache") as cluster:
+        nodes = [cluster.add_node(cpus=1), cluster.add_node(cpus=1)]
+        said = finished(cluster.begin("plan", *line, "--probe"))
+        assert "measured now on one replica and one worker" in said
+        said = finished(cluster.begin("doctor", *line))
+        assert "\nok served: " in said and "\nok export: " in said and "\nFAILED" not in said, said
+        assert not [path for node in nodes for path in node.files() if "/doctor-" in path or "/plan-" in path]
+    assert not [name for name in ObjectFolder(runs).files() if ".tmp/" in name]
 
 
 @pytest.mark.drill

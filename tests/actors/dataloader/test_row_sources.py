@@ -64,8 +64,8 @@ def test_what_is_learned_again_is_known_without_the_steps_before() -> None:
 
 
 def test_the_share_of_a_step_is_what_was_decided_by_the_weights_that_write_it(tmp_path: Path) -> None:
-    adaptive, file = AdaptiveShareConfig(every_steps=4), AdaptiveShares(tmp_path / "shares.json")
-    sources = sources_of(adaptive=adaptive, shares=str(file.path), refresh_steps=2, lag=1)
+    adaptive, file = AdaptiveShareConfig(every_steps=4), AdaptiveShares(str(tmp_path / "shares.json"))
+    sources = sources_of(adaptive=adaptive, shares=file.place, refresh_steps=2, lag=1)
     assert not sources.are_known(1)
     file.write(0, [Change(0, 0.0, 2.0)])
     assert [step for step in range(1, 12) if sources.are_known(step)] == [1, 2, 3, 4], "with a lag two windows have the first"
@@ -74,7 +74,7 @@ def test_the_share_of_a_step_is_what_was_decided_by_the_weights_that_write_it(tm
     assert [sources.policy.share(step) for step in range(1, 12)] == [0.0] * 6 + [1.0] * 2 + [None] * 3
     assert sources.of_step(7).written.all()
     assert file.read() == (4, [Change(0, 0.0, 2.0), Change(4, 1.0, 2.2)])
-    assert json.loads(file.path.read_text())["decided"] == 4
+    assert json.loads(Path(file.place).read_text())["decided"] == 4
 
 
 # ---- what cannot be

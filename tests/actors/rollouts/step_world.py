@@ -113,10 +113,12 @@ class World:
 
     def publish(self, weights: int) -> None:
         """Leave the weights after a step, as the student does."""
-        unfinished = self.folders.path(weights).with_suffix(".unfinished")
-        unfinished.mkdir(parents=True)
-        proof_of(weights).write(unfinished)
-        unfinished.rename(self.folders.path(weights))
+
+        def save(folder: Path) -> None:
+            folder.mkdir()
+            proof_of(weights).write(folder)
+
+        self.folders.write(weights, save)
 
     def train(self) -> None:
         """Follow the log as a student does, and publish the weights that somebody waits for."""

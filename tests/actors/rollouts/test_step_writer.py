@@ -73,7 +73,7 @@ def test_all_steps_are_written_in_order_by_the_weights_that_are_theirs(tmp_path:
         if weights.step == 0:
             assert weights.model == FIRST and weights.proof is None
         else:
-            assert weights.model == ModelSource(str(world.folders.path(weights.step)), None, True)
+            assert weights.model == ModelSource(world.folders.place(weights.step), None, True)
             assert weights.proof is not None
             assert np.array_equal(weights.proof.logprobs, proof_of(weights.step).logprobs)
         rows = [written_row(prompt, answer(prompt, weights.step)) for prompt in world.plan.prompts(step)]

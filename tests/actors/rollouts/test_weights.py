@@ -2,14 +2,24 @@
 
 import itertools
 import json
+import os
 import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from actors.config.places import in_object_storage, within
 from actors.dataloader.row_sources import steps_written_by, weights_step
-from actors.rollouts.weights import PROOF, Proof, WeightFolders
+from actors.model_source import ModelSource
+from actors.rollouts.weight_copies import PROOF, on_this_node
+from actors.rollouts.weights import Proof, WeightFolders
+from actors.storage import transfers
+from actors.storage.folder import open_folder
+from tests.cloud_world import storage_of
+from tests.s3_world import BUCKET, KEYS, environment
 
 SETTINGS = [
     (refresh_steps, lag, total_steps)
@@ -74,46 +84,174 @@ def test_a_proof_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert set(json.loads((tmp_path / PROOF).read_text())) == {"token_ids", "logprobs"}
 
 
-def test_weights_are_there_once_their_folder_is(tmp_path: Path) -> None:
-    folders = WeightFolders(tmp_path / "weights")
-    assert not folders.is_there(3)
-    folders.path(3).mkdir(parents=True)
-    assert folders.is_there(3) and not folders.is_there(2)
-    folders.path(4).write_text("no folder")
-    assert not folders.is_there(4)
+def proof_of(number: int) -> Proof:
+    return Proof(np.arange(3, dtype=np.int32), np.array([-1.0, -number], np.float32))
 
 
-def test_weights_that_come_are_waited_for(tmp_path: Path) -> None:
-    folders = WeightFolders(tmp_path)
-    publisher = threading.Timer(0.1, folders.path(7).mkdir)
+def saving(number: int) -> Callable[[Path], None]:
+    """What fills a folder with weights that tell their number."""
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights %d" % number)
+        proof_of(number).write(folder)
+
+    return save
+
+
+def loaded(folders: WeightFolders, step: int) -> bytes:
+    """The weights after a step, as a node loads them."""
+    source = on_this_node(ModelSource(folders.place(step), None, True))
+    assert source.trust_remote_code
+    return (Path(source.name) / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(params=["disk", "s3", "gs", "abfs"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where weights are left: on a disk that all nodes see, or in each kind of object storage."""
+    on_node(monkeypatch, tmp_path / "node")
+    if request.param == "disk":
+        yield str(tmp_path / "weights")
+        return
+    with storage_of(request.param, request, tmp_path) as address:
+        yield within(address, "weights")
+
+
+def on_node(monkeypatch: pytest.MonkeyPatch, disk: Path) -> None:
+    """Go on as on a node with a disk of its own."""
+    monkeypatch.setenv("ATKD_CACHE", str(disk))
+
+
+def test_weights_come_as_they_were_written(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = WeightFolders(place)
+    assert not folders.is_there(3) and folders.newest() == 0
+    folders.write(3, saving(3))
+    folders.write(12, saving(12))
+    for disk in ("node", "other"):
+        on_node(monkeypatch, tmp_path / disk)
+        again = WeightFolders(place)
+        assert [step for step in range(20) if again.is_there(step)] == [3, 12] and again.newest() == 12
+        assert [loaded(again, step) for step in (3, 12)] == [b"weights 3", b"weights 12"]
+        np.testing.assert_array_equal(again.proof(12).logprobs, proof_of(12).logprobs)
+
+
+def test_weights_without_their_proof_are_not_there(place: str) -> None:
+    folders = WeightFolders(place)
+    folders.write(2, saving(2))
+    storage = open_folder(place)
+    if not in_object_storage(place):
+        (Path(place) / "step-00000004").mkdir()
+    storage.write("step-00000004/model.safetensors", b"half of it")
+    assert not folders.is_there(4) and folders.newest() == 2
+    assert not folders.wait_for(4, seconds=0.05)
+
+
+def test_a_failure_while_weights_are_written_leaves_none(place: str) -> None:
+    def fails(folder: Path) -> None:
+        saving(5)(folder)
+        raise OSError("the disk is full")
+
+    folders = WeightFolders(place)
+    with pytest.raises(OSError, match="the disk is full"):
+        folders.write(5, fails)
+    assert not folders.is_there(5) and folders.newest() == 0
+    folders.write(5, saving(5))
+    assert loaded(folders, 5) == b"weights 5"
+
+
+def test_weights_that_come_are_waited_for(place: str) -> None:
+    folders = WeightFolders(place)
+    publisher = threading.Timer(0.1, folders.write, (7, saving(7)))
     publisher.start()
     assert folders.wait_for(7, seconds=30)
     publisher.join()
     assert folders.wait_for(7, seconds=0)
 
 
-def test_weights_that_do_not_come_are_not_waited_for_for_ever(tmp_path: Path) -> None:
-    WeightFolders(tmp_path).path(6).mkdir()
-    assert not WeightFolders(tmp_path).wait_for(7, seconds=0.05)
-
-
-def test_earlier_weights_are_discarded_and_nothing_else(tmp_path: Path) -> None:
-    folders = WeightFolders(tmp_path)
+def test_earlier_weights_are_discarded_and_nothing_else(place: str) -> None:
+    folders = WeightFolders(place)
     for step in (2, 4, 6, 123_456_789):
-        folders.path(step).mkdir()
-        (folders.path(step) / "model.safetensors").write_bytes(b"weights")
-    foreign = [tmp_path / name for name in ("step-00000001.unfinished", "step-one", "notes", "xstep-00000001")]
-    for path in foreign:
-        path.mkdir()
-        (path / "mine").touch()
-    (tmp_path / "step-00000003").write_text("a file")
+        folders.write(step, saving(step))
+    foreign = ["step-one", "notes", "xstep-00000001"]
+    for name in foreign:
+        if not in_object_storage(place):
+            (Path(place) / name).mkdir()
+        open_folder(place).write(f"{name}/mine", b"")
     folders.discard_before(6)
     assert [step for step in (2, 4, 6, 123_456_789) if folders.is_there(step)] == [6, 123_456_789]
-    assert (folders.path(6) / "model.safetensors").read_bytes() == b"weights"
-    assert all((path / "mine").exists() for path in foreign)
-    assert (tmp_path / "step-00000003").read_text() == "a file"
+    assert loaded(folders, 6) == b"weights 6"
+    assert all(open_folder(place).size(f"{name}/mine") == 0 for name in foreign)
 
 
-def test_where_no_weights_were_published_there_is_nothing_to_discard(tmp_path: Path) -> None:
+def test_where_no_weights_were_written_there_is_nothing_to_discard(tmp_path: Path) -> None:
     WeightFolders(tmp_path / "nothing").discard_before(9)
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.fixture
+def address(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where weights are left in object storage."""
+    on_node(monkeypatch, tmp_path / "node")
+    with environment({**KEYS, "AWS_ENDPOINT_URL": endpoint}):
+        yield f"s3://{BUCKET}/{tmp_path.name}/weights?region=us-east-1"
+
+
+def copies(disk: Path) -> set[str]:
+    return {path.name for path in disk.glob("weights/*/step-*")}
+
+
+def test_a_copy_of_weights_that_stood_there_before_is_not_taken_for_those_that_do(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = WeightFolders(address)
+    folders.write(3, saving(3))
+    on_node(monkeypatch, tmp_path / "other")
+    assert loaded(WeightFolders(address), 3) == b"weights 3"
+    folders.discard_before(4)
+    folders.write(3, saving(33))  # by another training in the same place
+    assert loaded(WeightFolders(address), 3) == b"weights 33"
+
+
+def test_a_node_keeps_no_copies_of_earlier_weights(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = WeightFolders(address)
+    for step in (2, 4):
+        folders.write(step, saving(step))
+    assert copies(tmp_path / "node") == {"step-00000002", "step-00000004"}, "somebody may still wait for the former"
+    on_node(monkeypatch, tmp_path / "samples")
+    loaded(folders, 2), loaded(folders, 4)
+    assert copies(tmp_path / "samples") == {"step-00000004"}
+    folders.discard_before(4)
+    folders.write(6, saving(6))
+    assert copies(tmp_path / "node") == {"step-00000004", "step-00000006"}
+
+
+def test_copies_of_a_training_that_is_long_over_go(address: str, tmp_path: Path) -> None:
+    old = tmp_path / "node" / "weights" / "of-another" / "step-00000002"
+    old.mkdir(parents=True)
+    WeightFolders(address)
+    assert old.exists()
+    os.utime(old.parent, (0, 0))
+    WeightFolders(address)
+    assert not old.parent.exists()
+
+
+def test_weights_that_are_not_there_cannot_be_loaded(address: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"step-00000009/proof\.json"):
+        loaded(WeightFolders(address), 9)
+
+
+def test_two_samplers_of_a_node_copy_once(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders, fetched = WeightFolders(address), []
+    folders.write(2, saving(2))
+    on_node(monkeypatch, tmp_path / "other")
+    plain = transfers.download
+
+    def noted(place: str, folder: Path) -> None:
+        fetched.append(place)
+        plain(place, folder)
+
+    monkeypatch.setattr(transfers, "download", noted)
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(lambda _: loaded(WeightFolders(address), 2), range(4))) == {b"weights 2"}
+    assert len(fetched) == 1

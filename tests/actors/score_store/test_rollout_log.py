@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.config.places import parent_and_name
 from actors.records import Example, TeacherScores, uncertainty
 from actors.score_store.identity import StoreMismatch
 from actors.score_store.rollout_log import RolloutLog, Sampled
 from actors.score_store.store import MOST_SHARDS, ScoringFailed
+from actors.storage.folder import open_folder
 from tests.fakes import FAKE_VOCAB, expected_scores, fake_examples
 
 TOP_K, BATCH_ROWS = 6, 4
@@ -20,7 +23,7 @@ ROWS_OF = {1: 4, 2: 1, 3: 3}
 """Rows of each step: fewer in some than in others."""
 
 
-def begin(folder: Path, steps: int = 5, **changed: Any) -> RolloutLog:
+def begin(folder: Path | str, steps: int = 5, **changed: Any) -> RolloutLog:
     identity = {"rollouts": True, "top_k": TOP_K, "vocab_size": FAKE_VOCAB, **changed}
     return RolloutLog.open_or_create(folder, identity, steps, BATCH_ROWS)
 
@@ -48,11 +51,43 @@ def log(tmp_path: Path) -> RolloutLog:
 
 
 def test_what_was_written_is_read_by_step_and_row(log: RolloutLog, tmp_path: Path) -> None:
-    follower = RolloutLog(tmp_path / "log")
-    for step, rows in ROWS_OF.items():
-        examples, scores, sampled = rows_of(step, rows)
+    require_read_as_written(RolloutLog(tmp_path / "log"), {step: rows_of(step, rows) for step, rows in ROWS_OF.items()})
+
+
+def test_a_log_in_object_storage_is_followed_by_nodes_with_disks_of_their_own(
+    anywhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, written = begin(anywhere), {step: rows_of(step, rows) for step, rows in ROWS_OF.items()}
+    for step, of_step in written.items():
+        log.write(step, *of_step)
+    monkeypatch.setenv("ATKD_CACHE", str(tmp_path / "other"))
+    follower = RolloutLog(anywhere)
+    require_read_as_written(follower, written)
+    assert follower.steps_there() == {1, 2, 3} and follower.first_kept == 1
+    log.keep_from(3)
+    again = RolloutLog(anywhere)
+    assert (again.steps_there(), again.first_kept) == ({3}, 3) and not again.is_there(2)
+    names = {name for name in open_folder(anywhere).names() if "0000" in name}
+    assert names == {"written-00002.arrow", "sampled-00002.arrow", *(f"shard-00002.{kind}" for kind in ("arrow", "rows", "json"))}
+    require_read_as_written(again, {3: written[3]})
+
+
+def test_a_log_that_takes_the_place_of_another_is_read_as_it_is(anywhere: str) -> None:
+    log = begin(anywhere)
+    log.write(1, *rows_of(1, 4))
+    require_read_as_written(RolloutLog(anywhere), {1: rows_of(1, 4)})
+    parent, name = parent_and_name(anywhere)
+    open_folder(parent).remove_folder(name)
+    begin(anywhere).write(1, *rows_of(11, 4))
+    require_read_as_written(RolloutLog(anywhere), {1: rows_of(11, 4)})
+
+
+def require_read_as_written(
+    follower: RolloutLog, written: Mapping[int, tuple[list[Example], list[TeacherScores], list[Sampled]]]
+) -> None:
+    for step, (examples, scores, sampled) in written.items():
         found = follower.examples(step)
-        assert len(found) == rows and found.rows.tolist() == [example.row for example in examples]
+        assert len(found) == len(examples) and found.rows.tolist() == [example.row for example in examples]
         for row, (example, score) in enumerate(zip(examples, scores, strict=True)):
             np.testing.assert_array_equal(found[row].token_ids, example.token_ids)
             np.testing.assert_array_equal(found[row].loss_mask, example.loss_mask)

@@ -44,7 +44,7 @@ def test_a_student_whose_loss_rises_writes_more_and_more(tmp_path: Path) -> None
     """A learning rate that spoils it makes the loss rise; one and all are decided after the steps that are due."""
     run = adaptive_run(tmp_path, tolerance=0.1)
     run.go()
-    decided, changes = AdaptiveShares(tmp_path / "shares.json").read()
+    decided, changes = AdaptiveShares(str(tmp_path / "shares.json")).read()
     assert changes[0].step == 0 and changes[0].share == 0.0 and len(changes) > 1 and decided == STEPS
     assert all(change.step % 2 == 0 for change in changes)
     assert [change.share for change in changes] == [0.0, 0.5, 0.8][: len(changes)]
@@ -57,15 +57,15 @@ def test_a_student_whose_loss_rises_writes_more_and_more(tmp_path: Path) -> None
 def test_a_student_whose_loss_does_not_rise_so_far_writes_nothing(tmp_path: Path) -> None:
     run = adaptive_run(tmp_path, tolerance=1e6)
     run.go()
-    assert [change.share for change in AdaptiveShares(tmp_path / "shares.json").read()[1]] == [0.0]
+    assert [change.share for change in AdaptiveShares(str(tmp_path / "shares.json")).read()[1]] == [0.0]
     assert not run.facts and not run.samplers.by_step
 
 
 def test_what_was_decided_is_not_decided_again(tmp_path: Path) -> None:
     run = adaptive_run(tmp_path, tolerance=0.1)
-    AdaptiveShares(tmp_path / "shares.json").write(STEPS, [Change(0, 0.0, 1.0), Change(2, 0.3, 5.0)])
+    AdaptiveShares(str(tmp_path / "shares.json")).write(STEPS, [Change(0, 0.0, 1.0), Change(2, 0.3, 5.0)])
     run.go()
-    assert AdaptiveShares(tmp_path / "shares.json").read() == (STEPS, [Change(0, 0.0, 1.0), Change(2, 0.3, 5.0)])
+    assert AdaptiveShares(str(tmp_path / "shares.json")).read() == (STEPS, [Change(0, 0.0, 1.0), Change(2, 0.3, 5.0)])
 
 
 def test_a_share_that_nobody_decides_is_waited_for_and_then_named(tmp_path: Path) -> None:

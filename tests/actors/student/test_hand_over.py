@@ -46,7 +46,7 @@ def test_updates_that_bfloat16_cannot_hold_arrive_in_the_mean(lora: LoraAdapter 
                 scale = (UPDATE / 2 / (lora.scale / lora.rank)) ** 0.5
                 weight.fill_(scale)
     WeightPublisher(task, Worker.here(1, gpu=False), total_steps=9).after(student, 3)
-    folder = WeightFolders(tmp_path / "weights").path(3)
+    folder = WeightFolders(tmp_path / "weights").place(3)
     there = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert there.dtype == torch.bfloat16
     before = plain.state_dict()

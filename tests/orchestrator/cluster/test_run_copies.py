@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from actors.storage.mirror import Mirror
 from actors.storage.object_folder import ObjectFolder
 from orchestrator.cluster import run_copies
-from orchestrator.cluster.run_copies import RunCopies, place_of, require_one_node
+from orchestrator.cluster.run_copies import RunCopies, passing_folder, place_of
 from orchestrator.config.run import RunConfig
 from orchestrator.run.run_dir import RunDir, RunDirError
 from tests.logs import logged
@@ -113,14 +114,28 @@ def test_a_bucket_that_is_not_there_is_named(faults: Faults) -> None:
     assert [thread for thread in threading.enumerate() if thread.name in ("claim", "mirror")] == []
 
 
-def test_what_needs_one_folder_is_refused_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    mirror = Mirror("/cache/a", "s3://bucket/a")
-    monkeypatch.setattr(run_copies.ray, "nodes", lambda: [{"Alive": True}, {"Alive": False}])
-    require_one_node(mirror, "rollouts")
-    monkeypatch.setattr(run_copies.ray, "nodes", lambda: [{"Alive": True}] * 2)
-    said = r"s3://bucket/a\), of which each of the 2 nodes has a copy .* has rollouts; .*output=/mnt/runs, would do"
-    with pytest.raises(ValueError, match=said):
-        require_one_node(mirror, "rollouts")
+@pytest.mark.ray
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_goes_from_node_to_node_is_there_for_a_while(config: RunConfig, local_ray: None, fails: bool) -> None:
+    storage = ObjectFolder(config.place)
+    with suppress(ZeroDivisionError), passing_folder(config.run_dir, config.place, "doctor-") as folder:
+        (folder.path / "rows.arrow").write_bytes(b"rows")
+        folder.share()
+        assert storage.read(f"{folder.path.parent.name}/passed/rows.arrow") == b"rows"
+        assert folder.place("scores") == f"{config.place}/{folder.path.parent.name}/scores"
+        config.mirror.sync()  # type: ignore[union-attr]
+        assert len(storage.files()) == 1, "the run's own copies leave it out"
+        if fails:
+            raise ZeroDivisionError
+    assert not storage.files() and not folder.path.parent.exists() and config.run_dir.exists()
+
+
+def test_what_goes_from_node_to_node_on_a_disk_they_share_is_a_folder(tmp_path: Path) -> None:
+    with passing_folder(tmp_path, None, "doctor-") as folder:
+        assert folder.path.parent == tmp_path and folder.place("scores") == str(folder.path / "scores")
+        (folder.path / "rows.arrow").write_bytes(b"rows")
+        folder.share()
+    assert not list(tmp_path.iterdir())
 
 
 def test_people_are_told_addresses() -> None:

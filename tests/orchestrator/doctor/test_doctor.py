@@ -26,6 +26,7 @@ from actors.student.self_distillation import SelfDistillationCheck, measure
 from actors.teacher.replica import TeacherReplica
 from actors.teacher.replica_set import TeacherFailed
 from orchestrator.cli import main
+from orchestrator.cluster.run_copies import PassingFolder
 from orchestrator.config.load import load_config
 from orchestrator.config.run import RunConfig
 from orchestrator.doctor.checks import check_scores
@@ -266,7 +267,8 @@ def test_scores_that_no_store_takes_are_a_finding(local_ray: None, arguments: li
 @pytest.mark.ray
 def test_a_teacher_that_cannot_serve_is_no_finding(local_ray: None, world: World, tmp_path: Path) -> None:
     with pytest.raises(TeacherFailed, match="RuntimeError: call 1 of the fake teacher fails"):
-        measure_served(world.spec(), world.rows, tmp_path, VOCAB, FakeTeacher(vocab_size=VOCAB, fails_on_call=1))
+        folder = PassingFolder(tmp_path, str(tmp_path))
+        measure_served(world.spec(), world.rows, folder, VOCAB, FakeTeacher(vocab_size=VOCAB, fails_on_call=1))
 
 
 @pytest.mark.ray
