@@ -98,7 +98,7 @@ class ExampleFile:
         ValueError: if the file has another format, or is cut short.
     """
 
-    def __init__(self, path: Path | str, content: bytes | None = None) -> None:
+    def __init__(self, path: Path | str, content: pa.Buffer | None = None) -> None:
         mapped = pa.memory_map(str(path)) if content is None else pa.BufferReader(content)
         if mapped.read(len(FILE_OF_FORMAT_1)) == FILE_OF_FORMAT_1:
             raise _other_format(path, "1")

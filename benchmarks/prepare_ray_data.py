@@ -1,7 +1,7 @@
 """The way of ``benchmarks.prepare`` that the orchestrator does not go: Ray Data between the same reading and writing."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,16 @@ class RayDataWork:
 class ByRayData(TrainingRows):
     """Training rows that Ray Data prepares, in their order."""
 
-    def _prepared(self, on_cluster: bool) -> Iterator[PreparedRows]:
-        from ray.data import DataContext, from_arrow_refs  # slow to import, and only this way needs it
+    def _prepared(self, on_cluster: bool) -> Generator[PreparedRows]:
+        from ray.data import ActorPoolStrategy, DataContext, from_arrow_refs  # slow to import, and only this way needs it
 
         context = DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         parts = [ray.put(pa.table({"packed": [pickle.dumps(packed)]})) for packed in self.rows.packed(ROWS_AT_ONCE)]
-        actors = {"concurrency": (1, self.data.cluster_tasks), "fn_constructor_args": (self.data, self.tokenizer)}
-        for row in from_arrow_refs(parts).map_batches(RayDataWork, batch_size=1, **actors).iter_rows():
+        actors = ActorPoolStrategy(min_size=1, max_size=self.data.cluster_tasks)
+        given: dict[str, Any] = {"compute": actors, "fn_constructor_args": (self.data, self.tokenizer)}
+        for row in from_arrow_refs(parts).map_batches(RayDataWork, batch_size=1, **given).iter_rows():
             yield pickle.loads(row["prepared"])
 
 

@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command not in ("verify", "judge"):
             from orchestrator.models.models import renew_copies
 
-            renew_copies(config)
+            renew_copies(config, weights=options.command != "plan" or options.probe)
         if options.command in PIPELINE:
             return commands.run(config, PIPELINE[options.command][0])
         if options.command == "plan":

@@ -5,7 +5,7 @@ on the way, which stand in a file. So all workers, and whoever writes the rows, 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -84,13 +84,17 @@ class AdaptiveShares:
 
     def after(self, step: int) -> float | None:
         """Return the share that was decided by the end of a step; None if that is still to come."""
-        decided, changes = self.read()
-        return next(one.share for one in reversed(changes) if one.step <= step) if decided >= step else None
+        return share_after(step, *self.read())
 
     @property
     def _file(self) -> tuple[Folder, str]:
         parent, name = parent_and_name(self.place)
         return _opened(parent), name
+
+
+def share_after(step: int, decided: int, changes: Sequence[Change]) -> float | None:
+    """Return the share by the end of a step, of shares that are decided until after another; None if it is not among them."""
+    return next(one.share for one in reversed(changes) if one.step <= step) if decided >= step else None
 
 
 @lru_cache(maxsize=8)
@@ -162,10 +166,20 @@ class RowSources:
         self._seed, self._rows_of, self._total_steps = seed, rows_of, total_steps
         self._ends = [0]
         """Rows that were written before the end of each step, from step 0 on, as far as it was asked for."""
+        self._decided: tuple[int, list[Change]] = -1, []
+        """The shares as they were read last: what is decided stays."""
 
     def are_known(self, step: int) -> bool:
         """Return whether it is decided where the rows of a step come from."""
-        return self.policy.share(step) is not None
+        return self.share(step) is not None
+
+    def share(self, step: int) -> float | None:
+        """Return the student's share of the rows of a step; None if it is not decided yet."""
+        if self.policy.shares is None:
+            return self.policy.student_share
+        if self._decided[0] < (weights := self.policy.weights_step(step)):
+            self._decided = AdaptiveShares(self.policy.shares).read()
+        return share_after(weights, *self._decided)
 
     def of_step(self, step: int) -> StepSources:
         """Return where the rows of a step come from, which is decided."""
@@ -175,7 +189,7 @@ class RowSources:
         return self._sources(step)
 
     def _sources(self, step: int) -> StepSources:
-        share = self.policy.share(step)
+        share = self.share(step)
         assert share is not None, "asked for once it is known"
         student, replay = written_by_student(self._seed, step, self._rows_of(step), share), self.policy.replay
         if replay is None or self._ends[step - 1] == 0:

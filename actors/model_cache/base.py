@@ -9,7 +9,8 @@ from typing import Protocol
 
 from actors.handles import RemoteMethod
 
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+WEIGHTS = "*.safetensors"
+WANTED = (WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """Files of a model: its weights, its configuration and its tokenizer."""
 CODE = "*.py"
 """Wanted too where the model's own code may be run."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from actors.config.places import resolved
 from actors.files import write_atomically
-from actors.model_cache.base import CODE, WANTED, ModelFiles
+from actors.model_cache.base import CODE, WANTED, WEIGHTS, ModelFiles
 from actors.storage.local_copies import FOLDER, cache_folder
 
 if TYPE_CHECKING:
@@ -76,14 +76,22 @@ def copied_from(folder: Path) -> StoredModel | None:
 
 
 class StoredModelFiles(ModelFiles):
-    """The copy of a stored model in a folder of a node, at one path on all nodes."""
+    """The copy of a stored model in a folder of a node, at one path on all nodes.
 
-    def __init__(self, model: StoredModel, folder: str) -> None:
+    Args:
+        model: as it is now.
+        folder: of the copy.
+        weights: whether they are to be copied too; without them what is there is no whole copy.
+    """
+
+    def __init__(self, model: StoredModel, folder: str, weights: bool = True) -> None:
         super().__init__(Path(folder))
-        self._model = model
+        self._model, self._weights = model, weights
 
     def are_here(self) -> bool:
-        """Whether the folder is a whole copy of the model as it is now."""
+        """Whether the folder is a copy of the model as it is now, as far as it is wanted."""
+        if not self._weights:
+            return self._before() == self._model and not self._wanted()
         return copied_from(self._cache) == self._model and not self._missing(self._model)
 
     def fetch_missing(self) -> str | None:
@@ -100,10 +108,12 @@ class StoredModelFiles(ModelFiles):
                         f"there is no room for it: {self._cache} has {free / 1e9:.1f} GB free, and {coming / 1e9:.1f} GB are to "
                         f"come; {FOLDER} in the environment of all nodes may name a folder that has"
                     )
-                missing, storage = self._begin(), ObjectFolder(self._model.address)
+                self._begin()
+                wanted, storage = self._wanted(), ObjectFolder(self._model.address)
                 with ThreadPoolExecutor(AT_ONCE) as threads:
-                    list(threads.map(lambda name: self._copy(storage, name), missing))
-                (self._cache / BEGUN).rename(self._cache / COPIED)
+                    list(threads.map(lambda name: self._copy(storage, name), wanted))
+                if not self._missing(self._model):
+                    (self._cache / BEGUN).rename(self._cache / COPIED)
         except (OSError, ValueError) as error:
             return " ".join(str(error).split())
         return None
@@ -118,7 +128,11 @@ class StoredModelFiles(ModelFiles):
 
     def to_come(self) -> int:
         """Return how many bytes are missing."""
-        return sum(self._model.files[name][0] for name in self._missing(self._before()))
+        return sum(self._model.files[name][0] for name in self._wanted())
+
+    def _wanted(self) -> list[str]:
+        """Return which files are missing that are to be copied."""
+        return [name for name in self._missing(self._before()) if self._weights or not fnmatch(name, WEIGHTS)]
 
     def _before(self) -> StoredModel | None:
         """Return what the files in the folder were copied from; None where that is not known."""
@@ -142,16 +156,14 @@ class StoredModelFiles(ModelFiles):
             return (self._cache / name).stat().st_size == now[0]
         return False
 
-    def _begin(self) -> list[str]:
-        """Remove what is not of the model as it is now, note that it is being copied, and return which files are missing."""
-        missing = self._missing(self._before())
-        kept = {*self._model.files} - {*missing}
+    def _begin(self) -> None:
+        """Remove what is not of the model as it is now, and note that it is being copied."""
+        kept = {*self._model.files} - {*self._missing(self._before())}
         (self._cache / COPIED).unlink(missing_ok=True)
         for path in self._cache.iterdir():
             if path.name not in kept:
                 path.unlink()
         write_atomically(self._cache / BEGUN, json.dumps(asdict(self._model)).encode())
-        return missing
 
     def _copy(self, storage: "ObjectFolder", name: str) -> None:
         path, wanted = self._cache / name, self._model.files[name][0]

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
@@ -127,7 +128,8 @@ class StepWriter:
     def missing_steps(log: RolloutLog, plan: RolloutPlan) -> list[int]:
         """Return the steps whose rows are still to be written, or may have to be, ascending."""
         steps = sorted({*range(log.first_kept, plan.total_steps + 1)} - log.steps_there())
-        return [step for step in steps if not plan.sources.are_known(step) or plan.mask(step).any()]
+        decided = list(takewhile(plan.sources.are_known, steps))
+        return [step for step in decided if plan.mask(step).any()] + steps[len(decided) :]
 
     def _await_share(self, step: int, over: threading.Event) -> bool:
         """Wait until it is decided which rows of a step are to be written; return False if all is over before."""
@@ -176,7 +178,7 @@ class StepWriter:
             self._log.keep_from(step - self._plan.keep_steps + 1)
         numbers = {
             **numbers_of(written.responses, scores, sampled),
-            "student_share": float(self._plan.sources.policy.share(step) or 0.0),
+            "student_share": float(self._plan.sources.share(step) or 0.0),
             "staleness_steps": float(self._plan.visits.first_step(step) - 1 - weights.step),
             "sample_seconds": written.seconds,
             "score_seconds": score_seconds,

@@ -6,6 +6,7 @@ is one of what stands there now: no two sets of weights predict the same numbers
 
 import fcntl
 import hashlib
+import os
 import re
 import shutil
 import time
@@ -21,7 +22,7 @@ from actors.storage.local_copies import cache_folder
 
 PROOF = "proof.json"
 IDLE_SECONDS = 86400.0
-"""After which copies of weights of another training go."""
+"""After which copies of weights of another training go, whose processes were killed."""
 
 
 class WeightCopies:
@@ -35,7 +36,7 @@ class WeightCopies:
         from actors.storage.object_folder import ObjectFolder  # loads the clouds' libraries
 
         self._storage = ObjectFolder(address)
-        self._folder = cache_folder() / "weights" / hashlib.sha256(address.encode()).hexdigest()[:16]
+        self._folder, self._lock = _folder_of(address), _lock_of(address)
         self._folder.mkdir(parents=True, exist_ok=True)
         for other in self._folder.parent.iterdir():
             with suppress(FileNotFoundError):  # another process of the node may be as tidy
@@ -83,9 +84,17 @@ class WeightCopies:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Let one process of the node at a time change the copies."""
-        with open(self._folder.with_name(f"{self._folder.name}.lock"), "w") as file:
+        with open(self._lock, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            self._folder.mkdir(exist_ok=True)
+            os.utime(self._folder)
             yield
+
+
+def drop_copies(address: str) -> None:
+    """Remove this node's copies of the weights of a training that is over."""
+    shutil.rmtree(_folder_of(address), ignore_errors=True)
+    _lock_of(address).unlink(missing_ok=True)
 
 
 def on_this_node(model: ModelSource) -> ModelSource:
@@ -94,6 +103,15 @@ def on_this_node(model: ModelSource) -> ModelSource:
         return model
     address, name = parent_and_name(model.name)
     return replace(model, name=str(WeightCopies(address).fetch(name)))
+
+
+def _folder_of(address: str) -> Path:
+    return cache_folder() / "weights" / hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+def _lock_of(address: str) -> Path:
+    folder = _folder_of(address)
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def step_of(name: str) -> int | None:

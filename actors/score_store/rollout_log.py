@@ -5,6 +5,7 @@ that are there before it: the rows as token ids, and what the sampler knew of th
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from actors.config.places import in_object_storage
 from actors.examples import ExampleFile, file_of_examples
 from actors.records import Example, TeacherScores
 from actors.score_store.store import ScoreStore
+from actors.storage.folder import DiskFolder
 
 FIRST_KEPT = "first_kept.txt"
 POLL_SECONDS = 0.02
@@ -57,7 +59,7 @@ class RolloutLog:
     def __init__(self, place: Path | str) -> None:
         self._store = ScoreStore(place)
         self._folder, self._poll_seconds = self._store.folder, poll_seconds(place)
-        self._held: dict[str, bytes] = {}
+        self._held: dict[str, pa.Buffer] = {}
 
     @classmethod
     def open_or_create(cls, place: Path | str, identity: Mapping[str, Any], steps: int, batch_rows: int) -> "RolloutLog":
@@ -100,7 +102,6 @@ class RolloutLog:
         Raises:
             ValueError: naming the row, if a score cannot come from a working teacher.
         """
-        self._folder.write(_rows_name(step), file_of_examples(examples))
         columns = [
             pa.array([one.logprobs for one in sampled], NUMBERS),
             pa.array([one.ended for one in sampled]),
@@ -111,8 +112,10 @@ class RolloutLog:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, SCHEMA) as writer:
             writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-        self._folder.write(_sampled_name(step), sink.getvalue().to_pybytes())
-        for name in (_rows_name(step), _sampled_name(step)):
+        files = {_rows_name(step): file_of_examples(examples), _sampled_name(step): sink.getvalue().to_pybytes()}
+        with ThreadPoolExecutor(len(files)) as threads:
+            list(threads.map(self._folder.write, files, files.values()))
+        for name in files:
             self._held.pop(name, None)
         self._store.write_shard(step - 1, examples, scores)
 
@@ -182,13 +185,15 @@ class RolloutLog:
     def _sampled_batch(self, step: int) -> pa.RecordBatch:
         return pa.ipc.open_file(self._content(_sampled_name(step))).get_batch(0)
 
-    def _content(self, name: str) -> bytes:
-        """Return what a file holds, read whole; a node's copy of it might be of a log that stood there before."""
-        if name not in self._held:
-            while len(self._held) >= MOST_HELD:
-                self._held.pop(next(iter(self._held)))
-            self._held[name] = self._folder.read(name)
-        return self._held[name]
+    def _content(self, name: str) -> pa.Buffer:
+        """Return what a file holds; from storage as it is now, for a node's copy might be of a log that stood there before."""
+        if isinstance(self._folder, DiskFolder):
+            return self._folder.mapped(name)
+        if (content := self._held.get(name)) is None:
+            for oldest in list(self._held)[: max(0, len(self._held) - MOST_HELD + 1)]:
+                self._held.pop(oldest, None)
+            content = self._held[name] = pa.py_buffer(self._folder.read(name))
+        return content
 
     def _position(self, step: int, row: int) -> int:
         return (step - 1) * self._store.rows_per_shard + row

@@ -108,13 +108,17 @@ class WeightPublisher:
         self._folders.write(step, save)
 
     def _is_awaited(self, step: int) -> bool:
+        """Whether somebody waits for the weights; the first worker looks, for the others might see what it has not seen."""
+        return self._worker.agree(self._worker.rank == 0 and self._are_missing(step))
+
+    def _are_missing(self, step: int) -> bool:
         rollouts, log, folders = self._rollouts, self._log, self._folders
         assert rollouts is not None and log is not None and folders is not None
         policy = rollouts.policy
         steps = steps_written_by(step, policy.refresh_steps, policy.lag, self._total_steps, policy.inner_epochs)
-        if any(policy.share(one) == 0 for one in steps):  # then of none: a window has one share
+        if not steps or policy.share(steps[0]) == 0:  # a window has one share
             return False
-        return self._worker.agree(not folders.is_there(step) and any(not log.is_there(one) for one in steps))
+        return not folders.is_there(step) and any(not log.is_there(one) for one in steps)
 
     def _in_their_type(self, weights: Mapping[str, Tensor], step: int) -> PreTrainedModel:
         """Return an ordinary model with the weights, adapters merged, in the type in which samplers compute."""

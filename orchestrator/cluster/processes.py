@@ -3,7 +3,7 @@
 import os
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -19,11 +19,14 @@ Result = TypeVar("Result")
 AHEAD = 2
 """Items that are begun for each process."""
 
+GONE = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+"""How Ray tells that a task's process or node ended, and that it has begun the task as often as it does."""
+
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false"}
 """Environment of processes and tasks: as many as wanted have a thread each."""
 
 
-def map_in_processes(work: Callable[[Item], Result], items: Iterable[Item], processes: int, key: str) -> Iterator[Result]:
+def map_in_processes(work: Callable[[Item], Result], items: Iterable[Item], processes: int, key: str) -> Generator[Result]:
     """Yield what the work makes of each item; no more items are taken than the processes are kept busy by.
 
     Args:
@@ -60,7 +63,7 @@ def map_in_processes(work: Callable[[Item], Result], items: Iterable[Item], proc
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def map_on_cluster(work: Callable[[Item], Result], items: Iterable[Item], tasks: int, key: str) -> Iterator[Result]:
+def map_on_cluster(work: Callable[[Item], Result], items: Iterable[Item], tasks: int, key: str) -> Generator[Result]:
     """Yield what the work makes of each item, in Ray tasks of one CPU on whichever nodes have room; Ray is connected.
 
     A task whose node or process is lost is begun again elsewhere.
@@ -87,7 +90,7 @@ def map_on_cluster(work: Callable[[Item], Result], items: Iterable[Item], tasks:
         while waiting:
             yield _result(waiting, key)
     finally:
-        for task in waiting:
+        for task in waiting if ray.is_initialized() else ():  # to cancel one would begin a Ray
             ray.cancel(task, force=True)
 
 
@@ -96,7 +99,7 @@ def _result(waiting: "deque[ray.ObjectRef]", key: str) -> Any:
         return ray.get(waiting.popleft())
     except RayTaskError as error:
         raise error.cause from error
-    except WorkerCrashedError as error:
+    except GONE as error:
         raise ChildProcessError(
             f"the process of a task ended again and again while it worked, as one does that is killed for memory ({key})"
         ) from error

@@ -5,7 +5,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import ray
@@ -94,6 +94,16 @@ def ray_for(config: RunConfig) -> Iterator[None]:
         require_shared([config.place, config.score_root, *([config.checkpoints] if config.checkpoints else [])])
         with nodes_kept_alike(config.mirror):
             yield
+
+
+def ray_for_tasks() -> AbstractContextManager[None]:
+    """Use a Ray as ``ray_for`` does, for tasks that want CPUs alone; whether a run would find room is not asked.
+
+    Raises:
+        RayFailed: if Ray can be neither started nor reached.
+        ValueError: if nothing answers where ``RAY_ADDRESS`` says that a cluster is.
+    """
+    return nullcontext() if ray.is_initialized() else _ray_of_this_process(Demand(cpus=1.0))
 
 
 @contextmanager

@@ -5,8 +5,8 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,10 +224,16 @@ def passing_folder(parent: Path, address: str | None, prefix: str) -> Iterator[P
     try:
         yield PassingFolder(Path(mirror.folder), root, mirror)
     finally:
-        shutil.rmtree(here, ignore_errors=True)
-        if tidying := [ray.remote(shutil.rmtree).options(**_on(node)).remote(str(here), True) for node in _other_nodes()]:
-            ray.wait(tidying, num_returns=len(tidying), timeout=TIDY_SECONDS)
+        tidy_on_all_nodes(shutil.rmtree, str(here), True)
         ObjectFolder(address).remove_folder(name)
+
+
+def tidy_on_all_nodes(tidy: Callable[..., None], *given: Any) -> None:
+    """Have something removed on each node that answers soon. Needs Ray."""
+    tidy(*given)
+    with suppress(RayError):  # what failed before is what matters
+        if tidying := [ray.remote(tidy).options(**_on(node)).remote(*given) for node in _other_nodes()]:
+            ray.wait(tidying, num_returns=len(tidying), timeout=TIDY_SECONDS)
 
 
 def _other_nodes() -> dict[str, str]:

@@ -164,7 +164,7 @@ class DataConfig(Section):
 
     cluster_tasks: Annotated[int | None, MayChange()] = Field(default=None, ge=1)
     """Instead, Ray tasks of one CPU each, on all nodes of the cluster, as many at one time where CPUs are free; what comes of it
-    is the same. For millions of rows."""
+    is the same. For millions of rows. `plan` reads rows with ``processes``."""
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,8 @@ grow with them; the held-out rows are held.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from orchestrator.data.templates import RenderedRows, render_rows, texts_to_lear
 from orchestrator.data.tokenization import TokenizedRows, tokenize
 from orchestrator.data.tokenizers import tokenizer_hash
 
+CODE_OF_MODELS = "transformers_modules"
+"""The package under which transformers imports code that came with a model."""
 ROWS_AT_ONCE = 1024
 """Training rows that are text and tokens at one time."""
 
@@ -54,7 +57,8 @@ def prepare_data(data: DataConfig, tokenizer_for: TokenizerFor, folder: Path, on
     (folder / "summary.json").unlink(missing_ok=True)
     heldout_keys = [bytes.fromhex(example.key) for example in heldout.examples]
     train = TrainingRows(train_rows, data, tokenizer, frozenset(heldout_keys))
-    write_batches(folder / "train.arrow", train.batches(on_cluster))
+    with closing(train.batches(on_cluster)) as batches:
+        write_batches(folder / "train.arrow", batches)
     train.tally.require_rows("training", data)
     heldout_tally.require_rows("held-out", data)
     write_heldout(folder, heldout)
@@ -84,18 +88,28 @@ class TrainingRows:
     shown: RowsToShow = field(default_factory=RowsToShow)
     """Some of them, for the reader."""
 
-    def batches(self, on_cluster: bool) -> Iterator[pa.RecordBatch]:
-        """Yield the rows that are used, tokenized."""
-        for prepared in self._prepared(on_cluster):
-            self.tally.add(prepared.tally)
-            self.shown.add(prepared.shown)
-            self.met |= self.heldout_keys.intersection(prepared.batch["key"].to_pylist())
-            yield prepared.batch
+    def batches(self, on_cluster: bool) -> Generator[pa.RecordBatch]:
+        """Yield the rows that are used, tokenized.
 
-    def _prepared(self, on_cluster: bool) -> "Iterator[PreparedRows]":
+        Raises:
+            ValueError: if the tokenizer is of code that nodes of a cluster do not have.
+        """
+        with closing(self._prepared(on_cluster)) as all_prepared:
+            for prepared in all_prepared:
+                self.tally.add(prepared.tally)
+                self.shown.add(prepared.shown)
+                self.met |= self.heldout_keys.intersection(prepared.batch["key"].to_pylist())
+                yield prepared.batch
+
+    def _prepared(self, on_cluster: bool) -> "Generator[PreparedRows]":
         work, packed = partial(prepare_rows, data=self.data, tokenizer=self.tokenizer), self.rows.packed(ROWS_AT_ONCE)
         if on_cluster:
             assert self.data.cluster_tasks is not None, "so the caller asks for it"
+            if type(self.tokenizer).__module__.startswith(CODE_OF_MODELS):
+                raise ValueError(
+                    f"data.cluster_tasks is {self.data.cluster_tasks}, but the tokenizer is of code that came with its model, "
+                    "which other nodes do not have; data.cluster_tasks=null and data.processes=4 would do"
+                )
             return map_on_cluster(work, packed, self.data.cluster_tasks, "data.cluster_tasks")
         return map_in_processes(work, packed, self.data.processes, "data.processes")
 

@@ -226,15 +226,15 @@ class Models:
         return max(len(tokenizer), vocab_size_of(self.begun("teacher")))
 
 
-def renew_copies(config: RunConfig) -> None:
-    """Make this node's copies of models in object storage what stands there now.
+def renew_copies(config: RunConfig, weights: bool = True) -> None:
+    """Make this node's copies of models in object storage what stands there now, with their weights or without.
 
     Raises:
         ValueError: naming the key of a model that cannot be copied.
     """
     for role, side in (("teacher", config.teacher), ("student", config.student)):
         if isinstance(side.model, PretrainedModel) and in_object_storage(side.model.name):
-            renew(side.model.name, f"{role}.model.name")
+            renew(side.model.name, f"{role}.model.name", weights)
 
 
 def ids_below(models: Models) -> int:

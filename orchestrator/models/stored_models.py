@@ -13,6 +13,9 @@ logger = logging.getLogger("atkd")
 
 PROGRESS_SECONDS = 5.0
 
+_described: set[str] = set()
+"""Addresses of models whose weights this process does not load."""
+
 
 def stored_model(address: str, key: str) -> Path:
     """Return the folder of this node's copy of a model, which is made if it is not there; ``key`` names the model's key.
@@ -21,14 +24,19 @@ def stored_model(address: str, key: str) -> Path:
         ValueError: naming the key, if the model cannot be copied.
     """
     folder = copy_folder(address)
-    if copied_from(folder) is None:
+    if copied_from(folder) is None and address not in _described:
         renew(address, key)
     return folder
 
 
 @cache
-def renew(address: str, key: str) -> None:
+def renew(address: str, key: str, weights: bool = True) -> None:
     """Make this node's copy of a model the model as it is now; once in the life of a process, which then knows one model.
+
+    Args:
+        address: of the model.
+        key: that names it.
+        weights: whether they are copied too; without them the copy can be described, and not loaded.
 
     Raises:
         ValueError: naming the key, if the model cannot be copied.
@@ -38,16 +46,19 @@ def renew(address: str, key: str) -> None:
         model = look_up(address)
     except (OSError, ValueError) as error:
         raise ValueError(f"{key} {address}: {error}") from error
-    files = StoredModelFiles(model, str(folder))
+    if not weights:
+        _described.add(address)
+    files = StoredModelFiles(model, str(folder), weights)
     if files.are_here():
         return
+    coming = files.to_come()
 
     def look() -> ProgressSnapshot:
         came = files.progress()[0]
-        line = f"{key}: {came / 1e9:.1f} of {model.bytes / 1e9:.1f} GB copied, {time.monotonic() - started:.0f} s"
-        return ProgressSnapshot(came, line, came, max(model.bytes, 1))
+        line = f"{key}: {came / 1e9:.1f} of {coming / 1e9:.1f} GB copied, {time.monotonic() - started:.0f} s"
+        return ProgressSnapshot(came, line, came, max(coming, 1))
 
-    logger.info(f"{key}: copying {model.bytes / 1e9:.2f} GB from {address} to {folder}")
+    logger.info(f"{key}: copying {coming / 1e9:.2f} GB from {address} to {folder}")
     with logged_progress(key, look, PROGRESS_SECONDS):
         came = files.fetch()
     if isinstance(came, str):

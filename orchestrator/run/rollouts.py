@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from actors.config.places import in_object_storage
 from actors.dataloader.row_sources import RowPolicy, RowSources
 from actors.dataloader.sampler import StepSampler, steps_in
 from actors.engines.base import EngineFactory, TeacherSpec
@@ -29,6 +30,7 @@ from actors.rollouts.base import SamplerFactory, SamplerSpec, Sampling
 from actors.rollouts.build import build_sampler
 from actors.rollouts.mixed_writing import MixedWriters
 from actors.rollouts.step_writer import RolloutPlan, StepFacts, StepWriter, Teacher
+from actors.rollouts.weight_copies import drop_copies
 from actors.rollouts.weights import WeightFolders
 from actors.rollouts.workers import RolloutWorkers
 from actors.room import fit_together
@@ -37,7 +39,7 @@ from actors.student.task import RolloutTask
 from actors.teacher.pool import TeacherPool
 from actors.teacher.service import ScoreService
 from orchestrator.cluster.background import in_background
-from orchestrator.cluster.run_copies import place_of
+from orchestrator.cluster.run_copies import place_of, tidy_on_all_nodes
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models, config_of, ids_below, named_below, vocab_size_of
 from orchestrator.run.responses import longest_prompt, training_rows
@@ -189,11 +191,15 @@ class RolloutStage:
         """
         self._log.clear_failure()  # of an earlier start, before a student of this one can read it
         over = threading.Event()
-        with in_background("rollouts", lambda: self._write(over, serve_teacher, metrics, logs), over.set):
-            try:
-                yield
-            finally:
-                over.set()
+        try:
+            with in_background("rollouts", lambda: self._write(over, serve_teacher, metrics, logs), over.set):
+                try:
+                    yield
+                finally:
+                    over.set()
+        finally:
+            if in_object_storage(self._task.weights):
+                tidy_on_all_nodes(drop_copies, self._task.weights)
 
     def _write(self, over: threading.Event, serve_teacher: ServeTeacher, metrics: Path, logs: Path) -> None:
         """Write the rows of all steps that are missing; should it fail, tell the students that wait for them."""

@@ -32,8 +32,9 @@ from actors.student.task import TrainingTask
 from losses.config import HardLabelLoss
 from orchestrator.cluster.logs import ProgressSnapshot
 from orchestrator.cluster.progress import logged_progress
-from orchestrator.cluster.ray_session import ray_for
+from orchestrator.cluster.ray_session import ray_for_tasks
 from orchestrator.config.run import RunConfig
+from orchestrator.data.counts import DataCounts
 from orchestrator.data.dataset import prepare_data
 from orchestrator.data.mixture import source_hashes, sources_of
 from orchestrator.data.sources import source_hash
@@ -57,9 +58,7 @@ def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
         models.named(role).require_safetensors()
     require_can_be_cut(models)
     data = run_dir.path / "data"
-    on_cluster = config.data.cluster_tasks is not None
-    with ray_for(config) if on_cluster else nullcontext():
-        counts = prepare_data(config.data, models.tokenizer_for, data, on_cluster)
+    counts = prepare_rows(config, models, data)
     tokenizer = models.tokenizer()
     ends = models.settle_answer_ends(tokenizer, sorted(counts.turn_ends, key=lambda end: -counts.turn_ends[end]))
     models.make_scratch_models(tokenizer)
@@ -74,6 +73,13 @@ def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
         "counts": asdict(counts), "source_sha256": source_hashes(config.data),
         "answer_ends": list(ends.ids), "remarks": remarks,
     }  # fmt: skip
+
+
+def prepare_rows(config: RunConfig, models: Models, folder: Path) -> DataCounts:
+    """Turn rows into token ids and masks in a folder, on the cluster where ``data.cluster_tasks`` says so."""
+    on_cluster = config.data.cluster_tasks is not None
+    with ray_for_tasks() if on_cluster else nullcontext():
+        return prepare_data(config.data, models.tokenizer_for, folder, on_cluster)
 
 
 def require_references(config: RunConfig, data: Path) -> None:

@@ -20,7 +20,7 @@ from actors.student.loop import distil
 from actors.student.task import AnswerSchedule, TrainingTask, ValidationSchedule
 from actors.student.train_checkpoints import NoCheckpoints
 from actors.teacher.service import ScoreService
-from orchestrator.cluster.run_copies import place_of
+from orchestrator.cluster.run_copies import place_of, sync_other_nodes
 from orchestrator.config.tune import rung_steps
 from orchestrator.models.drawn_student import draw_student, models_of_trial
 from orchestrator.models.models import Models
@@ -152,6 +152,9 @@ def _outcome_of(number: int, context: TrialContext) -> Outcome:
     drop_folder(context.rollouts_folder(number))
     try:
         parameters = context.draw_student(assignment)
+        if parameters is not None and (mirror := context.space.config.mirror) is not None:
+            mirror.sync()
+            sync_other_nodes(mirror)  # samplers and workers may be on any
         _train(context, assignment)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"

@@ -167,8 +167,9 @@ def test_prepare_alone_needs_no_ray(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 @pytest.mark.ray
-def test_prepare_on_the_cluster_is_prepare(capsys: pytest.CaptureFixture[str], tmp_path: Path, local_ray: None) -> None:
-    rows = ["configs/tiny_cpu.yaml", "data.source.rows=400", "tokenizer.vocab_size=400"]
+def test_prepare_on_the_cluster_is_prepare_and_wants_no_devices(tmp_path: Path, local_ray: None) -> None:
+    gpus = ["teacher.engine.gpu=true", "workers.gpus=1"]
+    rows = ["configs/tiny_cpu.yaml", *gpus, "data.source.rows=400", "tokenizer.vocab_size=400"]
     assert main(["prepare", *rows, f"output={tmp_path / 'here'}"]) == 0
     assert main(["prepare", *rows, f"output={tmp_path / 'there'}", "data.cluster_tasks=2"]) == 0
     here, there = (next((tmp_path / name).glob("*/data/train.arrow")).read_bytes() for name in ("here", "there"))

@@ -77,6 +77,19 @@ def test_the_share_of_a_step_is_what_was_decided_by_the_weights_that_write_it(tm
     assert json.loads(Path(file.place).read_text())["decided"] == 4
 
 
+def test_shares_that_are_decided_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    plain = AdaptiveShares.read
+    monkeypatch.setattr(AdaptiveShares, "read", lambda file: (reads.append(1), plain(file))[1])
+    file = AdaptiveShares(str(tmp_path / "shares.json"))
+    sources = sources_of(adaptive=AdaptiveShareConfig(every_steps=4), shares=file.place)
+    file.write(8, [Change(0, 0.0, 2.0), Change(4, 1.0, 2.2)])
+    assert [sources.share(step) for step in range(1, 10)] == [0.0] * 4 + [1.0] * 5 and len(reads) == 1
+    assert not sources.are_known(10) and not sources.are_known(10) and len(reads) == 3
+    file.write(9, [Change(0, 0.0, 2.0), Change(4, 1.0, 2.2)])
+    assert sources.are_known(10) and sources.of_step(3).written.sum() == 0 and len(reads) == 4
+
+
 # ---- what cannot be
 
 

@@ -91,6 +91,27 @@ def test_a_copy_that_was_cut_short_is_none_and_goes_on_where_it_was(
     assert not any("GET" in line and "/config.json" in line for line in faults.seen), "it was there"
 
 
+def test_a_copy_without_weights_is_none_and_a_whole_one_is_made_of_it(faults: Faults, tmp_path: Path) -> None:
+    folder, model = tmp_path / "copy", look_up(ADDRESS)
+    described = StoredModelFiles(model, str(folder), weights=False)
+    faults.seen.clear()
+    came = described.fetch()
+    assert not isinstance(came, str) and 0 < came.bytes < model.bytes - model.files["model.safetensors"][0] + 1
+    assert described.are_here() and copied_from(folder) is None and not StoredModelFiles(model, str(folder)).are_here()
+    assert not any("safetensors" in line for line in faults.seen)
+    config = json.loads((folder / "config.json").read_text())
+    assert config == json.loads((tmp_path / "tiny" / "config.json").read_text())
+    faults.seen.clear()
+    assert not isinstance(fetched(folder), str) and contents(folder) == contents(tmp_path / "tiny")
+    assert [line for line in faults.seen if "GET" in line and "/config.json" in line] == []
+    assert described.are_here() and copied_from(folder) == model, "a whole copy describes the model too"
+    open_folder(ADDRESS).remove("tokenizer_config.json")
+    again = StoredModelFiles(look_up(ADDRESS), str(folder), weights=False)
+    assert not again.are_here() and not isinstance(again.fetch(), str) and again.are_here()
+    assert not (folder / "tokenizer_config.json").exists() and (folder / "model.safetensors").exists()
+    assert copied_from(folder) == look_up(ADDRESS), "nothing of it is missing"
+
+
 def test_of_two_who_copy_it_at_once_one_does(faults: Faults, tmp_path: Path) -> None:
     faults.answer_seconds = 0.02
     with ThreadPoolExecutor(2) as threads:

@@ -14,7 +14,7 @@ import pytest
 from actors.config.places import in_object_storage, within
 from actors.dataloader.row_sources import steps_written_by, weights_step
 from actors.model_source import ModelSource
-from actors.rollouts.weight_copies import PROOF, on_this_node
+from actors.rollouts.weight_copies import PROOF, drop_copies, on_this_node
 from actors.rollouts.weights import Proof, WeightFolders
 from actors.storage import transfers
 from actors.storage.folder import open_folder
@@ -234,6 +234,24 @@ def test_copies_of_a_training_that_is_long_over_go(address: str, tmp_path: Path)
     os.utime(old.parent, (0, 0))
     WeightFolders(address)
     assert not old.parent.exists()
+
+
+def test_copies_of_a_training_that_is_over_are_dropped(address: str, tmp_path: Path) -> None:
+    folders = WeightFolders(address)
+    folders.write(2, saving(2))
+    drop_copies(address)
+    assert not list((tmp_path / "node" / "weights").iterdir())
+    drop_copies(address)  # there are none
+    assert loaded(WeightFolders(address), 2) == b"weights 2", "what is in the storage stays"
+
+
+def test_copies_that_are_used_are_not_taken_for_idle(address: str, tmp_path: Path) -> None:
+    folders = WeightFolders(address)
+    folders.write(2, saving(2))
+    (own,) = (path for path in (tmp_path / "node" / "weights").iterdir() if path.is_dir())
+    os.utime(own, (0, 0))
+    loaded(folders, 2)
+    assert own.stat().st_mtime > 0
 
 
 def test_weights_that_are_not_there_cannot_be_loaded(address: str) -> None:

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.config.models import LoraAdapter, TrainConfig
-from actors.dataloader.row_sources import RowPolicy
+from actors.config.rollouts import AdaptiveShareConfig
+from actors.dataloader.row_sources import AdaptiveShares, Change, RowPolicy
 from actors.examples import write_examples
 from actors.model_source import ModelSource
 from actors.rollouts.weights import WeightFolders
@@ -58,3 +59,25 @@ def test_updates_that_bfloat16_cannot_hold_arrive_in_the_mean(lora: LoraAdapter 
     spread = gained.std() / len(gained) ** 0.5
     assert gained.mean() == pytest.approx(UPDATE, abs=5 * spread) and 5 * spread < UPDATE / 2
     assert (gained == 0).mean() > 0.5, "each weight for itself mostly stays"
+
+
+@pytest.mark.parametrize("decided", [True, False], ids=["after the share was written", "before"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_workers_ask_the_first_once_whatever_each_would_see(
+    rank: int, decided: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share of a window is decided by the first worker alone; others may look before it is written."""
+    shares = str(tmp_path / "shares.json")
+    if decided:
+        AdaptiveShares(shares).write(2, [Change(0, 0.0, 2.0)])
+    RolloutLog.open_or_create(tmp_path / "log", {"top_k": 8, "vocab_size": VOCAB}, 9, 4)
+    policy = RowPolicy(1.0, adaptive=AdaptiveShareConfig(), shares=shares)
+    task = TrainingTask(
+        name="train", model=ModelSource("none"), tokenizer="none", lora=None, loss=CoupledLoss(kind="coupled"),
+        train=TrainConfig(), examples="none", store=None, top_k=8, wait_seconds=1.0, seed=0, threads=1, gpu=False, metrics=str(tmp_path), output=None,
+        rollouts=RolloutTask(str(tmp_path / "log"), str(tmp_path / "weights"), policy, dtype="bfloat16"),
+    )  # fmt: skip
+    asked: list[bool] = []
+    monkeypatch.setattr(Worker, "agree", lambda worker, told: (asked.append(told), False)[1])
+    WeightPublisher(task, Worker(rank, 2, torch.device("cpu")), total_steps=9).after(torch.nn.Linear(1, 1), 2)
+    assert asked == [rank == 0 and not decided], "a share of nothing wants no weights"

@@ -1,12 +1,16 @@
 import os
 import signal
+import time
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
+from orchestrator.cluster import processes
 from orchestrator.cluster.processes import AHEAD, map_in_processes, map_on_cluster
 
 
@@ -118,6 +122,34 @@ def test_a_task_that_is_killed_again_and_again_is_told(local_ray: None, tmp_path
     work = partial(in_two_runs, marks=tmp_path, killed_at=3, times=100)
     with pytest.raises(ChildProcessError, match=r"ended again and again .* killed for memory \(data\.cluster_tasks\)"):
         list(map_on_cluster(work, range(8), 2, "data.cluster_tasks"))
+
+
+@pytest.mark.parametrize(
+    "gone", [WorkerCrashedError(), OutOfMemoryError("of memory"), NodeDiedError("a node died"), ObjectLostError("00", None, "")]
+)
+def test_however_ray_says_that_a_task_is_gone_it_is_told_in_words(gone: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(task: object) -> None:
+        raise gone
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(ChildProcessError, match=r"ended again and again .* killed for memory \(data\.cluster_tasks\)"):
+        processes._result(deque([None]), "data.cluster_tasks")  # type: ignore[list-item]
+
+
+@pytest.mark.ray
+def test_who_stops_early_leaves_no_task_behind(local_ray: None) -> None:
+    results = map_on_cluster(slow_but_the_first, range(50), 3, "data.cluster_tasks")
+    assert next(results) == 0
+    results.close()
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0.0) < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "they work for ten minutes"
+        time.sleep(0.2)
+
+
+def slow_but_the_first(number: int) -> int:
+    time.sleep(600.0 if number else 0.0)
+    return number
 
 
 def test_a_cluster_without_cpus_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 import json
 import random
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from actors.examples import ExampleFile
+from orchestrator.cluster.processes import map_in_processes
 from orchestrator.config.data import DataConfig
 from orchestrator.data import dataset, mixture
 from orchestrator.data.dataset import prepare_data
@@ -76,6 +78,35 @@ def test_tasks_of_a_cluster_leave_the_same_bytes_and_raise_the_same_errors(
     refusing = spread.model_copy(update={"without_answer": "refuse"})
     with pytest.raises(ValueError, match=r"^row \d+: "):
         prepare_data(refusing, lambda texts: trained(), tmp_path / "refused", on_cluster=True)
+
+
+def test_a_write_that_fails_ends_the_work_before_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    def noted(*arguments: Any) -> Generator[Any]:
+        try:
+            yield from map_in_processes(*arguments)
+        finally:
+            ended.append(True)
+
+    def full(path: Path, batches: Iterator[Any]) -> None:
+        next(batches)
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(dataset, "map_in_processes", noted)
+    monkeypatch.setattr(dataset, "write_batches", full)
+    with pytest.raises(OSError, match="no space left") as raised:
+        prepare_data(config(tmp_path, 300), lambda texts: trained(), tmp_path / "data")
+    assert raised.value.errno == 28 and ended == [True]
+
+
+def test_a_tokenizer_of_code_of_its_own_is_refused_on_the_cluster(tmp_path: Path) -> None:
+    tokenizer = trained()
+    kind = type("Own", (type(tokenizer),), {"__module__": "transformers_modules.own.tokenization_own"})
+    tokenizer.__class__ = kind
+    data = config(tmp_path, 60).model_copy(update={"cluster_tasks": 3})
+    with pytest.raises(ValueError, match=r"data\.cluster_tasks is 3, but .* code .* data\.processes=4 would do"):
+        prepare_data(data, lambda texts: tokenizer, tmp_path / "data", on_cluster=True)
 
 
 def test_the_order_is_that_of_one_shuffled_list(tmp_path: Path) -> None:

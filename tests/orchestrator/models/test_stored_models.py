@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from actors.model_cache.object_storage import copy_folder
 from actors.storage.folder import open_folder
 from actors.storage.transfers import upload
+from orchestrator.cli import main
 from orchestrator.config.load import ConfigError, load_config
 from orchestrator.config.run import RunConfig
 from orchestrator.models.models import Models, renew_copies
@@ -45,6 +47,19 @@ def test_a_model_is_its_copy_on_this_node_and_renewed_when_a_command_begins(faul
     renew.cache_clear()  # as in another process
     renew_copies(config)
     assert (copy / "chat_template.jinja").read_bytes() == b"new"
+
+
+def test_a_plan_takes_no_weights_and_says_the_same(
+    faults: Faults, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for where in (ADDRESS, str(tmp_path / "tiny")):
+        model = f"{{model: {{kind: pretrained, name: '{where}'}}}}"
+        main(["plan", "configs/tiny_cpu.yaml", "tokenizer=null", f"teacher={model}", f"student={model}", f"output={tmp_path}"])
+        said.append([line for line in capsys.readouterr().out.splitlines() if "copying" not in line])
+    assert said[0] == said[1] and any(line.split()[:2] == ["teacher", "4,144"] for line in said[0])
+    copied = {path.suffix for path in copy_folder(ADDRESS).iterdir()}
+    assert ".json" in copied and ".safetensors" not in copied
 
 
 def test_a_model_that_cannot_be_copied_is_told_by_its_key(faults: Faults, tmp_path: Path) -> None:
