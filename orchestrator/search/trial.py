@@ -64,7 +64,11 @@ class TrialContext:
 
     def draw_student(self, assignment: Assignment) -> int | None:
         """Draw the student of a trial if it has one of its own, and return how many weights it has; None if it is not drawn."""
-        return draw_student(self.models(assignment), Models(self.space.config, self.run_folder))
+        parameters = draw_student(self.models(assignment), Models(self.space.config, self.run_folder))
+        if parameters is not None and (mirror := self.space.config.mirror) is not None:
+            mirror.sync()
+            sync_other_nodes(mirror)  # samplers and workers may be on any
+        return parameters
 
     def task(self, assignment: Assignment) -> TrainingTask:
         """Return the training of a trial, with its validation.
@@ -152,9 +156,6 @@ def _outcome_of(number: int, context: TrialContext) -> Outcome:
     drop_folder(context.rollouts_folder(number))
     try:
         parameters = context.draw_student(assignment)
-        if parameters is not None and (mirror := context.space.config.mirror) is not None:
-            mirror.sync()
-            sync_other_nodes(mirror)  # samplers and workers may be on any
         _train(context, assignment)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"

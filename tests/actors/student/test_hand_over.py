@@ -74,7 +74,8 @@ def test_all_workers_ask_the_first_once_whatever_each_would_see(
     policy = RowPolicy(1.0, adaptive=AdaptiveShareConfig(), shares=shares)
     task = TrainingTask(
         name="train", model=ModelSource("none"), tokenizer="none", lora=None, loss=CoupledLoss(kind="coupled"),
-        train=TrainConfig(), examples="none", store=None, top_k=8, wait_seconds=1.0, seed=0, threads=1, gpu=False, metrics=str(tmp_path), output=None,
+        train=TrainConfig(), examples="none", store=None, top_k=8, wait_seconds=1.0, seed=0, threads=1, gpu=False,
+        metrics=str(tmp_path), output=None,
         rollouts=RolloutTask(str(tmp_path / "log"), str(tmp_path / "weights"), policy, dtype="bfloat16"),
     )  # fmt: skip
     asked: list[bool] = []

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from actors.config.rollouts import ResponsesConfig
 from actors.config.workers import WorkersConfig
 from actors.examples import ExampleFile, write_examples
 from orchestrator.config.run import RunConfig
-from orchestrator.search import driver
+from orchestrator.search import driver, trial
 from orchestrator.search.bound_space import search_of
 from orchestrator.search.controller import Assignment, SearchController
 from orchestrator.search.driver import DIED, TrialQueue, progress_line
@@ -73,6 +74,21 @@ def test_a_trial_of_another_shape_begins_with_a_student_of_its_own_and_all_else_
     task = context.task(other)
     assert task.model.name == str(tmp_path / "search" / "trials" / "0003" / "student")
     assert replace(task, model=context.task(plain).model) == context.task(plain)
+
+
+def test_a_student_of_its_own_is_on_all_nodes_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"kind": "scratch", "hidden_size": 16, "layers": 1, "heads": 2}
+    context = trial_context(scored_run(tmp_path, student={"model": shape}), tmp_path / "search")
+    there: list[tuple[str, bool]] = []
+
+    def seen(who: str) -> None:
+        there.append((who, (context.drawn_student(3) / "model.safetensors").exists()))
+
+    mirror = SimpleNamespace(sync=lambda: seen("here"))
+    monkeypatch.setattr(RunConfig, "mirror", mirror)
+    monkeypatch.setattr(trial, "sync_other_nodes", lambda told: seen("others") if told is mirror else None)
+    context.draw_student(Assignment(3, {"student.model.hidden_size": 32}, seed=9))
+    assert there == [("here", True), ("others", True)]
 
 
 def test_a_trial_learns_from_written_responses_and_is_as_long_as_they_are(config: RunConfig, tmp_path: Path) -> None:
