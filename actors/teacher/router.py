@@ -5,6 +5,7 @@ for at once is scored once. Only references pass through the router: scores trav
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -135,6 +136,7 @@ class ScoreRouter:
         for example in examples:
             self._require_fits(example)
         futures = [await self._ask(example) for example in examples]
+        self._hand_out()  # together: which rows a replica reads at once does not depend on when it was free
         # Shielded: the row may be another caller's too, and is scored even if this one goes away.
         return list(await asyncio.gather(*(asyncio.shield(future) for future in futures)))
 
@@ -177,8 +179,10 @@ class ScoreRouter:
             raise ValueError(f"{where} holds token id {wrong}; the teacher's ids are 0 to {limits.vocab_size - 1}")
 
     async def _ask(self, example: Example) -> "asyncio.Future[ray.ObjectRef]":
-        async with self._room:
-            await self._room.wait_for(lambda: _question(example) in self._asked or len(self._asked) < self._limits.most_rows)
+        if not self._has_room(example):
+            self._hand_out()  # so that there will be some
+            async with self._room:
+                await self._room.wait_for(lambda: self._has_room(example))
         if self._given_up is not None:
             raise RowFailed(self._given_up)
         if (asked := self._asked.get(_question(example))) is None:
@@ -186,8 +190,10 @@ class ScoreRouter:
             self._asked[_question(example)] = asked
             self._waiting.append(asked)
             self.most_asked = max(self.most_asked, len(self._asked))
-            self._hand_out()
         return asked.scores
+
+    def _has_room(self, example: Example) -> bool:
+        return _question(example) in self._asked or len(self._asked) < self._limits.most_rows
 
     def _hand_out(self) -> None:
         """Give batches to replicas until none can take any more."""
@@ -195,12 +201,13 @@ class ScoreRouter:
         self._live.show(**self._load())
 
     def _hand_out_batches(self) -> None:
+        most = min(self._limits.rows_per_batch, math.ceil(len(self._waiting) / max(1, len(self._replicas))))
         while self._waiting:
             free = [one for one in self._replicas.values() if len(one.batches) < BATCHES_AT_ONCE and not one.tries_one_alone]
             if not free:
                 return
             replica = min(free, key=lambda one: len(one.batches))
-            batch = self._next_batch(alone=not replica.batches)
+            batch = self._next_batch(most, alone=not replica.batches)
             if not batch:
                 return
             replica.batches.append(batch)
@@ -208,12 +215,12 @@ class ScoreRouter:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _next_batch(self, alone: bool) -> list[_Request]:
+    def _next_batch(self, most: int, alone: bool) -> list[_Request]:
         """Take the rows that waited longest: several, or a single one that must be tried alone, if it can be."""
         if self._waiting[0].alone:
             return [self._waiting.popleft()] if alone else []
         batch: list[_Request] = []
-        while self._waiting and not self._waiting[0].alone and len(batch) < self._limits.rows_per_batch:
+        while self._waiting and not self._waiting[0].alone and len(batch) < most:
             batch.append(self._waiting.popleft())
         return batch
 
