@@ -16,7 +16,7 @@ from orchestrator.doctor.serving import folder_of_doctor
 from orchestrator.models.models import Models
 from orchestrator.run.run_dir import Facts
 from orchestrator.run.score_parity import Finding
-from orchestrator.run.stages import describe_ends, distillation_task, prepare_rows
+from orchestrator.run.stages import describe_ends, distillation_task, prepare_examples
 
 HASHES = ("train_hash", "heldout_hash", "tokenizer_hash")
 
@@ -39,7 +39,7 @@ def check_devices(config: RunConfig, facts: NodeFacts | None = None) -> Finding:
 def check_rows(config: RunConfig, run: Path) -> Finding:
     """Prepare the rows of a run once more, and compare token for token: scores are found again by these tokens."""
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
-        counts = prepare_rows(config, Models(config, Path(folder)), Path(folder) / "data")
+        counts = prepare_examples(config, Models(config, Path(folder)), Path(folder) / "data")
         before, now = (json.loads((path / "data" / "summary.json").read_text()) for path in (run, Path(folder)))
     special = f"; {counts.rows_with_special_tokens} hold special tokens in people's text ({config.data.special_tokens})"
     numbers = f"{counts.rows_read} rows, prepared twice, are the same tokens{special if counts.rows_with_special_tokens else ''}"

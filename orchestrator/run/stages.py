@@ -58,7 +58,7 @@ def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
         models.named(role).require_safetensors()
     require_can_be_cut(models)
     data = run_dir.path / "data"
-    counts = prepare_rows(config, models, data)
+    counts = prepare_examples(config, models, data)
     tokenizer = models.tokenizer()
     ends = models.settle_answer_ends(tokenizer, sorted(counts.turn_ends, key=lambda end: -counts.turn_ends[end]))
     models.make_scratch_models(tokenizer)
@@ -75,7 +75,7 @@ def prepare(config: RunConfig, run_dir: RunDir, models: Models) -> Facts:
     }  # fmt: skip
 
 
-def prepare_rows(config: RunConfig, models: Models, folder: Path) -> DataCounts:
+def prepare_examples(config: RunConfig, models: Models, folder: Path) -> DataCounts:
     """Turn rows into token ids and masks in a folder, on the cluster where ``data.cluster_tasks`` says so."""
     on_cluster = config.data.cluster_tasks is not None
     with ray_for_tasks() if on_cluster else nullcontext():
